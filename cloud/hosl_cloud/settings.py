@@ -1,0 +1,159 @@
+"""The run's configuration file, `run.toml`: what is trained, how, and with how many devices."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from hosl_protocol import (
+    Algorithm,
+    ClientOptimizer,
+    Manifest,
+    RunSettings,
+    SettingsError,
+    Task,
+    WireDtype,
+    check_run_settings,
+    convert,
+    load_preset,
+)
+
+
+class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[tail]`: first-order training of the server half."""
+
+    train: Literal["full", "lora", "head"] = "full"
+    """Every weight, LoRA adapters (r 8, alpha 16, on the family's targets), or only the output head."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 1e-5
+    """η_s before the schedule, > 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate over the run's rounds; `linear` and `cosine` end at 0."""
+    warmup_rounds: int = 0
+    """Rounds over which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay, or SGD's L2 term."""
+    momentum: float = 0.0
+    """SGD's momentum, in [0, 1)."""
+    clip_norm: float = 1.0
+    """Largest L2 norm of the tail's gradient; 0 does not clip."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` runs forward and backward under autocast; weights and optimizer stay float32."""
+    device: str = "auto"
+    """torch device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves its default."""
+
+
+class EvaluationSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[evaluation]`: rounds on the devices' held-out data."""
+
+    every: int = 50
+    """Rounds between evaluations; 0 evaluates only at the end. Devices without held-out data are left out."""
+    patience: int = 0
+    """Evaluations without improvement after which the run stops; 0 never stops early."""
+
+
+class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[devices]`: who takes part, and how long they are waited for."""
+
+    start_with: int = 1
+    """Devices that must be ready before the first round."""
+    per_round: int = 0
+    """Devices sampled each round; 0 takes every ready one."""
+    weighting: Literal["equal", "examples"] = "equal"
+    """Weight of a device in the average: the same for each, or its examples in the batch."""
+    round_deadline_s: float = 120.0
+    """Longest wait for a device at each stage of a round; who is late is left out of it."""
+    rejoin_deadline_s: float = 600.0
+    """Longest wait for a device when none is left, before the run fails."""
+
+
+class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`run.toml`."""
+
+    task: Task
+    """`[task]`: `preset = "sst2"` and fields that override it, or all fields of a task."""
+    name: str = "run"
+    """Start of the run's id, 1 to 40 characters of `A-Za-z0-9._-`."""
+    algorithm: Algorithm = "ho-sfl"
+    seed: int = 0
+    rounds: int = 100
+    directions: int = 2
+    probe_step: float = 1e-3
+    batch_size: int = 16
+    max_length: int = 128
+    wire_dtype: WireDtype = "float32"
+    report_every: int = 10
+    client: ClientOptimizer = ClientOptimizer()
+    tail: TailSettings = TailSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    devices: DeviceSettings = DeviceSettings()
+
+    def wire_settings(self) -> RunSettings:
+        """The part that devices are told."""
+        return RunSettings(
+            task=self.task,
+            algorithm=self.algorithm,
+            seed=self.seed,
+            rounds=self.rounds,
+            directions=self.directions,
+            probe_step=self.probe_step,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            wire_dtype=self.wire_dtype,
+            optimizer=self.client,
+            report_every=self.report_every,
+        )
+
+
+def load_config(path: Path, manifest: Manifest) -> RunConfig:
+    """Read and check `run.toml` against the bundle. Raises SettingsError."""
+    try:
+        data = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise SettingsError("--config", str(path), error.strerror or "cannot be read") from error
+    except msgspec.DecodeError as error:
+        raise SettingsError("--config", str(path), f"is not TOML: {error}") from error
+    return parse_config(data, manifest, where=str(path))
+
+
+def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.toml") -> RunConfig:
+    """A checked configuration from a mapping. Raises SettingsError."""
+    task = data.get("task")
+    if isinstance(task, dict) and "preset" in task:
+        overrides = {key: value for key, value in task.items() if key != "preset"}
+        data = {**data, "task": {**load_preset(str(task["preset"])), **overrides}}
+    config: RunConfig = convert(data, RunConfig, where)
+    _check(config, manifest)
+    return config
+
+
+def _check(config: RunConfig, manifest: Manifest) -> None:
+    check_run_settings(config.wire_settings(), bundle_max_length=manifest.max_length)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", config.name):
+        raise SettingsError("name", config.name, "use 1 to 40 characters of A-Za-z0-9._-")
+    if manifest.train == "none" and config.algorithm != "frozen":
+        raise SettingsError("algorithm", config.algorithm, "the bundle trains nothing on the device: use 'frozen'")
+    for name, value in (
+        ("tail.learning_rate", config.tail.learning_rate),
+        ("devices.round_deadline_s", config.devices.round_deadline_s),
+        ("devices.rejoin_deadline_s", config.devices.rejoin_deadline_s),
+    ):
+        if not value > 0.0:
+            raise SettingsError(name, value, "use a number above 0")
+    for name, count in (
+        ("evaluation.every", config.evaluation.every),
+        ("evaluation.patience", config.evaluation.patience),
+        ("devices.per_round", config.devices.per_round),
+        ("tail.warmup_rounds", config.tail.warmup_rounds),
+        ("tail.clip_norm", config.tail.clip_norm),
+        ("tail.weight_decay", config.tail.weight_decay),
+    ):
+        if count < 0:
+            raise SettingsError(name, count, "use 0 or more")
+    if config.devices.start_with < 1:
+        raise SettingsError("devices.start_with", config.devices.start_with, "use 1 or more")

@@ -1,0 +1,92 @@
+"""How to cut each architecture: one declarative entry per family, keyed by Hugging Face's `model_type`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hosl_export.exceptions import UnknownFamily
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of an architecture are. Paths are module names inside the uncut Hugging Face model."""
+
+    blocks: str
+    """The list of blocks that the cut divides."""
+    embeddings: tuple[str, ...]
+    """Modules that only the client half runs, and that the tail drops; absent ones are skipped."""
+    final: tuple[str, ...]
+    """Modules that only the tail runs after the last block, and that the client half drops; absent ones are skipped."""
+    final_norm: str | None = None
+    """The norm after the last block, identity on the client half; None where each block ends with its own."""
+    positions: str | None = None
+    """An embedding that the model adds to `inputs_embeds`: zero on the tail, where the activations already hold it."""
+    bypass: str | None = None
+    """An embedding block that the model runs on `inputs_embeds` too: passed by on the tail."""
+    head: str | None = None
+    """The language-model head; None for an encoder."""
+    lora_targets: tuple[str, ...]
+    """Modules of a block that LoRA adapts: PEFT's own choice for the architecture."""
+    has_transposed_weights: bool = False
+    """Whether blocks store their weights [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+    base_prefix: str = ""
+    """Prefix that classes with a task head add to the names of the uncut model's parameters."""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether tokens see those on their right, so that the client half needs the attention mask."""
+        return self.head is None
+
+
+_LLAMA = Family(
+    blocks="model.layers",
+    embeddings=("model.embed_tokens",),
+    final=("lm_head",),
+    final_norm="model.norm",
+    head="lm_head",
+    lora_targets=("q_proj", "v_proj"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "opt": Family(
+        blocks="model.decoder.layers",
+        # project_in and project_out: OPT-350m embeds tokens in a narrower space than its blocks'.
+        embeddings=("model.decoder.embed_tokens", "model.decoder.project_in"),
+        final=("lm_head", "model.decoder.project_out"),
+        final_norm="model.decoder.final_layer_norm",
+        positions="model.decoder.embed_positions",
+        head="lm_head",
+        lora_targets=("q_proj", "v_proj"),
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        embeddings=("transformer.wte",),
+        final=("lm_head",),
+        final_norm="transformer.ln_f",
+        positions="transformer.wpe",
+        head="lm_head",
+        lora_targets=("c_attn",),
+        has_transposed_weights=True,
+    ),
+    "bert": Family(
+        blocks="encoder.layer",
+        embeddings=(),
+        final=("pooler",),
+        bypass="embeddings",
+        lora_targets=("query", "value"),
+        base_prefix="bert.",
+    ),
+}
+
+
+def find_family(model_type: str) -> Family:
+    """The entry for `model_type`. Raises UnknownFamily."""
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UnknownFamily(model_type, sorted(FAMILIES)) from None

@@ -1,0 +1,231 @@
+"""Frames: a message and its tensors in the safetensors layout, cut into pieces for the websocket.
+
+First piece: 8-byte little-endian header length and JSON header. Then data pieces of at most 256 KiB.
+Every length is checked against the agreed bounds before memory is taken. Specification: protocol/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hosl_protocol.exceptions import FrameError, LimitError
+from hosl_protocol.messages import FLOATS, Message, TensorSpec, name_of
+from hosl_protocol.settings import WireDtype
+
+PIECE_BYTES = 256 * 1024
+MAX_HEADER_BYTES = 64 * 1024
+MESSAGE_KEY = "hosl"
+
+Array = npt.NDArray[Any]
+Piece = bytes | memoryview
+
+_SAFETENSORS_NAME: dict[WireDtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# bfloat16 has no numpy type: its bits travel as uint16.
+_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2"}
+
+
+class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A message with its tensors by name; floating tensors arrive as float32 (or float64 where the spec says F64)."""
+
+    message: Message
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest size of each named dimension; `D` and `P` must be met exactly. Nothing is allowed at first."""
+
+    largest: Mapping[str, int] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset({"D", "P"})
+
+    def check(self, tensor: str, dimension: str, size: int) -> None:
+        """Raise LimitError or FrameError where `size` does not fit."""
+        bound = self.largest.get(dimension, 0)
+        if size > bound:
+            raise LimitError(f"dimension {dimension} of {tensor}", size, bound)
+        if dimension in self.exact and size != bound:
+            raise FrameError(f"dimension {dimension} of {tensor} is {size}, expected {bound}")
+
+
+def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
+    """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists."""
+    plan = [
+        (name, tensors[name], _wire_name(spec, wire_dtype))
+        for name, spec in type(message).tensors.items()
+        if name in tensors
+    ]
+    yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
+    for _, array, dtype in plan:
+        yield from _pieces(array, dtype)
+
+
+def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], str]]) -> bytes:
+    """The first piece of a frame, padded with spaces so that tensor data would start at a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {MESSAGE_KEY: msgspec.json.encode(message).decode()}}
+    offset = 0
+    for name, shape, dtype in tensors:
+        end = offset + math.prod(shape) * np.dtype(_STORAGE[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
+    return _SAFETENSORS_NAME[wire_dtype] if spec.dtypes == FLOATS else spec.dtypes[0]
+
+
+def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    elements = PIECE_BYTES // np.dtype(_STORAGE[dtype]).itemsize
+    for start in range(0, flat.size, elements):
+        yield _to_wire(flat[start : start + elements], dtype).data.cast("B")
+
+
+def _to_wire(values: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return to_bfloat16_bits(values)
+    if dtype == "F16":
+        largest = np.float32(65504.0)
+        return np.clip(values, -largest, largest).astype("<f2")
+    return np.ascontiguousarray(values, dtype=_STORAGE[dtype])
+
+
+def to_bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """float32 to the bits of bfloat16, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)
+    quiet = bits >> np.uint32(16) | np.uint32(0x40)
+    return np.asarray(np.where(np.isnan(values), quiet, rounded), dtype="<u2")
+
+
+def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The bits of bfloat16 as float32, exactly."""
+    return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
+
+
+class FrameReader:
+    """Puts pieces together: `feed` returns a frame when its last byte is in, else None."""
+
+    def __init__(self, union: Any, bounds: Bounds | None = None) -> None:
+        self.bounds = bounds or Bounds()
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
+        self._message: Message | None = None
+        self._layout: dict[str, _TensorInfo] = {}
+        self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._filled = 0
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether a connection that ends now ends cleanly."""
+        return self._message is None
+
+    def feed(self, piece: bytes | bytearray | memoryview) -> Frame | None:
+        """Take one websocket message. Raises FrameError or LimitError; the reader is then unusable."""
+        if self._message is None:
+            self._start(bytes(piece) if len(piece) <= MAX_HEADER_BYTES + 8 else _refuse_header(len(piece)))
+        else:
+            self._fill(piece)
+        return self._finish() if self._filled == self._buffer.size else None
+
+    def _start(self, piece: bytes) -> None:
+        message, layout = decode_header(piece, self._decoder)
+        total = check_layout(message, layout, self.bounds)
+        self._message, self._layout = message, layout
+        self._buffer, self._filled = np.empty(total, np.uint8), 0
+
+    def _fill(self, piece: bytes | bytearray | memoryview) -> None:
+        end = self._filled + len(piece)
+        if not piece or len(piece) > PIECE_BYTES or end > self._buffer.size:
+            raise FrameError(
+                f"data piece of {len(piece)} bytes, expected 1 to {min(PIECE_BYTES, self._buffer.size - self._filled)}"
+            )
+        self._buffer[self._filled : end] = np.frombuffer(piece, np.uint8)
+        self._filled = end
+
+    def _finish(self) -> Frame:
+        assert self._message is not None
+        tensors = {name: _from_wire(self._buffer, info) for name, info in self._layout.items()}
+        frame = Frame(self._message, tensors)
+        self._message, self._layout, self._buffer, self._filled = None, {}, np.empty(0, np.uint8), 0
+        return frame
+
+
+def _refuse_header(size: int) -> bytes:
+    raise LimitError("header piece in bytes", size, MAX_HEADER_BYTES + 8)
+
+
+def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Message, dict[str, _TensorInfo]]:
+    """Parse a frame's first piece; shapes and offsets are not judged yet. Raises FrameError."""
+    if len(piece) < 8:
+        raise FrameError(f"header piece of {len(piece)} bytes, expected at least 8")
+    (length,) = struct.unpack_from("<Q", piece)
+    if length != len(piece) - 8:
+        raise FrameError(f"header length says {length}, the piece holds {len(piece) - 8}")
+    try:
+        entries = msgspec.json.decode(piece[8:], type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(entries.pop("__metadata__", b"null"), type=dict[str, str])
+        message = decoder.decode(metadata.get(MESSAGE_KEY, ""))
+        layout = {name: msgspec.json.decode(raw, type=_TensorInfo) for name, raw in entries.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FrameError(f"not a frame header: {error}") from error
+    return message, dict(sorted(layout.items(), key=lambda item: item[1].data_offsets))
+
+
+def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bounds) -> int:
+    """Check names, types, shapes and offsets against the message's specification; the payload's bytes."""
+    specs = type(message).tensors
+    what = name_of(message)
+    for name in specs.keys() - layout.keys():
+        if specs[name].required:
+            raise FrameError(f"{what} lacks tensor {name}")
+    sizes: dict[str, int] = {}
+    end = 0
+    for name, info in layout.items():
+        if name not in specs:
+            raise FrameError(f"{what} carries unknown tensor {name!r:.80}")
+        _check_shape(f"{what}.{name}", info, specs[name], sizes, bounds)
+        expected = (end, end + math.prod(info.shape) * np.dtype(_STORAGE[info.dtype]).itemsize)
+        if info.data_offsets != expected:
+            raise FrameError(f"{what}.{name} has offsets {list(info.data_offsets)}, expected {list(expected)}")
+        end = expected[1]
+    return end
+
+
+def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str, int], bounds: Bounds) -> None:
+    if info.dtype not in spec.dtypes:
+        raise FrameError(f"{what} has type {info.dtype!r:.20}, expected {' or '.join(spec.dtypes)}")
+    if len(info.shape) != len(spec.shape):
+        raise FrameError(f"{what} has {len(info.shape)} dimensions, expected {len(spec.shape)}")
+    for dimension, size in zip(spec.shape, info.shape, strict=True):
+        if size < 0:
+            raise FrameError(f"{what} has a negative dimension {size}")
+        bounds.check(what, dimension, size)
+        if sizes.setdefault(dimension, size) != size:
+            raise FrameError(f"{what} has {dimension} = {size}, another tensor of the frame has {sizes[dimension]}")
+
+
+def _from_wire(buffer: npt.NDArray[np.uint8], info: _TensorInfo) -> Array:
+    start, end = info.data_offsets
+    stored = np.frombuffer(buffer[start:end].data, dtype=_STORAGE[info.dtype])
+    if info.dtype == "BF16":
+        stored = from_bfloat16_bits(stored)
+    elif info.dtype == "F16":
+        stored = stored.astype(np.float32)
+    return stored.reshape(info.shape)

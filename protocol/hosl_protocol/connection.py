@@ -1,0 +1,111 @@
+"""The protocol without sockets: a state machine per side, fed with what arrives and asked for what to send.
+
+    HELLO  --Welcome-->  JOINING  --a round's message-->  ACTIVE  --Complete, Refusal, Goodbye-->  CLOSED
+
+Specification: protocol/README.md, section "Course of a connection".
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+
+from hosl_protocol import messages as m
+from hosl_protocol.codec import Array, Bounds, Frame, FrameReader, Piece, encode
+from hosl_protocol.exceptions import ProtocolError, UnexpectedMessage
+from hosl_protocol.messages import Message, name_of
+from hosl_protocol.settings import RunSettings
+
+
+class Phase(enum.Enum):
+    """How far the connection has come."""
+
+    HELLO = "hello"
+    JOINING = "joining"
+    ACTIVE = "active"
+    CLOSED = "closed"
+
+
+class Role(enum.Enum):
+    """Which side this is."""
+
+    EDGE = "edge"
+    CLOUD = "cloud"
+
+
+_ROUND_FROM_EDGE = (m.Probe, m.Anchor, m.Projections, m.EvalBatch, m.Report)
+_ROUND_FROM_CLOUD = (m.RoundStart, m.ProbeLoss, m.CutGradient, m.Update, m.EvalStart, m.EvalResult)
+_END_FROM_CLOUD = (m.Complete, m.Refusal)
+
+_ALLOWED: dict[tuple[Role, Phase], tuple[type, ...]] = {
+    (Role.EDGE, Phase.HELLO): (m.Hello, m.Goodbye),
+    (Role.EDGE, Phase.JOINING): (m.Ready, m.Goodbye),
+    (Role.EDGE, Phase.ACTIVE): (*_ROUND_FROM_EDGE, m.Ready, m.Goodbye),
+    (Role.CLOUD, Phase.HELLO): (m.Welcome, *_END_FROM_CLOUD),
+    (Role.CLOUD, Phase.JOINING): (m.Welcome, m.CatchUp, *_ROUND_FROM_CLOUD, *_END_FROM_CLOUD),
+    (Role.CLOUD, Phase.ACTIVE): (m.CatchUp, m.Welcome, *_ROUND_FROM_CLOUD, *_END_FROM_CLOUD),
+}
+
+
+def bounds_for(settings: RunSettings, width: int) -> Bounds:
+    """The largest frame that a run may send in either direction."""
+    return Bounds(
+        {
+            "B": settings.batch_size,
+            "N": max(settings.batch_size, settings.max_tokens if settings.task.kind == "lm" else 0),
+            "T": settings.max_tokens,
+            "D": width,
+            "P": settings.coefficients,
+            "R": m.CATCH_UP_ROUNDS,
+        }
+    )
+
+
+class Connection:
+    """One side of a connection; knows who may say what, and when."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.phase = Phase.HELLO
+        self.settings: RunSettings | None = None
+        self._reader = FrameReader(m.FromCloud if role is Role.EDGE else m.FromEdge)
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether a connection that ends now ends cleanly."""
+        return self._reader.is_between_frames
+
+    def agree(self, settings: RunSettings, width: int) -> None:
+        """Set the bounds that incoming frames must keep: the cloud's own run, or what the Welcome says."""
+        self.settings = settings
+        self._reader.bounds = bounds_for(settings, width)
+
+    def receive(self, piece: bytes | bytearray | memoryview) -> Frame | None:
+        """Take one websocket message; a frame when it is whole. Raises ProtocolError: end the connection then."""
+        if self.phase is Phase.CLOSED:
+            raise ProtocolError("data after the end of the connection")
+        frame = self._reader.feed(piece)
+        if frame is None:
+            return None
+        self._advance(Role.CLOUD if self.role is Role.EDGE else Role.EDGE, frame.message)
+        if isinstance(frame.message, m.Welcome) and self.role is Role.EDGE:
+            self.agree(frame.message.settings, frame.message.width)
+        return frame
+
+    def send(self, message: Message, tensors: Mapping[str, Array] | None = None) -> Iterator[Piece]:
+        """The pieces to send, one websocket message each. Raises UnexpectedMessage on our own mistake."""
+        self._advance(self.role, message)
+        wire_dtype = self.settings.wire_dtype if self.settings is not None else "float32"
+        return encode(message, tensors or {}, wire_dtype)
+
+    def _advance(self, sender: Role, message: Message) -> None:
+        allowed = _ALLOWED.get((sender, self.phase), ())
+        if not isinstance(message, allowed):
+            expected = " or ".join(name_of(kind) for kind in allowed) or "nothing"
+            raise UnexpectedMessage(f"{expected} from the {sender.value} while {self.phase.value}", name_of(message))
+        if isinstance(message, (m.Complete, m.Refusal, m.Goodbye)):
+            self.phase = Phase.CLOSED
+        elif isinstance(message, m.Welcome):
+            self.phase = Phase.JOINING
+        elif isinstance(message, _ROUND_FROM_CLOUD):
+            self.phase = Phase.ACTIVE

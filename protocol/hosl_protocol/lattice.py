@@ -1,0 +1,63 @@
+"""The lattice: every trainable tensor holds multiples of g = 2^e, so that sums of steps are exact in float32.
+
+Specification: protocol/README.md, section "Lattice".
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from hosl_protocol.exceptions import SettingsError
+
+SIGNIFICAND_BITS = 24  # float32 holds every integer up to 2^24
+
+
+def exponent_for(largest: float) -> int:
+    """The smallest e for which 2·`largest`, and at least ±1, is at most 2^24 · 2^e."""
+    if not math.isfinite(largest):
+        raise SettingsError("weight", largest, "a trainable tensor holds a value that is not finite")
+    fraction, power = math.frexp(max(2.0 * largest, 1.0))
+    return (power - 1 if fraction == 0.5 else power) - SIGNIFICAND_BITS
+
+
+def spacing(exponent: int) -> float:
+    """g = 2^e."""
+    return math.ldexp(1.0, exponent)
+
+
+def limit(exponent: int) -> float:
+    """The largest magnitude below which all multiples of g are float32 numbers: 2^24 · g."""
+    return math.ldexp(1.0, exponent + SIGNIFICAND_BITS)
+
+
+def round_to_lattice(values: npt.NDArray[np.float32], exponent: int) -> npt.NDArray[np.float32]:
+    """`values` rounded to the nearest multiple of 2^e (ties to even); a new array of the same shape."""
+    g = np.float32(spacing(exponent))
+    return np.asarray(np.rint(values / g) * g, dtype=np.float32)
+
+
+def is_on_lattice(values: npt.NDArray[np.float32], exponent: int) -> bool:
+    """Whether every value is a multiple of 2^e inside the exact range."""
+    if not values.size:
+        return True
+    scaled = values / np.float32(spacing(exponent))
+    return bool(np.all(np.rint(scaled) == scaled) and np.max(np.abs(values)) <= limit(exponent))
+
+
+def round_probe_step(step: float, exponent: int, tensor: str) -> float:
+    """The probe step ε as the tensor takes it: ε_t, a multiple of g. Raises SettingsError where it rounds to 0."""
+    g = spacing(exponent)
+    rounded = round(step / g) * g
+    if rounded == 0.0:
+        raise SettingsError("probe_step", step, f"it rounds to 0 on the lattice of {tensor}; use at least {g:.3g}")
+    return rounded
+
+
+def round_stochastically(step: float, exponent: int, uniform: float) -> float:
+    """`step` rounded to a multiple of g, up with probability equal to the remainder; `uniform` is in [0, 1)."""
+    scaled = step / spacing(exponent)
+    below = math.floor(scaled)
+    return math.ldexp(float(below + (uniform < scaled - below)), exponent)

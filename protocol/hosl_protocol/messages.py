@@ -1,0 +1,241 @@
+"""Every message of the protocol as a typed struct, and the tensors that travel with it.
+
+Specification: protocol/README.md, section "Messages". `run`, `epoch`, `round` and `id` name a message once and for
+all: a repeat carries the same four and is answered again, not applied again.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, TypeAlias
+
+import msgspec
+
+from hosl_protocol.settings import RunSettings
+
+PROTOCOL_VERSION = 1
+
+FLOATS = ("F32", "F16", "BF16")
+"""Safetensors names of the wire dtypes."""
+
+CATCH_UP_ROUNDS = 4096
+"""Most rounds in one CatchUp."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """A tensor that a message carries: allowed types, and its shape in named dimensions.
+
+    B examples, T tokens of the batch without padding, D width of the cut layer, N labels, P directions, R rounds.
+    """
+
+    dtypes: tuple[str, ...]
+    shape: tuple[str, ...]
+    required: bool = True
+
+
+_ACTIVATIONS = TensorSpec(FLOATS, ("T", "D"))
+_LENGTHS = TensorSpec(("I32",), ("B",))
+_LABELS = TensorSpec(("I32",), ("N",))
+_LOSS = TensorSpec(("F32",), ())
+_COEFFICIENTS = TensorSpec(("F32",), ("P",))
+
+
+class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    tensors: ClassVar[dict[str, TensorSpec]] = {}
+
+
+class _RoundMessage(_Message, kw_only=True, frozen=True):
+    run: str
+    """The run's id."""
+    epoch: int
+    """Grows by one whenever the cloud drops rounds."""
+    round: int
+    """From 1."""
+    id: int = 0
+    """Place of the message among those its sender sends in this round, from 0."""
+
+
+class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
+    """edge -> cloud, first: who I am and where I stand."""
+
+    protocol: int = PROTOCOL_VERSION
+    software: str
+    """Name and version of the client, for example `hosl-edge 0.1.0`."""
+    device: str
+    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`."""
+    shard_digest: str
+    """Manifest.shard_digest of the shard at hand."""
+    data_digest: str
+    """SHA-256 of the data files."""
+    run: str | None = None
+    """The run that the journal belongs to; null without a journal."""
+    epoch: int = 0
+    applied_round: int = 0
+    """The last round in the device's weights; 0 is the base shard."""
+    weights_digest: str
+    """Digest of the trainable weights at `applied_round`."""
+    max_batch_tokens: int
+    """Most tokens of one batch that the device can hold."""
+
+
+class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
+    """cloud -> edge: the run, and how to reach its state."""
+
+    protocol: int = PROTOCOL_VERSION
+    run: str
+    epoch: int
+    round: int
+    """The cloud's last finished round."""
+    width: int
+    """D."""
+    settings: RunSettings
+    plan: Literal["continue", "rebuild"]
+    """`continue`: add what CatchUp brings; `rebuild`: drop the journal and start at the base shard."""
+
+
+class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):
+    """cloud -> edge: missed updates in order; answered by Ready once `last` is true."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {
+        "coefficients": TensorSpec(("F32",), ("R", "P")),
+        "learning_rates": TensorSpec(("F64",), ("R",)),
+    }
+    run: str
+    epoch: int
+    first_round: int
+    """Round of the first row; the rest follow without a gap."""
+    last: bool
+
+
+class Ready(_Message, kw_only=True, frozen=True, tag="ready"):
+    """edge -> cloud: data is loaded and the weights stand at `applied_round`."""
+
+    run: str
+    epoch: int
+    applied_round: int
+    weights_digest: str
+    train_examples: int
+    eval_examples: int
+
+
+class RoundStart(_RoundMessage, kw_only=True, frozen=True, tag="round-start"):
+    """cloud -> edge: take part in this round."""
+
+    deadline_s: float
+    """Seconds from now in which the whole round should be answered."""
+
+
+class Probe(_RoundMessage, kw_only=True, frozen=True, tag="probe"):
+    """edge -> cloud, HOSL: activations of θ + sign·ε·z; the cloud only evaluates. Answered by ProbeLoss."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"activations": _ACTIVATIONS, "lengths": _LENGTHS, "labels": _LABELS}
+    direction: int
+    sign: Literal[-1, 1]
+
+
+class ProbeLoss(_RoundMessage, kw_only=True, frozen=True, tag="probe-loss"):
+    """cloud -> edge, HOSL: the loss at one probe."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"loss": _LOSS}
+    direction: int
+    sign: Literal[-1, 1]
+
+
+class Anchor(_RoundMessage, kw_only=True, frozen=True, tag="anchor"):
+    """edge -> cloud: activations of the clean θ, on which the tail trains."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"activations": _ACTIVATIONS, "lengths": _LENGTHS, "labels": _LABELS}
+
+
+class CutGradient(_RoundMessage, kw_only=True, frozen=True, tag="cut-gradient"):
+    """cloud -> edge, HO-SFL: λ, the gradient of this device's own mean loss with respect to its activations."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"lambda": _ACTIVATIONS, "loss": _LOSS}
+
+
+class Projections(_RoundMessage, kw_only=True, frozen=True, tag="projections"):
+    """edge -> cloud, HO-SFL: v_p = ⟨λ, f(θ + μu_p) − f(θ)⟩ for every direction."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"projections": _COEFFICIENTS}
+
+
+class Update(_RoundMessage, kw_only=True, frozen=True, tag="update"):
+    """cloud -> every device: the round's step, durable in the cloud's store before it is sent.
+
+    SGD adds coefficient·z. AdamW takes Σ coefficient·z as its gradient, with `learning_rate`.
+    """
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"coefficients": _COEFFICIENTS, "loss": _LOSS}
+    learning_rate: float
+
+
+class EvalStart(_RoundMessage, kw_only=True, frozen=True, tag="eval-start"):
+    """cloud -> edge: send the held-out data, batch by batch."""
+
+
+class EvalBatch(_RoundMessage, kw_only=True, frozen=True, tag="eval-batch"):
+    """edge -> cloud: activations of held-out examples. Answered by EvalResult."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"activations": _ACTIVATIONS, "lengths": _LENGTHS, "labels": _LABELS}
+    last: bool
+
+
+class EvalResult(_RoundMessage, kw_only=True, frozen=True, tag="eval-result"):
+    """cloud -> edge: what the batch scored."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"loss": _LOSS}
+    correct: int
+    """Right predictions: examples, or tokens for `lm`."""
+    scored: int
+    """Out of how many."""
+
+
+class Report(_Message, kw_only=True, frozen=True, tag="report"):
+    """edge -> cloud: how the device fares; also lets the cloud check its weights."""
+
+    run: str
+    epoch: int
+    applied_round: int
+    weights_digest: str
+    step_seconds: float
+    """Duration of the last round on the device."""
+    peak_rss_bytes: int
+    anonymous_bytes: int
+    """Resident memory that no file backs, now."""
+    sent_bytes: int
+    received_bytes: int
+
+
+class Complete(_Message, kw_only=True, frozen=True, tag="complete"):
+    """cloud -> edge: the run has ended."""
+
+    run: str
+    reason: Literal["completed", "stopped-early", "stopped", "failed"]
+    round: int
+
+
+class Refusal(_Message, kw_only=True, frozen=True, tag="refusal"):
+    """cloud -> edge: the connection ends, and why."""
+
+    code: Literal["protocol", "shard", "device", "data", "weights", "run", "message", "late"]
+    reason: str
+    retry: bool
+    """Whether it makes sense to connect again."""
+
+
+class Goodbye(_Message, kw_only=True, frozen=True, tag="goodbye"):
+    """edge -> cloud: the device leaves on purpose."""
+
+    reason: str
+
+
+FromEdge: TypeAlias = Hello | Ready | Probe | Anchor | Projections | EvalBatch | Report | Goodbye
+FromCloud: TypeAlias = (
+    Welcome | CatchUp | RoundStart | ProbeLoss | CutGradient | Update | EvalStart | EvalResult | Complete | Refusal
+)
+Message: TypeAlias = FromEdge | FromCloud
+
+
+def name_of(message: Message | type) -> str:
+    """The message's tag."""
+    kind = message if isinstance(message, type) else type(message)
+    return str(kind.__struct_config__.tag)  # type: ignore[attr-defined]

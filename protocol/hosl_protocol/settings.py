@@ -1,0 +1,127 @@
+"""Settings of a run that both sides must share; the cloud sends them in its Welcome."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.tasks import Task, check_task
+
+Algorithm = Literal["ho-sfl", "hosl", "frozen"]
+WireDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ClientOptimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the device turns estimates into steps (papers.md: HOSL step 3, HO-SFL step 5)."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` is reversible and its updates commute; `adamw` replays in order and costs two more copies of d_c."""
+    learning_rate: float = 1e-3
+    """η_c before the schedule, > 0. Only the cloud uses it: updates carry coefficients, or this round's rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate over the run's rounds; `linear` and `cosine` end at 0."""
+    warmup_rounds: int = 0
+    """Rounds over which the rate rises from 0."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment, in [0, 1)."""
+    beta2: float = 0.999
+    """AdamW: decay of the second moment, in [0, 1)."""
+    epsilon: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """AdamW: decoupled decay, times the rate."""
+
+
+class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a device must know to take part in a run."""
+
+    task: Task
+    algorithm: Algorithm = "ho-sfl"
+    seed: int = 0
+    """Root of all the run's randomness, 0 to 2^53 - 1; the only seed that ever crosses the wire."""
+    rounds: int = 100
+    """Rounds of training."""
+    directions: int = 2
+    """P of HO-SFL, Q of HOSL."""
+    probe_step: float = 1e-3
+    """μ of HO-SFL, ε of HOSL, in weight units."""
+    batch_size: int = 16
+    """Examples a device draws each round."""
+    max_length: int = 128
+    """Tokens an example is cut to."""
+    wire_dtype: WireDtype = "float32"
+    """Type of activations and of their gradients on the wire; HOSL's loss differences need float32."""
+    optimizer: ClientOptimizer = ClientOptimizer()
+    report_every: int = 10
+    """Rounds between a device's reports (weights digest, memory, bytes)."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens in one batch."""
+        return self.batch_size * self.max_length
+
+    @property
+    def coefficients(self) -> int:
+        """Numbers in an update: the directions, or none where the client is frozen."""
+        return 0 if self.algorithm == "frozen" else self.directions
+
+
+def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None = None) -> None:
+    """Raise SettingsError for the first field whose value cannot be used."""
+    check_task(settings.task)
+    _check_range("seed", settings.seed, 0, MAX_SEED)
+    _check_range("rounds", settings.rounds, 1, 10**9)
+    _check_range("directions", settings.directions, 1, MAX_DIRECTION)
+    _check_range("batch_size", settings.batch_size, 1, 65536)
+    _check_range("max_length", settings.max_length, 2, bundle_max_length or 2**20)
+    _check_range("report_every", settings.report_every, 1, 10**9)
+    _check_positive("probe_step", settings.probe_step)
+    _check_positive("client.learning_rate", settings.optimizer.learning_rate)
+    _check_positive("client.epsilon", settings.optimizer.epsilon)
+    _check_range("client.warmup_rounds", settings.optimizer.warmup_rounds, 0, settings.rounds)
+    for name in ("beta1", "beta2", "weight_decay"):
+        value = getattr(settings.optimizer, name)
+        if not 0.0 <= value < 1.0:
+            raise SettingsError(f"client.{name}", value, "use a number from 0 up to, not including, 1")
+    if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
+        raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
+
+
+def scheduled_rate(optimizer: ClientOptimizer, round_: int, rounds: int) -> float:
+    """The rate of round `round_` (from 1) of `rounds`."""
+    return optimizer.learning_rate * schedule_factor(optimizer.schedule, optimizer.warmup_rounds, round_, rounds)
+
+
+def schedule_factor(schedule: str, warmup_rounds: int, round_: int, rounds: int) -> float:
+    """Factor on the base rate at round `round_` (from 1): linear warm-up, then the schedule down to 0."""
+    if round_ <= warmup_rounds:
+        return round_ / warmup_rounds
+    remaining = (rounds - round_ + 1) / max(rounds - warmup_rounds, 1)
+    if schedule == "linear":
+        return remaining
+    if schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * remaining))
+    return 1.0
+
+
+def convert(data: Any, type_: type[Any], where: str) -> Any:
+    """`data` (from TOML or JSON) as `type_`; SettingsError names the place where it does not fit."""
+    try:
+        return msgspec.convert(data, type_)
+    except msgspec.ValidationError as error:
+        sentence, _, path = str(error).partition(" - at ")
+        raise SettingsError(where, path.strip("`") or "the whole", sentence) from error
+
+
+def _check_range(name: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise SettingsError(name, value, f"use a whole number from {lowest} to {highest}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0.0):
+        raise SettingsError(name, value, "use a number above 0")

@@ -1,0 +1,104 @@
+"""Tasks: how an example becomes a text and a label. Presets are the TOML files beside this module.
+
+A template holds field names in braces, `{premise}` or dotted `{target.span1_text}`; fields are looked up strictly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any, Literal
+
+import msgspec
+
+from hosl_protocol.exceptions import SettingsError
+
+TaskKind = Literal["prompt-classification", "sequence-classification", "lm"]
+
+_FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+
+
+class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What an example's text is, and what its label means."""
+
+    name: str
+    kind: TaskKind
+    """`prompt-classification`: the tail scores one verbalizer token per class after the prompt;
+    `sequence-classification`: a trained head scores the classes; `lm`: next token, the text is its own label."""
+    template: str
+    """Text of an example, with field names in braces."""
+    label_field: str = "label"
+    """Field that holds the label; unused by `lm`."""
+    labels: tuple[str, ...] = ()
+    """Label values as text, in class order."""
+    verbalizers: tuple[str, ...] = ()
+    """One token per class, its leading space included; only `prompt-classification`."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every field of an example that the task reads, in order, without repetition."""
+        label = () if self.kind == "lm" else (self.label_field,)
+        return tuple(dict.fromkeys((*_FIELD.findall(self.template), *label)))
+
+
+def check_task(task: Task) -> None:
+    """Raise SettingsError where the task contradicts itself."""
+    if not _FIELD.search(task.template):
+        raise SettingsError("task.template", task.template, "name at least one field in braces, such as {text}")
+    if re.search(r"[{}]", _FIELD.sub("", task.template)):
+        raise SettingsError("task.template", task.template, "braces may only enclose a field name")
+    if task.kind == "lm":
+        return
+    if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
+        raise SettingsError("task.labels", list(task.labels), "list two or more different label values")
+    if task.kind == "prompt-classification" and len(task.verbalizers) != len(task.labels):
+        raise SettingsError("task.verbalizers", list(task.verbalizers), f"give one for each of {list(task.labels)}")
+
+
+def render(task: Task, example: Mapping[str, Any]) -> str:
+    """The example's text. Raises KeyError with the name of a missing field."""
+    return _FIELD.sub(lambda match: str(look_up(example, match.group(1))), task.template)
+
+
+def label_of(task: Task, example: Mapping[str, Any]) -> int:
+    """The example's class index. Raises KeyError (missing field) or ValueError (unknown label, the value)."""
+    value = look_up(example, task.label_field)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if text not in task.labels:
+        raise ValueError(text)
+    return task.labels.index(text)
+
+
+def look_up(example: Mapping[str, Any], field: str) -> Any:
+    """A field by name, or by dots through nested objects; never attributes. Raises KeyError(field)."""
+    if field in example:
+        return example[field]
+    value: Any = example
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise KeyError(field)
+        value = value[part]
+    return value
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    files = resources.files(__name__).iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A shipped preset as a mapping that a run's own `[task]` may override. Raises SettingsError."""
+    if name not in preset_names():
+        raise SettingsError("task.preset", name, f"use one of {', '.join(preset_names())}")
+    text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+    preset: dict[str, Any] = msgspec.toml.decode(text)
+    return {"name": name, **preset}
+
+
+def preset_fields(name: str) -> tuple[str, ...] | None:
+    """The fields that the shipped preset `name` reads; None where no such preset exists."""
+    if name not in preset_names():
+        return None
+    return msgspec.convert(load_preset(name), Task).fields

@@ -1,0 +1,51 @@
+"""What the three commands share: one clear line and a numbered exit code for every error."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from hosl_protocol.exceptions import ExitCode, HoslError
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """`--debug` and `--log-level`."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse, run, and turn errors into a line on stderr and an exit code."""
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    try:
+        return command(options)
+    except HoslError as error:
+        return _fail(parser.prog, str(error), error.exit_code, options.debug)
+    except KeyboardInterrupt:
+        return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, debug=False)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.INTERRUPTED)
+    except MemoryError:
+        return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options.debug)
+    except OSError as error:
+        return _fail(parser.prog, str(error), ExitCode.RESOURCES, options.debug)
+
+
+def _fail(program: str, sentence: str, code: ExitCode, debug: bool) -> int:
+    if debug:
+        logging.getLogger("hosl").exception("%s failed", program)
+    print(f"{program}: error: {sentence}", file=sys.stderr)
+    return int(code)
