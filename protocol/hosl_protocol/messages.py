@@ -71,10 +71,8 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     epoch: int = 0
     applied_round: int = 0
     """The last round in the device's weights; 0 is the base shard."""
-    weights_digest: str
-    """Digest of the trainable weights at `applied_round`."""
-    max_batch_tokens: int
-    """Most tokens of one batch that the device can hold."""
+    weights_digest: str = ""
+    """Digest of the trainable weights at `applied_round`; empty without a journal."""
 
 
 class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):

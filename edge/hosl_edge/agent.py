@@ -1,0 +1,110 @@
+"""The agent: fetch the shard, then connect, and connect again, until the run has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosl_edge.device import Device
+from hosl_edge.display import Display, Progress
+from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.fetch import fetch_bundle
+from hosl_edge.memory import read_memory
+from hosl_edge.session import Session
+from hosl_edge.settings import EdgeSettings, read_token
+from hosl_protocol import Complete, ProtocolError
+
+log = logging.getLogger(__name__)
+
+LONGEST_PAUSE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How it went, for `--json`."""
+
+    device: str
+    run: str
+    outcome: str
+    rounds: int
+    accuracy: float | None
+    weights_digest: str
+    peak_rss_bytes: int
+    anonymous_bytes: int
+    sent_bytes: int
+    received_bytes: int
+
+
+async def run_agent(settings: EdgeSettings) -> Summary:
+    """Take part in the cloud's run until it ends; reconnects for ever."""
+    token = read_token(Path(settings.token_file))
+    display, progress = Display(settings.name), Progress()
+    software = f"hosl-edge {importlib.metadata.version('hosl')}"
+    device: Device | None = None
+    attempt = 0
+    try:
+        while True:
+            try:
+                if device is None:
+                    device = await _prepare(settings, token, display)
+                sent = progress.sent_bytes
+                complete = await Session(device, display, progress, software).run(settings.server, token)
+                return _summarize(device, complete, progress, display)
+            except (ConnectionLost, ProtocolError, RefusedError) as error:
+                if isinstance(error, RefusedError) and not error.retry:
+                    raise
+                # A connection that carried something was a good one: start counting anew.
+                attempt = 1 if device is not None and progress.sent_bytes > sent + 65536 else attempt + 1
+                pause = backoff_s(attempt)
+                display.say(f"{error}; next try in {pause:.1f} s")
+                await asyncio.sleep(pause)
+    finally:
+        if device is not None:
+            device.close()
+
+
+def backoff_s(attempt: int) -> float:
+    """Jittered pause before try `attempt` (from 1): doubles from half a second up to 20 s."""
+    longest = min(LONGEST_PAUSE_S, 0.5 * 2.0 ** min(attempt - 1, 10))
+    return longest * random.uniform(0.5, 1.0)
+
+
+async def _prepare(settings: EdgeSettings, token: str, display: Display) -> Device:
+    shown = -1
+
+    def on_progress(done: int, size: int) -> None:
+        nonlocal shown
+        tenth = 10 * done // size
+        if tenth != shown and size > 1 << 20:
+            shown = tenth
+            display.say(f"shard: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
+
+    def work() -> Device:
+        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress)
+        return Device(settings, folder, manifest)
+
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+def _summarize(device: Device, complete: Complete, progress: Progress, display: Display) -> Summary:
+    memory = read_memory()
+    display.say(
+        f"run {complete.run} {complete.reason} at round {complete.round}; peak memory {memory.peak / 1e6:.0f} MB, "
+        f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
+    )
+    return Summary(
+        device=device.settings.name,
+        run=complete.run,
+        outcome=complete.reason,
+        rounds=complete.round,
+        accuracy=progress.accuracy,
+        weights_digest=device.digest(),
+        peak_rss_bytes=memory.peak,
+        anonymous_bytes=memory.anonymous,
+        sent_bytes=progress.sent_bytes,
+        received_bytes=progress.received_bytes,
+    )

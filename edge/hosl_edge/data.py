@@ -1,0 +1,192 @@
+"""The device's data: JSON Lines or CSV in, token ids out. Errors name the file and the line, never the text.
+
+Shapes: B examples, T tokens of a batch without padding, L longest example.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from hosl_edge.exceptions import ConsentError, DataError
+from hosl_protocol import Task, label_of, preset_fields, render
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, padded on the right, shortest first."""
+
+    ids_BL: npt.NDArray[np.int64]
+    lengths_B: npt.NDArray[np.int32]
+    labels_N: npt.NDArray[np.int32]
+    """Class per example; for `lm` the T token ids themselves."""
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens without padding."""
+        return int(self.lengths_B.sum())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples as token ids."""
+
+    ids: npt.NDArray[np.int32]
+    """All examples, one after the other."""
+    offsets: npt.NDArray[np.int64]
+    """Where each example starts, and the end: [examples + 1]."""
+    labels: npt.NDArray[np.int32] | None
+    """[examples]; None for `lm`."""
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The examples at `indices` [B], sorted by length so that micro-batches carry little padding."""
+        lengths = np.diff(self.offsets)[indices]
+        order = np.argsort(lengths, kind="stable")
+        indices, lengths = indices[order], lengths[order]
+        rows = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        ids_BL = np.full((len(rows), int(lengths.max())), self.pad_token_id, np.int64)
+        for target, row in zip(ids_BL, rows, strict=True):
+            target[: row.size] = row
+        labels = np.concatenate(rows) if self.labels is None else self.labels[indices]
+        return Batch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32))
+
+
+def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int) -> Dataset:
+    """Read and tokenize a file. Raises DataError with file and line."""
+    lines, texts, labels = [], [], []
+    for line, example in read_examples(path):
+        texts.append(_text_of(task, example, path, line))
+        lines.append(line)
+        if task.kind != "lm":
+            labels.append(_label_of(task, example, path, line))
+    if not texts:
+        raise DataError(path, None, "holds no examples")
+    rows = tokenize(tokenizer, texts, max_length, keep_end=task.kind == "prompt-classification")
+    for line, row in zip(lines, rows, strict=True):
+        if row.size < (2 if task.kind == "lm" else 1):
+            raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
+    label_array = None if task.kind == "lm" else np.array(labels, np.int32)
+    return Dataset(np.concatenate(rows), offsets, label_array, pad_token_id)
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str], max_length: int, *, keep_end: bool) -> list[npt.NDArray[np.int32]]:
+    """Token ids of each text, special tokens included, cut to `max_length`.
+
+    `keep_end` drops from the left, for a prompt whose question stands at the end.
+    """
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
+    rows = []
+    for start in range(0, len(texts), 256):
+        encodings = tokenizer.encode_batch_fast(texts[start : start + 256])
+        rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
+    return rows
+
+
+def read_examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line numbers (from 1) and examples of a `.jsonl` or `.csv` file. Raises DataError."""
+    if path.suffix not in (".jsonl", ".csv"):
+        raise DataError(path, None, "the name should end in .jsonl or .csv")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from _read_csv(file, path) if path.suffix == ".csv" else _read_json_lines(file, path)
+    except OSError as error:
+        raise DataError(path, None, error.strerror or "cannot be read") from error
+    except UnicodeDecodeError as error:
+        raise DataError(path, None, f"is not UTF-8 at byte {error.start}") from error
+
+
+def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            example = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(path, line, f"is not JSON ({error.msg} at column {error.colno})") from error
+        if not isinstance(example, dict):
+            raise DataError(path, line, "should be a JSON object")
+        yield line, example
+
+
+def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        for example in reader:
+            if None in example or None in example.values():
+                raise DataError(path, reader.line_num, f"should have {len(reader.fieldnames or ())} columns")
+            yield reader.line_num, example
+    except csv.Error as error:
+        raise DataError(path, reader.line_num, f"is not CSV ({error})") from error
+
+
+def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
+    try:
+        return render(task, example)
+    except KeyError as error:
+        raise _missing(error, example, path, line) from None
+
+
+def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:
+    try:
+        return label_of(task, example)
+    except KeyError as error:
+        raise _missing(error, example, path, line) from None
+    except ValueError as error:
+        known = ", ".join(task.labels)
+        raise DataError(
+            path, line, f"label {str(error)[:40]!r} in {task.label_field!r} is not one of {known}"
+        ) from None
+
+
+def _missing(error: KeyError, example: Mapping[str, Any], path: Path, line: int) -> DataError:
+    return DataError(path, line, f"has no field {error.args[0]!r}; it has {', '.join(map(repr, example)) or 'none'}")
+
+
+def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: bool) -> None:
+    """Raise ConsentError where the task reads more than the device allows."""
+    if task.kind == "lm" and not share_text:
+        raise ConsentError(
+            f"task {task.name!r} sends the text itself as labels: start hosl-edge with --share-text to allow it"
+        )
+    allowed = fields if fields is not None else preset_fields(task.name)
+    if allowed is None:
+        raise ConsentError(
+            f"task {task.name!r} is not one that hosl ships and reads {', '.join(task.fields)}: "
+            "name the fields it may read with --fields"
+        )
+    refused = [field for field in task.fields if field not in allowed]
+    if refused:
+        raise ConsentError(
+            f"task {task.name!r} reads {', '.join(refused)}, this device allows {', '.join(allowed)}: see --fields"
+        )
+
+
+def digest_of_files(*paths: Path | None) -> str:
+    """SHA-256 over the data files, absent ones as empty. Raises DataError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        piece_digest = hashlib.sha256()
+        try:
+            if path is not None:
+                with path.open("rb") as file:
+                    while piece := file.read(1 << 20):
+                        piece_digest.update(piece)
+        except OSError as error:
+            raise DataError(path or Path(), None, error.strerror or "cannot be read") from error
+        digest.update(piece_digest.digest())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""What the device is between connections: its shard, its weights, its journal, its data."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from hosl_edge.data import Batch, Dataset, check_consent, digest_of_files, load_dataset
+from hosl_edge.exceptions import DataError
+from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
+from hosl_edge.memory import choose_rows, read_memory, release_unused, transient_bytes
+from hosl_edge.settings import EdgeSettings
+from hosl_edge.shard import Shard
+from hosl_protocol import ClientWeights, Manifest, RunSettings, UpdateRecord, Welcome, make_client_weights
+from hosl_protocol.manifest import SHARD_TOKENIZER
+
+log = logging.getLogger(__name__)
+
+
+class Device:
+    """State that outlives a connection. Its methods compute and read files: call them off the event loop."""
+
+    def __init__(self, settings: EdgeSettings, folder: Path, manifest: Manifest) -> None:
+        self.settings = settings
+        self.manifest = manifest
+        self.shard = Shard(folder, manifest, settings.compute_threads)
+        self.data_digest = digest_of_files(*self._data_paths)
+        self.weights: ClientWeights | None = None
+        self.train: Dataset | None = None
+        self.eval: Dataset | None = None
+        self.held_sets = 0
+        """Activation sets beyond the necessary one that the memory budget lets a round hold."""
+        self._folder = folder
+        self._state = Path(settings.state_dir) / settings.name
+        self._journal: Journal | None = None
+        self._recover()
+
+    @property
+    def _data_paths(self) -> tuple[Path, Path | None]:
+        return Path(self.settings.data), Path(self.settings.eval) if self.settings.eval else None
+
+    @property
+    def header(self) -> JournalHeader | None:
+        """The run that the weights belong to."""
+        return self._journal.header if self._journal else None
+
+    @property
+    def applied_round(self) -> int:
+        """The last round in the weights."""
+        return self.weights.applied_round if self.weights else 0
+
+    def digest(self) -> str:
+        """Digest of the weights; empty before a run is joined."""
+        return self.weights.digest() if self.weights else ""
+
+    def _recover(self) -> None:
+        """Shard + journal = the state before the last stop."""
+        found = open_journal(self._state)
+        if found is None:
+            return
+        journal, updates = found
+        if journal.header.shard_digest != self.manifest.shard_digest:
+            log.warning("the journal in %s is of another shard; starting at the base shard", self._state)
+            journal.close()
+            return
+        if journal.header.data_digest != self.data_digest:
+            raise DataError(
+                Path(self.settings.data),
+                None,
+                f"the data has changed since run {journal.header.run} began: put the old files back, or delete "
+                f"{self._state} to join as a new device",
+            )
+        self._journal = journal
+        self.weights = self._new_weights(journal.header.settings)
+        self.weights.apply(updates)
+
+    def join(self, welcome: Welcome) -> None:
+        """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError."""
+        check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
+        header = JournalHeader(
+            run=welcome.run,
+            epoch=welcome.epoch,
+            shard_digest=self.manifest.shard_digest,
+            data_digest=self.data_digest,
+            settings=welcome.settings,
+            width=welcome.width,
+        )
+        if welcome.plan == "rebuild" or self.header != header:
+            self._restart(header)
+        if self.train is None:
+            self._load_data(welcome.settings)
+            self._open_shard(welcome.settings)
+
+    def _restart(self, header: JournalHeader) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self.shard.reset()
+        if self.header is not None and self.header.settings != header.settings:
+            self.train = self.eval = None
+        if self.weights is not None:
+            self.weights.close()
+        self._journal = create_journal(self._state, header)
+        self.weights = self._new_weights(header.settings)
+
+    def _new_weights(self, settings: RunSettings) -> ClientWeights:
+        return make_client_weights(self.manifest, self.shard.weights, settings, self.settings.compute_threads)
+
+    def _load_data(self, settings: RunSettings) -> None:
+        train, held_out = self._data_paths
+        tokenizer = Tokenizer.from_file(str(self._folder / SHARD_TOKENIZER))
+        pad = self.manifest.pad_token_id
+        self.train = load_dataset(train, settings.task, tokenizer, settings.max_length, pad)
+        if held_out is not None:
+            self.eval = load_dataset(held_out, settings.task, tokenizer, settings.max_length, pad)
+        # A vocabulary of 49,000 tokens is 30 MB that training has no use for.
+        del tokenizer
+        gc.collect()
+        release_unused()
+
+    def _open_shard(self, settings: RunSettings) -> None:
+        self.shard.open()
+        self.shard.max_length = settings.max_length
+        set_bytes = settings.max_tokens * self.manifest.width * 4
+        # A round holds the clean set and λ (HO-SFL), or the set being sent (HOSL); one more is in transit.
+        necessary = (2 if settings.algorithm == "ho-sfl" else 1) * set_bytes + set_bytes
+        trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
+        untouched = 0 if self.applied_round else trainable
+        budget = self.settings.memory_budget_bytes
+        self.shard.rows = choose_rows(
+            lambda rows: self._forward_rows(rows, settings.max_length),
+            settings.batch_size,
+            settings.max_length,
+            necessary + untouched,
+            budget,
+        )
+        spare = 1 if settings.algorithm == "hosl" else settings.directions
+        self.held_sets = spare if budget is None else self._spare_sets(budget, necessary + untouched, set_bytes, spare)
+        release_unused()
+        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
+
+    def _spare_sets(self, budget: int, reserved: int, set_bytes: int, most: int) -> int:
+        rows, length = self.shard.rows, self.shard.max_length
+        work = transient_bytes(lambda: self._forward_rows(rows, length)) or 0
+        free = budget - read_memory().anonymous - reserved - work
+        return max(0, min(most, free // set_bytes))
+
+    def _forward_rows(self, rows: int, length: int) -> None:
+        before, self.shard.rows = self.shard.rows, rows
+        lengths = np.full(rows, length, np.int32)
+        ids = np.zeros((rows, length), np.int64)
+        for _ in self.shard.forward(Batch(ids, lengths, np.zeros(rows, np.int32))):
+            pass
+        self.shard.rows = before
+
+    def apply(self, updates: Sequence[UpdateRecord]) -> None:
+        """Apply updates to the weights, then journal them."""
+        assert self.weights is not None
+        assert self._journal is not None
+        self.weights.apply(updates)
+        self._journal.append(updates)
+
+    def close(self) -> None:
+        """Leave everything durable."""
+        if self._journal is not None:
+            self._journal.close()
+        if self.weights is not None:
+            self.weights.close()

@@ -1,0 +1,64 @@
+"""What a person at the device sees: one live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from hosl_edge.memory import read_memory
+
+PLAIN_INTERVAL_S = 10.0
+
+
+@dataclass
+class Progress:
+    """Figures of the run so far."""
+
+    rounds: int = 0
+    round: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    step_seconds: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def line(self) -> str:
+        """One line of it all."""
+        memory = read_memory()
+        parts = [f"round {self.round}/{self.rounds}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
+        if self.accuracy is not None:
+            parts.append(f"accuracy {100 * self.accuracy:.1f} %")
+        parts += [
+            f"step {self.step_seconds:.2f} s",
+            f"memory {memory.resident / 1e6:.0f} MB (anonymous {memory.anonymous / 1e6:.0f}, "
+            f"peak {memory.peak / 1e6:.0f})",
+            f"sent {self.sent_bytes / 1e6:.1f} MB",
+        ]
+        return "  ".join(parts)
+
+
+class Display:
+    """Writes to stderr."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_live = sys.stderr.isatty()
+        self._written_at = float("-inf")
+        self._last = ""
+
+    def show(self, progress: Progress) -> None:
+        """The live line, or a plain one when it is due."""
+        if self._is_live:
+            print(f"\r{self._name}: {progress.line()}\x1b[K", end="", file=sys.stderr, flush=True)
+            self._last = "\n"
+        elif time.monotonic() - self._written_at >= PLAIN_INTERVAL_S:
+            print(f"{self._name}: {progress.line()}", file=sys.stderr, flush=True)
+            self._written_at = time.monotonic()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays."""
+        print(f"{self._last}{self._name}: {sentence}", file=sys.stderr, flush=True)
+        self._last = ""

@@ -1,0 +1,65 @@
+"""Errors of the agent, split by what the caller can do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hosl_protocol import ExitCode, HoslError
+
+
+class EdgeError(HoslError):
+    """Root of the agent's errors.
+
+    EdgeError
+    ├── DataError           the device's data cannot be used: mend the file named
+    ├── ConsentError        the run asks for more than the device allows: decide
+    ├── MemoryBudgetError   the shard does not fit: raise the budget, or export another split
+    ├── RefusedError        the cloud says no: see its reason
+    └── ConnectionLost      the cloud is away: try again later
+    """
+
+
+class DataError(EdgeError):
+    """A data file is empty, unreadable, or has an unusable example; names the file and the line."""
+
+    exit_code = ExitCode.DATA
+
+    def __init__(self, path: Path, line: int | None, problem: str) -> None:
+        self.path, self.line, self.problem = path, line, problem
+        place = str(path) if line is None else f"{path}:{line}"
+        super().__init__(f"{place}: {problem}")
+
+
+class ConsentError(EdgeError):
+    """The run's task reads fields, or needs text, that this device has not been told to share."""
+
+    exit_code = ExitCode.SETTINGS
+
+
+class MemoryBudgetError(EdgeError):
+    """`--memory-budget` cannot hold the shard with one example; stores both figures in bytes."""
+
+    exit_code = ExitCode.RESOURCES
+
+    def __init__(self, needed_bytes: int, budget_bytes: int) -> None:
+        self.needed_bytes, self.budget_bytes = needed_bytes, budget_bytes
+        super().__init__(
+            f"memory budget is {budget_bytes / 1e6:.0f} MB, this run needs {needed_bytes / 1e6:.0f} MB "
+            "with one example at a time: raise --memory-budget, or use a smaller split, batch or max_length"
+        )
+
+
+class RefusedError(EdgeError):
+    """The cloud refused the device."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, reason: str, *, retry: bool) -> None:
+        self.reason, self.retry = reason, retry
+        super().__init__(f"the cloud refused this device: {reason}")
+
+
+class ConnectionLost(EdgeError):
+    """The connection broke, or could not be made."""
+
+    exit_code = ExitCode.REFUSED

@@ -1,0 +1,101 @@
+"""Fetching the shard over HTTP from the cloud's port: resumable, checked by digest, cached by digest."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hosl_edge.exceptions import ConnectionLost, EdgeError, RefusedError
+from hosl_protocol import BundleError, ExitCode, FileEntry, Manifest, decode_manifest, sha256_of_file
+from hosl_protocol.manifest import MANIFEST
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 30.0
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+_PIECE_BYTES = 1 << 20
+
+
+class NoSpaceError(EdgeError):
+    """The disk cannot hold the shard."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+def fetch_bundle(
+    server: str, token: str, cache: Path, on_progress: Callable[[int, int], None]
+) -> tuple[Path, Manifest]:
+    """The folder and manifest of the cloud's shard, downloaded where the cache lacks it.
+
+    Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
+    """
+    base = server.replace("ws", "http", 1).rstrip("/") + "/v1/bundle/"
+    with _open(base + MANIFEST, token) as response:
+        data = response.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+    manifest = decode_manifest(data, base + MANIFEST)
+    folder = cache / "shards" / manifest.shard_digest
+    for entry in manifest.shard_files:
+        _fetch_file(base, token, folder, entry, on_progress)
+    (folder / MANIFEST).write_bytes(data)
+    return folder, manifest
+
+
+def _fetch_file(base: str, token: str, folder: Path, entry: FileEntry, on_progress: Callable[[int, int], None]) -> None:
+    target = folder / entry.path
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
+    if target.exists() and target.stat().st_size == entry.size_bytes:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    if have > entry.size_bytes:
+        part.unlink()
+        have = 0
+    free = shutil.disk_usage(target.parent).free
+    if free < entry.size_bytes - have:
+        raise NoSpaceError(f"{target.parent} has {free} bytes free, {entry.path} needs {entry.size_bytes - have} more")
+    if have < entry.size_bytes:
+        _download(base + entry.path, token, part, have, entry.size_bytes, on_progress)
+    digest = sha256_of_file(part)
+    if digest != entry.sha256:
+        part.unlink()
+        raise BundleError(f"{entry.path} has digest {digest}, the manifest says {entry.sha256}: start again to refetch")
+    part.replace(target)
+
+
+def _download(url: str, token: str, part: Path, have: int, size: int, on_progress: Callable[[int, int], None]) -> None:
+    with _open(url, token, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
+        done = have if response.status == 206 else 0
+        try:
+            while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
+                file.write(piece)
+                done += len(piece)
+                on_progress(done, size)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(f"download of {url} broke off at {done} of {size} bytes: {error}") from error
+    if done != size:
+        raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
+
+
+def _open(url: str, token: str, have: int = 0) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise RefusedError("it does not know the join token", retry=False) from error
+        raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise ConnectionLost(f"cannot reach {url}: {reason}") from error

@@ -1,0 +1,126 @@
+"""The journal: every update that the weights have taken, a few bytes a round, append-only, with checksums.
+
+State = shard + journal. A record that a crash cut short, and all after it, is dropped at the next start.
+Layout: a header record (JSON), then update records; each is length u32, CRC-32 u32, payload, little-endian.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from hosl_protocol import RunSettings, UpdateRecord
+
+SYNC_INTERVAL_S = 30.0
+"""Longest time in which updates may be only in the kernel's memory; newer ones come again from the cloud."""
+
+_FRAME = struct.Struct("<II")
+_UPDATE = struct.Struct("<Qd")
+
+
+class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
+    """What the updates belong to."""
+
+    run: str
+    epoch: int
+    shard_digest: str
+    data_digest: str
+    settings: RunSettings
+    width: int
+
+
+class Journal:
+    """One run's journal, open for appending."""
+
+    def __init__(self, path: Path, header: JournalHeader) -> None:
+        self.path = path
+        self.header = header
+        self._file = path.open("ab")
+        self._synced_at = time.monotonic()
+
+    def append(self, updates: Sequence[UpdateRecord]) -> None:
+        """Add updates; synced to disk at most SYNC_INTERVAL_S later."""
+        self._file.write(b"".join(_record(_encode_update(update)) for update in updates))
+        self._file.flush()
+        if time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make everything durable."""
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Sync and close."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+def create_journal(folder: Path, header: JournalHeader) -> Journal:
+    """An empty journal for a run, in place of any other; atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, new = journal_path(folder), journal_path(folder).with_suffix(".new")
+    with new.open("wb") as file:
+        file.write(_record(msgspec.json.encode(header)))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    return Journal(path, header)
+
+
+def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:
+    """The journal in `folder` and its updates, its torn tail cut off; None where there is none that can be used."""
+    path = journal_path(folder)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    records = list(_records(data))
+    if not records:
+        return None
+    try:
+        header = msgspec.json.decode(records[0][1], type=JournalHeader)
+    except msgspec.DecodeError:
+        return None
+    good_bytes = records[-1][0]
+    if good_bytes < len(data):
+        os.truncate(path, good_bytes)
+    return Journal(path, header), [_decode_update(payload) for _, payload in records[1:]]
+
+
+def journal_path(folder: Path) -> Path:
+    """Where the journal is."""
+    return folder / "journal"
+
+
+def _record(payload: bytes) -> bytes:
+    return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """End offset and payload of every whole record, up to the first that is not."""
+    place = 0
+    while place + _FRAME.size <= len(data):
+        length, checksum = _FRAME.unpack_from(data, place)
+        payload = data[place + _FRAME.size : place + _FRAME.size + length]
+        if len(payload) < length or zlib.crc32(payload) != checksum:
+            return
+        place += _FRAME.size + length
+        yield place, payload
+
+
+def _encode_update(update: UpdateRecord) -> bytes:
+    return _UPDATE.pack(update.round, update.learning_rate) + update.coefficients.astype("<f4").tobytes()
+
+
+def _decode_update(payload: bytes) -> UpdateRecord:
+    round_, learning_rate = _UPDATE.unpack_from(payload)
+    return UpdateRecord(round_, np.frombuffer(payload, "<f4", offset=_UPDATE.size), learning_rate)

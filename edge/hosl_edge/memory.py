@@ -1,0 +1,112 @@
+"""What the agent's memory is, and how many tokens a micro-batch may have so that it stays inside the budget."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosl_edge.exceptions import MemoryBudgetError
+
+log = logging.getLogger(__name__)
+
+PREFERRED_TOKENS = 512
+"""Padded tokens of a micro-batch from which packing the weights is paid off; more only costs memory."""
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident memory of this process, in bytes."""
+
+    resident: int
+    peak: int
+    """Largest resident size so far, file-backed pages included."""
+    anonymous: int
+    """Memory that no file backs: what a budget limits."""
+    file_backed: int
+    """Pages of mapped files, which the kernel can drop at any time."""
+
+
+def read_memory() -> Memory:
+    """Read /proc/self/status."""
+    values = {}
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if rest.endswith(" kB"):
+            values[name] = int(rest.split()[0]) * 1024
+    # ru_maxrss survives a reset of VmHWM and is inherited across exec only as a lower bound.
+    return Memory(
+        resident=values["VmRSS"],
+        peak=max(values["VmHWM"], _peak_before_reset),
+        anonymous=values["RssAnon"],
+        file_backed=values["RssFile"],
+    )
+
+
+_peak_before_reset = 0
+
+
+def _reset_peak() -> bool:
+    """Start measuring the peak anew; False where the kernel does not allow it."""
+    global _peak_before_reset
+    peak = read_memory().peak
+    try:
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    _peak_before_reset = peak
+    return True
+
+
+def release_unused() -> None:
+    """Give freed memory back to the kernel (glibc keeps it otherwise)."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        log.debug("this C library has no malloc_trim")
+
+
+def transient_bytes(work: Callable[[], None]) -> int | None:
+    """How far the resident size rises while `work` runs; None where it can't be measured. Runs it twice."""
+    work()
+    release_unused()
+    if not _reset_peak():
+        return None
+    before = read_memory().resident
+    work()
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return max(int(line.split()[1]) * 1024 - before, 0)
+    return None
+
+
+def choose_rows(
+    forward_rows: Callable[[int], None], max_rows: int, max_length: int, reserved_bytes: int, budget_bytes: int | None
+) -> int:
+    """Rows of a micro-batch at full length, from 1 to `max_rows`.
+
+    `forward_rows(n)` runs n rows of full length; `reserved_bytes` is what a round holds besides (activation sets,
+    trainable pages not yet copied). Raises MemoryBudgetError where not even one row fits.
+    """
+    rows = max(1, min(max_rows, PREFERRED_TOKENS // max_length))
+    if budget_bytes is None:
+        return rows
+    one = transient_bytes(lambda: forward_rows(1))
+    if one is None:
+        log.warning("this kernel does not let a process measure its own peak: micro-batches are of one example")
+        return 1
+    fixed = read_memory().anonymous + reserved_bytes
+    if fixed + one > budget_bytes:
+        raise MemoryBudgetError(fixed + one, budget_bytes)
+    if rows > 1:
+        two = transient_bytes(lambda: forward_rows(2)) or one
+        per_row = max(two - one, one // 4, 1)
+        rows = max(1, min(rows, 1 + (budget_bytes - fixed - one) // per_row))
+    return rows

@@ -1,0 +1,335 @@
+"""One connection to the cloud, from Hello to its end: the shell around the sans-I/O protocol and the steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from hosl_edge import step
+from hosl_edge.device import Device
+from hosl_edge.display import Display, Progress
+from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.memory import read_memory
+from hosl_protocol import (
+    PIECE_BYTES,
+    CatchUp,
+    Complete,
+    Connection,
+    EvalStart,
+    Frame,
+    Goodbye,
+    Hello,
+    HoslError,
+    Message,
+    Ready,
+    Refusal,
+    Report,
+    Role,
+    RoundStart,
+    Update,
+    UpdateRecord,
+    Welcome,
+    batch_indices,
+    name_of,
+)
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 15.0
+"""A peer that answers no ping for this long, after as long a silence, is gone."""
+
+T = TypeVar("T")
+
+
+class _Superseded(Exception):
+    """The cloud has moved on while a step waited; carries what came instead."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+
+
+@dataclass
+class Session:
+    """A connection in progress."""
+
+    device: Device
+    display: Display
+    progress: Progress
+    software: str
+    _connection: Connection = field(default_factory=lambda: Connection(Role.EDGE))
+    _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
+    _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
+    _welcome: Welcome | None = None
+
+    async def run(self, url: str, token: str) -> Complete:
+        """Take part until the run ends. Raises ConnectionLost, RefusedError, or what the device's data deserves."""
+        try:
+            async with connect(
+                url.rstrip("/") + "/v1/device",
+                additional_headers={"Authorization": f"Bearer {token}"},
+                compression=None,
+                max_size=PIECE_BYTES,
+                ping_interval=HEARTBEAT_S,
+                ping_timeout=HEARTBEAT_S,
+            ) as socket:
+                return await self._talk(socket)
+        except InvalidStatus as error:
+            code = error.response.status_code
+            if code in (401, 403):
+                raise RefusedError("it does not know the join token", retry=False) from error
+            raise ConnectionLost(f"{url} answered {code}") from error
+        except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
+            raise ConnectionLost(f"cannot talk to {url}: {error}") from error
+
+    async def _talk(self, socket: ClientConnection) -> Complete:
+        tasks = [asyncio.create_task(self._read(socket)), asyncio.create_task(self._write(socket))]
+        try:
+            await self._say_hello()
+            interruption: Frame | None = None
+            while True:
+                frame = interruption or await self._next()
+                if isinstance(frame.message, Complete):
+                    return frame.message
+                interruption = await self._handle(frame)
+        except HoslError as error:
+            if not isinstance(error, (ConnectionLost, RefusedError)):
+                await self._leave(type(error).__name__)
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, socket: ClientConnection) -> None:
+        """Drain the socket, so that pings are answered whatever the rest is doing."""
+        try:
+            async for piece in socket:
+                if isinstance(piece, str):
+                    piece = piece.encode()
+                self.progress.received_bytes += len(piece)
+                frame = self._connection.receive(piece)
+                if frame is not None:
+                    self._incoming.put_nowait(frame)
+            error: HoslError = ConnectionLost("the cloud closed the connection")
+        except HoslError as broken:
+            error = broken
+        except (ConnectionClosed, OSError) as broken:
+            error = ConnectionLost(f"the connection broke: {broken}")
+        self._incoming.put_nowait(error)
+
+    async def _write(self, socket: ClientConnection) -> None:
+        with contextlib.suppress(ConnectionClosed):  # the reader reports it
+            while True:
+                message, tensors = await self._outgoing.get()
+                for piece in self._connection.send(message, tensors):
+                    await socket.send(piece)
+                    self.progress.sent_bytes += len(piece)
+                del tensors
+                self._outgoing.task_done()
+
+    async def _next(self) -> Frame:
+        item = await self._incoming.get()
+        if isinstance(item, HoslError):
+            raise item
+        if isinstance(item.message, Refusal):
+            raise RefusedError(item.message.reason, retry=item.message.retry)
+        return item
+
+    def _send(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
+        self._outgoing.put_nowait((message, tensors or {}))
+
+    async def _leave(self, reason: str) -> None:
+        self._send(Goodbye(reason=reason))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._outgoing.join(), 5.0)
+
+    async def _say_hello(self) -> None:
+        device, header = self.device, self.device.header
+        self._send(
+            Hello(
+                software=self.software,
+                device=device.settings.name,
+                shard_digest=device.manifest.shard_digest,
+                data_digest=device.data_digest,
+                run=header.run if header else None,
+                epoch=header.epoch if header else 0,
+                applied_round=device.applied_round,
+                weights_digest=await _in_thread(device.digest),
+            )
+        )
+
+    async def _handle(self, frame: Frame) -> Frame | None:
+        """Deal with a message outside a step; what interrupted a step comes back to be handled next."""
+        message = frame.message
+        if isinstance(message, Welcome):
+            await self._join(message)
+        elif isinstance(message, CatchUp):
+            await self._catch_up(message, frame)
+        elif isinstance(message, Update):
+            await self._update(message, frame)
+        elif isinstance(message, RoundStart):
+            return await self._round(message)
+        elif isinstance(message, EvalStart):
+            return await self._evaluate(message)
+        else:
+            log.info("late %s ignored", name_of(message))
+        return None
+
+    async def _join(self, welcome: Welcome) -> None:
+        self._welcome = welcome
+        self.progress.rounds = welcome.settings.rounds
+        self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
+        await _in_thread(lambda: self.device.join(welcome))
+        if welcome.plan == "rebuild" and self.device.applied_round:
+            raise HoslError("the journal could not be dropped")
+
+    async def _catch_up(self, message: CatchUp, frame: Frame) -> None:
+        coefficients = frame.tensors["coefficients"]
+        rates = frame.tensors["learning_rates"].tolist()
+        updates = [UpdateRecord(message.first_round + row, coefficients[row], rates[row]) for row in range(len(rates))]
+        await _in_thread(lambda: self.device.apply(updates))
+        if message.last:
+            await self._ready()
+
+    async def _ready(self) -> None:
+        device, welcome = self.device, self._joined()
+        self._send(
+            Ready(
+                run=welcome.run,
+                epoch=welcome.epoch,
+                applied_round=device.applied_round,
+                weights_digest=await _in_thread(device.digest),
+                train_examples=len(device.train or ()),
+                eval_examples=len(device.eval or ()),
+            )
+        )
+
+    async def _update(self, message: Update, frame: Frame) -> None:
+        device = self.device
+        if message.round <= device.applied_round:
+            return
+        if message.round > device.applied_round + 1:
+            raise ConnectionLost(f"update of round {message.round} came after round {device.applied_round}")
+        record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
+        await _in_thread(lambda: device.apply([record]))
+        self._warn_if_below_lattice(record)
+        self.progress.round, self.progress.loss = message.round, float(frame.tensors["loss"])
+        self.display.show(self.progress)
+        settings = self._joined().settings
+        if message.round % settings.report_every == 0 or message.round == settings.rounds:
+            await self._report()
+
+    def _warn_if_below_lattice(self, record: UpdateRecord) -> None:
+        assert self.device.weights is not None
+        resolution = self.device.weights.resolution(record)
+        if resolution < 1.0:
+            log.warning(
+                "round %d: a step is %.2g of the lattice spacing; it is kept on average only", record.round, resolution
+            )
+
+    async def _report(self) -> None:
+        memory = read_memory()
+        welcome = self._joined()
+        self._send(
+            Report(
+                run=welcome.run,
+                epoch=welcome.epoch,
+                applied_round=self.device.applied_round,
+                weights_digest=await _in_thread(self.device.digest),
+                step_seconds=self.progress.step_seconds,
+                peak_rss_bytes=memory.peak,
+                anonymous_bytes=memory.anonymous,
+                sent_bytes=self.progress.sent_bytes,
+                received_bytes=self.progress.received_bytes,
+            )
+        )
+
+    async def _round(self, start: RoundStart) -> Frame | None:
+        device, settings = self.device, self._joined().settings
+        if start.round != device.applied_round + 1:
+            raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
+        assert device.train is not None
+        indices = batch_indices(
+            settings.seed, start.round, device.settings.name, len(device.train), settings.batch_size
+        )
+        steps = step.ROUNDS[settings.algorithm](self._context(start.round), device.train.batch(indices))
+        began = time.monotonic()
+        interruption = await self._drive(steps)
+        self.progress.step_seconds = time.monotonic() - began
+        return interruption
+
+    async def _evaluate(self, start: EvalStart) -> Frame | None:
+        totals = np.zeros(2, np.int64)
+
+        def on_result(loss: float, correct: int, scored: int) -> None:
+            totals[:] += (correct, scored)
+
+        assert self.device.eval is not None
+        interruption = await self._drive(step.evaluate(self._context(start.round), self.device.eval, on_result))
+        if interruption is None and totals[1]:
+            self.progress.accuracy = float(totals[0] / totals[1])
+            self.display.show(self.progress)
+        return interruption
+
+    def _context(self, round_: int) -> step.RoundContext:
+        device, welcome = self.device, self._joined()
+        assert device.weights is not None
+        return step.RoundContext(
+            run=welcome.run,
+            epoch=welcome.epoch,
+            round=round_,
+            settings=welcome.settings,
+            shard=device.shard,
+            weights=device.weights,
+            held_sets=device.held_sets,
+        )
+
+    async def _drive(self, steps: step.Step) -> Frame | None:
+        """Run a step to its end, computing in a thread; what the cloud sent instead of a reply, if it did."""
+        reply: Frame | None = None
+        try:
+            while True:
+                action = await _in_thread(partial(_advance, steps, reply))
+                reply = None
+                if action is None:
+                    return None
+                if isinstance(action, step.Send):
+                    self._send(action.message, action.tensors)
+                else:
+                    reply = await self._reply(action.kind)
+        except _Superseded as superseded:
+            log.info("the cloud sent %s during a step", name_of(superseded.frame.message))
+            return superseded.frame
+        finally:
+            await _in_thread(steps.close)
+
+    async def _reply(self, kind: type) -> Frame:
+        frame = await self._next()
+        if not isinstance(frame.message, kind):
+            raise _Superseded(frame)
+        return frame
+
+    def _joined(self) -> Welcome:
+        assert self._welcome is not None
+        return self._welcome
+
+
+def _advance(steps: step.Step, reply: Frame | None) -> step.Send | step.Receive | None:
+    try:
+        return steps.send(reply)
+    except StopIteration:
+        return None
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(None, work)

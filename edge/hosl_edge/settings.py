@@ -1,0 +1,116 @@
+"""The agent's settings: from the command line, from a TOML file, or both (the command line wins)."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from hosl_protocol import SettingsError, convert
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def _default_name() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64] or "device"
+
+
+def _xdg(variable: str, fallback: str) -> str:
+    return str(Path(os.environ.get(variable) or Path.home() / fallback) / "hosl")
+
+
+class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Settings of `hosl-edge`; the TOML file uses the same names."""
+
+    server: str
+    """Address of the cloud, `wss://host:port` or `ws://host:port`."""
+    token_file: str
+    """File that holds the join token."""
+    data: str
+    """Training data: `.jsonl` or `.csv`."""
+    eval: str | None = None
+    """Held-out data of the same form; without it the device takes no part in evaluations."""
+    memory_budget: int | str | None = None
+    """Bytes, or a number with K, M, G, Ki, Mi, Gi: most anonymous memory that the agent may take."""
+    threads: int = 0
+    """Compute threads; 0 takes one per CPU that the process may use."""
+    name: str = msgspec.field(default_factory=_default_name)
+    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`; a device keeps it for life."""
+    fields: tuple[str, ...] | None = None
+    """Fields of the data that a run may use; default: those that the shipped task of the same name reads."""
+    share_text: bool = False
+    """Allow tasks (`lm`) whose labels are the text itself."""
+    state_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
+    """Where the journal lives."""
+    cache_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"))
+    """Where fetched shards live."""
+    insecure: bool = False
+    """Allow plain text (`ws://`) to a host that is not this one."""
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def compute_threads(self) -> int:
+        """The number of threads to use."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def parse_bytes(text: int | str) -> int:
+    """`400M` as 400,000,000; `400Mi` as 419,430,400."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(text).strip().upper())
+    if not match or not float(match.group(1)):
+        raise SettingsError("memory_budget", text, "use a number of bytes such as 400M or 1.5G")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def load_settings(options: dict[str, Any], config: Path | None) -> EdgeSettings:
+    """Settings from the options that were given, over those in the file. Raises SettingsError."""
+    data: dict[str, Any] = {}
+    if config is not None:
+        try:
+            data = msgspec.toml.decode(config.read_bytes())
+        except OSError as error:
+            raise SettingsError("--config", str(config), error.strerror or "cannot be read") from error
+        except msgspec.DecodeError as error:
+            raise SettingsError("--config", str(config), f"is not TOML: {error}") from error
+    data |= options
+    for required in ("server", "token_file", "data"):
+        if required not in data:
+            raise SettingsError(required, None, f"give --{required.replace('_', '-')}, or set it in the --config file")
+    settings: EdgeSettings = convert(data, EdgeSettings, str(config) if config else "options")
+    _check(settings)
+    return settings
+
+
+def _check(settings: EdgeSettings) -> None:
+    url = urlsplit(settings.server)
+    if url.scheme not in ("ws", "wss") or not url.hostname:
+        raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
+    is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
+    if url.scheme == "ws" and not is_loopback and not settings.insecure:
+        raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", settings.name):
+        raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-")
+    if settings.threads < 0:
+        raise SettingsError("threads", settings.threads, "use 0 (all) or more")
+    if settings.memory_budget is not None:
+        parse_bytes(settings.memory_budget)
+
+
+def read_token(path: Path) -> str:
+    """The join token in a file. Raises SettingsError."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
+    if not token or not token.isascii() or any(character.isspace() for character in token):
+        raise SettingsError("token_file", str(path), "it should hold one token and nothing else")
+    return token

@@ -1,0 +1,175 @@
+"""The device's part of a round, as generators without I/O: they yield what to send and receive the replies.
+
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, step by step as the papers give them.
+Whatever ends a generator, the weights stand at θ again. Shapes: T tokens of the batch, D width of the cut layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hosl_edge.data import Batch, Dataset
+from hosl_edge.shard import Shard
+from hosl_protocol import (
+    Anchor,
+    ClientWeights,
+    CutGradient,
+    EvalBatch,
+    EvalResult,
+    Frame,
+    Message,
+    Probe,
+    ProbeLoss,
+    ProbePoint,
+    Projections,
+    RunSettings,
+)
+
+Activations: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send this; go on at once. The tensors stay unchanged until the reply to it has come."""
+
+    message: Message
+    tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Wait for the next message, which should be of this kind."""
+
+    kind: type
+
+
+Step: TypeAlias = Generator["Send | Receive", "Frame | None", None]
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a round needs to know."""
+
+    run: str
+    epoch: int
+    round: int
+    settings: RunSettings
+    shard: Shard
+    weights: ClientWeights
+    held_sets: int
+    """Activation sets that the memory budget lets a round hold besides the one it must."""
+
+    def name(self, id_: int) -> dict[str, Any]:
+        """The fields that name a message of this round."""
+        return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
+
+    def empty_set(self, batch: Batch) -> Activations:
+        """Memory for one set of activations [T, D]."""
+        return np.empty((batch.tokens, self.shard.manifest.width), np.float32)
+
+
+def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
+    """HO-SFL steps 1 and 3: clean activations up, λ down, P projections v_p = ⟨λ, f(θ + μu_p) − f(θ)⟩ up."""
+    clean_TD = context.shard.activations(batch, context.empty_set(batch))
+    yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
+    directions = range(context.settings.directions)
+    early = directions[: context.held_sets]
+    try:
+        # These run while the cloud computes; what they hold is bounded by the memory budget.
+        differences = [_difference(context, batch, direction, clean_TD) for direction in early]
+        if len(early) == len(directions):
+            context.weights.probe(None)
+        reply = yield Receive(CutGradient)
+        assert reply is not None
+        lambda_TD = reply.tensors["lambda"]
+        projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
+        differences.clear()
+        projections += [_project(context, batch, p, clean_TD, lambda_TD) for p in directions[len(early) :]]
+    finally:
+        context.weights.probe(None)
+    yield Send(Projections(**context.name(1)), {"projections": np.array(projections, np.float32)})
+
+
+def _difference(context: RoundContext, batch: Batch, direction: int, clean_TD: Activations) -> Activations:
+    """f(θ + μu_p) − f(θ) [T, D]."""
+    context.weights.probe(ProbePoint(context.round, direction, +1))
+    difference_TD = context.shard.activations(batch, context.empty_set(batch))
+    difference_TD -= clean_TD
+    return difference_TD
+
+
+def _project(
+    context: RoundContext, batch: Batch, direction: int, clean_TD: Activations, lambda_TD: Activations
+) -> float:
+    """v_p, micro-batch by micro-batch: no further set of activations is held."""
+    context.weights.probe(ProbePoint(context.round, direction, +1))
+    parts = context.shard.forward(batch)
+    return sum(_inner(lambda_TD[place], probed_TD - clean_TD[place]) for place, probed_TD in parts)
+
+
+def _inner(a: Activations, b: Activations) -> float:
+    return float(np.vdot(a, b))
+
+
+def hosl_round(context: RoundContext, batch: Batch) -> Step:
+    """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones."""
+    probes = [ProbePoint(context.round, q, sign) for q in range(context.settings.directions) for sign in (+1, -1)]
+    may_overlap = context.held_sets > 0
+    try:
+        for id_, point in enumerate((*probes, None)):
+            if id_ and not may_overlap:
+                yield Receive(ProbeLoss)
+            context.weights.probe(point)
+            set_TD = context.shard.activations(batch, context.empty_set(batch))
+            if id_ and may_overlap:  # the cloud evaluated the last probe while this one was computed
+                yield Receive(ProbeLoss)
+            yield Send(_hosl_message(context, id_, point), _upload(set_TD, batch))
+            del set_TD
+    finally:
+        context.weights.probe(None)
+
+
+def _hosl_message(context: RoundContext, id_: int, point: ProbePoint | None) -> Probe | Anchor:
+    if point is None:
+        return Anchor(**context.name(id_))
+    return Probe(**context.name(id_), direction=point.direction, sign=+1 if point.sign > 0 else -1)
+
+
+def frozen_round(context: RoundContext, batch: Batch) -> Step:
+    """The control that both papers lack: only the tail trains, one upload a round."""
+    clean_TD = context.shard.activations(batch, context.empty_set(batch))
+    yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
+
+
+ROUNDS: dict[str, Callable[[RoundContext, Batch], Step]] = {
+    "ho-sfl": ho_sfl_round,
+    "hosl": hosl_round,
+    "frozen": frozen_round,
+}
+
+
+def evaluate(context: RoundContext, dataset: Dataset, on_result: Callable[[float, int, int], None]) -> Step:
+    """Send the held-out data batch by batch; `on_result(mean loss, correct, scored)` hears of each."""
+    size = context.settings.batch_size
+    starts = range(0, len(dataset), size)
+    # Neighbours in length make batches with little padding; the order does not matter here.
+    order = np.argsort(np.diff(dataset.offsets), kind="stable")
+    for id_, start in enumerate(starts):
+        batch = dataset.batch(order[start : start + size])
+        clean_TD = context.shard.activations(batch, context.empty_set(batch))
+        message = EvalBatch(**context.name(id_), last=id_ == len(starts) - 1)
+        yield Send(message, _upload(clean_TD, batch))
+        reply = yield Receive(EvalResult)
+        assert reply is not None
+        result = reply.message
+        assert isinstance(result, EvalResult)
+        on_result(float(reply.tensors["loss"]), result.correct, result.scored)
+
+
+def _upload(activations_TD: Activations, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+    return {"activations": activations_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}
