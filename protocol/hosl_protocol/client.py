@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hosl_protocol import lattice
 from hosl_protocol.directions import CHUNK, Stream, uniforms
-from hosl_protocol.exceptions import HoslError, LatticeError
+from hosl_protocol.exceptions import HoslError, LatticeError, SettingsError
 from hosl_protocol.manifest import Manifest
 from hosl_protocol.perturbation import LatticeTensor, Term, Vector, add_directions, estimate
 from hosl_protocol.settings import ClientOptimizer, RunSettings
@@ -63,11 +63,17 @@ class ClientWeights:
         self.optimizer = optimizer
         self.applied_round = 0
         self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
+        for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
+            if step > lattice.limit(tensor.exponent) / 2:
+                remedy = (
+                    f"weights of {tensor.name} are exact only for steps up to {lattice.limit(tensor.exponent) / 2:.3g}"
+                )
+                raise SettingsError("probe_step", probe_step, remedy)
         self._corrections = [probe_step / step for step in self._probe_steps]
         # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
         self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
         self._point: ProbePoint | None = None
-        self._adamw = _AdamW(self.tensors, optimizer) if optimizer.kind == "adamw" else None
+        self._adamw = _AdamW(self.tensors, optimizer, self._probe_steps) if optimizer.kind == "adamw" else None
         is_large = self.elements > THREADED_ABOVE and threads > 1
         self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
 
@@ -97,18 +103,22 @@ class ClientWeights:
         return Term(point.round, point.direction, steps)
 
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
-        """Apply the updates of consecutive rounds; SGD adds them all in one pass. Raises LatticeError."""
+        """Apply the updates of consecutive rounds; SGD adds as many in one pass as the exact range surely holds.
+
+        Raises LatticeError: with SGD the weights then stand at `applied_round`, with AdamW between two rounds.
+        """
         self.probe(None)
         for expected, update in enumerate(updates, self.applied_round + 1):
             if update.round != expected:
                 raise HoslError(f"update of round {update.round}, expected round {expected}")
+            if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
+                raise HoslError(f"update of round {update.round} holds a number that is not finite")
         if self._adamw is None:
-            self._add([term for update in updates for term in self._sgd_terms(update)])
-        else:
-            for update in updates:
-                self._adamw.step(self._estimate_terms(update), self.seed, update.learning_rate)
-        if updates:
-            self.applied_round = updates[-1].round
+            self._add(updates, +1)
+            return
+        for update in updates:
+            self._adamw.step(self._estimate_terms(update), self.seed, update.learning_rate)
+            self.applied_round = update.round
 
     def revert(self, updates: Sequence[UpdateRecord]) -> None:
         """Take back the newest updates (SGD), given in ascending order: the same bits as before them."""
@@ -118,32 +128,43 @@ class ClientWeights:
         for expected, update in zip(range(self.applied_round, -1, -1), reversed(updates), strict=False):
             if update.round != expected:
                 raise HoslError(f"take back of round {update.round}, expected round {expected}")
-        terms = [term for update in updates for term in self._sgd_terms(update)]
-        self._add([Term(term.round, term.direction, [-step for step in term.steps]) for term in terms])
-        self.applied_round -= len(updates)
+        self._add(updates[::-1], -1)
 
-    def _add(self, terms: Sequence[Term]) -> None:
-        self._guard(terms)
+    def _add(self, updates: Sequence[UpdateRecord], sign: int) -> None:
+        """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
+        terms = [term for update in updates for term in self._sgd_terms(update, sign)]
+        try:
+            self._guard(terms)
+        except LatticeError:
+            if len(updates) > 1:
+                self._add(updates[: len(updates) // 2], sign)
+                self._add(updates[len(updates) // 2 :], sign)
+                return
+            if sign > 0:
+                raise
+            # Taking one round back passes only sums that were inside the range when it was applied.
+            self._bounds = [lattice.limit(tensor.exponent) for tensor in self.tensors]
         add_directions(self.tensors, terms, self.seed, self._executor)
+        self.applied_round += sign * len(updates)
 
     def _guard(self, terms: Sequence[Term]) -> None:
-        """Extend each tensor's bound on |θ|; where it would leave the exact range take the true maximum."""
-        for tensor in self.tensors:
-            step = self._probe_steps[tensor.index]
-            growth = sum(abs(term.steps[tensor.index]) for term in terms)
+        """Extend each tensor's bound on |θ|; where it would leave the exact range take the true maximum first."""
+        growths = [sum(abs(term.steps[tensor.index]) for term in terms) for tensor in self.tensors]
+        for tensor, growth, step in zip(self.tensors, growths, self._probe_steps, strict=True):
             limit = lattice.limit(tensor.exponent)
             if self._bounds[tensor.index] + growth + step > limit:
                 self._bounds[tensor.index] = largest(tensor.values)
-            self._bounds[tensor.index] += growth
-            if self._bounds[tensor.index] + step > limit:
-                raise LatticeError(tensor.name, self._bounds[tensor.index] + step, limit)
+                if self._bounds[tensor.index] + growth + step > limit:
+                    raise LatticeError(tensor.name, self._bounds[tensor.index] + growth + step, limit)
+        self._bounds = [bound + growth for bound, growth in zip(self._bounds, growths, strict=True)]
 
-    def _sgd_terms(self, update: UpdateRecord) -> list[Term]:
+    def _sgd_terms(self, update: UpdateRecord, sign: int = +1) -> list[Term]:
         terms = []
         for direction, coefficient in enumerate(update.coefficients.tolist()):
             chance = uniforms(self.seed, update.round, direction, Stream.ROUNDING, len(self.tensors))
             steps = [
-                lattice.round_stochastically(coefficient * correction, tensor.exponent, float(chance[tensor.index]))
+                sign
+                * lattice.round_stochastically(coefficient * correction, tensor.exponent, float(chance[tensor.index]))
                 for tensor, correction in zip(self.tensors, self._corrections, strict=True)
             ]
             terms.append(Term(update.round, direction, steps))
@@ -180,8 +201,10 @@ class ClientWeights:
 class _AdamW:
     """AdamW in float32 with separate multiply and add, its steps rounded to the lattice; the same bits everywhere."""
 
-    def __init__(self, tensors: Sequence[LatticeTensor], settings: ClientOptimizer) -> None:
-        self._tensors, self._settings = tensors, settings
+    def __init__(
+        self, tensors: Sequence[LatticeTensor], settings: ClientOptimizer, probe_steps: Sequence[float]
+    ) -> None:
+        self._tensors, self._settings, self._probe_steps = tensors, settings, probe_steps
         self._steps = 0
         self._power1 = self._power2 = 1.0
         self._first = [np.zeros_like(tensor.values) for tensor in tensors]
@@ -225,7 +248,7 @@ class _AdamW:
         np.divide(step, g, out=step)
         np.rint(step, out=step)
         step *= g
-        reach = largest(values) + largest(step)
+        reach = largest(values) + largest(step) + self._probe_steps[tensor.index]
         if not reach <= lattice.limit(tensor.exponent):
             raise LatticeError(tensor.name, reach, lattice.limit(tensor.exponent))
         values -= step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class Bounds:
 
     largest: Mapping[str, int] = field(default_factory=dict)
     exact: frozenset[str] = frozenset({"D", "P"})
+    wire_dtypes: tuple[str, ...] = FLOATS
+    """Types that activations and their gradients may have."""
 
     def check(self, tensor: str, dimension: str, size: int) -> None:
         """Raise LimitError or FrameError where `size` does not fit."""
@@ -63,11 +65,14 @@ class Bounds:
 
 
 def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
-    """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists."""
+    """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
+
+    Raises KeyError where `tensors` lacks one that the message must carry, LimitError where the header is too long.
+    """
     plan = [
-        (name, tensors[name], _wire_name(spec, wire_dtype))
+        (name, tensors[name], wire_name(spec, wire_dtype))
         for name, spec in type(message).tensors.items()
-        if name in tensors
+        if spec.required or name in tensors
     ]
     yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
     for _, array, dtype in plan:
@@ -84,10 +89,13 @@ def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], st
         offset = end
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise LimitError("header in bytes", len(text), MAX_HEADER_BYTES)
     return struct.pack("<Q", len(text)) + text
 
 
-def _wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
+def wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
+    """The safetensors name of the type that a tensor has on the wire."""
     return _SAFETENSORS_NAME[wire_dtype] if spec.dtypes == FLOATS else spec.dtypes[0]
 
 
@@ -123,8 +131,11 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 class FrameReader:
     """Puts pieces together: `feed` returns a frame when its last byte is in, else None."""
 
-    def __init__(self, union: Any, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, union: Any, bounds: Bounds | None = None, admit: Callable[[Message], None] = lambda message: None
+    ) -> None:
         self.bounds = bounds or Bounds()
+        self._admit = admit  # raises where the message is not due, before memory is taken for its tensors
         self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
         self._message: Message | None = None
         self._layout: dict[str, _TensorInfo] = {}
@@ -146,6 +157,7 @@ class FrameReader:
 
     def _start(self, piece: bytes) -> None:
         message, layout = decode_header(piece, self._decoder)
+        self._admit(message)
         total = check_layout(message, layout, self.bounds)
         self._message, self._layout = message, layout
         self._buffer, self._filled = np.empty(total, np.uint8), 0
@@ -183,7 +195,7 @@ def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Mes
         metadata = msgspec.json.decode(entries.pop("__metadata__", b"null"), type=dict[str, str])
         message = decoder.decode(metadata.get(MESSAGE_KEY, ""))
         layout = {name: msgspec.json.decode(raw, type=_TensorInfo) for name, raw in entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not a frame header: {error}") from error
     return message, dict(sorted(layout.items(), key=lambda item: item[1].data_offsets))
 
@@ -209,8 +221,9 @@ def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bo
 
 
 def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str, int], bounds: Bounds) -> None:
-    if info.dtype not in spec.dtypes:
-        raise FrameError(f"{what} has type {info.dtype!r:.20}, expected {' or '.join(spec.dtypes)}")
+    dtypes = bounds.wire_dtypes if spec.dtypes == FLOATS else spec.dtypes
+    if info.dtype not in dtypes:
+        raise FrameError(f"{what} has type {info.dtype!r:.20}, expected {' or '.join(dtypes)}")
     if len(info.shape) != len(spec.shape):
         raise FrameError(f"{what} has {len(info.shape)} dimensions, expected {len(spec.shape)}")
     for dimension, size in zip(spec.shape, info.shape, strict=True):

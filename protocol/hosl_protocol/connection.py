@@ -11,10 +11,10 @@ import enum
 from collections.abc import Iterator, Mapping
 
 from hosl_protocol import messages as m
-from hosl_protocol.codec import Array, Bounds, Frame, FrameReader, Piece, encode
-from hosl_protocol.exceptions import ProtocolError, UnexpectedMessage
+from hosl_protocol.codec import Array, Bounds, Frame, FrameReader, Piece, encode, wire_name
+from hosl_protocol.exceptions import ProtocolError, SettingsError, UnexpectedMessage
 from hosl_protocol.messages import Message, name_of
-from hosl_protocol.settings import RunSettings
+from hosl_protocol.settings import RunSettings, check_run_settings
 
 
 class Phase(enum.Enum):
@@ -57,7 +57,8 @@ def bounds_for(settings: RunSettings, width: int) -> Bounds:
             "D": width,
             "P": settings.coefficients,
             "R": m.CATCH_UP_ROUNDS,
-        }
+        },
+        wire_dtypes=(wire_name(m.Anchor.tensors["activations"], settings.wire_dtype),),
     )
 
 
@@ -68,7 +69,10 @@ class Connection:
         self.role = role
         self.phase = Phase.HELLO
         self.settings: RunSettings | None = None
-        self._reader = FrameReader(m.FromCloud if role is Role.EDGE else m.FromEdge)
+        self._peer = Role.CLOUD if role is Role.EDGE else Role.EDGE
+        self._reader = FrameReader(
+            m.FromCloud if role is Role.EDGE else m.FromEdge, admit=lambda message: self._check(self._peer, message)
+        )
 
     @property
     def is_between_frames(self) -> bool:
@@ -87,25 +91,36 @@ class Connection:
         frame = self._reader.feed(piece)
         if frame is None:
             return None
-        self._advance(Role.CLOUD if self.role is Role.EDGE else Role.EDGE, frame.message)
-        if isinstance(frame.message, m.Welcome) and self.role is Role.EDGE:
-            self.agree(frame.message.settings, frame.message.width)
+        if isinstance(frame.message, m.Welcome):
+            self._agree_to(frame.message)
+        self._advance(frame.message)
         return frame
+
+    def _agree_to(self, welcome: m.Welcome) -> None:
+        try:
+            check_run_settings(welcome.settings)
+        except SettingsError as error:
+            raise ProtocolError(f"welcome with settings that cannot be used: {error}") from error
+        self.agree(welcome.settings, welcome.width)
 
     def send(self, message: Message, tensors: Mapping[str, Array] | None = None) -> Iterator[Piece]:
         """The pieces to send, one websocket message each. Raises UnexpectedMessage on our own mistake."""
-        self._advance(self.role, message)
+        self._check(self.role, message)
+        self._advance(message)
         wire_dtype = self.settings.wire_dtype if self.settings is not None else "float32"
         return encode(message, tensors or {}, wire_dtype)
 
-    def _advance(self, sender: Role, message: Message) -> None:
+    def _check(self, sender: Role, message: Message) -> None:
         allowed = _ALLOWED.get((sender, self.phase), ())
         if not isinstance(message, allowed):
             expected = " or ".join(name_of(kind) for kind in allowed) or "nothing"
             raise UnexpectedMessage(f"{expected} from the {sender.value} while {self.phase.value}", name_of(message))
+
+    def _advance(self, message: Message) -> None:
         if isinstance(message, (m.Complete, m.Refusal, m.Goodbye)):
             self.phase = Phase.CLOSED
-        elif isinstance(message, m.Welcome):
+        elif isinstance(message, m.Welcome) and self.phase is Phase.HELLO:
+            # A later Welcome leaves the connection active: the device's messages of the old epoch may cross it.
             self.phase = Phase.JOINING
         elif isinstance(message, _ROUND_FROM_CLOUD):
             self.phase = Phase.ACTIVE

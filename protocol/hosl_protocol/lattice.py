@@ -13,6 +13,10 @@ import numpy.typing as npt
 from hosl_protocol.exceptions import SettingsError
 
 SIGNIFICAND_BITS = 24  # float32 holds every integer up to 2^24
+MIN_EXPONENT = -SIGNIFICAND_BITS
+"""The exact range always holds ±1."""
+MAX_EXPONENT = 127 - SIGNIFICAND_BITS
+"""The end of the exact range is a float32 number."""
 
 
 def exponent_for(largest: float) -> int:
@@ -36,15 +40,18 @@ def limit(exponent: int) -> float:
 def round_to_lattice(values: npt.NDArray[np.float32], exponent: int) -> npt.NDArray[np.float32]:
     """`values` rounded to the nearest multiple of 2^e (ties to even); a new array of the same shape."""
     g = np.float32(spacing(exponent))
-    return np.asarray(np.rint(values / g) * g, dtype=np.float32)
+    rounded = np.rint(values / g) * g
+    rounded += np.float32(0.0)  # -0.0 becomes +0.0: a probe would turn it, and perturb and restore would differ
+    return np.asarray(rounded, dtype=np.float32)
 
 
 def is_on_lattice(values: npt.NDArray[np.float32], exponent: int) -> bool:
-    """Whether every value is a multiple of 2^e inside the exact range."""
+    """Whether every value is a multiple of 2^e inside the exact range, and every zero +0.0."""
     if not values.size:
         return True
     scaled = values / np.float32(spacing(exponent))
-    return bool(np.all(np.rint(scaled) == scaled) and np.max(np.abs(values)) <= limit(exponent))
+    is_multiple = np.all(np.rint(scaled) == scaled) and np.max(np.abs(values)) <= limit(exponent)
+    return bool(is_multiple and not np.any(np.signbit(values) & (values == 0.0)))
 
 
 def round_probe_step(step: float, exponent: int, tensor: str) -> float:

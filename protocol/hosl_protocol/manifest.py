@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import msgspec
 
+from hosl_protocol import lattice
 from hosl_protocol.directions import RNG_VERSION
 from hosl_protocol.exceptions import ExitCode, HoslError
 
@@ -125,9 +127,19 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         got = getattr(manifest, field)
         if got != expected:
             raise BundleError(f"{where} has {field} {got}, this hosl reads {expected}: export the bundle again")
-    unnamed = [entry.name for entry in manifest.trainable if entry.exponent is None]
-    if unnamed:
-        raise BundleError(f"{where}: trainable tensor {unnamed[0]} has no lattice exponent")
+    for entry in manifest.trainable:
+        if entry.exponent is None:
+            raise BundleError(f"{where}: trainable tensor {entry.name} has no lattice exponent")
+        if not lattice.MIN_EXPONENT <= entry.exponent <= lattice.MAX_EXPONENT:
+            limits = f"expected {lattice.MIN_EXPONENT} to {lattice.MAX_EXPONENT}"
+            raise BundleError(f"{where}: lattice exponent of {entry.name} is {entry.exponent}, {limits}")
+    for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
+        repeated = next((name for name, times in Counter(names).items() if times > 1), None)
+        if repeated is not None:
+            raise BundleError(f"{where} lists {what} {repeated} twice")
+    for file in manifest.files:
+        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
+            raise BundleError(f"{where} names a file outside the bundle: {file.path!r}")
     return manifest
 
 

@@ -6,10 +6,11 @@ all: a repeat carries the same four and is answered again, not applied again.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from hosl_protocol.directions import MAX_DIRECTION, MAX_ROUND
 from hosl_protocol.settings import RunSettings
 
 PROTOCOL_VERSION = 1
@@ -19,6 +20,18 @@ FLOATS = ("F32", "F16", "BF16")
 
 CATCH_UP_ROUNDS = 4096
 """Most rounds in one CatchUp."""
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""A whole number that every JSON reader keeps exactly."""
+RoundNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUND)]
+DirectionNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIRECTION - 1)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""SHA-256 in lower-case hexadecimal digits."""
+DigestOrNone: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
+Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -44,46 +57,46 @@ class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
 
 class _RoundMessage(_Message, kw_only=True, frozen=True):
-    run: str
+    run: Name
     """The run's id."""
-    epoch: int
+    epoch: Count
     """Grows by one whenever the cloud drops rounds."""
-    round: int
-    """From 1."""
-    id: int = 0
+    round: RoundNumber
+    """From 1; 0 only where an evaluation comes before the first round."""
+    id: Count = 0
     """Place of the message among those its sender sends in this round, from 0."""
 
 
 class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     """edge -> cloud, first: who I am and where I stand."""
 
-    protocol: int = PROTOCOL_VERSION
-    software: str
+    protocol: Count = PROTOCOL_VERSION
+    software: Sentence
     """Name and version of the client, for example `hosl-edge 0.1.0`."""
-    device: str
-    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`."""
-    shard_digest: str
+    device: Sentence
+    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`; another is answered with Refusal `device`."""
+    shard_digest: Digest
     """Manifest.shard_digest of the shard at hand."""
-    data_digest: str
+    data_digest: Digest
     """SHA-256 of the data files."""
-    run: str | None = None
+    run: Name | None = None
     """The run that the journal belongs to; null without a journal."""
-    epoch: int = 0
-    applied_round: int = 0
+    epoch: Count = 0
+    applied_round: RoundNumber = 0
     """The last round in the device's weights; 0 is the base shard."""
-    weights_digest: str = ""
+    weights_digest: DigestOrNone = ""
     """Digest of the trainable weights at `applied_round`; empty without a journal."""
 
 
 class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
     """cloud -> edge: the run, and how to reach its state."""
 
-    protocol: int = PROTOCOL_VERSION
-    run: str
-    epoch: int
-    round: int
+    protocol: Count = PROTOCOL_VERSION
+    run: Name
+    epoch: Count
+    round: RoundNumber
     """The cloud's last finished round."""
-    width: int
+    width: Count
     """D."""
     settings: RunSettings
     plan: Literal["continue", "rebuild"]
@@ -97,9 +110,9 @@ class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):
         "coefficients": TensorSpec(("F32",), ("R", "P")),
         "learning_rates": TensorSpec(("F64",), ("R",)),
     }
-    run: str
-    epoch: int
-    first_round: int
+    run: Name
+    epoch: Count
+    first_round: RoundNumber
     """Round of the first row; the rest follow without a gap."""
     last: bool
 
@@ -107,18 +120,18 @@ class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):
 class Ready(_Message, kw_only=True, frozen=True, tag="ready"):
     """edge -> cloud: data is loaded and the weights stand at `applied_round`."""
 
-    run: str
-    epoch: int
-    applied_round: int
-    weights_digest: str
-    train_examples: int
-    eval_examples: int
+    run: Name
+    epoch: Count
+    applied_round: RoundNumber
+    weights_digest: Digest
+    train_examples: Count
+    eval_examples: Count
 
 
 class RoundStart(_RoundMessage, kw_only=True, frozen=True, tag="round-start"):
     """cloud -> edge: take part in this round."""
 
-    deadline_s: float
+    deadline_s: Seconds
     """Seconds from now in which the whole round should be answered."""
 
 
@@ -126,7 +139,7 @@ class Probe(_RoundMessage, kw_only=True, frozen=True, tag="probe"):
     """edge -> cloud, HOSL: activations of θ + sign·ε·z; the cloud only evaluates. Answered by ProbeLoss."""
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"activations": _ACTIVATIONS, "lengths": _LENGTHS, "labels": _LABELS}
-    direction: int
+    direction: DirectionNumber
     sign: Literal[-1, 1]
 
 
@@ -134,7 +147,7 @@ class ProbeLoss(_RoundMessage, kw_only=True, frozen=True, tag="probe-loss"):
     """cloud -> edge, HOSL: the loss at one probe."""
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"loss": _LOSS}
-    direction: int
+    direction: DirectionNumber
     sign: Literal[-1, 1]
 
 
@@ -163,7 +176,7 @@ class Update(_RoundMessage, kw_only=True, frozen=True, tag="update"):
     """
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"coefficients": _COEFFICIENTS, "loss": _LOSS}
-    learning_rate: float
+    learning_rate: Rate
 
 
 class EvalStart(_RoundMessage, kw_only=True, frozen=True, tag="eval-start"):
@@ -181,41 +194,41 @@ class EvalResult(_RoundMessage, kw_only=True, frozen=True, tag="eval-result"):
     """cloud -> edge: what the batch scored."""
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"loss": _LOSS}
-    correct: int
+    correct: Count
     """Right predictions: examples, or tokens for `lm`."""
-    scored: int
+    scored: Count
     """Out of how many."""
 
 
 class Report(_Message, kw_only=True, frozen=True, tag="report"):
     """edge -> cloud: how the device fares; also lets the cloud check its weights."""
 
-    run: str
-    epoch: int
-    applied_round: int
-    weights_digest: str
-    step_seconds: float
+    run: Name
+    epoch: Count
+    applied_round: RoundNumber
+    weights_digest: Digest
+    step_seconds: Seconds
     """Duration of the last round on the device."""
-    peak_rss_bytes: int
-    anonymous_bytes: int
+    peak_rss_bytes: Count
+    anonymous_bytes: Count
     """Resident memory that no file backs, now."""
-    sent_bytes: int
-    received_bytes: int
+    sent_bytes: Count
+    received_bytes: Count
 
 
 class Complete(_Message, kw_only=True, frozen=True, tag="complete"):
     """cloud -> edge: the run has ended."""
 
-    run: str
+    run: Name
     reason: Literal["completed", "stopped-early", "stopped", "failed"]
-    round: int
+    round: RoundNumber
 
 
 class Refusal(_Message, kw_only=True, frozen=True, tag="refusal"):
     """cloud -> edge: the connection ends, and why."""
 
     code: Literal["protocol", "shard", "device", "data", "weights", "run", "message", "late"]
-    reason: str
+    reason: Sentence
     retry: bool
     """Whether it makes sense to connect again."""
 
@@ -223,7 +236,7 @@ class Refusal(_Message, kw_only=True, frozen=True, tag="refusal"):
 class Goodbye(_Message, kw_only=True, frozen=True, tag="goodbye"):
     """edge -> cloud: the device leaves on purpose."""
 
-    reason: str
+    reason: Sentence
 
 
 FromEdge: TypeAlias = Hello | Ready | Probe | Anchor | Projections | EvalBatch | Report | Goodbye

@@ -1,0 +1,40 @@
+# make demo     the whole way: export, train from two devices, merge, compare
+# make test     format check, lint, types, tests; what CI runs
+# make bench    speed and memory, as tables
+# make lint     format check, lint, types
+# make format   format the code
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo demo-hosl test bench lint format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/reviews/demo.py
+
+demo-hosl: $(VENV)/installed
+	$(BIN)/python examples/reviews/demo.py --config examples/reviews/hosl.toml
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed
+	for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) examples/*/work .mypy_cache .pytest_cache .ruff_cache .hypothesis

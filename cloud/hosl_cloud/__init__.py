@@ -1,0 +1,1 @@
+"""The trainer service: holds the tail, backpropagates through it, and keeps what devices are sent."""

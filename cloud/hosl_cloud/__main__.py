@@ -1,0 +1,166 @@
+"""`hosl-cloud`: the trainer service.
+
+hosl-cloud serve --bundle bundle/ --config run.toml
+hosl-cloud merge RUN --out trained/
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hosl_cloud.listen import Listen
+from hosl_cloud.settings import RunConfig, load_config
+from hosl_cloud.store import Store
+from hosl_cloud.tokens import load_or_make_token
+from hosl_protocol import BundleError, ExitCode, Manifest, SettingsError, load_manifest
+from hosl_protocol.terminal import add_common_options, run_command
+
+DATABASE = "hosl.sqlite"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    return run_command(_parser(), lambda options: options.command(options), arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="run the service and one training run"))
+    _add_merge(commands.add_parser("merge", help="join a run's halves into a Hugging Face model"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="what hosl-export wrote")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's settings, run.toml")
+    _add_data_dir(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
+    parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
+    parser.add_argument("--once", action="store_true", help="leave when the run has ended")
+    add_common_options(parser)
+    parser.set_defaults(command=_serve)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's id, as serve prints it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="also write a PEFT adapter (LoRA on both halves)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="by evaluation, or the newest (default: best)"
+    )
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="the bundle, if it has moved since the run")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    _add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=_merge)
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
+    parser.add_argument(
+        "--data-dir", type=Path, default=home, metavar="DIR", help="database, token, checkpoints (default: %(default)s)"
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    listen = Listen(options.host, options.port, options.tls_cert, options.tls_key)
+    listen.check(insecure=options.insecure)
+    manifest = load_manifest(options.bundle)
+    config = load_config(options.config, manifest)
+    options.data_dir.mkdir(parents=True, exist_ok=True)
+    ending = asyncio.run(_serve_run(options, listen, manifest, config))
+    return int(ExitCode.INTERRUPTED if ending == "stopped" else ExitCode.OK)
+
+
+async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Manifest, config: RunConfig) -> str:
+    token, token_path = load_or_make_token(options.data_dir)
+    # These import torch, which takes seconds; what can be refused is refused before.
+    from hosl_cloud.coordinator import Coordinator
+    from hosl_cloud.service import serve
+
+    store = Store(options.data_dir / DATABASE)
+    try:
+        for lost in store.end_interrupted_runs():
+            _say(f"run {lost} was cut off when the service stopped; it is kept as failed")
+        run = _new_run_id(config.name, store)
+        bundle = options.bundle.resolve()
+        coordinator = Coordinator(
+            run=run,
+            config=config,
+            manifest=manifest,
+            bundle=bundle,
+            folder=_run_folder(options.data_dir, run),
+            store=store,
+            say=_say,
+        )
+        await coordinator.prepare()
+        store.create_run(run, bundle, manifest.shard_digest, config)
+
+        def on_listening(address: str) -> None:
+            waits = f"waits for {config.devices.start_with} device{'s' if config.devices.start_with > 1 else ''}"
+            _say(f"run {run}: {config.algorithm}, {config.rounds} rounds, {waits}")
+            _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
+
+        ending = await serve(coordinator, token, listen, on_listening, once=options.once)
+        _say(f"run {run} {ending} at round {coordinator.round}; take it with: hosl-cloud merge {run} --out DIR")
+        return ending
+    finally:
+        store.close()
+
+
+def _new_run_id(name: str, store: Store) -> str:
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    known = set(store.run_ids())
+    return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
+
+
+def _run_folder(data_dir: Path, run: str) -> Path:
+    return data_dir / "runs" / run
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from hosl_cloud.checkpoint import find_checkpoint
+    from hosl_cloud.merge import merge_run
+    from hosl_cloud.mirror import replay_client
+
+    database = options.data_dir / DATABASE
+    if not database.exists():
+        raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
+    store = Store(database)
+    try:
+        run = store.run(options.run)
+        bundle = options.bundle or run.bundle
+        manifest = load_manifest(bundle)
+        if manifest.shard_digest != run.shard_digest:
+            raise BundleError(f"{bundle} is not the bundle of run {run.id}: name the right one with --bundle")
+        checkpoint = find_checkpoint(_run_folder(options.data_dir, run.id), options.checkpoint)
+        client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
+    finally:
+        store.close()
+    info = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter)
+    if options.json:
+        print(json.dumps({"run": run.id, "round": info.round, "out": str(options.out)}))
+    else:
+        print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
+    return int(ExitCode.OK)
+
+
+def _say(sentence: str) -> None:
+    print(f"hosl-cloud: {sentence}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

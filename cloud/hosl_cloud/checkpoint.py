@@ -1,0 +1,218 @@
+"""Tail checkpoints: what trains and the optimizer's state as safetensors, everything else as JSON beside it.
+
+`epoch-0001-round-000050.safetensors` is whole as soon as its `.json` exists, for that is written last; both are
+synced before they get their names, so a crash leaves the checkpoints before it and at worst a stray file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import safetensors.torch
+from torch import Tensor
+
+from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.trainer import TailTrainer
+from hosl_protocol import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+_PART = ".part"
+_WEIGHT = "weights/"
+
+
+class Metrics(msgspec.Struct, kw_only=True, frozen=True):
+    """What the held-out data scored at a checkpoint."""
+
+    loss: float
+    """Mean over the scored examples, or tokens of `lm`."""
+    correct: int
+    scored: int
+
+
+class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """The JSON beside a checkpoint."""
+
+    round: int
+    """The last round in its weights."""
+    epoch: int
+    sha256: str
+    """Digest of the safetensors file."""
+    head_rows: tuple[int, ...]
+    """Vocabulary rows that the head keeps, in the order of its weight's rows; empty where the head is whole."""
+    metrics: Metrics | None
+    """None where the checkpoint was not evaluated."""
+    config: RunConfig
+    """The run's effective settings."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    path: Path
+    """Its safetensors file."""
+    info: CheckpointInfo
+
+
+def save_checkpoint(
+    folder: Path, round_: int, epoch: int, trainer: TailTrainer, config: RunConfig, metrics: Metrics | None = None
+) -> Path:
+    """Write the trainer's state at the end of `round_`; the path of the safetensors file.
+
+    Once this returns, the checkpoint survives a power cut. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"epoch-{epoch:04}-round-{round_:06}.safetensors"
+    # Without its JSON an older file of this name stops counting before it is replaced.
+    _info_path(path).unlink(missing_ok=True)
+    part = path.with_name(path.name + _PART)
+    safetensors.torch.save_file({name: tensor.cpu() for name, tensor in trainer.state().items()}, part)
+    info = CheckpointInfo(
+        round=round_,
+        epoch=epoch,
+        sha256=sha256_of_file(part),
+        head_rows=trainer.head_rows,
+        metrics=metrics,
+        config=config,
+    )
+    _put(part, path)
+    _write_info(path, info)
+    return path
+
+
+def record_metrics(path: Path, metrics: Metrics) -> None:
+    """Write down what an existing checkpoint scored. Raises CheckpointMissing and CheckpointDamaged."""
+    _write_info(path, msgspec.structs.replace(read_info(path), metrics=metrics))
+
+
+def _write_info(path: Path, info: CheckpointInfo) -> None:
+    target = _info_path(path)
+    part = target.with_name(target.name + _PART)
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+    _put(part, target)
+
+
+def _info_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _put(part: Path, target: Path) -> None:
+    """Give a finished file its name, durably."""
+    _sync(part)
+    part.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """The JSON of a checkpoint. Raises CheckpointMissing and CheckpointDamaged."""
+    try:
+        return msgspec.json.decode(_info_path(path).read_bytes(), type=CheckpointInfo)
+    except FileNotFoundError:
+        raise CheckpointMissing(path, "there is none of this name") from None
+    except msgspec.DecodeError as error:
+        raise CheckpointDamaged(_info_path(path), str(error)) from error
+
+
+def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """All tensors of a checkpoint, after its digest was checked. Raises CheckpointMissing and CheckpointDamaged."""
+    info = read_info(path)
+    if not path.is_file():
+        raise CheckpointMissing(path, "the file is gone")
+    digest = sha256_of_file(path)
+    if digest != info.sha256:
+        raise CheckpointDamaged(path, f"SHA-256 is {digest}, expected {info.sha256}")
+    return info, safetensors.torch.load_file(path)
+
+
+def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """What trained, by plain name, without the optimizer's state. Raises as `read_tensors` does."""
+    info, tensors = read_tensors(path)
+    return info, {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
+
+
+def load_checkpoint(path: Path, trainer: TailTrainer) -> CheckpointInfo:
+    """Put a checkpoint into the trainer, which then continues with the same bits.
+
+    Raises CheckpointMissing, CheckpointDamaged, and CheckpointMismatch with the trainer as it was.
+    """
+    info, tensors = read_tensors(path)
+    stored = {name.removeprefix(_WEIGHT): value.shape for name, value in tensors.items() if name.startswith(_WEIGHT)}
+    expected = {name: value.shape for name, value in trainer.parameters.items()}
+    if stored != expected:
+        name = min(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+        reason = f"{name} is {_shape(stored.get(name))}, this run's tail trains {_shape(expected.get(name))}"
+        raise CheckpointMismatch(path, reason)
+    trainer.load_state(tensors)
+    return info
+
+
+def _shape(shape: Iterable[int] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint of a folder by epoch and round, without reading weights; damaged JSON is skipped and logged."""
+    found = []
+    for info_path in sorted(folder.glob("epoch-*-round-*.json")):
+        path = info_path.with_suffix(".safetensors")
+        try:
+            found.append(Checkpoint(path, read_info(path)))
+        except CheckpointDamaged as error:
+            logger.warning("%s", error)
+    return sorted(found, key=lambda checkpoint: (checkpoint.info.epoch, checkpoint.info.round))
+
+
+def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best") -> Checkpoint:
+    """The last checkpoint, the best one by evaluation, or the newest of a round. Raises CheckpointMissing.
+
+    `best` is the most accurate, at equal accuracy the one of lower loss; for `lm` the one of lowest loss. Where
+    none was evaluated it is the last.
+    """
+    checkpoints = list_checkpoints(folder)
+    if isinstance(which, int):
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.info.round == which]
+    if not checkpoints:
+        raise CheckpointMissing(
+            folder, "it holds none" if isinstance(which, str) else f"it holds none of round {which}"
+        )
+    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.info.metrics is not None]
+    return max(evaluated, key=_rank) if which == "best" and evaluated else checkpoints[-1]
+
+
+def _rank(checkpoint: Checkpoint) -> tuple[float, float]:
+    metrics = checkpoint.info.metrics
+    assert metrics is not None
+    is_classification = checkpoint.info.config.task.kind != "lm"
+    return (metrics.correct / max(metrics.scored, 1) if is_classification else 0.0, -metrics.loss)
+
+
+def prune_checkpoints(folder: Path, keep_last: int = 2) -> list[Path]:
+    """Delete all but the best checkpoint and the last `keep_last` (1 or more), and what a crash left; the deleted."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return []
+    kept = {find_checkpoint(folder, "best").path, *(each.path for each in checkpoints[-max(keep_last, 1) :])}
+    deleted = [each.path for each in checkpoints if each.path not in kept]
+    for path in deleted:
+        # The JSON first: a checkpoint that loses its weights first would look damaged.
+        _info_path(path).unlink()
+        path.unlink(missing_ok=True)
+    for stray in folder.glob(f"epoch-*{_PART}"):
+        stray.unlink()
+    return deleted

@@ -1,0 +1,114 @@
+"""Errors of the cloud."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hosl_protocol import ExitCode, HoslError, ProtocolError, SettingsError
+
+
+class CloudError(HoslError):
+    """Root of every error that the cloud raises on purpose, beside a wrong setting.
+
+    CloudError
+    ├── VerbalizerError        the task's words do not fit the bundle's tokenizer: change the task
+    ├── BatchError             a device's batch contradicts itself: refuse the device
+    ├── NotFiniteError         the tail's loss or gradient overflowed: leave the batch out, or lower the rate
+    ├── RunNotFound            no run of this name is stored: choose another
+    ├── CheckpointError        a tail checkpoint cannot be used: choose another
+    │   ├── CheckpointMissing  there is none that fits
+    │   ├── CheckpointDamaged  its bytes are not those that were written
+    │   └── CheckpointMismatch it was written for a tail that trains other tensors
+    ├── AdapterError           what was trained is more than an adapter: merge without one
+    ├── NoDevicesError         every device is gone: bring one back and start again
+    ├── StoreError             the database is of another version: use the hosl that wrote it
+    └── ServiceError           the service cannot listen as asked: change the address
+    """
+
+
+class VerbalizerError(CloudError, SettingsError):
+    """A class cannot be told by one token. Stores the field, the value and the remedy."""
+
+    exit_code = ExitCode.SETTINGS
+
+
+class BatchError(CloudError, ProtocolError):
+    """Activations, lengths and labels of one batch do not belong together."""
+
+    exit_code = ExitCode.PROTOCOL
+
+    def __init__(self, what: str, expected: object, got: object) -> None:
+        self.what, self.expected, self.got = what, expected, got
+        super().__init__(f"{what}: expected {expected}, got {got}")
+
+
+class NotFiniteError(CloudError):
+    """A number of the tail is infinite or not a number; no weight was changed."""
+
+    def __init__(self, what: str, value: float) -> None:
+        self.what, self.value = what, value
+        super().__init__(f"{what} is {value}: lower tail.learning_rate, or use float32 for wire and tail")
+
+
+class RunNotFound(CloudError):
+    """The store has no such run."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, run: str, known: list[str]) -> None:
+        self.run, self.known = run, known
+        super().__init__(f"no run {run!r}; stored runs: {', '.join(known) or 'none'}")
+
+
+class CheckpointError(CloudError):
+    """A checkpoint cannot be used. Stores its path."""
+
+    exit_code = ExitCode.DATA
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"checkpoint {path}: {reason}")
+
+
+class CheckpointMissing(CheckpointError):
+    """No checkpoint where one was looked for."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """The file differs from the one that was written."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint's tensors are not those that this tail trains."""
+
+
+class AdapterError(CloudError):
+    """The run's result is no PEFT adapter."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"no adapter can be made: {reason}; merge without --adapter")
+
+
+class NoDevicesError(CloudError):
+    """No device came back in time."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, run: str, round_: int, waited_s: float) -> None:
+        self.run, self.round, self.waited_s = run, round_, waited_s
+        super().__init__(f"run {run} has had no device for {waited_s:.0f} s after round {round_}")
+
+
+class StoreError(CloudError):
+    """The database can't be used by this version."""
+
+    exit_code = ExitCode.DATA
+
+
+class ServiceError(CloudError):
+    """The service can't listen where it was told to."""
+
+    exit_code = ExitCode.SETTINGS

@@ -1,0 +1,157 @@
+"""Join a run's two halves into what Hugging Face loads: a model folder and, where both are LoRA, a PEFT adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hosl_cloud.checkpoint import CheckpointInfo, read_weights
+from hosl_cloud.exceptions import AdapterError
+from hosl_cloud.tail import class_count, tail_lora
+from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
+from hosl_protocol import BundleError, Manifest, SettingsError
+from hosl_protocol.manifest import TAIL_CONFIG, TAIL_WEIGHTS
+
+_GENERATION_CONFIG = "generation_config.json"
+
+State = dict[str, Tensor]
+
+
+def merge_run(
+    bundle: Path,
+    manifest: Manifest,
+    client_weights: Mapping[str, npt.NDArray[np.float32]],
+    checkpoint: Path,
+    out: Path,
+    adapter: Path | None = None,
+) -> CheckpointInfo:
+    """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for.
+
+    `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
+    what the two halves compute: adapters are folded in, and embeddings are untied (`tie_word_embeddings` is false).
+    Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
+    CheckpointMissing or CheckpointDamaged.
+    """
+    info, trained = read_weights(checkpoint)
+    if adapter is not None:
+        check_adapter(manifest, info)
+    client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
+    tail = tail_state(bundle, manifest, info, trained)
+    with contextlib.ExitStack() as stack:
+        if adapter is not None:
+            _write_adapter(stack.enter_context(_staging(adapter, "--adapter")), manifest, client, tail)
+        _write_model(stack.enter_context(_staging(out, "--out")), bundle, manifest, info, client, tail)
+    return info
+
+
+def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
+    """Raise AdapterError where the run changed more than adapters, which alone could then not carry the result."""
+    if info.config.tail.train != "lora":
+        raise AdapterError(f"the tail trained {info.config.tail.train!r}, an adapter needs tail.train = 'lora'")
+    if manifest.train not in ("lora", "none"):
+        raise AdapterError(f"the device trained {manifest.train!r}, an adapter needs a bundle of --train lora or none")
+
+
+def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: State) -> State:
+    """The trained tail under plain names, adapters apart, its head whole again."""
+    tail = load_tail(bundle, manifest, num_labels=class_count(info.config.task), seed=info.config.seed)
+    state = plain_state(tail.model)
+    for name, value in trained.items():
+        if info.head_rows and name.rpartition(".")[0] == tail.family.head:
+            state[name] = state[name].index_copy(0, torch.tensor(info.head_rows), value)
+        else:
+            state[name] = value
+    return state
+
+
+def _write_model(
+    folder: Path, bundle: Path, manifest: Manifest, info: CheckpointInfo, client: State, tail: State
+) -> None:
+    lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
+    state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
+    config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
+    if info.config.task.kind == "sequence-classification":
+        config.id2label = dict(enumerate(info.config.task.labels))
+        config.label2id = {label: place for place, label in enumerate(info.config.task.labels)}
+    _check_names(state, config, info)
+    _save(state, folder / "model.safetensors")
+    config.to_json_file(folder / "config.json")
+    _copy_texts(
+        (bundle / TAIL_CONFIG).parent, folder, is_language_model=info.config.task.kind != "sequence-classification"
+    )
+
+
+def _check_names(state: State, config: Any, info: CheckpointInfo) -> None:
+    """Raise BundleError where the state is not exactly what the config's class holds."""
+    is_classifier = info.config.task.kind == "sequence-classification"
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    try:
+        skeleton.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(f"the two halves do not join to a {type(skeleton).__name__}: {error}") from error
+
+
+def _save(state: State, path: Path) -> None:
+    # "format" is what from_pretrained asks a safetensors file for.
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
+    """The tokenizer's files, and how a language model generates."""
+    skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name}
+    if not is_language_model:
+        skipped.add(_GENERATION_CONFIG)
+    for path in source.iterdir():
+        if path.is_file() and path.name not in skipped:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_adapter(folder: Path, manifest: Manifest, client: State, tail: State) -> None:
+    state, config = peft_adapter(_with_lora(manifest), client, tail)
+    if manifest.lora is None:
+        # The device's half has no adapters: without this PEFT would expect them there too.
+        config["layers_to_transform"] = list(range(manifest.split, manifest.blocks))
+    _save(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_lora(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, lora=tail_lora(manifest, find_family(manifest.family)))
+
+
+@contextlib.contextmanager
+def _staging(out: Path, option: str) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
+    out = out.absolute()
+    _check_absent(out, option)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        _check_absent(out, option)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_absent(out: Path, option: str) -> None:
+    if out.exists() or out.is_symlink():
+        raise SettingsError(option, str(out), "it exists already; choose another folder or remove it")

@@ -1,0 +1,14 @@
+"""Figures for Prometheus, served at /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+rounds = Counter("hosl_rounds", "Finished rounds.")
+round_seconds = Histogram(
+    "hosl_round_duration_seconds", "Duration of a round.", buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+)
+train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.")
+eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.")
+devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.")
+wire_bytes = Counter("hosl_wire_bytes", "Bytes on the websockets.", ["direction"])

@@ -1,0 +1,197 @@
+"""The service: websocket, shard downloads, health and metrics on one port; compute never runs on its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from hosl_cloud.coordinator import Coordinator, Ending
+from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.listen import Listen
+from hosl_cloud.peer import Peer, PeerGone
+from hosl_protocol import PIECE_BYTES, HoslError
+from hosl_protocol.manifest import MANIFEST
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 15.0
+GOODBYE_S = 5.0
+"""Longest wait for devices to hang up at the end."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(coordinator: Coordinator, token: str) -> Starlette:
+    """All routes. `/healthz` is open; the rest needs the join token."""
+
+    def guarded(endpoint: Endpoint) -> Endpoint:
+        async def checked(request: Request) -> Response:
+            return await endpoint(request) if is_authorized(request, token) else Response(status_code=401)
+
+        return checked
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def metrics(request: Request) -> Response:
+        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    async def bundle_file(request: Request) -> Response:
+        return _bundle_file(coordinator, request.path_params["path"])
+
+    async def run_status(request: Request) -> Response:
+        return JSONResponse(_status(coordinator))
+
+    async def device(socket: WebSocket) -> None:
+        # A browser sends an Origin; nothing but our agent has business here.
+        if not is_authorized(socket, token) or "origin" in socket.headers:
+            await socket.close()
+            return
+        await socket.accept()
+        await _attend(coordinator, Peer(socket))
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/metrics", guarded(metrics)),
+            Route("/v1/run", guarded(run_status)),
+            Route("/v1/bundle/{path:path}", guarded(bundle_file)),
+            WebSocketRoute("/v1/device", device),
+        ]
+    )
+
+
+def is_authorized(connection: HTTPConnection, token: str) -> bool:
+    """Whether the request bears the token; compared in constant time."""
+    given = connection.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+def _bundle_file(coordinator: Coordinator, path: str) -> Response:
+    """The manifest or a file of the shard, by the names in the manifest only; ranges are honoured."""
+    allowed = {entry.path for entry in coordinator.manifest.shard_files} | {MANIFEST}
+    if path not in allowed:
+        return Response(status_code=404)
+    return FileResponse(coordinator.bundle / path, media_type="application/octet-stream")
+
+
+def _status(coordinator: Coordinator) -> dict[str, object]:
+    return {
+        "run": coordinator.run,
+        "state": coordinator.ending or ("running" if coordinator.round else "pending"),
+        "algorithm": coordinator.config.algorithm,
+        "epoch": coordinator.epoch,
+        "round": coordinator.round,
+        "rounds": coordinator.config.rounds,
+        "devices": {name: {"is_ready": peer.is_ready} for name, peer in coordinator.peers.items()},
+    }
+
+
+async def _attend(coordinator: Coordinator, peer: Peer) -> None:
+    attending = asyncio.create_task(coordinator.attend(peer))
+    await peer.serve()
+    with contextlib.suppress(PeerGone):
+        await attending
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: a run must be ended before its sockets are closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    coordinator: Coordinator, token: str, listen: Listen, on_listening: Callable[[str], None], *, once: bool
+) -> Ending:
+    """Run the service until a signal, or with `once` until the run has ended. Raises what ended the run."""
+    server = _Server(_uvicorn_config(make_app(coordinator, token), listen))
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    serving = asyncio.create_task(server.serve())
+    try:
+        on_listening(await _address(server, serving, listen))
+        return await _train_until(coordinator, stopping, once=once)
+    finally:
+        await _hang_up(coordinator)
+        server.should_exit = True
+        with contextlib.suppress(SystemExit):
+            await serving
+
+
+def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=listen.host,
+        port=listen.port,
+        ws="websockets-sansio",
+        ws_max_size=PIECE_BYTES,
+        ws_ping_interval=HEARTBEAT_S,
+        ws_ping_timeout=HEARTBEAT_S,
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=listen.tls_cert,
+        ssl_keyfile=listen.tls_key,
+        timeout_graceful_shutdown=int(GOODBYE_S),
+    )
+
+
+async def _address(server: uvicorn.Server, serving: asyncio.Task[None], listen: Listen) -> str:
+    while not server.started:
+        if serving.done():
+            with contextlib.suppress(SystemExit):
+                serving.result()
+            raise ServiceError(f"cannot listen on {listen.host}:{listen.port}: is the port taken?")
+        await asyncio.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    host = f"[{listen.host}]" if ":" in listen.host else listen.host
+    return f"{listen.scheme}://{host}:{port}"
+
+
+async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, once: bool) -> Ending:
+    training = asyncio.create_task(coordinator.train())
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({training, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not training.done():
+        training.cancel()
+        await asyncio.gather(training, return_exceptions=True)
+        await coordinator.end("stopped")
+        return "stopped"
+    try:
+        ending = training.result()
+    except HoslError:
+        stopped.cancel()
+        await coordinator.end("failed")
+        raise
+    if not once:
+        await stopped
+    stopped.cancel()
+    return ending
+
+
+async def _hang_up(coordinator: Coordinator) -> None:
+    """Let devices take their last message."""
+    peers = list(coordinator.peers.values())
+    waits = [asyncio.create_task(peer.gone.wait()) for peer in peers]
+    if waits:
+        _, late = await asyncio.wait(waits, timeout=GOODBYE_S)
+        for task in late:
+            task.cancel()
+    coordinator.close()

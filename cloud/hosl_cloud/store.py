@@ -1,0 +1,268 @@
+"""The service's memory: runs, devices, rounds and updates in SQLite. What a device is sent is durable here before.
+
+Updates that a resume drops are marked superseded, never deleted.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from hosl_cloud.exceptions import RunNotFound, StoreError
+from hosl_cloud.settings import RunConfig
+from hosl_protocol import Report, UpdateRecord
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE runs (
+    id TEXT PRIMARY KEY,
+    created_at REAL NOT NULL,
+    bundle TEXT NOT NULL,
+    shard_digest TEXT NOT NULL,
+    config TEXT NOT NULL,
+    state TEXT NOT NULL,
+    epoch INTEGER NOT NULL DEFAULT 0,
+    round INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE devices (
+    run TEXT NOT NULL REFERENCES runs (id),
+    name TEXT NOT NULL,
+    data_digest TEXT NOT NULL,
+    train_examples INTEGER NOT NULL DEFAULT 0,
+    eval_examples INTEGER NOT NULL DEFAULT 0,
+    joined_at REAL NOT NULL,
+    connections INTEGER NOT NULL DEFAULT 0,
+    applied_round INTEGER NOT NULL DEFAULT 0,
+    step_seconds REAL,
+    peak_rss_bytes INTEGER,
+    anonymous_bytes INTEGER,
+    sent_bytes INTEGER,
+    received_bytes INTEGER,
+    PRIMARY KEY (run, name)
+);
+CREATE TABLE rounds (
+    run TEXT NOT NULL REFERENCES runs (id),
+    epoch INTEGER NOT NULL,
+    round INTEGER NOT NULL,
+    finished_at REAL NOT NULL,
+    seconds REAL NOT NULL,
+    loss REAL NOT NULL,
+    devices TEXT NOT NULL,
+    coefficients BLOB NOT NULL,
+    learning_rate REAL NOT NULL,
+    superseded INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (run, epoch, round)
+);
+CREATE TABLE evaluations (
+    run TEXT NOT NULL REFERENCES runs (id),
+    epoch INTEGER NOT NULL,
+    round INTEGER NOT NULL,
+    loss REAL NOT NULL,
+    correct INTEGER NOT NULL,
+    scored INTEGER NOT NULL,
+    PRIMARY KEY (run, epoch, round)
+);
+"""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as stored."""
+
+    id: str
+    bundle: Path
+    shard_digest: str
+    config: RunConfig
+    state: str
+    epoch: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the devices' held-out data scored."""
+
+    round: int
+    loss: float
+    correct: int
+    scored: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return self.correct / self.scored
+
+
+class Store:
+    """One database file; its methods may be called from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        self._database.row_factory = sqlite3.Row
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.execute("PRAGMA foreign_keys = ON")
+        self._migrate(path)
+
+    def _migrate(self, path: Path) -> None:
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{path} has schema {version}, this hosl reads up to {SCHEMA_VERSION}: use a newer hosl")
+        if version == 0:
+            self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+
+    def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._database.execute(sql, arguments).fetchall()
+
+    def create_run(self, run: str, bundle: Path, shard_digest: str, config: RunConfig) -> None:
+        """Add a pending run."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)",
+                (run, time.time(), str(bundle), shard_digest, msgspec.json.encode(config).decode(), "pending"),
+            )
+
+    def run(self, run: str) -> RunRow:
+        """A run by id. Raises RunNotFound."""
+        rows = self._query("SELECT * FROM runs WHERE id = ?", (run,))
+        if not rows:
+            raise RunNotFound(run, self.run_ids())
+        row = rows[0]
+        config = msgspec.json.decode(row["config"], type=RunConfig)
+        bundle = Path(row["bundle"])
+        return RunRow(row["id"], bundle, row["shard_digest"], config, row["state"], row["epoch"], row["round"])
+
+    def run_ids(self) -> list[str]:
+        """All runs, oldest first."""
+        return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
+
+    def set_state(self, run: str, state: str) -> None:
+        """pending, running, completed, failed or stopped."""
+        with self._transaction() as database:
+            database.execute("UPDATE runs SET state = ? WHERE id = ?", (state, run))
+
+    def end_interrupted_runs(self) -> list[str]:
+        """Mark runs that a stopped service left open as failed; their ids."""
+        with self._transaction() as database:
+            rows = database.execute("SELECT id FROM runs WHERE state IN ('pending', 'running')").fetchall()
+            database.execute("UPDATE runs SET state = 'failed' WHERE state IN ('pending', 'running')")
+        return [row["id"] for row in rows]
+
+    def add_round(
+        self, run: str, epoch: int, update: UpdateRecord, *, seconds: float, loss: float, devices: Sequence[str]
+    ) -> None:
+        """A finished round and its update; durable when this returns."""
+        coefficients = update.coefficients.astype("<f4").tobytes()
+        names = msgspec.json.encode(list(devices)).decode()
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
+                "learning_rate) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, epoch, update.round, time.time(), seconds, loss, names, coefficients, update.learning_rate),
+            )
+            database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
+
+    def updates(self, run: str, first: int, last: int) -> list[UpdateRecord]:
+        """The updates in force of rounds `first` to `last`."""
+        rows = self._query(
+            "SELECT round, coefficients, learning_rate FROM rounds "
+            "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded ORDER BY round",
+            (run, first, last),
+        )
+        return [
+            UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
+        ]
+
+    def losses(self, run: str) -> list[tuple[int, float, float]]:
+        """(round, loss, seconds) of every round in force."""
+        rows = self._query(
+            "SELECT round, loss, seconds FROM rounds WHERE run = ? AND NOT superseded ORDER BY round", (run,)
+        )
+        return [(row["round"], row["loss"], row["seconds"]) for row in rows]
+
+    def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
+        """The result of an evaluation round; a repeat at the same round replaces it."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO evaluations (run, epoch, round, loss, correct, scored) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (run, epoch, evaluation.round, evaluation.loss, evaluation.correct, evaluation.scored),
+            )
+
+    def evaluations(self, run: str) -> list[Evaluation]:
+        """All evaluations in order."""
+        rows = self._query(
+            "SELECT round, loss, correct, scored FROM evaluations WHERE run = ? ORDER BY epoch, round", (run,)
+        )
+        return [Evaluation(**row) for row in map(dict, rows)]
+
+    def add_device(self, run: str, name: str, data_digest: str) -> None:
+        """A device says Hello: note it, and count the connection."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO devices (run, name, data_digest, joined_at, connections) VALUES (?, ?, ?, ?, 1) "
+                "ON CONFLICT (run, name) DO UPDATE SET connections = connections + 1",
+                (run, name, data_digest, time.time()),
+            )
+
+    def data_digest(self, run: str, name: str) -> str | None:
+        """What a device's data was when it joined; None for a new device."""
+        rows = self._query("SELECT data_digest FROM devices WHERE run = ? AND name = ?", (run, name))
+        return str(rows[0]["data_digest"]) if rows else None
+
+    def set_examples(self, run: str, name: str, train: int, held_out: int) -> None:
+        """How much data a device has."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE devices SET train_examples = ?, eval_examples = ? WHERE run = ? AND name = ?",
+                (train, held_out, run, name),
+            )
+
+    def set_report(self, name: str, report: Report) -> None:
+        """A device's newest report."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
+                "sent_bytes = ?, received_bytes = ? WHERE run = ? AND name = ?",
+                (
+                    report.applied_round,
+                    report.step_seconds,
+                    report.peak_rss_bytes,
+                    report.anonymous_bytes,
+                    report.sent_bytes,
+                    report.received_bytes,
+                    report.run,
+                    name,
+                ),
+            )
+
+    def devices(self, run: str) -> list[dict[str, Any]]:
+        """The run's devices with their newest figures."""
+        return [dict(row) for row in self._query("SELECT * FROM devices WHERE run = ? ORDER BY name", (run,))]

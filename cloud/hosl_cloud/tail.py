@@ -1,0 +1,122 @@
+"""The tail of a bundle, made ready for a task: its head, and which of its tensors train.
+
+Shapes: V vocabulary, C classes, D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from hosl_cloud.exceptions import VerbalizerError
+from hosl_cloud.settings import RunConfig
+from hosl_export.families import Family
+from hosl_export.halves import Tail, load_tail
+from hosl_export.lora import inject_lora, plain_name
+from hosl_protocol import LoraEntry, Manifest, SettingsError, Task
+from hosl_protocol.manifest import SHARD_TOKENIZER
+
+
+def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tail, tuple[int, ...]]:
+    """The tail with `requires_grad` set as `tail.train` says, and the vocabulary rows that its head keeps.
+
+    Rows are empty where the head is whole. New heads and adapters are drawn from the run's seed. Raises
+    SettingsError, VerbalizerError and BundleError.
+    """
+    tail = load_tail(bundle, manifest, num_labels=class_count(config.task), seed=config.seed)
+    # The tail's head is its own tensor; PEFT would look for the embedding that the config says it is tied to.
+    tail.model.config.tie_word_embeddings = False
+    rows: tuple[int, ...] = ()
+    if config.task.kind != "sequence-classification":
+        _check_language_head(tail, manifest, config.task)
+    if config.task.kind == "prompt-classification":
+        rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
+        narrow_head(tail, rows)
+    choose_trainable(tail, manifest, config)
+    return tail.eval(), rows
+
+
+def class_count(task: Task) -> int | None:
+    """Classes of the trained head; None where the language model's own head scores."""
+    return len(task.labels) if task.kind == "sequence-classification" else None
+
+
+def _check_language_head(tail: Tail, manifest: Manifest, task: Task) -> None:
+    if language_head(tail) is None:
+        remedy = f"{manifest.architecture} has no language-model head: use 'sequence-classification'"
+        raise SettingsError("task.kind", task.kind, remedy)
+
+
+def language_head(tail: Tail) -> nn.Linear | None:
+    """The layer from hidden states to the vocabulary."""
+    return cast("nn.Linear | None", tail.model.get_output_embeddings())
+
+
+def verbalizer_rows(task: Task, tokenizer_path: Path) -> tuple[int, ...]:
+    """The token of each class's verbalizer. Raises VerbalizerError where one is not exactly one token of its own."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    rows: list[int] = []
+    for verbalizer in task.verbalizers:
+        encoding = tokenizer.encode(verbalizer, add_special_tokens=False)
+        if len(encoding.ids) != 1:
+            remedy = f"it is the tokens {encoding.tokens}, use a word of exactly one token" + _hint(verbalizer)
+            raise VerbalizerError("task.verbalizers", verbalizer, remedy)
+        if encoding.ids[0] in rows:
+            other = task.verbalizers[rows.index(encoding.ids[0])]
+            remedy = f"it is the token {encoding.tokens[0]!r}, as {other!r} is: use a different word for each class"
+            raise VerbalizerError("task.verbalizers", verbalizer, remedy)
+        rows.append(encoding.ids[0])
+    return tuple(rows)
+
+
+def _hint(verbalizer: str) -> str:
+    return "" if verbalizer.startswith(" ") else "; most tokenizers want its leading space included"
+
+
+def narrow_head(tail: Tail, rows: tuple[int, ...]) -> None:
+    """Keep only `rows` of the head [V, D]: it then gives logits of the classes, [..., C].
+
+    A whole head would get a dense gradient, and optimizer state, of V rows for the sake of C.
+    """
+    head = language_head(tail)
+    assert head is not None
+    narrow = nn.utils.skip_init(nn.Linear, head.in_features, len(rows), bias=head.bias is not None)
+    with torch.no_grad():
+        narrow.weight.copy_(head.weight[list(rows)])
+        if head.bias is not None:
+            narrow.bias.copy_(head.bias[list(rows)])
+    tail.model.set_output_embeddings(narrow)
+
+
+def choose_trainable(tail: Tail, manifest: Manifest, config: RunConfig) -> None:
+    """Set `requires_grad` of every tensor, and put adapters in where `tail.train` is `lora`."""
+    tail.model.requires_grad_(config.tail.train == "full")
+    if config.tail.train == "lora":
+        inject_lora(tail.model, tail_lora(manifest, tail.family), tail.family, config.seed)
+    if config.tail.train == "head":
+        _head_modules(tail).requires_grad_()
+    if config.tail.train == "lora" and tail.classifier is not None:
+        # A head that starts from random weights must learn; PEFT keeps it as one of `modules_to_save`.
+        tail.classifier.requires_grad_()
+
+
+def _head_modules(tail: Tail) -> nn.ModuleList:
+    """The output head: for a classifier also the pooler that only it reads, where there is one."""
+    if tail.classifier is None:
+        return nn.ModuleList([tail.model.get_output_embeddings()])
+    pooler: Any = getattr(tail.model.base_model, "pooler", None)
+    return nn.ModuleList([tail.classifier] if pooler is None else [tail.classifier, pooler])
+
+
+def tail_lora(manifest: Manifest, family: Family) -> LoraEntry:
+    """The adapters of a tail: as the device's half has them, or r 8, alpha 16 on the family's targets."""
+    return manifest.lora or LoraEntry(targets=family.lora_targets)
+
+
+def trainable_parameters(tail: Tail) -> dict[str, nn.Parameter]:
+    """What trains, by plain name, in the model's order."""
+    return {plain_name(name): value for name, value in tail.model.named_parameters() if value.requires_grad}

@@ -1,0 +1,62 @@
+"""hosl-export: a Hugging Face model becomes a bundle, and the halves of a bundle become a Hugging Face model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hosl_export.exceptions import ExportError, ModelError, ParityError, SpaceError, UnknownFamily
+    from hosl_export.exporter import ExportSettings, export_bundle
+    from hosl_export.families import FAMILIES, Family, find_family
+    from hosl_export.halves import ClientHalf, Tail, client_half, load_tail, tail_half
+    from hosl_export.joining import full_config, join_state
+    from hosl_export.loading import load_model
+    from hosl_export.lora import fold_lora, inject_lora, load_plain_state, peft_adapter, plain_state
+    from hosl_export.summary import Summary
+
+_HOMES = {
+    "exceptions": ("ExportError", "ModelError", "ParityError", "SpaceError", "UnknownFamily"),
+    "exporter": ("ExportSettings", "export_bundle"),
+    "families": ("FAMILIES", "Family", "find_family"),
+    "halves": ("ClientHalf", "Tail", "client_half", "load_tail", "tail_half"),
+    "joining": ("full_config", "join_state"),
+    "loading": ("load_model",),
+    "lora": ("fold_lora", "inject_lora", "load_plain_state", "peft_adapter", "plain_state"),
+    "summary": ("Summary",),
+}
+
+__all__ = [
+    "FAMILIES",
+    "ClientHalf",
+    "ExportError",
+    "ExportSettings",
+    "Family",
+    "ModelError",
+    "ParityError",
+    "SpaceError",
+    "Summary",
+    "Tail",
+    "UnknownFamily",
+    "client_half",
+    "export_bundle",
+    "find_family",
+    "fold_lora",
+    "full_config",
+    "inject_lora",
+    "join_state",
+    "load_model",
+    "load_plain_state",
+    "load_tail",
+    "peft_adapter",
+    "plain_state",
+    "tail_half",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: the cloud needs the halves without the ONNX tools, and --help needs no torch.
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"hosl_export.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""`hosl-export --model M --split K --out DIR`: cut a Hugging Face model into a bundle for a device and a trainer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import get_args
+
+import msgspec
+
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.manifest import TrainMode
+from hosl_protocol.terminal import add_common_options, run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code."""
+    with _terminable():
+        return run_command(_parser(), _export, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hosl-export", description="Cut a model in two: a shard and a tail.")
+    parser.add_argument("--model", required=True, help="hub id, local folder, or .gguf file")
+    parser.add_argument("--split", required=True, type=int, help="blocks on the device; the rest goes to the cloud")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")
+    parser.add_argument(
+        "--train",
+        default="lora",
+        choices=get_args(TrainMode),
+        help="what the device trains: nothing, adapters, norms and biases, whole blocks, or embeddings too "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the adapters' first weights (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_common_options(parser)
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    # torch and transformers take seconds to import: --help and usage errors do without them.
+    with show_step("starting"):
+        from hosl_export.exporter import ExportSettings, export_bundle
+        from hosl_export.summary import describe
+    settings = ExportSettings(
+        model=options.model,
+        split=options.split,
+        out=options.out,
+        train=options.train,
+        max_length=options.max_length,
+        revision=options.revision,
+        seed=options.seed,
+    )
+    summary = export_bundle(settings, show_step)
+    print(msgspec.json.encode(summary).decode() if options.json else describe(summary))
+    return ExitCode.OK
+
+
+@contextlib.contextmanager
+def show_step(name: str) -> Iterator[None]:
+    """One line on stderr: the step's name when it starts, its seconds when it ends."""
+    print(f"{name} ...", end="", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    ending = " stopped"
+    try:
+        yield
+        ending = f" {time.monotonic() - start:.1f} s"
+    finally:
+        print(ending, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that a half-written bundle is removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Write a bundle: into a sibling folder first, renamed when it is complete and checked, removed when it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from hosl_export.exceptions import SpaceError
+from hosl_export.graph import write_graph
+from hosl_export.halves import ClientHalf, Tail
+from hosl_export.trainable import plain_parameters
+from hosl_export.weights import write_tensors
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.manifest import (
+    MANIFEST,
+    SHARD_GRAPH,
+    SHARD_TOKENIZER,
+    SHARD_WEIGHTS,
+    TAIL_CONFIG,
+    TAIL_WEIGHTS,
+    FileEntry,
+    Manifest,
+    describe_file,
+    encode_manifest,
+)
+
+SPARE_BYTES = 32 * 2**20
+"""Room for the graph, the tokenizer and the manifest beside the weights."""
+
+TOOLS = ("hosl", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def check_output(out: Path) -> None:
+    """Raises SettingsError where something is in the way of the bundle."""
+    if out.exists() or out.is_symlink():
+        raise SettingsError("out", str(out), "it exists already; choose another folder or remove it")
+    parent = _nearest_folder(out)
+    if not parent.is_dir():
+        raise SettingsError("out", str(out), f"{parent} is no folder")
+
+
+def check_space(out: Path, weight_bytes: int) -> None:
+    """Raises SpaceError where the disk cannot hold weights of this size."""
+    folder = _nearest_folder(out)
+    needed, free = weight_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise SpaceError(str(folder), needed, free)
+
+
+def _nearest_folder(out: Path) -> Path:
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        check_output(out)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_shard_graph(bundle: Path, client: ClientHalf) -> None:
+    """`shard/shard.onnx`, without weights."""
+    (bundle / SHARD_GRAPH).parent.mkdir(exist_ok=True)
+    write_graph(client, bundle / SHARD_GRAPH)
+
+
+def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
+    """Both halves' weights. Tied embeddings are written twice: from here on the halves are untied."""
+    for name in (SHARD_WEIGHTS, TAIL_WEIGHTS):
+        (bundle / name).parent.mkdir(exist_ok=True)
+    write_tensors(bundle / SHARD_WEIGHTS, plain_parameters(client))
+    write_tensors(bundle / TAIL_WEIGHTS, tail.model.state_dict())
+
+
+def write_texts(bundle: Path, model: Any, tokenizer: Any) -> None:
+    """The device's tokenizer; the uncut model's config, generation config and tokenizer files beside the tail."""
+    # Padding and truncation stored in the file would change every text's tokens; hosl pads and cuts by itself.
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    plain.save(str(bundle / SHARD_TOKENIZER))
+    config = bundle / TAIL_CONFIG
+    tokenizer.save_pretrained(config.parent)
+    model.config.to_json_file(config)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.to_json_file(config.with_name("generation_config.json"))
+
+
+def describe_files(bundle: Path) -> tuple[FileEntry, ...]:
+    """Every file of the bundle but the manifest, by path."""
+    paths = (path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    return tuple(describe_file(bundle, path) for path in sorted(paths) if path != MANIFEST)
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """`manifest.json`."""
+    (bundle / MANIFEST).write_bytes(encode_manifest(manifest))
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the tools that write the bundle, where they are installed."""
+    versions = {}
+    for tool in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[tool] = importlib.metadata.version(tool)
+    return versions

@@ -1,0 +1,104 @@
+"""The client half as an ONNX graph whose every parameter is an input under its Hugging Face name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from hosl_export.exceptions import ExportError
+from hosl_export.halves import ClientHalf
+from hosl_export.lora import plain_name
+
+OPSET = 18
+IR_VERSION = 10
+"""The newest that ONNX Runtime 1.19 reads, the oldest runtime that a device may have."""
+
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
+OUTPUT = "activations"
+
+
+def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
+    """Names of the inputs that are not weights."""
+    return ("input_ids", "attention_mask") if half.family.is_encoder else ("input_ids",)
+
+
+def write_graph(half: ClientHalf, path: Path) -> None:
+    """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`."""
+    # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
+    half.model.set_attn_implementation("eager")
+    model = _trace(half)
+    _lift_parameters(model, half.model)
+    _check_self_contained(model)
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+    ir.save(model, path)
+
+
+def _trace(half: ClientHalf) -> ir.Model:
+    names = graph_inputs(half)
+    # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
+    examples = {name: torch.ones(2, 8, dtype=torch.long) for name in names}
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with _quiet_exporter():
+        # optimize=True would fold transposed weights into constants, which cannot be lifted.
+        program = torch.onnx.export(
+            half,
+            (),
+            kwargs=examples,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=list(names),
+            output_names=[OUTPUT],
+            dynamic_shapes=dict.fromkeys(names, axes),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("the exporter of torch gave no graph")
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back the exporter's chatter: it prints, warns and logs for every model, and says nothing a user can use."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _lift_parameters(model: ir.Model, half: nn.Module) -> None:
+    """Turn each parameter's initializer into a graph input under its plain name; buffers stay inside."""
+    graph = model.graph
+    for name, parameter in half.named_parameters():
+        value = graph.initializers.pop(f"model.{name}", None)
+        if value is None:
+            raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
+        value.const_value = None
+        value.name = plain_name(name)
+        value.shape = ir.Shape(parameter.shape)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        graph.inputs.append(value)
+
+
+def _check_self_contained(model: ir.Model) -> None:
+    foreign = {node.domain for node in model.graph.all_nodes()} - STANDARD_DOMAINS
+    if foreign or len(model.functions):
+        raise ExportError(f"the graph uses operators outside the standard domains: {sorted(foreign)}")

@@ -1,0 +1,227 @@
+"""Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors, `load_tail` reads a bundle.
+
+Shapes: B batch, T tokens, D width of the activations, V vocabulary, L labels, S positions asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hosl_export.families import Family, find_family
+from hosl_export.weights import read_tensors
+from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, Manifest
+
+
+class ClientHalf(nn.Module):
+    """The first blocks. `model` is the cut Hugging Face model, whose parameters keep their names."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] (and the mask [B, T] for an encoder) to activations [B, T, D]."""
+        # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
+        mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
+        h_BTD: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False, **mask).last_hidden_state
+        return h_BTD
+
+
+class Tail(nn.Module):
+    """The later blocks and the head. `model` is the cut Hugging Face model; its blocks count from 0."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The head of a sequence classification; None for a language model or a bare encoder."""
+        head = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
+        return head if isinstance(head, nn.Module) else None
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Activations [B, T, D] and mask [B, T], padded on the right, to what the model computes.
+
+        A language model gives logits [B, T, V], or [B, V] and [B, S, V] at `positions` [B] and [B, S], where only
+        those pass through the head. A classifier gives logits [B, L], read at the last real token by a causal model.
+        A bare encoder gives its last hidden state [B, T, D].
+        """
+        if self.family.is_encoder:
+            outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+            return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
+        h_BTD = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        if self.classifier is not None and positions is None:
+            positions = _last_tokens(h_BTD, attention_mask)
+        h = h_BTD if positions is None else _select(h_BTD, positions)
+        return self._head(h)
+
+    def _head(self, h: Tensor) -> Tensor:
+        if self.classifier is not None:
+            return self.classifier(h)  # type: ignore[no-any-return]
+        logits: Tensor = self.model.get_output_embeddings()(h)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Index of each row's last real token [B]."""
+    if attention_mask is None:
+        return torch.full(h_BTD.shape[:1], h_BTD.shape[1] - 1, device=h_BTD.device)
+    return attention_mask.sum(dim=1).long() - 1
+
+
+def _select(h_BTD: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, D] at [B] gives [B, D], at [B, S] gives [B, S, D]."""
+    rows = torch.arange(len(h_BTD), device=h_BTD.device)
+    return h_BTD[rows.view(-1, *[1] * (positions.ndim - 1)), positions]
+
+
+class _ZeroPositions(nn.Module):
+    """Stands for a position embedding on the tail: the activations already hold the positions."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """A scalar 0."""
+        return torch.zeros(())
+
+
+class _PassBy(nn.Module):
+    """Stands for an embedding block on the tail: the activations already went through it."""
+
+    def forward(self, inputs_embeds: Tensor, **keywords: Any) -> Tensor:
+        """`inputs_embeds` as they are."""
+        return inputs_embeds
+
+
+def share(model: Any) -> Any:
+    """A copy of the module tree and its config that shares every tensor with `model`."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def client_half(model: Any, split: int) -> ClientHalf:
+    """The first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole."""
+    family, half = find_family(model.config.model_type), share(model)
+    _keep_blocks(half, family, slice(None, split))
+    for path in family.final:
+        _replace(half, path, None)
+    if family.final_norm is not None:
+        _replace(half, family.final_norm, nn.Identity())
+    return ClientHalf(half, family).eval()
+
+
+def tail_half(model: Any, split: int) -> Tail:
+    """The blocks of the uncut `model` after the first `split`, with its head, sharing its tensors."""
+    family, half = find_family(model.config.model_type), share(model)
+    _cut_tail(half, family, split)
+    return Tail(half, family).eval()
+
+
+def _cut_tail(model: Any, family: Family, split: int) -> None:
+    prefix = base_prefix(model, family)
+    _keep_blocks(model, family, slice(split, None))
+    for path in family.embeddings:
+        _replace(model, prefix + path, None)
+    if family.positions is not None:
+        _replace(model, prefix + family.positions, _ZeroPositions())
+    if family.bypass is not None:
+        _replace(model, prefix + family.bypass, _PassBy())
+
+
+def base_prefix(model: Any, family: Family) -> str:
+    """What `model` puts before the uncut model's names: `bert.` where an encoder carries a task head."""
+    return family.base_prefix if hasattr(model, family.base_prefix.rstrip(".") or " ") else ""
+
+
+def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
+    """Cut the block list, and with it what the config says of each block, which some models read as they run."""
+    path = base_prefix(model, family) + family.blocks
+    blocks = nn.ModuleList(list(model.get_submodule(path))[kept])
+    _replace(model, path, blocks)
+    config = model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[kept]
+    config.num_hidden_layers = len(blocks)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
+    """Put `module` at `path`, where the model has a module there."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if getattr(owner, name, None) is not None:
+        setattr(owner, name, module)
+
+
+def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
+    """The server half of a bundle, float32 on the CPU, in eval mode.
+
+    With `num_labels` it is the architecture's sequence classifier, its head drawn from `seed`. Weights are private
+    memory maps of the bundle's file: untouched pages cost nothing, and writing to them leaves the file as it is.
+    Raises BundleError.
+    """
+    family = find_family(manifest.family)
+    model = _skeleton(load_config(bundle), family, num_labels)
+    _cut_tail(model, family, manifest.split)
+    prefix = base_prefix(model, family)
+    state = {prefix + name: tensor for name, tensor in _read_tail(bundle).items()}
+    if num_labels is not None:
+        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] != family.head}
+        state.update(_new_head(model, seed))
+    fill(model, state)
+    return Tail(model, family).eval()
+
+
+def load_config(bundle: Path) -> Any:
+    """The uncut model's configuration."""
+    return AutoConfig.from_pretrained(bundle / "tail")
+
+
+def _skeleton(config: Any, family: Family, num_labels: int | None) -> Any:
+    """The uncut model without memory for its weights."""
+    auto = AutoModel if family.is_encoder else AutoModelForCausalLM
+    if num_labels is not None:
+        config.num_labels, config.problem_type = num_labels, "single_label_classification"
+        auto = AutoModelForSequenceClassification
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.float32)
+
+
+def _read_tail(bundle: Path) -> dict[str, Tensor]:
+    path = bundle / TAIL_WEIGHTS
+    try:
+        return read_tensors(path)
+    except Exception as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+
+
+def _new_head(model: Any, seed: int) -> dict[str, Tensor]:
+    """A classification head as Hugging Face initialises it, from its own generator."""
+    generator = torch.Generator().manual_seed(seed)
+    name = "classifier" if hasattr(model, "classifier") else "score"
+    head = getattr(model, name)
+    weight = torch.empty(head.weight.shape).normal_(0.0, model.config.initializer_range, generator=generator)
+    bias = {} if head.bias is None else {f"{name}.bias": torch.zeros(head.bias.shape)}
+    return {f"{name}.weight": weight, **bias}
+
+
+def fill(model: Any, state: dict[str, Tensor]) -> None:
+    """Give a model without memory its weights and buffers. Raises BundleError where the names do not match."""
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(f"the bundle's tail does not fit its config: {error}") from error
+    for path, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # Rotary frequencies are computed from the config, not stored.
+            _replace(model, path, type(module)(config=model.config))

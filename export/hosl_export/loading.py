@@ -1,0 +1,171 @@
+"""Open a model wherever it is: a hub id, a local folder, or a .gguf file. Everything is loaded as float32."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hosl_export.exceptions import ModelError
+from hosl_export.families import Family, find_family
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies, in the words of `from_pretrained`."""
+
+    name: str
+    """Hub id, or the name of the local folder or file."""
+    place: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for every `from_pretrained`."""
+        arguments = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {key: value for key, value in arguments.items() if value is not None}
+
+
+def find_source(model: str, revision: str | None = None) -> Source:
+    """What `--model` stands for. Raises ModelError where a file or folder is missing."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError("model", model, "there is no such file")
+        return Source(path.name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                "model", model, "the folder holds no config.json; give a folder that save_pretrained wrote"
+            )
+        return Source(path.resolve().name, str(path))
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise ModelError("model", model, "use a folder, a .gguf file, or a hub id such as facebook/opt-125m")
+    return Source(model, model, revision=revision)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back the library's bars and reports: what matters of them becomes an error or a line of ours."""
+    library = transformers.utils.logging
+    verbosity, has_bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        # Some bars are plain tqdm, which knows no switch.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if has_bars:
+            library.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_gguf_reader(source: Source) -> Iterator[None]:
+    """Share one parse of a .gguf file: config, tokenizer and weights each parse its vocabulary, seconds each time."""
+    if source.gguf_file is None:
+        yield
+        return
+    import gguf
+
+    with mock.patch.object(gguf, "GGUFReader", _read_gguf):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(path: str) -> Any:
+    import gguf.gguf_reader
+
+    return gguf.gguf_reader.GGUFReader(path)
+
+
+@contextlib.contextmanager
+def _opening(source: Source, what: str) -> Iterator[None]:
+    """Turn the many errors of `from_pretrained` into one line."""
+    try:
+        with quiet_transformers(), _one_gguf_reader(source):
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        # The library lets errors of the hub, of parsers and of its own pass through, in many types.
+        logger.debug("cannot load %s of %s", what, source.name, exc_info=True)
+        raise ModelError("model", source.name, f"cannot load its {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration. Raises ModelError."""
+    with _opening(source, "configuration"):
+        config = AutoConfig.from_pretrained(source.place, **source.arguments)
+    find_family(config.model_type)
+    return config
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer. Raises ModelError where it has none that the `tokenizers` library runs."""
+    with _opening(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **source.arguments)
+    if not getattr(tokenizer, "is_fast", False) or not tokenizer.get_vocab():
+        raise ModelError("model", source.name, "it has no tokenizer.json, nor a tokenizer that converts to one")
+    return tokenizer
+
+
+def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
+    """The whole Hugging Face model, float32, in eval mode: a causal language model, or an encoder with its pooler.
+
+    Weights that the checkpoint lacks are an error, but for an encoder's pooler, which is initialised from `seed`.
+    """
+    if isinstance(source, str):
+        source = find_source(source)
+    config = load_config(source) if config is None else config
+    family = find_family(config.model_type)
+    auto = AutoModel if family.is_encoder else AutoModelForCausalLM
+    with _opening(source, "weights"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = auto.from_pretrained(
+            source.place, config=config, dtype=torch.float32, output_loading_info=True, **source.arguments
+        )
+    _check_complete(source, family, report)
+    # Left by the .gguf loader; weights are plain float32 from here on.
+    vars(model.config).pop("quantization_config", None)
+    return model.eval()
+
+
+def _check_complete(source: Source, family: Family, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    if family.is_encoder:
+        absent_pooler = [name for name in missing if name.startswith("pooler.")]
+        missing = [name for name in missing if name not in absent_pooler]
+        if absent_pooler:
+            logger.warning("%s has no pooler: it starts from random weights", source.name)
+    if missing or report["mismatched_keys"]:
+        names = missing or sorted(str(entry) for entry in report["mismatched_keys"])
+        raise ModelError("model", source.name, f"the checkpoint lacks {names[0]} and {len(names) - 1} more")

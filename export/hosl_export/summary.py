@@ -1,0 +1,115 @@
+"""What an export made: as a struct for `--json`, and as lines for people."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hosl_export.check import LONGEST
+from hosl_export.weights import read_tensors
+from hosl_protocol.manifest import TAIL_WEIGHTS, Manifest, TrainMode
+
+
+class Summary(msgspec.Struct, kw_only=True, frozen=True):
+    """What an export made."""
+
+    bundle: str
+    bundle_bytes: int
+    model: str
+    family: str
+    architecture: str
+    split: int
+    blocks: int
+    width: int
+    max_length: int
+    client_parameters: int
+    client_bytes: int
+    tail_parameters: int
+    tail_bytes: int
+    train: TrainMode
+    trainable_tensors: int
+    trainable_parameters: int
+    lattice_max_change: float
+    """Largest absolute change of a weight when it was put on the lattice."""
+    parity_error: float
+    """Largest difference from the uncut model, as a share of the output's largest magnitude."""
+    checked_length: int
+    """Longest input compared with the uncut model, in tokens."""
+    sliding_window: int | None
+    """Tokens that a sliding-window block sees, where the model has such blocks."""
+
+
+def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float) -> Summary:
+    """The summary of a bundle that was just written from a model with `config`."""
+    client = sum(math.prod(entry.shape) for entry in manifest.tensors)
+    tail = sum(tensor.numel() for tensor in read_tensors(bundle / TAIL_WEIGHTS).values())
+    return Summary(
+        bundle=str(bundle),
+        bundle_bytes=sum(entry.size_bytes for entry in manifest.files),
+        model=manifest.model,
+        family=manifest.family,
+        architecture=manifest.architecture,
+        split=manifest.split,
+        blocks=manifest.blocks,
+        width=manifest.width,
+        max_length=manifest.max_length,
+        client_parameters=client,
+        client_bytes=4 * client,
+        tail_parameters=tail,
+        tail_bytes=4 * tail,
+        train=manifest.train,
+        trainable_tensors=len(manifest.trainable),
+        trainable_parameters=sum(math.prod(entry.shape) for entry in manifest.trainable),
+        lattice_max_change=manifest.lattice_max_change,
+        parity_error=parity_error,
+        checked_length=min(manifest.max_length, LONGEST),
+        sliding_window=_sliding_window(config),
+    )
+
+
+def _sliding_window(config: Any) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def describe(summary: Summary) -> str:
+    """The summary for people."""
+    on_tail = summary.blocks - summary.split
+    cut = f"cut after block {summary.split} of {summary.blocks}"
+    lines = [
+        f"{summary.bundle}: {summary.model} ({summary.architecture}) {cut}",
+        f"  device  {_side(summary.split, summary.client_parameters, summary.client_bytes)}, and the embeddings",
+        f"  cloud   {_side(on_tail, summary.tail_parameters, summary.tail_bytes)}, and the head",
+        f"  trains  {_trains(summary)}",
+        f"  parity  {_parity(summary)}",
+    ]
+    return "\n".join(lines)
+
+
+def _side(blocks: int, parameters: int, size_bytes: int) -> str:
+    name = "block" if blocks == 1 else "blocks"
+    return f"{blocks:3d} {name}, {parameters / 1e6:.1f} M parameters, {size_bytes / 2**20:.0f} MiB"
+
+
+def _trains(summary: Summary) -> str:
+    if summary.train == "none":
+        return "nothing on the device (--train none)"
+    return (
+        f"{summary.trainable_parameters:,} parameters in {summary.trainable_tensors} tensors on the device "
+        f"(--train {summary.train}); rounding moved them by at most {summary.lattice_max_change:.2g}"
+    )
+
+
+def _parity(summary: Summary) -> str:
+    text = f"differs from the uncut model by at most {summary.parity_error:.1g} of an output's range, "
+    text += f"checked to {summary.checked_length} tokens"
+    if summary.checked_length < summary.max_length:
+        text += f" of the {summary.max_length} allowed"
+    if summary.sliding_window is not None and summary.checked_length <= summary.sliding_window:
+        text += f"; that is within the model's sliding window of {summary.sliding_window}, which stays untested"
+    return text

@@ -1,0 +1,50 @@
+"""What the device trains, and putting it on the lattice before anything is computed or written."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor, nn
+
+from hosl_export.families import Family
+from hosl_export.halves import ClientHalf
+from hosl_export.lora import is_lora, plain_name
+from hosl_protocol.lattice import exponent_for, round_to_lattice
+from hosl_protocol.manifest import TensorEntry, TrainMode
+
+
+def plain_parameters(half: ClientHalf) -> dict[str, nn.Parameter]:
+    """The client half's parameters under plain names, in graph order."""
+    return {plain_name(name): parameter for name, parameter in half.model.named_parameters()}
+
+
+def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family) -> bool:
+    """Whether `--train mode` moves the parameter with this plain name."""
+    is_in_block = name.startswith(f"{family.blocks}.")
+    if mode == "lora":
+        return is_lora(name)
+    if mode == "norm":
+        # Norms and biases are exactly what has one dimension.
+        return is_in_block and tensor.ndim == 1
+    if mode == "blocks":
+        return is_in_block
+    return mode == "all"
+
+
+def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry, ...], float]:
+    """Round what trains to its lattice, in place. Returns the manifest's entries and the largest change of a weight.
+
+    The tensors are the uncut model's own, so its outputs after this call are those of the rounded weights.
+    """
+    entries, largest_change = [], 0.0
+    for name, parameter in plain_parameters(half).items():
+        exponent = None
+        if is_trainable(name, parameter, mode, half.family):
+            values = parameter.detach().numpy()
+            exponent = exponent_for(float(np.abs(values).max()))
+            rounded = round_to_lattice(values, exponent)
+            largest_change = max(largest_change, float(np.abs(rounded - values).max()))
+            values[...] = rounded
+        entries.append(
+            TensorEntry(name=name, shape=tuple(parameter.shape), trainable=exponent is not None, exponent=exponent)
+        )
+    return tuple(entries), largest_change

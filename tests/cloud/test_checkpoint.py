@@ -1,0 +1,169 @@
+"""A checkpoint continues with the same bits, and a damaged one is never taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hosl_cloud.checkpoint import (
+    Metrics,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_info,
+    record_metrics,
+    save_checkpoint,
+)
+from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.trainer import TailTrainer
+
+PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
+
+
+def train(trainer: TailTrainer, bundle: Any, rounds: range) -> None:
+    for round_ in rounds:
+        trainer.forward_backward(*bundle.batch(trainer.kind, seed=round_).sent)
+        trainer.step(round_, 1.0)
+
+
+def save(folder: Path, trainer: TailTrainer, round_: int, metrics: Metrics | None = None, epoch: int = 1) -> Path:
+    return save_checkpoint(folder, round_, epoch, trainer, trainer.config, metrics)
+
+
+def metrics(correct: int, loss: float = 1.0) -> Metrics:
+    return Metrics(loss=loss, correct=correct, scored=10)
+
+
+@pytest.mark.parametrize("train_", ["full", "lora", "head"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": "adamw", "learning_rate": 0.01}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "sgd"}],
+)
+def test_a_run_that_stops_and_loads_ends_with_the_same_bits(
+    bundle: Any, tmp_path: Path, train_: str, settings: dict[str, Any]
+) -> None:
+    settings = {**settings, "train": train_, "schedule": "cosine", "clip_norm": 0.5}
+    unbroken, first, second = (bundle.trainer(PROMPTS, **settings) for _ in range(3))
+    train(unbroken, bundle, range(1, 6))
+    train(first, bundle, range(1, 4))
+    info = load_checkpoint(save(tmp_path, first, 3), second)
+    train(second, bundle, range(info.round + 1, 6))
+    got, expected = second.state(), unbroken.state()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not all(torch.equal(got[name], tensor) for name, tensor in first.state().items())
+
+
+def test_only_what_trains_is_stored(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS, train="head", optimizer="adamw")
+    train(trainer, bundle, range(1, 2))
+    assert save(tmp_path, trainer, 1).stat().st_size < 3 * (2 * 32 * 4) + 1000
+
+
+def test_effective_settings_and_metrics_lie_beside(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    path = save(tmp_path, trainer, 7, metrics(6), epoch=2)
+    info = read_info(path)
+    assert (info.round, info.epoch, info.head_rows, info.metrics) == (7, 2, (2, 3), metrics(6))
+    assert info.config == trainer.config
+    assert json.loads(path.with_suffix(".json").read_text())["config"]["tail"]["clip_norm"] == 0.0
+    record_metrics(path, metrics(9))
+    assert read_info(path).metrics == metrics(9)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [path.with_suffix(".json").name, path.name]
+
+
+@pytest.mark.parametrize("place", [20, -1])
+def test_a_flipped_bit_is_found_and_the_trainer_stays(bundle: Any, tmp_path: Path, place: int) -> None:
+    trainer = bundle.trainer(PROMPTS, optimizer="adamw")
+    path = save(tmp_path, trainer, 1)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    with pytest.raises(CheckpointDamaged, match="SHA-256"):
+        load_checkpoint(path, trainer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state().items())
+
+
+def test_a_shortened_file_is_found(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    path = save(tmp_path, trainer, 1)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointDamaged):
+        load_checkpoint(path, trainer)
+
+
+def test_weights_without_their_json_do_not_count(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    save(tmp_path, trainer, 1)
+    path = save(tmp_path, trainer, 2)
+    path.with_suffix(".json").unlink()
+    assert [each.info.round for each in list_checkpoints(tmp_path)] == [1]
+    with pytest.raises(CheckpointMissing):
+        load_checkpoint(path, trainer)
+
+
+def test_damaged_json_is_skipped(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    save(tmp_path, trainer, 1)
+    path = save(tmp_path, trainer, 2)
+    path.with_suffix(".json").write_text("{")
+    assert find_checkpoint(tmp_path, "last").info.round == 1
+    with pytest.raises(CheckpointDamaged):
+        load_checkpoint(path, trainer)
+
+
+def test_a_checkpoint_of_another_way_of_training_is_refused(bundle: Any, tmp_path: Path) -> None:
+    path = save(tmp_path, bundle.trainer(PROMPTS, train="lora"), 1)
+    with pytest.raises(CheckpointMismatch, match="this run's tail trains"):
+        load_checkpoint(path, bundle.trainer(PROMPTS, train="full"))
+    with pytest.raises(CheckpointMismatch, match=r"lm_head.weight is absent, this run's tail trains \[48, 32\]"):
+        load_checkpoint(save(tmp_path, bundle.trainer(CLASSES, train="head"), 2), bundle.trainer(TEXT, train="head"))
+
+
+def test_best_is_the_most_accurate_then_of_least_loss(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    for round_, scored in enumerate((metrics(5), metrics(8, 0.5), metrics(8, 0.4), metrics(8, 0.6), None), start=1):
+        save(tmp_path, trainer, round_, scored)
+    assert find_checkpoint(tmp_path).info.round == 3
+    assert find_checkpoint(tmp_path, "last").info.round == 5
+    assert find_checkpoint(tmp_path, 2).info.round == 2
+    with pytest.raises(CheckpointMissing, match="none of round 9"):
+        find_checkpoint(tmp_path, 9)
+
+
+def test_best_of_a_language_model_is_the_least_loss(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(TEXT)
+    for round_, scored in enumerate((metrics(9, 0.5), metrics(8, 0.4), metrics(8, 0.6)), start=1):
+        save(tmp_path, trainer, round_, scored)
+    assert find_checkpoint(tmp_path).info.round == 2
+
+
+def test_without_an_evaluation_best_is_last_and_an_empty_folder_says_so(bundle: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="it holds none"):
+        find_checkpoint(tmp_path)
+    trainer = bundle.trainer(PROMPTS)
+    for round_ in (1, 2):
+        save(tmp_path, trainer, round_)
+    assert find_checkpoint(tmp_path).info.round == 2
+
+
+def test_a_later_epoch_comes_after_a_later_round(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    save(tmp_path, trainer, 9, epoch=1)
+    save(tmp_path, trainer, 4, epoch=2)
+    assert find_checkpoint(tmp_path, "last").info.round == 4
+
+
+def test_pruning_keeps_the_best_and_the_last(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    paths = [save(tmp_path, trainer, round_, metrics(9 if round_ == 2 else 5)) for round_ in range(1, 6)]
+    (tmp_path / "epoch-0001-round-000006.safetensors.part").write_bytes(b"half")
+    assert prune_checkpoints(tmp_path, keep_last=2) == [paths[0], paths[2]]
+    assert [each.info.round for each in list_checkpoints(tmp_path)] == [2, 4, 5]
+    assert len(list(tmp_path.iterdir())) == 6

@@ -1,0 +1,135 @@
+"""The split loss is the uncut model's loss, and λ is its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hosl_cloud.exceptions import BatchError, CloudError, VerbalizerError
+from hosl_cloud.objectives import unpack
+from hosl_cloud.settings import parse_config
+from hosl_cloud.tail import build_tail
+from hosl_protocol import SettingsError
+
+PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
+
+CASES = [
+    *((family, PROMPTS) for family in ("llama", "gpt2", "opt", "gemma3_text")),
+    *((family, CLASSES) for family in ("llama", "gpt2", "gemma3_text", "bert")),
+    *((family, TEXT) for family in ("llama", "gpt2", "gemma3_text")),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_split_loss_and_lambda_are_those_of_the_uncut_model_run_without_padding(
+    make_bundle: Callable[..., Any], family: str, kind: str
+) -> None:
+    bundle = make_bundle(family)
+    trainer, batch = bundle.trainer(kind), bundle.batch(kind, (3, 9, 1, 5))
+    expected_loss, expected_TD = bundle.uncut_loss_and_gradient(trainer, batch)
+    result = trainer.forward_backward(*batch.sent)
+    assert result.loss == pytest.approx(expected_loss, rel=1e-5)
+    scale = np.abs(expected_TD).max()
+    assert scale > 1e-4
+    np.testing.assert_allclose(result.cut_gradient_TD, expected_TD, atol=2e-5 * scale)
+    assert trainer.evaluate(*batch.sent).loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_softcapping_of_the_config_changes_the_loss(make_bundle: Callable[..., Any]) -> None:
+    bundle = make_bundle("gemma3_text")
+    trainer, batch = bundle.trainer(PROMPTS), bundle.batch(PROMPTS)
+    capped = trainer.evaluate(*batch.sent).loss
+    trainer.tail.model.config.final_logit_softcapping = None
+    assert abs(trainer.evaluate(*batch.sent).loss - capped) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"), [(PROMPTS, (1 / 2, 1 / 2)), (CLASSES, (1 / 2, 1 / 2)), (TEXT, (2 / 21, 19 / 21))]
+)
+def test_longer_neighbours_do_not_change_an_example(bundle: Any, kind: str, shares: tuple[float, float]) -> None:
+    trainer, batch = bundle.trainer(kind), bundle.batch(kind, (3, 20))
+    both = trainer.forward_backward(*batch.sent)
+    alone = [trainer.forward_backward(*example) for example in batch.examples]
+    assert both.loss == pytest.approx(sum(share * one.loss for share, one in zip(shares, alone, strict=True)), rel=1e-5)
+    expected_TD = np.concatenate([share * one.cut_gradient_TD for share, one in zip(shares, alone, strict=True)])
+    np.testing.assert_allclose(both.cut_gradient_TD, expected_TD, atol=1e-6)
+
+
+def test_classes_are_scored_by_examples_and_text_by_predicted_tokens(bundle: Any) -> None:
+    for kind, scored in ((PROMPTS, 4), (CLASSES, 4), (TEXT, 12)):
+        score = bundle.trainer(kind).evaluate(*bundle.batch(kind, (3, 7, 1, 5)).sent)
+        assert score.scored == scored
+        assert 0 <= score.correct <= scored
+
+
+def test_correct_counts_hits_of_the_largest_class(bundle: Any) -> None:
+    trainer, batch = bundle.trainer(PROMPTS), bundle.batch(PROMPTS, (4,) * 12)
+    with torch.no_grad():
+        logits = bundle.uncut(torch.stack(batch.ids)).logits[:, -1, list(trainer.head_rows)]
+    right = (logits.argmax(dim=1).numpy() == batch.labels_N).sum()
+    flipped = trainer.evaluate(batch.activations_TD, batch.lengths_B, 1 - batch.labels_N)
+    assert trainer.evaluate(*batch.sent).correct == right
+    assert flipped.correct == 12 - right
+
+
+def test_single_tokens_predict_nothing_and_pull_nowhere(bundle: Any) -> None:
+    trainer = bundle.trainer(TEXT)
+    result = trainer.forward_backward(*bundle.batch(TEXT, (1, 1)).sent)
+    assert (result.loss, result.scored) == (0.0, 0)
+    assert not result.cut_gradient_TD.any()
+
+
+def test_unpacking_pads_on_the_right_with_zeros() -> None:
+    h_BLD, mask_BL = unpack(torch.arange(1.0, 9.0).reshape(4, 2), torch.tensor([1, 3]))
+    assert h_BLD.tolist() == [[[1, 2], [0, 0], [0, 0]], [[3, 4], [5, 6], [7, 8]]]
+    assert mask_BL.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "labels", "said"),
+    [
+        ([], [], "lengths of a batch"),
+        ([4, 0], [0, 1], "lengths of a batch"),
+        ([5, -1], [0, 1], "lengths of a batch"),
+        ([2, 3], [0, 1], "tokens of a batch: expected 5 by its lengths, got 4"),
+        ([2, 2], [0], "labels of a batch: expected 2, got 1"),
+        ([2, 2], [0, 2], "labels of a batch: expected 0 to 1, got 2"),
+        ([2, 2], [-100, 0], "labels of a batch: expected 0 to 1, got -100"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused(
+    bundle: Any, lengths: list[int], labels: list[int], said: str
+) -> None:
+    h_TD = np.zeros((4, 32), np.float32)
+    with pytest.raises(BatchError, match=said):
+        bundle.trainer(PROMPTS).forward_backward(h_TD, np.array(lengths, np.int32), np.array(labels, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("verbalizers", "value", "said"),
+    [
+        ([" bad", " very good"], " very good", "'<unk>', 'good'"),
+        ([" bad", ""], "", r"it is the tokens \[\]"),
+        ([" bad", "bad"], "bad", "the token 'bad', as ' bad' is"),
+    ],
+)
+def test_a_verbalizer_that_is_not_one_token_of_its_own_is_named(
+    bundle: Any, verbalizers: list[str], value: str, said: str
+) -> None:
+    task = {"name": "t", "kind": PROMPTS, "template": "{text}", "labels": ["0", "1"], "verbalizers": verbalizers}
+    config = parse_config({"task": task, "max_length": 32}, bundle.manifest)
+    with pytest.raises(VerbalizerError, match=said) as caught:
+        build_tail(bundle.path, bundle.manifest, config)
+    assert caught.value.value == value
+    assert isinstance(caught.value, SettingsError)
+    assert isinstance(caught.value, CloudError)
+
+
+@pytest.mark.parametrize("kind", [PROMPTS, TEXT])
+def test_an_encoder_has_no_head_for_words(make_bundle: Callable[..., Any], kind: str) -> None:
+    with pytest.raises(SettingsError, match="use 'sequence-classification'"):
+        make_bundle("bert").trainer(kind)

@@ -1,0 +1,42 @@
+"""The protocol and the device's agent run where torch and the other halves are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = ("torch", "transformers", "hosl_cloud", "hosl_export")
+
+SCRIPT = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+importlib.import_module({module!r})
+print(*sorted(set(sys.modules) & set({blocked!r})))
+"""
+
+
+def import_alone(module):
+    script = SCRIPT.format(blocked=BLOCKED, module=module)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("module", ["hosl_protocol", "hosl_protocol.terminal", "hosl_edge", "hosl_edge.__main__"])
+def test_imports_with_torch_and_the_other_halves_blocked(module):
+    done = import_alone(module)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("module", BLOCKED)
+def test_the_blocker_blocks(module):
+    done = import_alone(module)
+    assert done.returncode == 1
+    assert f"ImportError: {module} is blocked" in done.stderr

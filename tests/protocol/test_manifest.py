@@ -1,0 +1,125 @@
+"""The manifest: what it refuses, and digests that stay."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+import pytest
+
+from hosl_protocol import (
+    BundleError,
+    FileEntry,
+    LoraEntry,
+    Manifest,
+    TensorEntry,
+    decode_manifest,
+    describe_file,
+    encode_manifest,
+    load_manifest,
+    sha256_of_file,
+)
+
+FILES = (
+    FileEntry(path="shard/shard.onnx", size_bytes=10, sha256="a" * 64),
+    FileEntry(path="shard/shard.safetensors", size_bytes=20, sha256="b" * 64),
+    FileEntry(path="tail/tail.safetensors", size_bytes=30, sha256="c" * 64),
+)
+GOLDEN_SHARD_DIGEST = (
+    "40235694476a282375cfe2b8a1b875f3a7e2420d83fcb8c56710c5e0c10a8a99"  # the same stands in protocol/README.md
+)
+
+
+def make_manifest(**changes):
+    fields = {
+        "model": "m", "family": "llama", "architecture": "LlamaForCausalLM", "split": 6, "blocks": 30, "width": 576,
+        "max_length": 128, "pad_token_id": 2, "train": "lora", "lora": LoraEntry(targets=("q_proj", "v_proj")),
+        "tensors": (
+            TensorEntry(name="embed.weight", shape=(10, 576)),
+            TensorEntry(name="q.lora_A.weight", shape=(8, 576), trainable=True, exponent=-24),
+            TensorEntry(name="q.lora_B.weight", shape=(576, 8), trainable=True, exponent=-24),
+        ),
+        "files": FILES,
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})
+
+
+def changed_json(**changes):
+    return msgspec.json.encode({**msgspec.json.decode(encode_manifest(make_manifest())), **changes})
+
+
+def test_a_manifest_is_read_back_as_it_was_written():
+    assert decode_manifest(encode_manifest(make_manifest())) == make_manifest()
+
+
+def test_place_among_the_trainable_tensors_is_the_direction_index():
+    assert [entry.name for entry in make_manifest().trainable] == ["q.lora_A.weight", "q.lora_B.weight"]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b"null"])
+def test_bytes_that_are_no_manifest_are_refused(data):
+    with pytest.raises(BundleError, match=r"somewhere/manifest\.json is not a manifest"):
+        decode_manifest(data, "somewhere/manifest.json")
+
+
+@pytest.mark.parametrize("field", ["format_version", "rng_version"])
+def test_another_version_is_refused_with_both_numbers(field):
+    with pytest.raises(BundleError, match=f"has {field} 2, this hosl reads 1: export the bundle again"):
+        decode_manifest(changed_json(**{field: 2}))
+
+
+def tensor(**changes):
+    return {"name": "w", "shape": [2], "trainable": True, "exponent": -24, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tensors": [tensor(exponent=None)]}, "trainable tensor w has no lattice exponent"),
+        ({"tensors": [tensor(exponent=-25)]}, "lattice exponent of w is -25, expected -24 to 103"),
+        ({"tensors": [tensor(exponent=104)]}, "lattice exponent of w is 104, expected -24 to 103"),
+        ({"tensors": [tensor(), tensor()]}, "lists tensor w twice"),
+        ({"tensors": [tensor(dtype="float16")]}, "is not a manifest"),
+        ({"train": "everything"}, "is not a manifest"),
+        ({"split": "6"}, "is not a manifest"),
+        ({"files": [msgspec.to_builtins(FILES[0])] * 2}, "lists file shard/shard.onnx twice"),
+        ({"files": [{"path": "shard/../../x", "size_bytes": 1, "sha256": "0"}]}, "names a file outside the bundle"),
+        ({"files": [{"path": "/etc/x", "size_bytes": 1, "sha256": "0"}]}, "names a file outside the bundle"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(changes, sentence):
+    with pytest.raises(BundleError, match=sentence):
+        decode_manifest(changed_json(**changes))
+
+
+def test_shard_digest_is_that_of_the_shards_files_in_the_order_of_their_paths():
+    text = f"shard/shard.onnx 10 {'a' * 64}\nshard/shard.safetensors 20 {'b' * 64}\n"
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert make_manifest().shard_digest == expected == GOLDEN_SHARD_DIGEST
+    assert make_manifest(files=FILES[::-1]).shard_digest == expected
+    assert make_manifest(files=FILES[:2]).shard_digest == expected
+
+
+def test_shard_digest_notices_every_change_of_a_file():
+    changed = [
+        FileEntry(path="shard/other.onnx", size_bytes=10, sha256="a" * 64),
+        FileEntry(path="shard/shard.onnx", size_bytes=11, sha256="a" * 64),
+        FileEntry(path="shard/shard.onnx", size_bytes=10, sha256="d" * 64),
+    ]
+    digests = {make_manifest(files=(one, *FILES[1:])).shard_digest for one in (FILES[0], *changed)}
+    assert len(digests) == 4
+
+
+def test_files_are_described_by_size_and_digest(tmp_path):
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "shard" / "x").write_bytes(b"abc" * 1_000_000)
+    expected = hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+    assert describe_file(tmp_path, "shard/x") == FileEntry(path="shard/x", size_bytes=3_000_000, sha256=expected)
+    assert sha256_of_file(tmp_path / "shard" / "x") == expected
+
+
+def test_a_manifest_is_loaded_from_its_folder_or_the_folder_is_named(tmp_path):
+    with pytest.raises(BundleError, match=f"no bundle at {tmp_path}: No such file or directory"):
+        load_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(make_manifest()))
+    assert load_manifest(tmp_path) == make_manifest()

@@ -1,0 +1,116 @@
+"""Run settings: every refusal names field, value and remedy; schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hosl_protocol import (
+    ClientOptimizer,
+    RunSettings,
+    SettingsError,
+    check_run_settings,
+    convert,
+    load_preset,
+    schedule_factor,
+    scheduled_rate,
+)
+
+
+def make_settings(**changes):
+    return convert({"task": load_preset("sst2"), **changes}, RunSettings, "run")
+
+
+def test_defaults_check_out():
+    check_run_settings(make_settings())
+    assert make_settings().max_tokens == 16 * 128
+    assert (make_settings().coefficients, make_settings(algorithm="frozen").coefficients) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "remedy"),
+    [
+        ({"seed": -1}, "seed", -1, "whole number from 0 to 9007199254740991"),
+        ({"seed": 2**53}, "seed", 2**53, "whole number from 0"),
+        ({"rounds": 0}, "rounds", 0, "whole number from 1"),
+        ({"directions": 0}, "directions", 0, "from 1 to 65535"),
+        ({"directions": 65536}, "directions", 65536, "from 1 to 65535"),
+        ({"batch_size": 0}, "batch_size", 0, "from 1 to 65536"),
+        ({"max_length": 1}, "max_length", 1, "from 2 to"),
+        ({"report_every": 0}, "report_every", 0, "from 1 to"),
+        ({"probe_step": 0.0}, "probe_step", 0.0, "above 0"),
+        ({"probe_step": math.inf}, "probe_step", math.inf, "above 0"),
+        ({"optimizer": {"learning_rate": -1.0}}, "client.learning_rate", -1.0, "above 0"),
+        ({"optimizer": {"epsilon": 0.0}}, "client.epsilon", 0.0, "above 0"),
+        ({"optimizer": {"warmup_rounds": 101}}, "client.warmup_rounds", 101, "from 0 to 100"),
+        ({"optimizer": {"beta1": 1.0}}, "client.beta1", 1.0, "from 0 up to, not including, 1"),
+        ({"optimizer": {"beta2": -0.1}}, "client.beta2", -0.1, "from 0 up to, not including, 1"),
+        ({"optimizer": {"weight_decay": 2.0}}, "client.weight_decay", 2.0, "from 0 up to, not including, 1"),
+        ({"algorithm": "hosl", "wire_dtype": "float16"}, "wire_dtype", "float16", "needs float32"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_remedy(changes, field, value, remedy):
+    with pytest.raises(SettingsError) as caught:
+        check_run_settings(make_settings(**changes))
+    assert (caught.value.field, caught.value.value) == (field, value)
+    assert str(caught.value).startswith(f"{field} is {value!r}: ")
+    assert remedy in caught.value.remedy
+
+
+def test_a_number_that_is_not_one_is_refused():
+    with pytest.raises(SettingsError, match="probe_step is nan"):
+        check_run_settings(make_settings(probe_step=math.nan))
+
+
+def test_inputs_longer_than_the_bundle_was_checked_for_are_refused():
+    check_run_settings(make_settings(max_length=64), bundle_max_length=64)
+    with pytest.raises(SettingsError, match="max_length is 65: use a whole number from 2 to 64"):
+        check_run_settings(make_settings(max_length=65), bundle_max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "sentence"),
+    [
+        ({"rounds": "10"}, "$.rounds", "Expected `int`, got `str`"),
+        ({"rounds": True}, "$.rounds", "Expected `int`, got `bool`"),
+        ({"algorithm": "fedavg"}, "$.algorithm", "Invalid enum value 'fedavg'"),
+        ({"optimizer": {"kind": "lion"}}, "$.optimizer.kind", "Invalid enum value 'lion'"),
+        ({"learning_rate": 1.0}, "the whole", "unknown field `learning_rate`"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_by_its_path(changes, path, sentence):
+    with pytest.raises(SettingsError) as caught:
+        make_settings(**changes)
+    assert (caught.value.field, caught.value.value) == ("run", path)
+    assert sentence in caught.value.remedy
+
+
+def test_constant_schedule_stays_after_its_warm_up():
+    assert [schedule_factor("constant", 4, n, 10) for n in (1, 2, 3, 4, 5, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@given(rounds=st.integers(1, 200), data=st.data())
+def test_schedules_rise_to_one_and_fall_towards_zero(schedule, rounds, data):
+    warmup = data.draw(st.integers(0, rounds))
+    factors = [schedule_factor(schedule, warmup, n, rounds) for n in range(1, rounds + 1)]
+    assert factors[:warmup] == sorted(factors[:warmup])
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    assert all(0.0 < factor <= 1.0 for factor in factors)
+    assert max(factors) == 1.0
+    assert schedule_factor(schedule, warmup, rounds + 1, rounds) == 0.0
+
+
+def test_linear_and_cosine_take_half_the_rate_half_way():
+    assert schedule_factor("linear", 0, 51, 100) == 0.5
+    assert schedule_factor("cosine", 0, 51, 100) == pytest.approx(0.5)
+    assert schedule_factor("cosine", 0, 26, 100) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+
+
+def test_rate_is_the_base_rate_times_the_schedule():
+    optimizer = ClientOptimizer(learning_rate=0.2, schedule="linear", warmup_rounds=2)
+    assert scheduled_rate(optimizer, 1, 10) == 0.1
+    assert scheduled_rate(optimizer, 3, 10) == 0.2

@@ -1,0 +1,151 @@
+"""Tasks: presets, strict templates, labels."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hosl_protocol import (
+    SettingsError,
+    Task,
+    check_task,
+    convert,
+    label_of,
+    load_preset,
+    preset_fields,
+    preset_names,
+    render,
+)
+
+EXAMPLES = {
+    "boolq": ({"passage": "Ice floats.", "question": "does ice float"}, "Ice floats. does ice float?\n"),
+    "cb": (
+        {"premise": "It rained.", "hypothesis": "it was wet"},
+        'Suppose It rained. Can we infer that "it was wet"? Yes, No, or Maybe?\n',
+    ),
+    "lm": ({"text": "Once."}, "Once."),
+    "reviews": ({"text": "A fine film."}, "A fine film. It was"),
+    "rte": (
+        {"premise": "It rained.", "hypothesis": "It was wet."},
+        'It rained.\nDoes this mean that "It was wet." is true? Yes or No?\n',
+    ),
+    "sequence-classification": ({"text": "A fine film."}, "A fine film."),
+    "sst2": ({"sentence": "a fine film"}, "a fine film It was"),
+    "wic": (
+        {"word": "bank", "sentence1": "A river bank.", "sentence2": "The bank lends."},
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\nA river bank.\nThe bank lends.\n',
+    ),
+    "wsc": (
+        {"text": "Ann said she left.", "target": {"span1_text": "Ann", "span2_text": "she"}},
+        'Ann said she left.\nIn the previous sentence, does the pronoun "she" refer to Ann? Yes or No?\n',
+    ),
+}
+
+
+def make_task(**changes):
+    fields = {"name": "t", "kind": "sequence-classification", "template": "{text}", "labels": ("0", "1"), **changes}
+    return convert(fields, Task, "task")
+
+
+def test_every_preset_has_an_example_here():
+    assert preset_names() == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_presets_check_out_and_read_as_expected(name):
+    task = convert(load_preset(name), Task, "task")
+    check_task(task)
+    example, text = EXAMPLES[name]
+    assert render(task, example) == text
+    assert preset_fields(name) == task.fields
+    if task.kind != "lm":
+        assert [label_of(task, {**example, "label": place}) for place in range(len(task.labels))] == [
+            *range(len(task.labels))
+        ]
+
+
+def test_unknown_preset_names_those_there_are():
+    with pytest.raises(SettingsError, match=r"task\.preset is 'sst3': use one of boolq, cb, lm"):
+        load_preset("sst3")
+    assert preset_fields("../sst2") is None
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(KeyError, match="text"):
+        render(make_task(), {"sentence": "x"})
+
+
+@pytest.mark.parametrize("example", [{"target": "Ann"}, {"target": {}}, {"target": None}, {"target": ["Ann"]}, {}])
+def test_a_dotted_field_that_leads_nowhere_is_named_whole(example):
+    with pytest.raises(KeyError, match=r"target\.span"):
+        render(make_task(template="{target.span}"), example)
+
+
+def test_a_dotted_name_of_its_own_goes_before_nested_objects():
+    task = make_task(template="{a.b} {c.d.e}")
+    assert render(task, {"a.b": "plain", "a": {"b": "nested"}, "c": {"d": {"e": 7}}}) == "plain 7"
+
+
+@pytest.mark.parametrize("field", ["text.__class__", "text.upper", "__class__", "text.__class__.__mro__"])
+def test_attributes_are_never_looked_up(field):
+    with pytest.raises(KeyError, match=re.escape(field)):
+        render(make_task(template=f"{{{field}}}"), {"text": "x"})
+
+
+def test_braces_in_the_data_stay_as_they_are():
+    assert render(make_task(), {"text": "{label} {0} {text}"}) == "{label} {0} {text}"
+
+
+@pytest.mark.parametrize("template", ["{text!r}", "{text:>10}", "{text[0]}", "{}", "{0}", "{text", "text}", "{{text}}"])
+def test_format_specifications_are_refused(template):
+    with pytest.raises(SettingsError) as caught:
+        check_task(make_task(template=template))
+    assert (caught.value.field, caught.value.value) == ("task.template", template)
+
+
+def test_a_template_without_a_field_is_refused_with_a_remedy():
+    with pytest.raises(SettingsError, match=r"name at least one field in braces, such as \{text\}"):
+        check_task(make_task(template="always the same"))
+
+
+@pytest.mark.parametrize("labels", [(), ("0",), ("0", "0")])
+def test_labels_that_do_not_tell_classes_apart_are_refused(labels):
+    with pytest.raises(SettingsError, match=r"task.labels .* list two or more different label values"):
+        check_task(make_task(labels=labels))
+
+
+def test_each_class_needs_its_verbalizer():
+    task = make_task(kind="prompt-classification", verbalizers=("yes",))
+    with pytest.raises(SettingsError, match=r"task.verbalizers is \['yes'\]: give one for each of \['0', '1'\]"):
+        check_task(task)
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "expected"),
+    [
+        (("0", "1"), 1, 1),
+        (("0", "1"), "0", 0),
+        (("false", "true"), True, 1),
+        (("false", "true"), False, 0),
+        (("bad", "good"), "good", 1),
+    ],
+)
+def test_labels_are_numbers_booleans_or_text(labels, value, expected):
+    assert label_of(make_task(labels=labels), {"label": value}) == expected
+
+
+@pytest.mark.parametrize("value", [2, "Good", True, 1.0, None, ["0"]])
+def test_an_unknown_label_is_an_error_with_the_value(value):
+    with pytest.raises(ValueError, match=re.escape(str(value).lower() if value is True else str(value))):
+        label_of(make_task(), {"label": value})
+
+
+def test_a_missing_label_is_named():
+    with pytest.raises(KeyError, match="verdict"):
+        label_of(make_task(label_field="verdict"), {"label": 1})
+
+
+def test_fields_are_those_of_the_template_and_the_label_once_each():
+    assert make_task(template="{a} {b.c} {a}").fields == ("a", "b.c", "label")
+    assert make_task(kind="lm").fields == ("text",)
