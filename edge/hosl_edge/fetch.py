@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import http.client
 import logging
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,19 @@ def fetch_bundle(
         raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = decode_manifest(data, base + MANIFEST)
     folder = cache / "shards" / manifest.shard_digest
-    for entry in manifest.shard_files:
-        _fetch_file(base, token, folder, entry, on_progress)
-    (folder / MANIFEST).write_bytes(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        for entry in manifest.shard_files:
+            _fetch_file(base, token, folder, entry, on_progress)
     return folder, manifest
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Agents that share a cache take turns: the second finds what the first has fetched."""
+    with (folder / ".lock").open("w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _fetch_file(base: str, token: str, folder: Path, entry: FileEntry, on_progress: Callable[[int, int], None]) -> None:

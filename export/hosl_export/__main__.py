@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
+    # torch's threads spin while they wait, which beside other work costs ten times the computation; read at its import.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import: --help and usage errors do without them.
     with show_step("starting"):
         from hosl_export.exporter import ExportSettings, export_bundle

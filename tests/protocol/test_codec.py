@@ -313,6 +313,13 @@ def test_bfloat16_is_the_nearest_with_ties_to_even(value):
     assert bits == expected
 
 
+@pytest.mark.parametrize(
+    ("exact", "rounded"), [(0x3F808000, 0x3F80), (0x3F818000, 0x3F82), (0x3F808001, 0x3F81), (0x7F7FFFFF, 0x7F80)]
+)
+def test_bfloat16_ties_go_to_even_and_the_largest_values_to_infinity(exact, rounded):
+    assert to_bfloat16_bits(np.array([exact], np.uint32).view(np.float32)).tolist() == [rounded]
+
+
 def test_float16_clips_what_it_cannot_hold_and_keeps_nan():
     h_TD = np.array([[1e9, -math.inf, math.nan]], np.float32)
     tensors = {"activations": h_TD, "lengths": np.array([1], np.int32), "labels": np.array([0], np.int32)}
@@ -515,6 +522,7 @@ def test_two_tensors_that_disagree_about_a_dimension():
         ("the same place twice", "labels", [60, 68]),
         ("a hole", "labels", [72, 80]),
         ("a hole at the start", "activations", [4, 64]),
+        ("a wrong begin alone", "labels", [72, 76]),
         ("negative", "activations", [-60, 0]),
         ("backwards", "activations", [60, 0]),
         ("too short for the shape", "activations", [0, 56]),

@@ -1,0 +1,160 @@
+"""Data files: what is read, how batches look, and how every fault is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from hosl_edge.data import Dataset, check_consent, digest_of_files, load_dataset, read_examples
+from hosl_edge.exceptions import ConsentError, DataError
+from hosl_protocol import Task
+
+TASK = Task(
+    name="reviews",
+    kind="prompt-classification",
+    template="{text} it was",
+    labels=("0", "1"),
+    verbalizers=("bad", "good"),
+)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    words = ["<unk>", "<s>", "<pad>", "good", "bad", "film", "it", "was"]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def load(path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8) -> Dataset:
+    return load_dataset(path, task, tokenizer, max_length, pad_token_id=2)
+
+
+def write(folder: Path, text: str, name: str = "data.jsonl") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_batch_is_padded_on_the_right_and_sorted_by_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, '{"text": "good film film", "label": 1}\n\n{"text": "bad", "label": "0"}\n')
+    dataset = load(path, tokenizer)
+    batch = dataset.batch(np.array([0, 1]))
+    assert batch.lengths_B.tolist() == [3, 5]
+    assert batch.ids_BL.tolist() == [[4, 6, 7, 2, 2], [3, 5, 5, 6, 7]]
+    assert batch.labels_N.tolist() == [0, 1]
+    assert batch.tokens == 8
+
+
+def test_a_long_prompt_loses_its_beginning_but_keeps_its_special_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path = write(tmp_path, '{"text": "good good good good good bad", "label": 1}\n')
+    assert load(path, tokenizer, max_length=5).ids.tolist() == [1, 3, 4, 6, 7]
+
+
+def test_a_long_text_of_other_tasks_loses_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    task = Task(name="x", kind="sequence-classification", template="{text}", labels=("a", "b"))
+    path = write(tmp_path, '{"text": "good bad film it", "label": "b"}\n')
+    assert load(path, tokenizer, task, max_length=2).ids.tolist() == [3, 4]
+
+
+def test_labels_of_next_token_training_are_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, '{"text": "good film"}\n{"text": "bad film it"}\n')
+    dataset = load(path, tokenizer, Task(name="lm", kind="lm", template="{text}"))
+    batch = dataset.batch(np.array([1, 0]))
+    assert batch.labels_N.tolist() == [3, 5, 4, 5, 6]
+    assert batch.labels_N.size == batch.tokens
+
+
+def test_csv_is_read_like_json_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, 'text,label\n"good, film",1\nbad,0\n', "data.csv")
+    dataset = load(path, tokenizer)
+    assert len(dataset) == 2
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("", None, "holds no examples"),
+        ('{"text": "good", "label": 1}\n{"text": "good"}\n', 2, "has no field 'label'"),
+        ('{"label": 1}\n', 1, "has no field 'text'"),
+        ('{"text": "good", "label": 7}\n', 1, "label '7' in 'label' is not one of 0, 1"),
+        ('{"text": "good", "label": 1}\n{"text"\n', 2, "is not JSON"),
+        ("[1]\n", 1, "should be a JSON object"),
+    ],
+)
+def test_a_fault_is_named_with_file_and_line(
+    tmp_path: Path, tokenizer: Tokenizer, text: str, line: int | None, what: str
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(DataError, match=what) as caught:
+        load(path, tokenizer)
+    place = str(path) if line is None else f"{path}:{line}"
+    assert str(caught.value).startswith(f"{place}: ")
+    assert "good" not in str(caught.value), "an error must not quote the text"
+
+
+def test_a_text_without_tokens_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    task = Task(name="x", kind="sequence-classification", template="{text}", labels=("0", "1"))
+    path = write(tmp_path, '{"text": "good", "label": 1}\n{"text": "  ", "label": 1}\n')
+    with pytest.raises(DataError, match=r":2: the text comes to 0 tokens"):
+        load(path, tokenizer, task)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("data.csv", "text,label\ngood\n", "should have 2 columns"),
+        ("data.csv", 'text,label\n"good,1\n', "is not CSV"),
+        ("data.txt", "good", "should end in .jsonl or .csv"),
+    ],
+)
+def test_a_broken_table_is_named(tmp_path: Path, name: str, text: str, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        list(read_examples(write(tmp_path, text, name)))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        list(read_examples(tmp_path / "absent.jsonl"))
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_examples(path))
+
+
+def test_a_task_may_only_read_the_fields_of_the_shipped_preset() -> None:
+    check_consent(TASK, None, share_text=False)
+    curious = Task(name="reviews", kind="prompt-classification", template="{text} {diary}", labels=("0", "1"))
+    with pytest.raises(ConsentError, match="diary"):
+        check_consent(curious, None, share_text=False)
+    check_consent(curious, ("text", "diary", "label"), share_text=False)
+
+
+def test_an_unknown_task_needs_the_fields_named() -> None:
+    task = Task(name="mine", kind="sequence-classification", template="{note}", labels=("0", "1"))
+    with pytest.raises(ConsentError, match="--fields"):
+        check_consent(task, None, share_text=False)
+    check_consent(task, ("note", "label"), share_text=False)
+
+
+def test_text_is_shared_only_where_the_device_agrees() -> None:
+    task = Task(name="lm", kind="lm", template="{text}")
+    with pytest.raises(ConsentError, match="--share-text"):
+        check_consent(task, None, share_text=False)
+    check_consent(task, None, share_text=True)
+
+
+def test_the_data_digest_tells_training_from_held_out_data(tmp_path: Path) -> None:
+    one, two = write(tmp_path, "1", "one.jsonl"), write(tmp_path, "2", "two.jsonl")
+    assert digest_of_files(one, two) != digest_of_files(two, one)
+    assert digest_of_files(one, None) != digest_of_files(one, two)
+    assert digest_of_files(one, two) == digest_of_files(one, two)

@@ -1,0 +1,89 @@
+"""The journal: what is written is read, and nothing after a torn or damaged record is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hosl_edge.journal import JournalHeader, create_journal, journal_path, open_journal
+from hosl_protocol import RunSettings, Task, UpdateRecord
+
+HEADER = JournalHeader(
+    run="r",
+    epoch=0,
+    shard_digest="s",
+    data_digest="d",
+    settings=RunSettings(task=Task(name="lm", kind="lm", template="{text}")),
+    width=8,
+)
+
+
+def updates(count: int) -> list[UpdateRecord]:
+    return [UpdateRecord(n, np.array([n, -n], np.float32), 0.1 * n) for n in range(1, count + 1)]
+
+
+def write(folder: Path, count: int) -> None:
+    journal = create_journal(folder, HEADER)
+    journal.append(updates(count))
+    journal.close()
+
+
+def read(folder: Path) -> list[int]:
+    found = open_journal(folder)
+    assert found is not None
+    journal, records = found
+    journal.close()
+    return [record.round for record in records]
+
+
+def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    found = open_journal(tmp_path)
+    assert found is not None
+    journal, records = found
+    journal.close()
+    assert journal.header == HEADER
+    for got, expected in zip(records, updates(3), strict=True):
+        assert (got.round, got.learning_rate) == (expected.round, expected.learning_rate)
+        assert got.coefficients.tobytes() == expected.coefficients.tobytes()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_torn_tail_is_cut_off_and_appending_goes_on(tmp_path: Path, cut: int) -> None:
+    write(tmp_path, 3)
+    path = journal_path(tmp_path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    found = open_journal(tmp_path)
+    assert found is not None
+    journal, records = found
+    assert [record.round for record in records] == [1, 2]
+    journal.append(updates(3)[2:])
+    journal.close()
+    assert read(tmp_path) == [1, 2, 3]
+
+
+def test_nothing_after_a_damaged_record_is_believed(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    path = journal_path(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(bytes(data))
+    assert read(tmp_path) == [1]
+
+
+def test_a_journal_without_a_readable_header_is_none(tmp_path: Path) -> None:
+    assert open_journal(tmp_path) is None
+    write(tmp_path, 1)
+    path = journal_path(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(bytes(data))
+    assert open_journal(tmp_path) is None
+
+
+def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    write(tmp_path, 1)
+    assert read(tmp_path) == [1]

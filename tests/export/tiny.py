@@ -1,0 +1,98 @@
+"""Tiny models of every family with random weights, a tiny tokenizer, and small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from hosl_export.check import SAMPLE
+from hosl_protocol.manifest import SHARD_GRAPH
+
+VOCABULARY = 64
+WINDOW = 8
+BLOCKS = 4
+
+_COMMON = {"hidden_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+_LLAMA = {**_COMMON, "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 48}
+_OPT = {**_COMMON, "ffn_dim": 24, "max_position_embeddings": 48}
+_GPT2 = {"n_embd": 16, "n_layer": BLOCKS, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 48}
+_MIXED = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "opt": lambda: hf.OPTConfig(**_OPT, word_embed_proj_dim=16, **_TOKENS),
+    "opt-350m": lambda: hf.OPTConfig(**_OPT, word_embed_proj_dim=8, do_layer_norm_before=False, **_TOKENS),
+    "llama": lambda: hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True, **_TOKENS),
+    "mistral": lambda: hf.MistralConfig(**_LLAMA, sliding_window=WINDOW, **_TOKENS),
+    "qwen2": lambda: hf.Qwen2Config(**_LLAMA, **_MIXED, **_TOKENS),
+    "qwen3": lambda: hf.Qwen3Config(**_LLAMA, **_MIXED, head_dim=8, **_TOKENS),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(
+        **{**_LLAMA, "num_hidden_layers": 7},
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=5.0,
+        **_TOKENS,
+    ),
+    "gpt2": lambda: hf.GPT2Config(**_GPT2, scale_attn_by_inverse_layer_idx=True, **_TOKENS),
+    "bert": lambda: hf.BertConfig(**_COMMON, intermediate_size=24, max_position_embeddings=48, pad_token_id=0),
+}
+"""One configuration for every family, and one for each trap of a family."""
+
+WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text")
+DECODERS = tuple(kind for kind in CONFIGS if kind != "bert")
+
+
+def make_model(kind: str, seed: int = 0) -> Any:
+    """A tiny uncut model whose every weight is random, biases and norms too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        auto = hf.AutoModel if kind == "bert" else hf.AutoModelForCausalLM
+        model = auto.from_config(CONFIGS[kind]()).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.3)
+    return model
+
+
+def make_batch(rows: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids [rows, length] and a mask with another length in each row, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([max(1, length - 5 * row) for row in range(rows)])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator) * mask, mask
+
+
+def run_shard(bundle: Path, weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    """Activations [B, T, D] of a bundle's graph with the given weights."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(bundle / SHARD_GRAPH), options)
+    given = {"input_ids": ids, "attention_mask": mask, **weights}
+    feed = {entry.name: given[entry.name].numpy() for entry in session.get_inputs()}
+    return torch.from_numpy(session.run(["activations"], feed)[0])
+
+
+def largest_difference(got: Tensor, expected: Tensor, mask: Tensor) -> float:
+    """Largest difference on real tokens, as a share of the largest magnitude."""
+    return float((got - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max())
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of 64 tokens, trained on the sample that the parity check reads."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator([SAMPLE], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
+    # Settings of this kind come with real tokenizers, and must not reach the device.
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=5)
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

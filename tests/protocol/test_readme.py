@@ -1,0 +1,103 @@
+"""protocol/README.md against the code: every field, tensor and setting has its row, every limit its number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hosl_protocol import (
+    CATCH_UP_ROUNDS,
+    MAX_HEADER_BYTES,
+    PIECE_BYTES,
+    ClientOptimizer,
+    FromCloud,
+    FromEdge,
+    Manifest,
+    Refusal,
+    RunSettings,
+    Stream,
+    Task,
+    name_of,
+)
+
+README = Path(__file__).parents[2] / "protocol" / "README.md"
+MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
+ROUND_FIELDS = {"run", "epoch", "round", "id"}
+
+
+def section(title):
+    """The text below a heading, up to the next heading of its rank or above."""
+    text = README.read_text(encoding="utf-8")
+    rank = re.match("#+", title).group()
+    found = re.search(rf"^{re.escape(title)}\n(.*?)(?=^#{{1,{len(rank)}}} |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {title}"
+    return found.group(1)
+
+
+def rows(text):
+    """Per table row the name in its first cell, and the other cells."""
+    found = re.findall(r"^\| (?:tensor )?`([^`]+)` \|(.*)\|$", text, re.MULTILINE)
+    assert len(found) == len(dict(found)), "a row occurs twice"
+    return {name: [cell.strip() for cell in row.split("|")] for name, row in found}
+
+
+@pytest.mark.parametrize("kind", MESSAGES, ids=name_of)
+def test_every_field_and_tensor_of_a_message_has_its_row_and_no_other_has(kind):
+    text = section(f"### {kind.__name__} (`{name_of(kind)}`)").split("\n| code |")[0]
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    if fields.keys() >= ROUND_FIELDS:
+        fields = {name: field for name, field in fields.items() if name not in ROUND_FIELDS}
+    table = rows(text)
+    assert list(table) == [*fields, *kind.tensors]
+    for name, field in fields.items():
+        assert table[name][2].startswith("yes") == field.required, name
+    for name, spec in kind.tensors.items():
+        dtype = spec.dtypes[0] if len(spec.dtypes) == 1 else "wire dtype"
+        assert table[name][0] == f"{dtype} [{', '.join(spec.shape)}]"
+
+
+def test_the_fields_of_a_rounds_messages_have_their_rows():
+    assert set(rows(section("### A round's messages"))) == ROUND_FIELDS
+
+
+def test_every_setting_has_its_row():
+    parts = re.split("^`(?:optimizer|task)`, ", section("## Run settings"), flags=re.MULTILINE)
+    for kind, part in zip((RunSettings, ClientOptimizer, Task), parts, strict=True):
+        assert list(rows(part)) == [field.name for field in msgspec.structs.fields(kind)]
+
+
+def test_every_field_of_the_manifest_has_its_row():
+    table = rows(section("## Manifest"))
+    assert list(table) == [field.name for field in msgspec.structs.fields(Manifest)]
+    assert all(table[f.name][2].startswith("yes") == f.required for f in msgspec.structs.fields(Manifest))
+
+
+def test_every_refusal_code_is_explained():
+    (code,) = (field.type for field in msgspec.structs.fields(Refusal) if field.name == "code")
+    text = section("### Refusal (`refusal`)")
+    assert set(re.findall(r"^\| `([a-z]+)` \| [^|]* \|$", text, re.MULTILINE)) == set(code.__args__)
+
+
+def test_limits_are_those_of_the_code():
+    text = section("## Frames")
+    assert f"| header length | u64 | bytes | yes | {MAX_HEADER_BYTES};" in text
+    assert f"1 to {PIECE_BYTES} bytes" in text
+    assert f"at most {CATCH_UP_ROUNDS} |" in text
+    streams = re.findall(r"^\| [a-z ]+ \| (\d) \|", section("## Random words"), re.MULTILINE)
+    assert streams == [str(int(stream)) for stream in Stream]
+
+
+GOLDEN = re.compile(r"[0-9a-f]{64}|`[+-]{16}`|`[0-9a-f]{16}`|0\.\d{15,}|\{\"__metadata__\".*")
+
+
+def test_golden_vectors_are_those_of_the_tests():
+    """The tests spell the same bits, bytes and digests, perhaps over several lines."""
+    sources = [path for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_readme.py"]
+    tests = "".join(path.read_text(encoding="utf-8") for path in sources)
+    tests = re.sub(r"'\s*\n\s*r'", "", tests)
+    golden = [vector.strip("`") for vector in GOLDEN.findall(README.read_text(encoding="utf-8"))]
+    assert len(golden) > 25
+    assert [vector for vector in golden if vector not in tests] == []

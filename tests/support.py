@@ -1,0 +1,115 @@
+"""Small data, and devices and cloud joined without sockets, for tests that follow the algorithms."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from hosl_cloud import rounds
+from hosl_cloud.settings import RunConfig
+from hosl_edge import step
+from hosl_edge.data import Batch
+from hosl_edge.shard import Shard
+from hosl_protocol import ClientWeights, Frame, Manifest, RoundStart, make_client_weights
+
+NICE = ("good", "great", "fine", "nice", "happy", "lovely", "warm", "bright", "clever", "fresh")
+NASTY = ("bad", "awful", "poor", "sad", "dull", "cold", "weak", "dark", "slow", "stale")
+FILLERS = ("the", "a", "film", "story", "plot", "scene", "cast", "song", "end", "start", "but", "quite")
+WORDS = (*NICE, *NASTY, *FILLERS, "it", "was", "is", "and", "very")
+
+
+def write_reviews(path: Path, count: int, offset: int = 0) -> Path:
+    """`count` made-up reviews in JSON Lines: the first adjective of each decides its label."""
+    rows = []
+    for index in range(offset, offset + count):
+        label = index % 2
+        word = (NICE if label else NASTY)[index // 2 % 10]
+        filler = " ".join(FILLERS[index * step % len(FILLERS)] for step in range(1, 2 + index % 7))
+        rows.append({"text": f"the {filler} was very {word}", "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+TASK = """
+[task]
+name = "reviews"
+kind = "prompt-classification"
+template = "{text} it was"
+labels = ["0", "1"]
+verbalizers = ["bad", "good"]
+"""
+
+
+class Device:
+    """A device without sockets: it takes what a round tells it, and gives what a round asks for."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, config: RunConfig, batch: Batch, held_sets: int = 1) -> None:
+        self.shard = Shard(bundle, manifest, threads=1)
+        self.shard.open()
+        self.shard.rows = 2
+        self.shard.max_length = config.max_length
+        self.weights: ClientWeights = make_client_weights(manifest, self.shard.weights, config.wire_settings())
+        self.config, self.batch, self.held_sets = config, batch, held_sets
+        self._steps: step.Step | None = None
+        self._sent: deque[Frame] = deque()
+        self._replies: deque[Frame] = deque()
+
+    def tell(self, frame: Frame) -> None:
+        if isinstance(frame.message, RoundStart):
+            context = step.RoundContext(
+                run=frame.message.run,
+                epoch=frame.message.epoch,
+                round=frame.message.round,
+                settings=self.config.wire_settings(),
+                shard=self.shard,
+                weights=self.weights,
+                held_sets=self.held_sets,
+            )
+            self._steps = step.ROUNDS[self.config.algorithm](context, self.batch)
+            self._advance(None)
+        else:
+            self._replies.append(frame)
+
+    def ask(self, kind: type) -> Frame:
+        while not self._sent:
+            self._advance(self._replies.popleft())
+        frame = self._sent.popleft()
+        assert isinstance(frame.message, kind)
+        return frame
+
+    def _advance(self, reply: Frame | None) -> None:
+        """Run the step until it waits for a reply that is not there yet, or ends."""
+        assert self._steps is not None
+        try:
+            action = self._steps.send(reply)
+            while True:
+                if isinstance(action, step.Send):
+                    self._sent.append(Frame(action.message, action.tensors))
+                    action = next(self._steps)
+                elif self._replies:
+                    action = self._steps.send(self._replies.popleft())
+                else:
+                    return
+        except StopIteration:
+            pass
+
+
+def run_round(
+    exchange: Generator[rounds.Tell | rounds.Ask, Frame | None, Any], devices: dict[str, Device]
+) -> rounds.Outcome:
+    """Drive a round's generator against devices; what it comes to."""
+    answer: Frame | None = None
+    try:
+        while True:
+            action = exchange.send(answer)
+            answer = None
+            if isinstance(action, rounds.Tell):
+                devices[action.device].tell(Frame(action.message, action.tensors))
+            else:
+                answer = devices[action.device].ask(action.kind)
+    except StopIteration as stop:
+        outcome: rounds.Outcome = stop.value
+        return outcome
