@@ -19,6 +19,7 @@ from hosl_protocol import (
     Frame,
     Goodbye,
     Message,
+    Phase,
     Probe,
     Projections,
     ProtocolError,
@@ -80,6 +81,8 @@ class Peer:
             if piece is None:
                 raise ProtocolError("a text message, expected binary ones")
             metrics.wire_bytes.labels("received").inc(len(piece))
+            if self.connection.phase is Phase.CLOSED:
+                continue  # said goodbye; what was under way is drained
             frame = self.connection.receive(piece)
             if frame is None:
                 continue

@@ -16,7 +16,15 @@ from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journ
 from hosl_edge.memory import choose_rows, read_memory, release_unused, transient_bytes
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
-from hosl_protocol import ClientWeights, Manifest, RunSettings, UpdateRecord, Welcome, make_client_weights
+from hosl_protocol import (
+    ClientWeights,
+    Manifest,
+    RunSettings,
+    UpdateRecord,
+    Welcome,
+    check_run_settings,
+    make_client_weights,
+)
 from hosl_protocol.manifest import SHARD_TOKENIZER
 
 log = logging.getLogger(__name__)
@@ -81,6 +89,7 @@ class Device:
 
     def join(self, welcome: Welcome) -> None:
         """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError."""
+        check_run_settings(welcome.settings, bundle_max_length=self.manifest.max_length)
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(
             run=welcome.run,

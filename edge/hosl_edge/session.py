@@ -31,6 +31,7 @@ from hosl_protocol import (
     Hello,
     HoslError,
     Message,
+    Phase,
     Ready,
     Refusal,
     Report,
@@ -117,6 +118,8 @@ class Session:
                 if isinstance(piece, str):
                     piece = piece.encode()
                 self.progress.received_bytes += len(piece)
+                if self._connection.phase is Phase.CLOSED:
+                    continue
                 frame = self._connection.receive(piece)
                 if frame is not None:
                     self._incoming.put_nowait(frame)

@@ -27,6 +27,7 @@ from hosl_protocol import (
     ProbeLoss,
     ProbePoint,
     Projections,
+    ProtocolError,
     RunSettings,
 )
 
@@ -87,6 +88,10 @@ def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
         reply = yield Receive(CutGradient)
         assert reply is not None
         lambda_TD = reply.tensors["lambda"]
+        if lambda_TD.shape != clean_TD.shape:
+            raise ProtocolError(
+                f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(clean_TD.shape)}"
+            )
         projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
         differences.clear()
         projections += [_project(context, batch, p, clean_TD, lambda_TD) for p in directions[len(early) :]]

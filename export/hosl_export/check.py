@@ -113,6 +113,7 @@ class Shard:
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         options = ort.SessionOptions()
         options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         graph = str(bundle / SHARD_GRAPH)
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -107,8 +107,12 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def shard_digest(self) -> str:
-        """SHA-256 over `path size sha256` lines of the shard's files, sorted by path."""
+        """SHA-256 over `path size sha256` lines of the shard's files, sorted, then `name exponent` of what trains.
+
+        Two shards of one digest compute the same, and take the same steps.
+        """
         lines = sorted(f"{entry.path} {entry.size_bytes} {entry.sha256}\n" for entry in self.shard_files)
+        lines += [f"{entry.name} {entry.exponent}\n" for entry in self.trainable]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -18,7 +18,13 @@ from hosl_protocol.manifest import SHARD_WEIGHTS, Manifest, load_manifest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import make_model, make_tokenizer  # noqa: E402
+from tiny import SPLITS, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Matrices this small gain nothing from a second thread, and lose much where other work runs beside."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +65,13 @@ class Exported:
 def exported(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Callable[..., Exported]:
     """The bundle of a tiny model, exported on first use."""
     root = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[str, int, str], Exported] = {}
+    made: dict[tuple[str, str], Exported] = {}
 
-    def get(kind: str, split: int = 1, train: Any = "lora") -> Exported:
-        key = (kind, split, train)
+    def get(kind: str, train: Any = "lora") -> Exported:
+        key = (kind, train)
         if key not in made:
-            source, bundle = model_folder(kind), root / f"{kind}-{split}-{train}"
-            export_bundle(ExportSettings(model=str(source), split=split, out=bundle, train=train))
+            source, bundle = model_folder(kind), root / f"{kind}-{train}"
+            export_bundle(ExportSettings(model=str(source), split=SPLITS[kind], out=bundle, train=train))
             made[key] = Exported(kind, source, bundle)
         return made[key]
 

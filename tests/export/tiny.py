@@ -46,6 +46,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 """One configuration for every family, and one for each trap of a family."""
 
+SPLITS = {kind: 1 + 2 * (index % 2) for index, kind in enumerate(CONFIGS)}
+"""Where each model's bundle is cut: after block 1 or 3, so that half of the cuts leave one kind of block on a side."""
+
 WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text")
 DECODERS = tuple(kind for kind in CONFIGS if kind != "bert")
 
@@ -73,6 +76,7 @@ def run_shard(bundle: Path, weights: dict[str, Tensor], ids: Tensor, mask: Tenso
     """Activations [B, T, D] of a bundle's graph with the given weights."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1
     session = ort.InferenceSession(str(bundle / SHARD_GRAPH), options)
     given = {"input_ids": ids, "attention_mask": mask, **weights}
     feed = {entry.name: given[entry.name].numpy() for entry in session.get_inputs()}

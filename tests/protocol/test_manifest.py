@@ -26,7 +26,7 @@ FILES = (
     FileEntry(path="tail/tail.safetensors", size_bytes=30, sha256="c" * 64),
 )
 GOLDEN_SHARD_DIGEST = (
-    "40235694476a282375cfe2b8a1b875f3a7e2420d83fcb8c56710c5e0c10a8a99"  # the same stands in protocol/README.md
+    "73f809eabdef55ba6f738bcae8806fa01b8b6027cd24f98a4bd6c7b32957518a"  # the same stands in protocol/README.md
 )
 
 
@@ -92,8 +92,11 @@ def test_a_manifest_that_contradicts_itself_is_refused(changes, sentence):
         decode_manifest(changed_json(**changes))
 
 
-def test_shard_digest_is_that_of_the_shards_files_in_the_order_of_their_paths():
-    text = f"shard/shard.onnx 10 {'a' * 64}\nshard/shard.safetensors 20 {'b' * 64}\n"
+def test_shard_digest_is_that_of_the_shards_files_by_path_and_of_what_trains():
+    text = (
+        f"shard/shard.onnx 10 {'a' * 64}\nshard/shard.safetensors 20 {'b' * 64}\n"
+        "q.lora_A.weight -24\nq.lora_B.weight -24\n"
+    )
     expected = hashlib.sha256(text.encode()).hexdigest()
     assert make_manifest().shard_digest == expected == GOLDEN_SHARD_DIGEST
     assert make_manifest(files=FILES[::-1]).shard_digest == expected
@@ -107,6 +110,13 @@ def test_shard_digest_notices_every_change_of_a_file():
         FileEntry(path="shard/shard.onnx", size_bytes=10, sha256="d" * 64),
     ]
     digests = {make_manifest(files=(one, *FILES[1:])).shard_digest for one in (FILES[0], *changed)}
+    assert len(digests) == 4
+
+
+def test_shard_digest_notices_a_change_of_what_trains_and_how():
+    first, second, third = make_manifest().tensors
+    others = [(first, third, second), (first, second), (first, second, msgspec.structs.replace(third, exponent=-23))]
+    digests = {make_manifest(tensors=tensors).shard_digest for tensors in ((first, second, third), *others)}
     assert len(digests) == 4
 
 
