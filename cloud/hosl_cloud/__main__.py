@@ -87,6 +87,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Manifest, config: RunConfig) -> str:
     token, token_path = load_or_make_token(options.data_dir)
+    # OpenMP threads that spin while they wait take the cores from everything else on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.service import serve

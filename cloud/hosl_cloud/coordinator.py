@@ -337,7 +337,8 @@ class Coordinator:
         self._since_best += 1
         if self._best is None or evaluation.accuracy > self._best.accuracy:
             self._best, self._since_best = evaluation, 0
-            await self._checkpoint(evaluation)
+            if self.round:  # before the first round the tail is what the bundle holds
+                await self._checkpoint(evaluation)
 
     def _is_overdue(self) -> bool:
         patience = self.config.evaluation.patience

@@ -170,8 +170,10 @@ async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, onc
     stopped = asyncio.create_task(stopping.wait())
     await asyncio.wait({training, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not training.done():
-        training.cancel()
-        await asyncio.gather(training, return_exceptions=True)
+        while not training.done():
+            # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
+            training.cancel()
+            await asyncio.wait({training}, timeout=0.5)
         await coordinator.end("stopped")
         return "stopped"
     try:

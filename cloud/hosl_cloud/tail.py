@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -84,11 +83,10 @@ def narrow_head(tail: Tail, rows: tuple[int, ...]) -> None:
     """
     head = language_head(tail)
     assert head is not None
-    narrow = nn.utils.skip_init(nn.Linear, head.in_features, len(rows), bias=head.bias is not None)
-    with torch.no_grad():
-        narrow.weight.copy_(head.weight[list(rows)])
-        if head.bias is not None:
-            narrow.bias.copy_(head.bias[list(rows)])
+    narrow = nn.Linear(head.in_features, len(rows), bias=head.bias is not None, device="meta")
+    narrow.weight = nn.Parameter(head.weight.detach()[list(rows)])
+    if head.bias is not None:
+        narrow.bias = nn.Parameter(head.bias.detach()[list(rows)])
     tail.model.set_output_embeddings(narrow)
 
 

@@ -153,6 +153,8 @@ def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[kept]
     config.num_hidden_layers = len(blocks)
+    # The embedding and the head are on different machines from here on, and PEFT looks for what they share.
+    config.tie_word_embeddings = False
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
@@ -210,7 +212,8 @@ def _new_head(model: Any, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     name = "classifier" if hasattr(model, "classifier") else "score"
     head = getattr(model, name)
-    weight = torch.empty(head.weight.shape).normal_(0.0, model.config.initializer_range, generator=generator)
+    spread = getattr(model.config, "initializer_range", None) or model.config.init_std  # OPT's own name for it
+    weight = torch.empty(head.weight.shape).normal_(0.0, spread, generator=generator)
     bias = {} if head.bias is None else {f"{name}.bias": torch.zeros(head.bias.shape)}
     return {f"{name}.weight": weight, **bias}
 

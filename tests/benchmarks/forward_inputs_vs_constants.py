@@ -1,0 +1,157 @@
+"""Forward of a client half with weights as graph inputs, as a bundle has it, against constant weights.
+
+    python tests/benchmarks/forward_inputs_vs_constants.py [--repeats N] [--threads N] [--json]
+
+OPT-125M geometry, random weights, split 6. Both run in turn, shape by shape, in one process. The ordinary export is
+torch's own with optimize=True, where ONNX Runtime may fold and repack weights before the first run; it is traced with
+the same attention as the bundle's graph, and once more with torch's default, sdpa.
+Target: within 5 % from 512 tokens a micro-batch on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from hosl_export.graph import OPSET, write_graph
+from hosl_export.halves import ClientHalf, client_half
+from hosl_export.trainable import plain_parameters
+
+SHAPES = ((1, 16), (1, 64), (1, 128), (4, 64), (1, 512), (8, 64), (4, 128), (16, 64), (8, 128), (2, 512), (16, 128))
+VOCABULARY = 50272
+TARGET, TARGET_TOKENS = 1.05, 512
+
+Run = Callable[[np.ndarray], float]
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A session as the device opens it: no arena, no spinning."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def make_run(session: ort.InferenceSession, weights: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Run:
+    """Bind the weights once; a call binds a batch, runs, and gives its seconds."""
+    binding = session.io_binding()
+    for name, array in weights.items():
+        binding.bind_cpu_input(name, array)
+
+    def run(ids: np.ndarray) -> float:
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_output("activations")
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        seconds = time.perf_counter() - start
+        outputs["last"] = binding.copy_outputs_to_cpu()[0]
+        return seconds
+
+    return run
+
+
+def export_constants(half: ClientHalf, path: Path) -> None:
+    """An ordinary optimized export, its weights inside."""
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            half,
+            (),
+            kwargs={"input_ids": torch.ones(2, 8, dtype=torch.long)},
+            dynamo=True,
+            optimize=True,
+            opset_version=OPSET,
+            input_names=["input_ids"],
+            output_names=["activations"],
+            dynamic_shapes={"input_ids": axes},
+            verbose=False,
+        )
+        program.save(path)
+
+
+def make_runs(folder: Path, threads: int) -> dict[str, tuple[Run, dict[str, np.ndarray]]]:
+    """The three ways to run the same half, each with the place of its last output."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig()).eval()
+    half = client_half(model, 6)
+    write_graph(half, folder / "inputs.onnx")
+    export_constants(half, folder / "constants.onnx")
+    export_constants(client_half(model, 6), folder / "sdpa.onnx")
+    weights = {name: tensor.detach().numpy() for name, tensor in plain_parameters(half).items()}
+    runs = {}
+    for name, given in (("inputs", weights), ("constants", {}), ("sdpa", {})):
+        outputs: dict[str, np.ndarray] = {}
+        runs[name] = make_run(open_session(folder / f"{name}.onnx", threads), given, outputs), outputs
+    return runs
+
+
+def measure_shape(
+    runs: dict[str, tuple[Run, dict[str, np.ndarray]]], shape: tuple[int, int], repeats: int
+) -> dict[str, Any]:
+    """Median milliseconds of each way, run in turn, after one round that is not counted but compared."""
+    ids = np.random.default_rng(0).integers(4, VOCABULARY, shape)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, (run, outputs) in runs.items():
+            taken = run(ids)
+            if turn:
+                seconds[name].append(taken)
+            else:
+                np.testing.assert_allclose(outputs["last"], runs["inputs"][1]["last"], atol=1e-3)
+    medians = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
+    ratios = [mine / theirs for mine, theirs in zip(seconds["inputs"], seconds["constants"], strict=True)]
+    return {"batch": shape[0], "length": shape[1], **medians, "ratio": statistics.median(ratios)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = make_runs(Path(folder), options.threads)
+        rows = [measure_shape(runs, shape, options.repeats) for shape in SHAPES]
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
+        "work": f"OPT-125M geometry, split 6, {options.threads} threads, median of {options.repeats}",
+        "rows": rows,
+    }
+    print(json.dumps(report) if options.json else describe(report))
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as a table; the ratio is the median of the ratios of neighbouring runs."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [f"{report['machine']}; {versions}", report["work"]]
+    lines += [f"{'batch x length':>14} {'inputs':>10} {'constants':>10} {'(sdpa)':>10} {'ratio':>7}"]
+    for row in report["rows"]:
+        is_far = row["ratio"] > TARGET and row["batch"] * row["length"] >= TARGET_TOKENS
+        shape = f"{row['batch']} x {row['length']}"
+        times = f"{row['inputs_ms']:7.1f} ms {row['constants_ms']:7.1f} ms {row['sdpa_ms']:7.1f} ms"
+        lines.append(f"{shape:>14} {times} {row['ratio']:7.2f}{'  above target' if is_far else ''}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The command: what it prints, and that bad input gives one line, its exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tiny import CONFIGS, make_model, make_tokenizer
+
+from hosl_export import bundle, check, exporter
+from hosl_export.__main__ import main
+from hosl_export.families import FAMILIES
+from hosl_export.weights import read_tensors, write_tensors
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.manifest import TAIL_WEIGHTS, load_manifest
+
+
+@pytest.fixture
+def export(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., int]:
+    """Run the command on a tiny model; options given here come last and so win."""
+
+    def run(*options: str, kind: str = "llama") -> int:
+        usual = ["--model", str(model_folder(kind)), "--split", "1", "--out", str(tmp_path / "bundle")]
+        return main([*usual, *options])
+
+    return run
+
+
+def _assert_refused(capsys: Any, folder: Path, *words: str) -> None:
+    """One error line with these words in it, nothing on stdout, nothing in the folder."""
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("hosl-export: error: ")
+    assert "Traceback" not in err
+    assert not out
+    for word in words:
+        assert word in lines[0]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("split", ["0", "-1", "4", "99"])
+def test_split_outside_the_model_is_refused(export, capsys, tmp_path, split: str) -> None:
+    assert export("--split", split) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "split", split, "use 1 to 3")
+
+
+@pytest.mark.parametrize("length", ["1", "-5", "49"])
+def test_length_beyond_the_positions_is_refused(export, capsys, tmp_path, length: str) -> None:
+    assert export("--max-length", length) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "max-length", length, "use 2 to 48")
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones(export, capsys, tmp_path) -> None:
+    model = tmp_path / "model"
+    hf.GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(model)
+    assert export("--model", str(model)) == ExitCode.SETTINGS
+    (model / "config.json").unlink()
+    model.rmdir()
+    _assert_refused(capsys, tmp_path, "gpt_neox", *FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "missing.gguf"])
+def test_missing_model_is_refused(export, capsys, tmp_path, name: str) -> None:
+    assert export("--model", name) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, name)
+
+
+def test_folder_without_config_is_refused(export, capsys, tmp_path) -> None:
+    assert export("--model", str(tmp_path)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, str(tmp_path), "config.json")
+
+
+def _copy_of_llama(folder: Path, **saved: bool) -> Path:
+    if saved.get("weights", True):
+        make_model("llama").save_pretrained(folder)
+    else:
+        CONFIGS["llama"]().save_pretrained(folder)
+    if saved.get("tokenizer", True):
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_model_without_weights_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    model = _copy_of_llama(tmp_path_factory.mktemp("model"), weights=False)
+    assert export("--model", str(model)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "cannot load its weights", "model.safetensors")
+
+
+def test_model_without_tokenizer_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    model = _copy_of_llama(tmp_path_factory.mktemp("model"), tokenizer=False)
+    assert export("--model", str(model)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "tokenizer")
+
+
+def test_incomplete_checkpoint_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    model = _copy_of_llama(tmp_path_factory.mktemp("model"))
+    state = {name: tensor.clone() for name, tensor in read_tensors(model / "model.safetensors").items()}
+    del state["model.layers.2.mlp.up_proj.weight"]
+    write_tensors(model / "model.safetensors", state)
+    assert export("--model", str(model)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "lacks model.layers.2.mlp.up_proj.weight")
+
+
+def test_damaged_gguf_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    model = tmp_path_factory.mktemp("model") / "model.gguf"
+    model.write_bytes(b"GGUF" + bytes(200))
+    assert export("--model", str(model)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "model.gguf", "cannot load its configuration")
+
+
+def test_weights_that_are_not_finite_are_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    folder = _copy_of_llama(tmp_path_factory.mktemp("model"))
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = float("inf")
+    model.save_pretrained(folder)
+    assert export("--model", str(folder), "--train", "norm") == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "inf", "not finite")
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_existing_output_is_refused_and_kept(export, capsys, tmp_path, is_empty: bool) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    if not is_empty:
+        (out / "file").write_text("kept")
+    assert export() == ExitCode.SETTINGS
+    assert "it exists already" in capsys.readouterr().err
+    assert [path.read_text() for path in out.iterdir()] == ([] if is_empty else ["kept"])
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_output_under_a_file_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    file = tmp_path_factory.mktemp("other") / "file"
+    file.write_text("")
+    assert export("--out", str(file / "bundle")) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "out", "no folder")
+
+
+def test_full_disk_is_refused_before_anything_is_written(export, capsys, tmp_path, monkeypatch) -> None:
+    usage = SimpleNamespace(total=2**30, used=2**30 - 2**20, free=2**20)
+    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda folder: usage)
+    assert export() == ExitCode.RESOURCES
+    _assert_refused(capsys, tmp_path, "1 MiB free")
+
+
+def test_disk_that_fills_up_while_writing_leaves_nothing(export, capsys, tmp_path, monkeypatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter.files, "write_graph", lambda client, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(exporter.files, "write_tensors", fail)
+    assert export() == ExitCode.RESOURCES
+    _assert_refused(capsys, tmp_path, "No space left on device")
+
+
+def _corrupt_tail(folder: Path, *arguments: Any) -> float:
+    path = folder / TAIL_WEIGHTS
+    state = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    state["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    write_tensors(path, state)
+    return check.check_bundle(folder, *arguments)
+
+
+def test_halves_that_depart_from_the_model_leave_no_bundle(export, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(exporter, "check_bundle", _corrupt_tail)
+    assert export() == ExitCode.BUNDLE
+    _assert_refused(capsys, tmp_path, "depart from the uncut model", "no bundle was written")
+
+
+def test_values_that_are_not_numbers_fail_the_check(export, capsys, tmp_path, monkeypatch) -> None:
+    def spoil(folder: Path, manifest: Any, references: Any) -> float:
+        for reference in references:
+            reference.outputs["logits"][:] = float("nan")
+        return check.check_bundle(folder, manifest, references)
+
+    monkeypatch.setattr(exporter, "check_bundle", spoil)
+    assert export() == ExitCode.BUNDLE
+    _assert_refused(capsys, tmp_path, "depart from the uncut model")
+
+
+def test_unreachable_hub_is_one_line() -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hosl_export", "--model", "nobody/nothing", "--split", "1", "--out", "never-made"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == ExitCode.SETTINGS
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("hosl-export: error: model is 'nobody/nothing': cannot load its configuration")
+    assert not Path("never-made").exists()
+
+
+def test_sigterm_removes_what_was_written(tmp_path, model_folder) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "hosl_export", "--model", str(model_folder("llama")), "--split", "1"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".bundle.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert err.endswith("hosl-export: error: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_summary_counts_what_is_written(export, capsys, tmp_path) -> None:
+    assert export("--json", "--max-length", "20") == ExitCode.OK
+    out, err = capsys.readouterr()
+    summary, manifest = json.loads(out), load_manifest(tmp_path / "bundle")
+    client = 64 * 16 + (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16) + 8 * (16 + 16) + 8 * (16 + 8)
+    assert summary["client_parameters"] == client
+    assert summary["client_bytes"] == 4 * client
+    assert summary["trainable_parameters"] == 8 * (16 + 16) + 8 * (16 + 8)
+    assert summary["trainable_tensors"] == len(manifest.trainable) == 4
+    assert summary["tail_parameters"] == 64 * 16 + 16 + 3 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16)
+    assert summary["max_length"] == summary["checked_length"] == 20
+    assert 0.0 < summary["parity_error"] < check.TOLERANCE
+    assert "tracing the client half ..." in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
+
+
+def test_summary_says_where_the_sliding_window_stays_untested(export, capsys) -> None:
+    assert export("--max-length", "6", "--train", "none", kind="mistral") == ExitCode.OK
+    out, _ = capsys.readouterr()
+    assert "cut after block 1 of 4" in out
+    assert "nothing on the device" in out
+    assert "sliding window of 8, which stays untested" in out

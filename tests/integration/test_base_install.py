@@ -1,0 +1,26 @@
+"""The base install is the device's: a fresh virtual environment, no torch, and `hosl-edge --help` runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_base_distribution_installs_alone_and_runs_the_agent(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    binaries = tmp_path / "venv" / "bin"
+    install = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", ROOT], check=True, timeout=600)
+    done = subprocess.run([binaries / "hosl-edge", "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert "--token-file" in done.stdout
+    listing = subprocess.run([*install[:3], "list"], capture_output=True, text=True, check=True, timeout=60).stdout
+    installed = {line.split()[0].lower() for line in listing.splitlines()[2:]}
+    assert {"hosl", "onnxruntime", "numpy", "websockets"} <= installed
+    assert not installed & {"torch", "transformers", "onnx", "starlette", "peft"}
+    cloud = subprocess.run([binaries / "hosl-cloud", "--help"], capture_output=True, text=True, check=False, timeout=60)
+    assert cloud.returncode == 0, "help needs no extra"
+    assert sys.version_info >= (3, 10)
