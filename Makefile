@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
 	touch $@
 
 demo: $(VENV)/installed

@@ -205,7 +205,7 @@ class _Part:
         """`estimates` [P] are the coefficients of the client's gradient estimate Σ_p estimate_p · z_p."""
         optimizer = context.config.client
         rate = scheduled_rate(optimizer, context.round, context.config.rounds)
-        coefficients = estimates if optimizer.kind == "adamw" else -rate * estimates
+        coefficients = estimates if optimizer.optimizer == "adamw" else -rate * estimates
         update = UpdateRecord(context.round, coefficients.astype(np.float32), rate)
         return Outcome(update, self.loss, tuple(self.weights))
 

@@ -105,7 +105,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             batch_size=self.batch_size,
             max_length=self.max_length,
             wire_dtype=self.wire_dtype,
-            optimizer=self.client,
+            client=self.client,
             report_every=self.report_every,
         )
 

@@ -6,14 +6,19 @@ python examples/reviews/evaluate.py MODEL HELD_OUT.jsonl
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve their neighbours
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 PROMPT = "{text} It was"
 ANSWERS = (" terrible", " great")
+BATCH = 10
 
 
 def accuracy(model_path: Path, held_out: Path) -> float:
@@ -28,12 +33,18 @@ def accuracy(model_path: Path, held_out: Path) -> float:
     answers = [tokenizer(answer, add_special_tokens=False).input_ids for answer in ANSWERS]
     assert all(len(ids) == 1 for ids in answers)
     examples = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    examples.sort(key=lambda example: len(example["text"]))
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     right = 0
     with torch.inference_mode():
-        for example in examples:
-            inputs = tokenizer(PROMPT.format(text=example["text"]), return_tensors="pt")
-            logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-            right += int(logits[[ids[0] for ids in answers]].argmax()) == example["label"]
+        for start in range(0, len(examples), BATCH):
+            batch = examples[start : start + BATCH]
+            prompts = [PROMPT.format(text=example["text"]) for example in batch]
+            inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+            last = inputs.attention_mask.sum(dim=1) - 1
+            logits = model(**inputs).logits[torch.arange(len(batch)), last]
+            choices = logits[:, [ids[0] for ids in answers]].argmax(dim=1).tolist()
+            right += sum(choice == example["label"] for choice, example in zip(choices, batch, strict=True))
     return right / len(examples)
 
 

@@ -45,7 +45,7 @@ def _download(package: tuple[str, str], folder: Path, kind: str) -> Path:
         "-m",
         "pip",
         "download",
-        "--quiet",
+        "-qq",
         "--no-deps",
         kind,
         "--dest",

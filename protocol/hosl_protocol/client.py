@@ -73,7 +73,7 @@ class ClientWeights:
         # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
         self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
         self._point: ProbePoint | None = None
-        self._adamw = _AdamW(self.tensors, optimizer, self._probe_steps) if optimizer.kind == "adamw" else None
+        self._adamw = _AdamW(self.tensors, optimizer, self._probe_steps) if optimizer.optimizer == "adamw" else None
         is_large = self.elements > THREADED_ABOVE and threads > 1
         self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
 
@@ -279,6 +279,6 @@ def make_client_weights(
         flat,
         seed=settings.seed,
         probe_step=settings.probe_step,
-        optimizer=settings.optimizer,
+        optimizer=settings.client,
         threads=threads,
     )

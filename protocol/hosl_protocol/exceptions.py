@@ -25,6 +25,7 @@ class HoslError(Exception):
 
     HoslError
     ├── SettingsError          a setting, manifest or task is wrong: change it
+    │   └── MalformedSettings  a file of settings has unknown fields or wrong types
     ├── ProtocolError          a peer sent what the specification forbids: the connection ends
     │   ├── FrameError         bytes that are no frame
     │   ├── LimitError         a length above what was agreed, found before memory was taken
@@ -43,6 +44,16 @@ class SettingsError(HoslError):
     def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
         super().__init__(f"{field} is {value!r}: {remedy}")
+
+
+class MalformedSettings(SettingsError):
+    """Settings from a file or a peer do not have the form they should. Stores where, the field's path, and what."""
+
+    def __init__(self, where: str, path: str, problem: str) -> None:
+        super().__init__(path or where, None, problem)
+        self.where, self.path, self.problem = where, path, problem
+        place = f"{where}: {path}" if path else where
+        self.args = (f"{place}: {problem[:1].lower()}{problem[1:]}",)
 
 
 class ProtocolError(HoslError):

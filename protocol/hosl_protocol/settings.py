@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED
-from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.tasks import Task, check_task
 
 Algorithm = Literal["ho-sfl", "hosl", "frozen"]
@@ -18,7 +18,7 @@ WireDtype = Literal["float32", "float16", "bfloat16"]
 class ClientOptimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How the device turns estimates into steps (papers.md: HOSL step 3, HO-SFL step 5)."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` is reversible and its updates commute; `adamw` replays in order and costs two more copies of d_c."""
     learning_rate: float = 1e-3
     """η_c before the schedule, > 0. Only the cloud uses it: updates carry coefficients, or this round's rate."""
@@ -55,7 +55,7 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """Tokens an example is cut to."""
     wire_dtype: WireDtype = "float32"
     """Type of activations and of their gradients on the wire; HOSL's loss differences need float32."""
-    optimizer: ClientOptimizer = ClientOptimizer()
+    client: ClientOptimizer = ClientOptimizer()
     report_every: int = 10
     """Rounds between a device's reports (weights digest, memory, bytes)."""
 
@@ -80,11 +80,11 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     _check_range("max_length", settings.max_length, 2, bundle_max_length or 2**20)
     _check_range("report_every", settings.report_every, 1, 10**9)
     _check_positive("probe_step", settings.probe_step)
-    _check_positive("client.learning_rate", settings.optimizer.learning_rate)
-    _check_positive("client.epsilon", settings.optimizer.epsilon)
-    _check_range("client.warmup_rounds", settings.optimizer.warmup_rounds, 0, settings.rounds)
+    _check_positive("client.learning_rate", settings.client.learning_rate)
+    _check_positive("client.epsilon", settings.client.epsilon)
+    _check_range("client.warmup_rounds", settings.client.warmup_rounds, 0, settings.rounds)
     for name in ("beta1", "beta2", "weight_decay"):
-        value = getattr(settings.optimizer, name)
+        value = getattr(settings.client, name)
         if not 0.0 <= value < 1.0:
             raise SettingsError(f"client.{name}", value, "use a number from 0 up to, not including, 1")
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
@@ -114,7 +114,7 @@ def convert(data: Any, type_: type[Any], where: str) -> Any:
         return msgspec.convert(data, type_)
     except msgspec.ValidationError as error:
         sentence, _, path = str(error).partition(" - at ")
-        raise SettingsError(where, path.strip("`") or "the whole", sentence) from error
+        raise MalformedSettings(where, path.strip("`").removeprefix("$").lstrip("."), sentence) from error
 
 
 def _check_range(name: str, value: int, lowest: int, highest: int) -> None:

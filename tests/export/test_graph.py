@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import onnx
 import pytest
 import torch
-from tiny import CONFIGS, SPLITS, make_batch, run_shard
+from tiny import CONFIGS, SPLITS, make_batch, make_model, make_tokenizer, run_shard
 from tokenizers import Tokenizer
 
+from hosl_export.bundle import write_texts
 from hosl_export.graph import IR_VERSION, OPSET
 from hosl_export.halves import load_config
 from hosl_protocol.manifest import (
@@ -101,15 +100,19 @@ def test_manifest_says_what_was_cut(exported) -> None:
     assert manifest.lora.targets == ("c_attn",)
 
 
-def test_device_tokenizer_neither_pads_nor_cuts(exported) -> None:
-    case = exported("llama")
-    original = json.loads((case.source / "tokenizer.json").read_text())
-    assert original["padding"] is not None
-    assert original["truncation"] is not None
-    tokenizer = Tokenizer.from_file(str(case.bundle / SHARD_TOKENIZER))
+def test_device_tokenizer_neither_pads_nor_cuts(tmp_path) -> None:
+    """tokenizer.json of many models asks for both."""
+    source = make_tokenizer()
+    assert source.backend_tokenizer.padding is not None
+    assert source.backend_tokenizer.truncation is not None
+    for folder in ("shard", "tail"):
+        (tmp_path / folder).mkdir()
+    write_texts(tmp_path, make_model("llama"), source)
+    tokenizer = Tokenizer.from_file(str(tmp_path / SHARD_TOKENIZER))
     assert tokenizer.padding is None
     assert tokenizer.truncation is None
     assert len(tokenizer.encode("a film about two sisters, and far more").ids) > 5
+    assert len(tokenizer.encode("a").ids) < 5
 
 
 def test_tail_config_is_the_whole_models(exported) -> None:

@@ -10,6 +10,7 @@ from hosl_export.families import find_family
 from hosl_export.halves import client_half
 from hosl_export.lora import inject_lora
 from hosl_export.trainable import plain_parameters, put_on_lattice
+from hosl_export.weights import read_tensors
 from hosl_protocol.lattice import exponent_for, is_on_lattice, spacing
 from hosl_protocol.manifest import LoraEntry
 
@@ -61,6 +62,13 @@ def test_a_bundles_weights_are_on_the_lattice_of_its_manifest(exported) -> None:
             else:
                 assert entry.exponent is None
         assert case.manifest.lattice_max_change > 0.0
+
+
+def test_export_leaves_the_models_own_files_as_they_were(exported) -> None:
+    """The loaded weights may be a memory map of the file, and rounding is in place."""
+    case, original = exported("llama", train="blocks"), make_model("llama").state_dict()
+    for name, tensor in read_tensors(case.source / "model.safetensors").items():
+        assert torch.equal(tensor, original[name])
 
 
 def test_bundle_that_trains_blocks_has_no_adapters(exported) -> None:

@@ -221,7 +221,7 @@ def test_clients_that_probed_and_clients_that_only_replay_hold_the_same_bits(
     bundle = make_bundle("lora", 2)
     manifest = load_manifest(bundle)
     for optimizer in ("sgd", "adamw"):
-        client = {"optimizer": optimizer} if False else {"kind": optimizer, "learning_rate": 1e-2}
+        client = {"optimizer": optimizer, "learning_rate": 1e-2}
         config = configure(manifest, "ho-sfl", directions=2, client=client)
         trainer = TailTrainer(bundle, manifest, config)
         batch = make_batch(bundle, manifest, config, tmp_path)

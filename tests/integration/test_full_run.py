@@ -146,7 +146,7 @@ start_with = 2
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "client"), [("ho-sfl", {}), ("ho-sfl", {"kind": "adamw"}), ("hosl", {}), ("frozen", {})]
+    ("algorithm", "client"), [("ho-sfl", {}), ("ho-sfl", {"optimizer": "adamw"}), ("hosl", {}), ("frozen", {})]
 )
 def test_a_run_with_two_devices_ends_in_a_checkpoint_that_computes_what_the_halves_do(
     site: Callable[[str], Site], tmp_path: Path, algorithm: str, client: dict[str, object]

@@ -48,7 +48,7 @@ def make_base(length, index):
 
 def make_weights(kind="sgd", *, seed=SEED, lengths=LENGTHS, probe_step=1e-3, threads=1, **optimizer):
     tensors = [LatticeTensor(f"w{i}", i, make_base(n, i), -24 + i) for i, n in enumerate(lengths)]
-    chosen = ClientOptimizer(kind=kind, **optimizer)
+    chosen = ClientOptimizer(optimizer=kind, **optimizer)
     return ClientWeights(tensors, seed=seed, probe_step=probe_step, optimizer=chosen, threads=threads)
 
 
