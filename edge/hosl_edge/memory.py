@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 PREFERRED_TOKENS = 512
 """Padded tokens of a micro-batch from which packing the weights is paid off; more only costs memory."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGE_BYTES = 256 * 1024
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -62,6 +65,16 @@ def _reset_peak() -> bool:
         return False
     _peak_before_reset = peak
     return True
+
+
+def keep_heap_small() -> None:
+    """Let large buffers go back to the kernel as soon as they are freed; glibc would learn to keep them."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
+    except (OSError, AttributeError):
+        log.debug("this C library has no mallopt")
 
 
 def release_unused() -> None:

@@ -7,6 +7,8 @@ Shapes: B examples, L padded length, T tokens without padding, D width of the cu
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,30 +19,70 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from hosl_edge.data import Batch
-from hosl_protocol import BundleError, Manifest
+from hosl_protocol import BundleError, Manifest, TensorEntry
 from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
-def map_weights(path: Path, manifest: Manifest) -> tuple[Weights, Weights]:
-    """All weights, and the trainable ones as the file has them; both views of the file, nothing is read yet.
+class MappedWeights:
+    """The shard's weights as views of its file: nothing is read until it is used.
 
-    In the first, trainable tensors are copy-on-write and frozen ones read-only and file-backed.
+    Trainable tensors are copy-on-write and become anonymous memory when a step first writes them; frozen ones are
+    read-only and file-backed, so the kernel can drop their pages.
     """
-    layout, start = _read_layout(path)
-    frozen = np.memmap(path, np.uint8, mode="r")
-    private = np.memmap(path, np.uint8, mode="c") if manifest.trainable else frozen
-    weights, base = {}, {}
-    for entry in manifest.tensors:
-        if entry.name not in layout or tuple(layout[entry.name]["shape"]) != entry.shape:
-            raise BundleError(f"{path} does not hold {entry.name} of shape {list(entry.shape)}")
-        first, last = (start + offset for offset in layout[entry.name]["data_offsets"])
-        source = private if entry.trainable else frozen
-        weights[entry.name] = np.asarray(source[first:last].view(np.float32).reshape(entry.shape))
-        if entry.trainable:
-            base[entry.name] = np.asarray(frozen[first:last].view(np.float32).reshape(entry.shape))
-    return weights, base
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        layout, start = _read_layout(path)
+        with path.open("rb") as file:
+            self._frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.all: Weights = {}
+        self._base: Weights = {}
+        for entry in manifest.tensors:
+            if entry.name not in layout or tuple(layout[entry.name]["shape"]) != entry.shape:
+                raise BundleError(f"{path} does not hold {entry.name} of shape {list(entry.shape)}")
+            first = start + layout[entry.name]["data_offsets"][0]
+            frozen = _view(self._frozen, first, entry.shape)
+            self.all[entry.name] = _view(self._private, first, entry.shape) if entry.trainable else frozen
+            if entry.trainable:
+                self._base[entry.name] = frozen
+
+    def reset(self) -> None:
+        """Put the trainable weights back to what the file holds."""
+        for name, base in self._base.items():
+            self.all[name][...] = base
+
+
+def _view(mapping: mmap.mmap, first: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    count = int(np.prod(shape))
+    return np.frombuffer(mapping, np.float32, count, first).reshape(shape)
+
+
+class TokenTable:
+    """A frozen token embedding that stays in its file: a batch reads the rows of its tokens and no more.
+
+    Through a memory map each row would make its neighbours resident too, up to the whole table over time.
+    """
+
+    def __init__(self, path: Path, entry: TensorEntry) -> None:
+        layout, start = _read_layout(path)
+        self.name = entry.name
+        self._path = path
+        self._first = start + layout[entry.name]["data_offsets"][0]
+        self._width = int(np.prod(entry.shape[1:]))
+        self._rows = np.empty((0, self._width), np.float32)
+
+    def read(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """`ids` numbered anew, and the rows [distinct ids, D] that they now name; scratch until the next call."""
+        distinct, renumbered = np.unique(ids, return_inverse=True)
+        if len(self._rows) < distinct.size:
+            self._rows = np.empty((distinct.size, self._width), np.float32)
+        row_bytes = 4 * self._width
+        with self._path.open("rb", buffering=0) as file:
+            for row, token in zip(self._rows, distinct.tolist(), strict=False):
+                os.preadv(file.fileno(), [row.data], self._first + token * row_bytes)
+        return renumbered.reshape(ids.shape).astype(np.int64, copy=False), self._rows[: distinct.size]
 
 
 def _read_layout(path: Path) -> tuple[dict[str, Any], int]:
@@ -56,7 +98,10 @@ class Shard:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         self.manifest = manifest
-        self.weights, self._base = map_weights(folder / SHARD_WEIGHTS, manifest)
+        self._mapped = MappedWeights(folder / SHARD_WEIGHTS, manifest)
+        self.weights = self._mapped.all
+        frozen_tables = [entry for entry in manifest.tensors if entry.lookup and not entry.trainable]
+        self._table = TokenTable(folder / SHARD_WEIGHTS, frozen_tables[0]) if frozen_tables else None
         self.rows = 1
         """Rows of a micro-batch at full length."""
         self.max_length = manifest.max_length
@@ -81,12 +126,12 @@ class Shard:
         self._session = ort.InferenceSession(self._graph.read_bytes(), options, ["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         for name, array in self.weights.items():
-            self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            if self._table is None or name != self._table.name:
+                self._bind(name, array)
 
     def reset(self) -> None:
         """Put the trainable weights back to the base shard."""
-        for name, base in self._base.items():
-            self.weights[name][...] = base
+        self._mapped.reset()
 
     def forward(self, batch: Batch) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
         """Run micro-batches: places in the packed batch [T], and activations [t, D] without padding.
@@ -123,10 +168,16 @@ class Shard:
         if self._output.size < np.prod(shape):
             self._output = np.empty(int(np.prod(shape)), np.float32)
         inputs = {"input_ids": np.ascontiguousarray(ids_BL)}
+        if self._table is not None:
+            inputs["input_ids"], rows = self._table.read(ids_BL)
+            self._bind(self._table.name, rows)
         if "attention_mask" in self.manifest.inputs:
             inputs["attention_mask"] = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int64)
         for name, array in inputs.items():
-            self._binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+            self._bind(name, array)
         self._binding.bind_output(self.manifest.output, "cpu", 0, np.float32, shape, self._output.ctypes.data)
         self._session.run_with_iobinding(self._binding)
         return self._output[: int(np.prod(shape))].reshape(shape)
+
+    def _bind(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import nn
 
 from hosl_export.exceptions import ExportError
 from hosl_export.halves import ClientHalf
@@ -35,7 +34,7 @@ def write_graph(half: ClientHalf, path: Path) -> None:
     # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
     half.model.set_attn_implementation("eager")
     model = _trace(half)
-    _lift_parameters(model, half.model)
+    _lift_parameters(model, half)
     _check_self_contained(model)
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
@@ -84,16 +83,17 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _lift_parameters(model: ir.Model, half: nn.Module) -> None:
+def _lift_parameters(model: ir.Model, half: ClientHalf) -> None:
     """Turn each parameter's initializer into a graph input under its plain name; buffers stay inside."""
     graph = model.graph
-    for name, parameter in half.named_parameters():
+    for name, parameter in half.model.named_parameters():
         value = graph.initializers.pop(f"model.{name}", None)
         if value is None:
             raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
         value.const_value = None
         value.name = plain_name(name)
-        value.shape = ir.Shape(parameter.shape)
+        is_table = parameter is half.token_table
+        value.shape = ir.Shape(["rows", *parameter.shape[1:]] if is_table else parameter.shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)
         graph.inputs.append(value)
 

@@ -27,6 +27,12 @@ class ClientHalf(nn.Module):
         self.model = model
         self.family = family
 
+    @property
+    def token_table(self) -> nn.Parameter:
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens."""
+        table: nn.Parameter = self.model.get_input_embeddings().weight
+        return table
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids [B, T] (and the mask [B, T] for an encoder) to activations [B, T, D]."""
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.

@@ -45,6 +45,12 @@ def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry
             largest_change = max(largest_change, float(np.abs(rounded - values).max()))
             values[...] = rounded
         entries.append(
-            TensorEntry(name=name, shape=tuple(parameter.shape), trainable=exponent is not None, exponent=exponent)
+            TensorEntry(
+                name=name,
+                shape=tuple(parameter.shape),
+                trainable=exponent is not None,
+                exponent=exponent,
+                lookup=parameter is half.token_table,
+            )
         )
     return tuple(entries), largest_change

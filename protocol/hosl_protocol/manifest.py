@@ -40,6 +40,9 @@ class TensorEntry(msgspec.Struct, kw_only=True, frozen=True):
     trainable: bool = False
     exponent: int | None = None
     """Lattice exponent e (values are multiples of 2^e); only where trainable."""
+    lookup: bool = False
+    """Whether it is the token embedding: the graph only gathers rows of it by `input_ids`, and leaves its first
+    dimension free, so that a client may bind just the rows of a batch and number its tokens anew."""
 
 
 class LoraEntry(msgspec.Struct, kw_only=True, frozen=True):
