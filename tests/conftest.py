@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,53 +21,79 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 blocks, width 32, random weights, with a word-level tokenizer, as a Hugging Face folder."""
-    import torch
+def save_tokenizer(folder: Path) -> dict[str, Any]:
+    """Write a word-level tokenizer; what a model's configuration must say to fit it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
+    return {"vocab_size": len(vocabulary), "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 blocks, width 32, random weights, with a word-level tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    words = save_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            pad_token_id=3,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.2,
-        )
+        config = LlamaConfig(**SIZES, **words, num_key_value_heads=2, tie_word_embeddings=True)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """A bundle of the tiny model by what trains and where it is cut; made once each."""
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of the same size and tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    words = save_tokenizer(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        BertModel(BertConfig(**SIZES, **words)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, int], Path]:
+    """The bundle of a model's folder by what trains and where it is cut; made once each."""
     from hosl_export.__main__ import main
 
-    made: dict[tuple[str, int], Path] = {}
+    made: dict[tuple[Path, str, int], Path] = {}
 
-    def make(train: str = "lora", split: int = 2) -> Path:
-        if (train, split) not in made:
+    def make(model: Path, train: str = "lora", split: int = 2) -> Path:
+        key = model, train, split
+        if key not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{train}-{split}"
-            options = ["--model", str(tiny_model), "--split", str(split), "--train", train, "--max-length", "32"]
+            options = ["--model", str(model), "--split", str(split), "--train", train, "--max-length", "32"]
             assert main([*options, "--out", str(out)]) == 0
-            made[train, split] = out
-        return made[train, split]
+            made[key] = out
+        return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tiny_model: Path, export_bundle: Callable[[Path, str, int], Path]) -> Callable[[str, int], Path]:
+    """A bundle of the tiny model by what trains and where it is cut."""
+    return lambda train="lora", split=2: export_bundle(tiny_model, train, split)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
+from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
@@ -87,6 +90,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Manifest, config: RunConfig) -> str:
     token, token_path = load_or_make_token(options.data_dir)
+    lock = _lock(options.data_dir)
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
@@ -121,6 +125,18 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
         return ending
     finally:
         store.close()
+        lock.close()
+
+
+def _lock(data_dir: Path) -> TextIO:
+    """Only one service may use a data folder; the lock is held as long as the file is open."""
+    file = (data_dir / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ServiceError(f"another hosl-cloud uses {data_dir}: stop it, or choose another --data-dir") from error
+    return file
 
 
 def _new_run_id(name: str, store: Store) -> str:

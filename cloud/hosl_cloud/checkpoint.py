@@ -20,7 +20,7 @@ from torch import Tensor
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import sha256_of_file
+from hosl_protocol import TaskKind, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +192,17 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
             folder, "it holds none" if isinstance(which, str) else f"it holds none of round {which}"
         )
     evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.info.metrics is not None]
-    return max(evaluated, key=_rank) if which == "best" and evaluated else checkpoints[-1]
+    return max(evaluated, key=_rank_of) if which == "best" and evaluated else checkpoints[-1]
 
 
-def _rank(checkpoint: Checkpoint) -> tuple[float, float]:
-    metrics = checkpoint.info.metrics
-    assert metrics is not None
-    is_classification = checkpoint.info.config.task.kind != "lm"
-    return (metrics.correct / max(metrics.scored, 1) if is_classification else 0.0, -metrics.loss)
+def _rank_of(checkpoint: Checkpoint) -> tuple[float, float]:
+    assert checkpoint.info.metrics is not None
+    return rank(checkpoint.info.metrics, checkpoint.info.config.task.kind)
+
+
+def rank(metrics: Metrics, kind: TaskKind) -> tuple[float, float]:
+    """Larger is better: accuracy, then lower loss; for `lm` the loss alone."""
+    return (0.0 if kind == "lm" else metrics.correct / max(metrics.scored, 1), -metrics.loss)
 
 
 def prune_checkpoints(folder: Path, keep_last: int = 2) -> list[Path]:

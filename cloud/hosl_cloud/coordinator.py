@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from hosl_cloud import metrics
-from hosl_cloud.checkpoint import Metrics, prune_checkpoints, save_checkpoint
-from hosl_cloud.exceptions import NoDevicesError
+from hosl_cloud.checkpoint import Metrics, prune_checkpoints, rank, save_checkpoint
+from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError
 from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.peer import Peer
 from hosl_cloud.rounds import ROUNDS, Ask, Outcome, RoundContext, Tell, evaluate
@@ -36,6 +36,7 @@ from hosl_protocol import (
     Ready,
     Refusal,
     Update,
+    UpdateRecord,
     Welcome,
     make_client_weights,
     sample_devices,
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 JOIN_DEADLINE_S = 600.0
 """Longest wait for a joining device, which may have to tokenize its data first."""
+
+MAX_FRUITLESS = 5
+"""Tries of one round after which the run fails."""
 
 T = TypeVar("T")
 Ending = Literal["completed", "stopped-early", "stopped", "failed"]
@@ -72,8 +76,12 @@ class Coordinator:
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "trainer"))
     _digests: dict[int, str] = field(default_factory=dict)
     _best: Evaluation | None = None
-    _newest: Evaluation | None = None
     _since_best: int = 0
+    _checkpointed: int = 0
+    """The round of the newest checkpoint; 0 is what the bundle holds."""
+    _fruitless: int = 0
+    """Tries of a round in a row that came to nothing."""
+    _is_stopping: bool = False
 
     async def prepare(self) -> None:
         """Load the tail and the mirror of the client's weights."""
@@ -109,7 +117,7 @@ class Coordinator:
             reports.cancel()
             if self.peers.get(peer.name) is peer:
                 del self.peers[peer.name]
-                self.say(f"device {peer.name} is away")
+                self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
             await self._notify()
 
     async def _admit(self, peer: Peer) -> bool:
@@ -135,7 +143,7 @@ class Coordinator:
         if hello.protocol != PROTOCOL_VERSION:
             reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
             return Refusal(code="protocol", reason=reason, retry=False)
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", hello.device):
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", hello.device):
             return Refusal(code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-", retry=False)
         if hello.shard_digest != self.manifest.shard_digest:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
@@ -151,16 +159,15 @@ class Coordinator:
         applied = hello.applied_round if hello.run == self.run else 0
         if hello.run is not None and (hello.run != self.run or hello.epoch != self.epoch or applied > self.round):
             plan, applied = "rebuild", 0
-        for attempt in range(2):
-            self._welcome(peer, plan)
-            ready = await self._catch_up(peer, applied)
+        attempts: list[tuple[Literal["continue", "rebuild"], int]] = [(plan, applied), ("rebuild", 0)]
+        for attempt, start in attempts:
+            self._welcome(peer, attempt)
+            ready = await self._catch_up(peer, start)
             if ready.weights_digest == self._digests.get(ready.applied_round):
                 self._make_ready(peer, ready)
                 await self._notify()
                 return True
             log.warning("device %s: digest differs at round %d", peer.name, ready.applied_round)
-            plan, applied = "rebuild", 0
-            del attempt
         peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))
         return False
 
@@ -225,37 +232,53 @@ class Coordinator:
 
     # The run.
 
+    async def request_stop(self) -> None:
+        """End the run after the round that is under way."""
+        self._is_stopping = True
+        await self._notify()
+
     async def train(self) -> Ending:
-        """All rounds and evaluations to the end. Raises NoDevicesError, LatticeError, NotFiniteError."""
+        """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         self.store.set_state(self.run, "pending")
         await self._wait_for_devices(self.config.devices.start_with, timeout_s=None)
         self.store.set_state(self.run, "running")
         await self._evaluate()
-        while self.round < self.config.rounds:
-            await self._train_round()
+        while self.round < self.config.rounds and not self._is_stopping:
+            if not await self._train_round():
+                continue
             is_due = self.config.evaluation.every and self.round % self.config.evaluation.every == 0
-            if is_due and self.round < self.config.rounds:
+            if is_due or self.round == self.config.rounds:
                 await self._evaluate()
-                if self._is_overdue():
+                if self._is_overdue() and self.round < self.config.rounds:
                     return await self._finish("stopped-early")
-        await self._evaluate()
-        return await self._finish("completed")
+        return await self._finish("completed" if self.round == self.config.rounds else "stopped")
 
     async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
-        async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(lambda: len(self._ready_names()) >= count), timeout_s)
+        def is_time() -> bool:
+            return self._is_stopping or len(self._ready_names()) >= count
 
-    async def _train_round(self) -> None:
+        async with self._changed:
+            await asyncio.wait_for(self._changed.wait_for(is_time), timeout_s)
+
+    async def _train_round(self) -> bool:
+        """One round; False where it came to nothing, or the run is to stop."""
         began = time.monotonic()
         await self._wait_or_fail()
+        if self._is_stopping:
+            return False
         devices = sample_devices(self.config.seed, self.round + 1, self._ready_names(), self.config.devices.per_round)
         outcome: Outcome | None = await self._drive(
             ROUNDS[self.config.algorithm](self._context(self.round + 1, devices))
         )
         if outcome is None:
-            self.say(f"round {self.round + 1}: no device answered; it starts again")
-            return
+            self._fruitless += 1
+            self.say(f"round {self.round + 1} came to nothing; it starts again")
+            if self._fruitless >= MAX_FRUITLESS:
+                raise RoundsFailedError(self.run, self.round + 1, self._fruitless)
+            return False
+        self._fruitless = 0
         await self._settle(outcome, time.monotonic() - began)
+        return True
 
     async def _wait_or_fail(self) -> None:
         limit_s = self.config.devices.rejoin_deadline_s
@@ -266,7 +289,7 @@ class Coordinator:
 
     async def _settle(self, outcome: Outcome, seconds: float) -> None:
         """Store, mirror, broadcast: in this order."""
-        update = outcome.update
+        update = self._bounded(outcome.update)
         # The mirror refuses what would leave the lattice's range; then nothing is stored or sent.
         await self._compute(lambda: self.mirror.apply([update]))
         await self._compute(
@@ -282,6 +305,13 @@ class Coordinator:
         for name in self._ready_names():
             self.peers[name].tell(message, tensors)
         self._observe(outcome, seconds)
+
+    def _bounded(self, update: UpdateRecord) -> UpdateRecord:
+        """The update, or one of zeros where its numbers overflow."""
+        if np.isfinite(update.coefficients).all():
+            return update
+        log.error("round %d: the update is not finite; the devices' weights stay as they are", update.round)
+        return UpdateRecord(update.round, np.zeros_like(update.coefficients), update.learning_rate)
 
     def _observe(self, outcome: Outcome, seconds: float) -> None:
         metrics.rounds.inc()
@@ -305,27 +335,38 @@ class Coordinator:
         return RoundContext(self.run, self.epoch, round_, self.config, self.trainer, devices)
 
     async def _drive(self, exchange: Generator[Tell | Ask, Frame | None, T]) -> T:
-        """Run a round's generator, computing on the trainer's thread."""
+        """Run a round's generator, computing on the trainer's thread.
+
+        It talks to the connections that stood at its start, so that a device that comes back waits for the next
+        round. A stage has one deadline, however many devices it asks.
+        """
+        peers = dict(self.peers)
+        deadlines: dict[object, float] = {}
         answer: Frame | None = None
         while True:
             action, result = await self._compute(partial(_advance, exchange, answer))
             answer = None
             if action is None:
                 return result  # type: ignore[no-any-return]
-            peer = self.peers.get(action.device)
+            peer = peers.get(action.device)
             if peer is None:
                 continue
-            if isinstance(action, Tell):
-                peer.tell(action.message, action.tensors)
+            if isinstance(action, Ask):
+                latest = asyncio.get_running_loop().time() + self.config.devices.round_deadline_s
+                answer = await peer.answer(action, deadlines.setdefault(action.stage, latest))
+            elif isinstance(action.message, Refusal):
+                peer.is_ready = False
+                peer.end(action.message)
             else:
-                answer = await peer.answer(action, self.config.devices.round_deadline_s)
+                peer.tell(action.message, action.tensors)
 
     async def _evaluate(self) -> None:
         devices = [name for name in self._ready_names() if self.peers[name].eval_examples]
-        if not devices:
-            return
-        evaluation: Evaluation | None = await self._drive(evaluate(self._context(self.round, devices)))
+        evaluation: Evaluation | None = None
+        if devices:
+            evaluation = await self._drive(evaluate(self._context(self.round, devices)))
         if evaluation is None:
+            await self._checkpoint(None)
             return
         self.store.add_evaluation(self.run, self.epoch, evaluation)
         metrics.eval_accuracy.set(evaluation.accuracy)
@@ -333,28 +374,31 @@ class Coordinator:
             f"evaluation at round {self.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
         )
-        self._newest = evaluation
         self._since_best += 1
-        if self._best is None or evaluation.accuracy > self._best.accuracy:
+        if self._best is None or self._rank(evaluation) > self._rank(self._best):
             self._best, self._since_best = evaluation, 0
-            if self.round:  # before the first round the tail is what the bundle holds
-                await self._checkpoint(evaluation)
+        await self._checkpoint(evaluation)
+
+    def _rank(self, evaluation: Evaluation) -> tuple[float, float]:
+        return rank(_metrics(evaluation), self.config.task.kind)
 
     def _is_overdue(self) -> bool:
         patience = self.config.evaluation.patience
         return bool(patience) and self._since_best >= patience
 
     async def _checkpoint(self, evaluation: Evaluation | None) -> None:
-        scores = None
-        if evaluation is not None and evaluation.round == self.round:
-            scores = Metrics(loss=evaluation.loss, correct=evaluation.correct, scored=evaluation.scored)
+        """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
+        if self._checkpointed == self.round:
+            return
+        scores = None if evaluation is None else _metrics(evaluation)
         await self._compute(
             lambda: save_checkpoint(self.folder, self.round, self.epoch, self.trainer, self.config, scores)
         )
         await self._compute(lambda: prune_checkpoints(self.folder))
+        self._checkpointed = self.round
 
     async def _finish(self, ending: Ending) -> Ending:
-        await self._checkpoint(self._newest)
+        await self._checkpoint(None)
         await self.end(ending)
         return ending
 
@@ -377,6 +421,10 @@ class Coordinator:
             if not behind or self.ending != "completed":
                 return
             await asyncio.sleep(0.1)
+
+
+def _metrics(evaluation: Evaluation) -> Metrics:
+    return Metrics(loss=evaluation.loss, correct=evaluation.correct, scored=evaluation.scored)
 
 
 def _advance(exchange: Generator[Tell | Ask, Frame | None, Any], answer: Frame | None) -> tuple[Tell | Ask | None, Any]:

@@ -14,14 +14,16 @@ class CloudError(HoslError):
     ├── VerbalizerError        the task's words do not fit the bundle's tokenizer: change the task
     ├── BatchError             a device's batch contradicts itself: refuse the device
     ├── NotFiniteError         the tail's loss or gradient overflowed: leave the batch out, or lower the rate
+    │   └── RoundSpoiltError   it was found too late to leave the batch out: the round's gradients are gone
     ├── RunNotFound            no run of this name is stored: choose another
     ├── CheckpointError        a tail checkpoint cannot be used: choose another
     │   ├── CheckpointMissing  there is none that fits
     │   ├── CheckpointDamaged  its bytes are not those that were written
     │   └── CheckpointMismatch it was written for a tail that trains other tensors
     ├── AdapterError           what was trained is more than an adapter: merge without one
+    ├── RoundsFailedError      round after round came to nothing: read the log
     ├── NoDevicesError         every device is gone: bring one back and start again
-    ├── StoreError             the database is of another version: use the hosl that wrote it
+    ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
     └── ServiceError           the service cannot listen as asked: change the address
     """
 
@@ -48,6 +50,10 @@ class NotFiniteError(CloudError):
     def __init__(self, what: str, value: float) -> None:
         self.what, self.value = what, value
         super().__init__(f"{what} is {value}: lower tail.learning_rate, or use float32 for wire and tail")
+
+
+class RoundSpoiltError(NotFiniteError):
+    """A gradient that was already added up is not finite; the round's gradients were dropped."""
 
 
 class RunNotFound(CloudError):
@@ -102,8 +108,16 @@ class NoDevicesError(CloudError):
         super().__init__(f"run {run} has had no device for {waited_s:.0f} s after round {round_}")
 
 
+class RoundsFailedError(CloudError):
+    """A round was tried again and again and came to nothing."""
+
+    def __init__(self, run: str, round_: int, tries: int) -> None:
+        self.run, self.round, self.tries = run, round_, tries
+        super().__init__(f"run {run}: round {round_} came to nothing {tries} times in a row; the log says why")
+
+
 class StoreError(CloudError):
-    """The database can't be used by this version."""
+    """The database can't be opened, read or written, or is of another version."""
 
     exit_code = ExitCode.DATA
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,13 @@ class Listen:
         for path in (self.tls_cert, self.tls_key):
             if path is not None and not path.is_file():
                 raise ServiceError(f"{path} does not exist")
+        if not 0 <= self.port <= 65535:
+            raise ServiceError(f"--port {self.port}: use a number from 0 (any free one) to 65535")
+        if self.tls_cert is not None:
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)
+            except (ssl.SSLError, OSError) as error:
+                raise ServiceError(f"--tls-cert {self.tls_cert} and --tls-key cannot be used: {error}") from error
         if self.tls_cert is None and not self._is_loopback() and not insecure:
             raise ServiceError(
                 f"--host {self.host} without TLS sends everything as plain text: "

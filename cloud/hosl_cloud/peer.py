@@ -49,6 +49,8 @@ class Peer:
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
         self.eval_examples = 0
+        self.farewell = ""
+        """Why the device left, where it said so."""
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
         self.connection = Connection(Role.CLOUD)
         self._socket = socket
@@ -87,7 +89,7 @@ class Peer:
             if frame is None:
                 continue
             if isinstance(frame.message, Goodbye):
-                log.info("device %s leaves: %s", self.name, frame.message.reason[:200])
+                self.farewell = frame.message.reason[:200]
                 return
             if isinstance(frame.message, Report):
                 self.reports.put_nowait(frame.message)
@@ -97,14 +99,21 @@ class Peer:
             self._inbox.put_nowait(frame)
 
     async def _write(self) -> None:
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
+        try:
             while (item := await self._outbox.get()) is not None:
                 message, tensors = item
+                if self.connection.phase is Phase.CLOSED:
+                    continue  # queued before the device said goodbye
                 for piece in self.connection.send(message, tensors):
                     await self._socket.send({"type": "websocket.send", "bytes": bytes(piece)})
                     metrics.wire_bytes.labels("sent").inc(len(piece))
             await self._socket.close()
-        self.gone.set()
+        except (WebSocketDisconnect, RuntimeError, OSError) as error:
+            log.info("device %s: the connection broke while writing: %s", self.name, error)
+        except Exception:
+            log.exception("device %s: writing failed", self.name)
+        finally:
+            self.gone.set()
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
         """Queue a message; dropped where the connection has ended."""
@@ -114,19 +123,28 @@ class Peer:
     def end(self, message: Message) -> None:
         """Say a last message and close."""
         self.tell(message)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close once what is queued has been sent."""
         self._outbox.put_nowait(None)
 
     async def next(self, timeout_s: float) -> Frame:
         """The next message. Raises PeerGone, or TimeoutError."""
-        frame = await asyncio.wait_for(self._inbox.get(), timeout_s)
+        if self._inbox.empty():
+            frame = await asyncio.wait_for(self._inbox.get(), max(timeout_s, 0.0))
+        else:
+            frame = self._inbox.get_nowait()
         if frame is None:
             self._inbox.put_nowait(None)
             raise PeerGone(self.name)
         return frame
 
-    async def answer(self, ask: Ask, timeout_s: float) -> Frame | None:
-        """The message that `ask` wants; older ones are dropped; None where it is late or the device gone."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
+    async def answer(self, ask: Ask, deadline: float) -> Frame | None:
+        """The message that `ask` wants; others are dropped; None where it is late or the device gone.
+
+        `deadline` is a time of the event loop; what already waits is taken even after it.
+        """
         try:
             while True:
                 frame = await self.next(deadline - asyncio.get_running_loop().time())
@@ -134,7 +152,7 @@ class Peer:
                     return frame
                 log.info("device %s: %s is late and dropped", self.name, name_of(frame.message))
         except asyncio.TimeoutError:
-            log.warning("device %s sent no %s in %.0f s", self.name, name_of(ask.kind), timeout_s)
+            log.warning("device %s sent no %s in time", self.name, name_of(ask.kind))
         except PeerGone:
             log.warning("device %s left before its %s", self.name, name_of(ask.kind))
         return None

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hosl_cloud.exceptions import NotFiniteError
+from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import Evaluation
 from hosl_protocol import (
@@ -29,12 +29,16 @@ from hosl_protocol import (
     Probe,
     ProbeLoss,
     Projections,
+    Refusal,
     RoundStart,
     UpdateRecord,
     scheduled_rate,
 )
 
 log = logging.getLogger(__name__)
+
+LARGEST_PROJECTION = 1e30
+"""Magnitude from which a projection is taken for a fault of its device."""
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -57,6 +61,11 @@ class Ask:
     round: int
     direction: int | None = None
     sign: int | None = None
+
+    @property
+    def stage(self) -> object:
+        """What shares one deadline: the same message of every device; each batch of an evaluation has its own."""
+        return object() if self.kind is EvalBatch else (self.kind, self.direction, self.sign)
 
 
 Exchange: TypeAlias = "Generator[Tell | Ask, Frame | None, Outcome | None]"
@@ -128,14 +137,10 @@ def ho_sfl_round(context: RoundContext) -> Exchange:
     sums, total = np.zeros(context.config.directions), 0.0
     for device, weight in part.weights.items():
         frame = yield Ask(device, Projections, context.round)
-        projections = None if frame is None else frame.tensors["projections"].astype(np.float64)
-        if projections is None or not np.isfinite(projections).all():
-            log.warning(
-                "round %d: %s is left out of the average (%s)",
-                context.round,
-                device,
-                "no projections" if projections is None else "not finite",
-            )
+        projections = np.full(1, np.nan) if frame is None else frame.tensors["projections"].astype(np.float64)
+        if not np.abs(projections).max() < LARGEST_PROJECTION:
+            reason = "no projections" if frame is None else "they are not finite, or absurd"
+            log.warning("round %d: %s is left out of the average: %s", context.round, device, reason)
             continue
         sums += weight * projections
         total += weight
@@ -159,7 +164,11 @@ def hosl_round(context: RoundContext) -> Exchange:
                     present.remove(device)
                     continue
                 weights[device] = context.weight(frame)
-                loss = context.trainer.evaluate(*_batch(frame)).loss
+                score = yield from _evaluate_batch(context, device, frame)
+                if score is None:
+                    present.remove(device)
+                    continue
+                loss = score.loss
                 losses[device, sign] = loss
                 reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
                 yield Tell(device, reply, {"loss": np.float32(loss).reshape(())})
@@ -223,8 +232,17 @@ def _train_on_anchors(
         weight = context.weight(frame)
         try:
             result = context.trainer.forward_backward(*_batch(frame), weight, wants_cut_gradient=wants_cut_gradient)
+        except RoundSpoiltError as error:
+            # What the devices before this one added is gone too; those after it can still make the step.
+            log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, error)
+            weights.clear()
+            losses.clear()
+            continue
         except NotFiniteError as error:
             log.warning("round %d: %s is left out: %s", context.round, device, error)
+            continue
+        except BatchError as error:
+            yield _refuse(device, error)
             continue
         weights[device], losses[device] = weight, result.loss
         if wants_cut_gradient:
@@ -234,7 +252,11 @@ def _train_on_anchors(
         context.trainer.discard()
         return None
     total = sum(weights.values())
-    context.trainer.step(context.round, total)
+    try:
+        context.trainer.step(context.round, total)
+    except RoundSpoiltError as error:
+        log.warning("round %d: the tail makes no step: %s", context.round, error)
+        return None
     return _Part(weights, sum(weights[device] * loss for device, loss in losses.items()) / total)
 
 
@@ -251,7 +273,10 @@ def evaluate(context: RoundContext) -> Generator[Tell | Ask, Frame | None, Evalu
                 present.remove(device)
                 continue
             assert isinstance(frame.message, EvalBatch)
-            result = context.trainer.evaluate(*_batch(frame))
+            result = yield from _evaluate_batch(context, device, frame)
+            if result is None or not math.isfinite(result.loss):
+                present.remove(device)
+                continue
             loss_sum += result.loss * result.scored
             correct, scored = correct + result.correct, scored + result.scored
             reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
@@ -259,6 +284,32 @@ def evaluate(context: RoundContext) -> Generator[Tell | Ask, Frame | None, Evalu
             if frame.message.last:
                 present.remove(device)
     return Evaluation(context.round, loss_sum / scored, correct, scored) if scored else None
+
+
+@dataclass(frozen=True)
+class _NotFinite:
+    """The score of a batch whose loss is no number."""
+
+    loss: float = math.nan
+    correct: int = 0
+    scored: int = 0
+
+
+def _evaluate_batch(context: RoundContext, device: str, frame: Frame) -> Generator[Tell, None, Any]:
+    """The tail's score of a batch; None where the batch contradicts itself, and its device is refused."""
+    try:
+        return context.trainer.evaluate(*_batch(frame))
+    except NotFiniteError as error:
+        log.warning("round %d: a batch of %s: %s", context.round, device, error)
+        return _NotFinite()
+    except BatchError as error:
+        yield _refuse(device, error)
+        return None
+
+
+def _refuse(device: str, error: BatchError) -> Tell:
+    log.warning("device %s is refused: %s", device, error)
+    return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
 
 
 def _batch(frame: Frame) -> tuple[Floats, npt.NDArray[np.int32], npt.NDArray[np.int32]]:

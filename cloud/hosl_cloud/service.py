@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import logging
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 
 import prometheus_client
@@ -21,7 +22,7 @@ from hosl_cloud.coordinator import Coordinator, Ending
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.peer import Peer, PeerGone
-from hosl_protocol import PIECE_BYTES, HoslError
+from hosl_protocol import PIECE_BYTES
 from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,14 @@ def _status(coordinator: Coordinator) -> dict[str, object]:
 
 async def _attend(coordinator: Coordinator, peer: Peer) -> None:
     attending = asyncio.create_task(coordinator.attend(peer))
+    attending.add_done_callback(lambda _: peer.hang_up())
     await peer.serve()
-    with contextlib.suppress(PeerGone):
+    try:
         await attending
+    except PeerGone:
+        pass
+    except Exception:
+        log.exception("device %s: its connection is ended", peer.name)
 
 
 class _Server(uvicorn.Server):
@@ -118,13 +124,14 @@ async def serve(
     coordinator: Coordinator, token: str, listen: Listen, on_listening: Callable[[str], None], *, once: bool
 ) -> Ending:
     """Run the service until a signal, or with `once` until the run has ended. Raises what ended the run."""
+    listener = _bind(listen)
     server = _Server(_uvicorn_config(make_app(coordinator, token), listen))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    serving = asyncio.create_task(server.serve())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        on_listening(await _address(server, serving, listen))
+        on_listening(_address(listener, listen))
         return await _train_until(coordinator, stopping, once=once)
     finally:
         await _hang_up(coordinator)
@@ -136,8 +143,6 @@ async def serve(
 def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        host=listen.host,
-        port=listen.port,
         ws="websockets-sansio",
         ws_max_size=PIECE_BYTES,
         ws_ping_interval=HEARTBEAT_S,
@@ -153,14 +158,22 @@ def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     )
 
 
-async def _address(server: uvicorn.Server, serving: asyncio.Task[None], listen: Listen) -> str:
-    while not server.started:
-        if serving.done():
-            with contextlib.suppress(SystemExit):
-                serving.result()
-            raise ServiceError(f"cannot listen on {listen.host}:{listen.port}: is the port taken?")
-        await asyncio.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
+def _bind(listen: Listen) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise ServiceError(f"cannot listen on {listen.host}:{listen.port}: {error}") from error
+    return listener
+
+
+def _address(listener: socket.socket, listen: Listen) -> str:
+    port = listener.getsockname()[1]
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     return f"{listen.scheme}://{host}:{port}"
 
@@ -170,17 +183,21 @@ async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, onc
     stopped = asyncio.create_task(stopping.wait())
     await asyncio.wait({training, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not training.done():
+        await coordinator.request_stop()
+        await asyncio.wait({training}, timeout=2 * coordinator.config.devices.round_deadline_s)
         while not training.done():
             # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
             training.cancel()
             await asyncio.wait({training}, timeout=0.5)
-        await coordinator.end("stopped")
-        return "stopped"
+        if training.cancelled():
+            await coordinator.end("stopped")
+            return "stopped"
     try:
         ending = training.result()
-    except HoslError:
+    except Exception:
         stopped.cancel()
-        await coordinator.end("failed")
+        with contextlib.suppress(Exception):
+            await coordinator.end("failed")
         raise
     if not once:
         await stopped

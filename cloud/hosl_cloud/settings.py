@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -143,8 +144,10 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("devices.round_deadline_s", config.devices.round_deadline_s),
         ("devices.rejoin_deadline_s", config.devices.rejoin_deadline_s),
     ):
-        if not value > 0.0:
+        if not (math.isfinite(value) and value > 0.0):
             raise SettingsError(name, value, "use a number above 0")
+    if not 0.0 <= config.tail.momentum < 1.0:
+        raise SettingsError("tail.momentum", config.tail.momentum, "use a number from 0 up to, not including, 1")
     for name, count in (
         ("evaluation.every", config.evaluation.every),
         ("evaluation.patience", config.evaluation.patience),
@@ -152,8 +155,9 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("tail.warmup_rounds", config.tail.warmup_rounds),
         ("tail.clip_norm", config.tail.clip_norm),
         ("tail.weight_decay", config.tail.weight_decay),
+        ("tail.threads", config.tail.threads),
     ):
-        if count < 0:
+        if not (math.isfinite(count) and count >= 0):
             raise SettingsError(name, count, "use 0 or more")
     if config.devices.start_with < 1:
         raise SettingsError("devices.start_with", config.devices.start_with, "use 1 or more")

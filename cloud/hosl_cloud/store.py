@@ -107,13 +107,22 @@ class Store:
     """One database file; its methods may be called from any thread."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-        self._database.row_factory = sqlite3.Row
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.execute("PRAGMA foreign_keys = ON")
-        self._migrate(path)
+        with self._named_errors():
+            self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            self._database.row_factory = sqlite3.Row
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("PRAGMA foreign_keys = ON")
+            self._migrate(path)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._path}: {error}") from error
 
     def _migrate(self, path: Path) -> None:
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -128,7 +137,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._named_errors():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
@@ -138,7 +147,7 @@ class Store:
                 raise
 
     def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
+        with self._lock, self._named_errors():
             return self._database.execute(sql, arguments).fetchall()
 
     def create_run(self, run: str, bundle: Path, shard_digest: str, config: RunConfig) -> None:

@@ -19,7 +19,10 @@ def load_or_make_token(data_dir: Path) -> tuple[str, Path]:
     except FileExistsError:
         if path.stat().st_mode & 0o077:
             raise ServiceError(f"{path} can be read by others: run chmod 600 {path}") from None
-        return path.read_text(encoding="ascii").strip(), path
+        token = path.read_text(encoding="utf-8", errors="replace").strip()
+        if len(token) < 32 or not token.isascii() or any(character.isspace() for character in token):
+            raise ServiceError(f"{path} holds no token: delete it, and a new one is made") from None
+        return token, path
     token = secrets.token_urlsafe(32)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(token + "\n")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hosl_cloud import objectives
-from hosl_cloud.exceptions import NotFiniteError
+from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
 from hosl_cloud.settings import RunConfig, TailSettings
 from hosl_cloud.tail import build_tail, trainable_parameters
 from hosl_protocol import Manifest, SettingsError, schedule_factor
@@ -87,8 +87,8 @@ class TailTrainer:
         """Add `weight` times the gradient of this device's own mean loss to the round's; return its λ.
 
         λ is neither scaled by `weight` or by the number of devices, nor clipped (HO-SFL step 2). Raises BatchError,
-        and NotFiniteError: where already the loss is not finite, other devices' gradients stay; where only λ is
-        not, the round's gradients are spoilt and dropped.
+        NotFiniteError where the loss is not finite (other devices' gradients stay), and RoundSpoiltError where only λ
+        is not (the round's gradients are dropped).
         """
         h_TD = self._tensor(activations_TD, torch.float32).requires_grad_(wants_cut_gradient)
         score = self._score(h_TD, lengths_B, labels_N)
@@ -103,7 +103,7 @@ class TailTrainer:
         lambda_TD = gradient_TD if weight == 1.0 else gradient_TD / weight
         if not torch.isfinite(lambda_TD).all():
             self.discard()
-            raise NotFiniteError("the gradient at the cut layer", float(lambda_TD.abs().max()))
+            raise RoundSpoiltError("the gradient at the cut layer", float(lambda_TD.abs().max()))
         return np.asarray(lambda_TD.cpu().numpy())
 
     def evaluate(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> EvalScore:
@@ -113,6 +113,8 @@ class TailTrainer:
         return EvalScore(score.loss.item(), score.correct, score.scored)
 
     def _score(self, h_TD: Tensor, lengths_B: Integers, labels_N: Integers) -> objectives.Score:
+        if lengths_B.size and int(lengths_B.max()) > self.config.max_length:
+            raise BatchError("tokens of an example", f"at most {self.config.max_length}", int(lengths_B.max()))
         lengths, labels = torch.from_numpy(lengths_B.astype(np.int64)), self._tensor(labels_N, torch.int64)
         with self._autocast():
             score = objectives.score(self.kind, self.tail, h_TD, lengths, labels)
@@ -131,14 +133,14 @@ class TailTrainer:
     def step(self, round_: int, total_weight: float) -> StepStatistics:
         """Average the round's gradients over `total_weight`, clip, and step at the rate of round `round_` (from 1).
 
-        Raises NotFiniteError, with the gradients dropped and no weight changed.
+        Raises RoundSpoiltError, with the gradients dropped and no weight changed.
         """
         settings = self.config.tail
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / total_weight
         if not math.isfinite(norm):
             self.discard()
-            raise NotFiniteError("the norm of the tail's gradient", norm)
+            raise RoundSpoiltError("the norm of the tail's gradient", norm)
         clipping = settings.clip_norm / norm if 0.0 < settings.clip_norm < norm else 1.0
         for gradient in gradients:
             gradient.mul_(clipping / total_weight)

@@ -102,7 +102,7 @@ def read_examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix not in (".jsonl", ".csv"):
         raise DataError(path, None, "the name should end in .jsonl or .csv")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _read_csv(file, path) if path.suffix == ".csv" else _read_json_lines(file, path)
     except OSError as error:
         raise DataError(path, None, error.strerror or "cannot be read") from error
@@ -139,6 +139,8 @@ def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> s
         return render(task, example)
     except KeyError as error:
         raise _missing(error, example, path, line) from None
+    except TypeError as error:
+        raise DataError(path, line, str(error)) from None
 
 
 def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,8 +20,10 @@ from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_protocol import (
     ClientWeights,
+    HoslError,
     Manifest,
     RunSettings,
+    SettingsError,
     UpdateRecord,
     Welcome,
     check_run_settings,
@@ -45,6 +49,7 @@ class Device:
         """Activation sets beyond the necessary one that the memory budget lets a round hold."""
         self._folder = folder
         self._state = Path(settings.state_dir) / settings.name
+        self._lock = _lock(self._state)
         self._journal: Journal | None = None
         self._recover()
 
@@ -76,19 +81,25 @@ class Device:
             log.warning("the journal in %s is of another shard; starting at the base shard", self._state)
             journal.close()
             return
-        if journal.header.data_digest != self.data_digest:
-            raise DataError(
-                Path(self.settings.data),
-                None,
-                f"the data has changed since run {journal.header.run} began: put the old files back, or delete "
-                f"{self._state} to join as a new device",
-            )
         self._journal = journal
         self.weights = self._new_weights(journal.header.settings)
-        self.weights.apply(updates)
+        try:
+            self.weights.apply(updates)
+        except HoslError as error:
+            log.warning("the journal in %s cannot be replayed (%s); starting at the base shard", self._state, error)
+            journal.close()
+            self.shard.reset()
+            self._journal = self.weights = None
 
     def join(self, welcome: Welcome) -> None:
         """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError."""
+        if self.header is not None and self.header.run == welcome.run and self.header.data_digest != self.data_digest:
+            raise DataError(
+                Path(self.settings.data),
+                None,
+                f"the data has changed since run {welcome.run} began: put the old files back, or delete "
+                f"{self._state} to join as a new device",
+            )
         check_run_settings(welcome.settings, bundle_max_length=self.manifest.max_length)
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(
@@ -175,7 +186,20 @@ class Device:
 
     def close(self) -> None:
         """Leave everything durable."""
+        self._lock.close()
         if self._journal is not None:
             self._journal.close()
         if self.weights is not None:
             self.weights.close()
+
+
+def _lock(folder: Path) -> TextIO:
+    """Only one agent may use a device's state; the lock is held as long as the file is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise SettingsError("name", folder.name, "another hosl-edge runs under it; choose another --name") from error
+    return file

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import http.client
 import logging
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -39,7 +40,13 @@ def fetch_bundle(
     """
     base = server.replace("ws", "http", 1).rstrip("/") + "/v1/bundle/"
     with _open(base + MANIFEST, token) as response:
-        data = response.read(MAX_MANIFEST_BYTES + 1)
+        try:
+            data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(f"download of {base + MANIFEST} broke off: {error}") from error
+        expected = response.headers.get("Content-Length")
+    if expected is not None and len(data) < min(int(expected), MAX_MANIFEST_BYTES):
+        raise ConnectionLost(f"download of {base + MANIFEST} ended at {len(data)} of {expected} bytes")
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = decode_manifest(data, base + MANIFEST)
@@ -49,6 +56,19 @@ def fetch_bundle(
         for entry in manifest.shard_files:
             _fetch_file(base, token, folder, entry, on_progress)
     return folder, manifest
+
+
+def _read_manifest(url: str, token: str) -> bytes:
+    with _open(url, token) as response:
+        try:
+            data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(f"download of {url} broke off: {error}") from error
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+        if response.length:
+            raise ConnectionLost(f"download of {url} ended {response.length} bytes early")
+    return data
 
 
 @contextlib.contextmanager
@@ -80,6 +100,8 @@ def _fetch_file(base: str, token: str, folder: Path, entry: FileEntry, on_progre
     if digest != entry.sha256:
         part.unlink()
         raise BundleError(f"{entry.path} has digest {digest}, the manifest says {entry.sha256}: start again to refetch")
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
     part.replace(target)
 
 
@@ -104,6 +126,7 @@ def _open(url: str, token: str, have: int = 0) -> Any:
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
             raise RefusedError("it does not know the join token", retry=False) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error

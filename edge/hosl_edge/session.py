@@ -71,6 +71,8 @@ class Session:
     _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
     _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
     _welcome: Welcome | None = None
+    _writer: asyncio.Task[None] | None = None
+    _has_warned: bool = False
 
     async def run(self, url: str, token: str) -> Complete:
         """Take part until the run ends. Raises ConnectionLost, RefusedError, or what the device's data deserves."""
@@ -93,7 +95,8 @@ class Session:
             raise ConnectionLost(f"cannot talk to {url}: {error}") from error
 
     async def _talk(self, socket: ClientConnection) -> Complete:
-        tasks = [asyncio.create_task(self._read(socket)), asyncio.create_task(self._write(socket))]
+        self._writer = asyncio.create_task(self._write(socket))
+        tasks = [asyncio.create_task(self._read(socket)), self._writer]
         try:
             await self._say_hello()
             interruption: Frame | None = None
@@ -131,7 +134,7 @@ class Session:
         self._incoming.put_nowait(error)
 
     async def _write(self, socket: ClientConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):  # the reader reports it
+        try:
             while True:
                 message, tensors = await self._outgoing.get()
                 for piece in self._connection.send(message, tensors):
@@ -139,6 +142,11 @@ class Session:
                     self.progress.sent_bytes += len(piece)
                 del tensors
                 self._outgoing.task_done()
+        except ConnectionClosed:
+            pass  # the reader reports it
+        except Exception as error:
+            log.exception("writing failed")
+            self._incoming.put_nowait(ConnectionLost(f"writing failed: {error}"))
 
     async def _next(self) -> Frame:
         item = await self._incoming.get()
@@ -193,8 +201,6 @@ class Session:
         self.progress.rounds = welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
         await _in_thread(lambda: self.device.join(welcome))
-        if welcome.plan == "rebuild" and self.device.applied_round:
-            raise HoslError("the journal could not be dropped")
 
     async def _catch_up(self, message: CatchUp, frame: Frame) -> None:
         coefficients = frame.tensors["coefficients"]
@@ -219,7 +225,8 @@ class Session:
 
     async def _update(self, message: Update, frame: Frame) -> None:
         device = self.device
-        if message.round <= device.applied_round:
+        welcome = self._joined()
+        if (message.run, message.epoch) != (welcome.run, welcome.epoch) or message.round <= device.applied_round:
             return
         if message.round > device.applied_round + 1:
             raise ConnectionLost(f"update of round {message.round} came after round {device.applied_round}")
@@ -235,7 +242,8 @@ class Session:
     def _warn_if_below_lattice(self, record: UpdateRecord) -> None:
         assert self.device.weights is not None
         resolution = self.device.weights.resolution(record)
-        if resolution < 1.0:
+        if resolution < 1.0 and not self._has_warned:
+            self._has_warned = True
             log.warning(
                 "round %d: a step is %.2g of the lattice spacing; it is kept on average only", record.round, resolution
             )
@@ -262,12 +270,14 @@ class Session:
         if start.round != device.applied_round + 1:
             raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
         assert device.train is not None
+        await self._drain()
         indices = batch_indices(
             settings.seed, start.round, device.settings.name, len(device.train), settings.batch_size
         )
-        steps = step.ROUNDS[settings.algorithm](self._context(start.round), device.train.batch(indices))
+        context = self._context(start.round)
+        steps = step.ROUNDS[settings.algorithm](context, device.train.batch(indices))
         began = time.monotonic()
-        interruption = await self._drive(steps)
+        interruption = await self._drive(steps, context)
         self.progress.step_seconds = time.monotonic() - began
         return interruption
 
@@ -278,11 +288,20 @@ class Session:
             totals[:] += (correct, scored)
 
         assert self.device.eval is not None
-        interruption = await self._drive(step.evaluate(self._context(start.round), self.device.eval, on_result))
+        await self._drain()
+        context = self._context(start.round)
+        interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)
         if interruption is None and totals[1]:
             self.progress.accuracy = float(totals[0] / totals[1])
             self.display.show(self.progress)
         return interruption
+
+    async def _drain(self) -> None:
+        """Wait until everything is sent: on a slow link sets of activations would pile up behind each other."""
+        assert self._writer is not None
+        emptied = asyncio.create_task(self._outgoing.join())
+        await asyncio.wait({emptied, self._writer}, return_when=asyncio.FIRST_COMPLETED)
+        emptied.cancel()
 
     def _context(self, round_: int) -> step.RoundContext:
         device, welcome = self.device, self._joined()
@@ -297,7 +316,7 @@ class Session:
             held_sets=device.held_sets,
         )
 
-    async def _drive(self, steps: step.Step) -> Frame | None:
+    async def _drive(self, steps: step.Step, context: step.RoundContext) -> Frame | None:
         """Run a step to its end, computing in a thread; what the cloud sent instead of a reply, if it did."""
         reply: Frame | None = None
         try:
@@ -309,18 +328,23 @@ class Session:
                 if isinstance(action, step.Send):
                     self._send(action.message, action.tensors)
                 else:
-                    reply = await self._reply(action.kind)
+                    reply = await self._reply(action.kind, context)
         except _Superseded as superseded:
             log.info("the cloud sent %s during a step", name_of(superseded.frame.message))
             return superseded.frame
         finally:
             await _in_thread(steps.close)
 
-    async def _reply(self, kind: type) -> Frame:
-        frame = await self._next()
-        if not isinstance(frame.message, kind):
-            raise _Superseded(frame)
-        return frame
+    async def _reply(self, kind: type, context: step.RoundContext) -> Frame:
+        while True:
+            frame = await self._next()
+            if not isinstance(frame.message, kind):
+                raise _Superseded(frame)
+            message: Any = frame.message
+            named = (message.run, message.epoch, message.round)
+            if named == (context.run, context.epoch, context.round):
+                return frame
+            log.info("%s of another round dropped", name_of(frame.message))
 
     def _joined(self) -> Welcome:
         assert self._welcome is not None
@@ -335,4 +359,10 @@ def _advance(steps: step.Step, reply: Frame | None) -> step.Send | step.Receive 
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+    future = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        # Work in a thread can't be interrupted, and must not go on behind our back.
+        await asyncio.wait({future})
+        raise

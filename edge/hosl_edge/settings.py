@@ -17,7 +17,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 def _default_name() -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64] or "device"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip(".")[:64] or "device"
 
 
 def _xdg(variable: str, fallback: str) -> str:
@@ -97,8 +97,8 @@ def _check(settings: EdgeSettings) -> None:
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if url.scheme == "ws" and not is_loopback and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", settings.name):
-        raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
+        raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
     if settings.threads < 0:
         raise SettingsError("threads", settings.threads, "use 0 (all) or more")
     if settings.memory_budget is not None:

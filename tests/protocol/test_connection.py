@@ -240,11 +240,11 @@ def test_another_wire_dtype_than_the_runs_is_refused():
 
 
 def test_both_sides_use_the_wire_dtype_of_the_welcome():
-    edge, cloud = make_pair(Phase.ACTIVE, make_settings(wire_dtype="float16"))
-    tensors = {**BATCH, "activations": np.full((5, WIDTH), 1e9, np.float32)}
-    assert carry(edge, cloud, Anchor(**ROUND), tensors).tensors["activations"].max() == 65504.0
+    edge, cloud = make_pair(Phase.ACTIVE, make_settings(wire_dtype="bfloat16"))
+    tensors = {**BATCH, "activations": np.full((5, WIDTH), 1.0 + 2.0**-9, np.float32)}
+    assert carry(edge, cloud, Anchor(**ROUND), tensors).tensors["activations"].max() == 1.0
     gradient = {"lambda": tensors["activations"], "loss": LOSS}
-    assert carry(cloud, edge, CutGradient(**ROUND), gradient).tensors["lambda"].max() == 65504.0
+    assert carry(cloud, edge, CutGradient(**ROUND), gradient).tensors["lambda"].max() == 1.0
 
 
 def test_a_welcome_whose_settings_cannot_be_used_ends_the_connection():

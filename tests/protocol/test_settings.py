@@ -90,6 +90,12 @@ def test_a_value_of_the_wrong_kind_is_named_by_its_path(changes, path, sentence)
     assert sentence in caught.value.problem
 
 
+def test_ho_sfl_does_not_send_its_gradient_as_float16():
+    with pytest.raises(SettingsError, match="wire_dtype is 'float16': λ is too small for float16"):
+        check_run_settings(make_settings(wire_dtype="float16"))
+    check_run_settings(make_settings(wire_dtype="float16", algorithm="frozen"))
+
+
 def test_constant_schedule_stays_after_its_warm_up():
     assert [schedule_factor("constant", 4, n, 10) for n in (1, 2, 3, 4, 5, 10)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 

@@ -57,8 +57,15 @@ def check_task(task: Task) -> None:
 
 
 def render(task: Task, example: Mapping[str, Any]) -> str:
-    """The example's text. Raises KeyError with the name of a missing field."""
-    return _FIELD.sub(lambda match: str(look_up(example, match.group(1))), task.template)
+    """The example's text. Raises KeyError with the name of a missing field, TypeError for one that is no text."""
+    return _FIELD.sub(lambda match: _text_of(example, match.group(1)), task.template)
+
+
+def _text_of(example: Mapping[str, Any], field: str) -> str:
+    value = look_up(example, field)
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"field {field!r} should be text or a number, it is {type(value).__name__}")
+    return str(value)
 
 
 def label_of(task: Task, example: Mapping[str, Any]) -> int:

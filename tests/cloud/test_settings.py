@@ -1,0 +1,159 @@
+"""run.toml: presets and overrides, and faults named by field, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hosl_cloud.settings import RunConfig, load_config, parse_config
+from hosl_protocol import Manifest, SettingsError, TrainMode
+
+
+def manifest(train: TrainMode = "lora") -> Manifest:
+    return Manifest(
+        model="m",
+        family="llama",
+        architecture="LlamaForCausalLM",
+        split=1,
+        blocks=2,
+        width=4,
+        max_length=64,
+        pad_token_id=0,
+        train=train,
+        tensors=(),
+        files=(),
+    )
+
+
+def parse(train: TrainMode = "lora", **data: Any) -> RunConfig:
+    return parse_config({"task": {"preset": "sst2"}, "max_length": 64, **data}, manifest(train))
+
+
+def test_a_preset_is_a_whole_task() -> None:
+    task = parse().task
+    assert (task.name, task.kind, task.labels) == ("sst2", "prompt-classification", ("0", "1"))
+    assert len(task.verbalizers) == 2
+
+
+def test_a_run_may_override_what_a_preset_says() -> None:
+    task = parse(task={"preset": "sst2", "template": "{text} was", "verbalizers": [" bad", " good"]}).task
+    assert (task.name, task.template, task.verbalizers) == ("sst2", "{text} was", (" bad", " good"))
+    assert task.labels == ("0", "1")
+
+
+def test_a_task_may_be_given_in_full() -> None:
+    task = parse(task={"name": "own", "kind": "lm", "template": "{body}"}).task
+    assert (task.name, task.fields) == ("own", ("body",))
+
+
+def test_a_file_is_read_with_its_tables(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'name = "first"\nalgorithm = "hosl"\nmax_length = 32\n[task]\npreset = "rte"\n[client]\noptimizer = "adamw"\n'
+        '[tail]\ntrain = "lora"\n[evaluation]\nevery = 7\n[devices]\nweighting = "examples"\n',
+        encoding="utf-8",
+    )
+    config = load_config(path, manifest())
+    assert (config.name, config.algorithm, config.task.name, config.client.optimizer) == (
+        "first",
+        "hosl",
+        "rte",
+        "adamw",
+    )
+    assert (config.tail.train, config.evaluation.every, config.devices.weighting) == ("lora", 7, "examples")
+
+
+def test_devices_are_told_the_runs_settings_and_none_of_the_tails() -> None:
+    config = parse(seed=9, rounds=5, directions=3, probe_step=0.01, batch_size=2, report_every=4, wire_dtype="float16")
+    wire = config.wire_settings()
+    for name in wire.__struct_fields__:
+        assert getattr(wire, name) == getattr(config, name), name
+    assert not hasattr(wire, "tail")
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "value"),
+    [
+        ({"name": "a b"}, "name", "a b"),
+        ({"name": "n" * 41}, "name", "n" * 41),
+        ({"seed": -1}, "seed", -1),
+        ({"rounds": 0}, "rounds", 0),
+        ({"directions": 0}, "directions", 0),
+        ({"probe_step": 0.0}, "probe_step", 0.0),
+        ({"batch_size": 0}, "batch_size", 0),
+        ({"max_length": 65}, "max_length", 65),
+        ({"report_every": 0}, "report_every", 0),
+        ({"client": {"learning_rate": -0.1}}, "client.learning_rate", -0.1),
+        ({"client": {"beta1": 1.0}}, "client.beta1", 1.0),
+        ({"client": {"warmup_rounds": 101}}, "client.warmup_rounds", 101),
+        ({"tail": {"learning_rate": 0.0}}, "tail.learning_rate", 0.0),
+        ({"tail": {"learning_rate": float("inf")}}, "tail.learning_rate", float("inf")),
+        ({"tail": {"warmup_rounds": -1}}, "tail.warmup_rounds", -1),
+        ({"tail": {"clip_norm": -1.0}}, "tail.clip_norm", -1.0),
+        ({"tail": {"weight_decay": -0.5}}, "tail.weight_decay", -0.5),
+        ({"tail": {"weight_decay": float("inf")}}, "tail.weight_decay", float("inf")),
+        ({"tail": {"momentum": 1.0}}, "tail.momentum", 1.0),
+        ({"tail": {"momentum": -0.1}}, "tail.momentum", -0.1),
+        ({"tail": {"threads": -1}}, "tail.threads", -1),
+        ({"evaluation": {"every": -1}}, "evaluation.every", -1),
+        ({"evaluation": {"patience": -1}}, "evaluation.patience", -1),
+        ({"devices": {"start_with": 0}}, "devices.start_with", 0),
+        ({"devices": {"per_round": -1}}, "devices.per_round", -1),
+        ({"devices": {"round_deadline_s": 0.0}}, "devices.round_deadline_s", 0.0),
+        ({"devices": {"round_deadline_s": float("inf")}}, "devices.round_deadline_s", float("inf")),
+        ({"devices": {"rejoin_deadline_s": -1.0}}, "devices.rejoin_deadline_s", -1.0),
+        ({"algorithm": "hosl", "wire_dtype": "float16"}, "wire_dtype", "float16"),
+        ({"task": {"preset": "absent"}}, "task.preset", "absent"),
+        ({"task": {"preset": "sst2", "labels": ["0", "0"]}}, "task.labels", ["0", "0"]),
+        ({"task": {"preset": "sst2", "verbalizers": ["x"]}}, "task.verbalizers", ["x"]),
+        ({"task": {"preset": "sst2", "template": "none"}}, "task.template", "none"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_remedy(data: dict[str, Any], field: str, value: object) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(**data)
+    error = caught.value
+    assert (error.field, error.value) == (field, value)
+    assert str(error) == f"{field} is {value!r}: {error.remedy}"
+    assert error.remedy
+
+
+@pytest.mark.parametrize("field", ["tail.learning_rate", "tail.clip_norm", "tail.weight_decay", "tail.momentum"])
+def test_a_number_that_is_none_is_refused(field: str) -> None:
+    table, name = field.split(".")
+    with pytest.raises(SettingsError, match=f"{field} is nan"):
+        parse(**{table: {name: float("nan")}})
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"tail": {"colour": "red"}}, "tail"),
+        ({"rounds": "many"}, "rounds"),
+        ({"tail": {"optimizer": "lion"}}, "tail.optimizer"),
+        ({"task": {"preset": "sst2", "kind": "regression"}}, "task.kind"),
+        ({"task": 3}, "task"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named_by_its_path(data: dict[str, Any], place: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^run\.toml: .*{place}"):
+        parse(**data)
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_a_bundle_that_trains_nothing_on_the_device_runs_frozen_only(algorithm: str) -> None:
+    with pytest.raises(SettingsError, match="algorithm is .*: the bundle trains nothing on the device: use 'frozen'"):
+        parse("none", algorithm=algorithm)
+    assert parse("none", algorithm="frozen").wire_settings().coefficients == 0
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="absent.toml.*No such file"):
+        load_config(tmp_path / "absent.toml", manifest())
+    path = tmp_path / "run.toml"
+    path.write_text("rounds = = 3\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="is not TOML"):
+        load_config(path, manifest())

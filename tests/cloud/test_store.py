@@ -1,0 +1,203 @@
+"""The store: what a device is sent is read back bit for bit, after a crash too, and from any thread."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hosl_cloud.exceptions import RunNotFound, StoreError
+from hosl_cloud.settings import RunConfig, TailSettings
+from hosl_cloud.store import SCHEMA_VERSION, Evaluation, Store
+from hosl_protocol import Report, Task, UpdateRecord
+
+CONFIG = RunConfig(
+    task=Task(name="text", kind="lm", template="{text}"), seed=7, tail=TailSettings(train="head", learning_rate=0.1)
+)
+AWKWARD = np.array([0.1, -0.0, 1e-45, -3.4028235e38, 1 / 3], np.float32)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "hosl.sqlite")
+    store.create_run("run-1", tmp_path / "bundle", "5" * 64, CONFIG)
+    yield store
+    store.close()
+
+
+def add_round(store: Store, round_: int, epoch: int = 0, coefficients: np.ndarray = AWKWARD) -> None:
+    update = UpdateRecord(round_, coefficients, 0.1 * round_)
+    store.add_round("run-1", epoch, update, seconds=0.5, loss=1.0 / round_, devices=["a", "b"])
+
+
+def reopen(path: Path) -> Store:
+    """Another connection to the same file, as after a crash: the first was never closed."""
+    return Store(path / "hosl.sqlite")
+
+
+def test_a_run_is_read_back_as_it_was_made(store: Store, tmp_path: Path) -> None:
+    row = store.run("run-1")
+    assert (row.id, row.bundle, row.shard_digest, row.state) == ("run-1", tmp_path / "bundle", "5" * 64, "pending")
+    assert (row.epoch, row.round) == (0, 0)
+    assert row.config == CONFIG
+
+
+def test_updates_come_back_bit_for_bit(store: Store) -> None:
+    for round_ in (1, 2, 3):
+        add_round(store, round_, coefficients=AWKWARD * np.float32(round_))
+    updates = store.updates("run-1", 1, 3)
+    assert [update.round for update in updates] == [1, 2, 3]
+    assert [update.learning_rate for update in updates] == [0.1 * round_ for round_ in (1, 2, 3)]
+    for update in updates:
+        assert update.coefficients.tobytes() == (AWKWARD * np.float32(update.round)).tobytes()
+    assert [update.round for update in store.updates("run-1", 2, 2)] == [2]
+    assert store.updates("run-1", 4, 9) == []
+    assert store.updates("run-2", 1, 3) == []
+    assert store.losses("run-1") == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 1 / 3, 0.5)]
+    assert store.run("run-1").round == 3
+
+
+def test_a_round_without_coefficients_is_kept(store: Store) -> None:
+    add_round(store, 1, coefficients=np.zeros(0, np.float32))
+    assert store.updates("run-1", 1, 1)[0].coefficients.size == 0
+
+
+def test_what_was_added_outlives_the_process(store: Store, tmp_path: Path) -> None:
+    add_round(store, 1)
+    store.add_device("run-1", "pi", "d" * 64)
+    store.add_evaluation("run-1", 0, Evaluation(1, 0.5, 3, 4))
+    again = reopen(tmp_path)
+    assert again.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
+    assert again.run("run-1").round == 1
+    assert again.data_digest("run-1", "pi") == "d" * 64
+    assert again.evaluations("run-1") == [Evaluation(1, 0.5, 3, 4)]
+    again.close()
+
+
+def test_a_round_is_stored_once_and_a_failed_transaction_leaves_nothing(store: Store) -> None:
+    add_round(store, 1)
+    with pytest.raises(sqlite3.IntegrityError):
+        add_round(store, 1, coefficients=np.ones(5, np.float32))
+    assert store.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
+    add_round(store, 2)
+    assert store.run("run-1").round == 2
+
+
+def test_superseded_rounds_are_kept_but_never_replayed(store: Store, tmp_path: Path) -> None:
+    for round_ in (1, 2, 3):
+        add_round(store, round_)
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        database.execute("UPDATE rounds SET superseded = 1 WHERE round > 1")
+    database.close()
+    newer = np.ones(5, np.float32)
+    add_round(store, 2, epoch=1, coefficients=newer)
+    updates = store.updates("run-1", 1, 9)
+    assert [(update.round, update.coefficients.tobytes()) for update in updates] == [
+        (1, AWKWARD.tobytes()),
+        (2, newer.tobytes()),
+    ]
+    assert [round_ for round_, _, _ in store.losses("run-1")] == [1, 2]
+
+
+def test_an_unknown_run_names_the_known_ones(store: Store, tmp_path: Path) -> None:
+    store.create_run("run-2", tmp_path, "5" * 64, CONFIG)
+    with pytest.raises(RunNotFound, match="no run 'run-3'; stored runs: run-1, run-2") as caught:
+        store.run("run-3")
+    assert (caught.value.run, caught.value.known) == ("run-3", ["run-1", "run-2"])
+
+
+def test_a_run_is_made_once(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.create_run("run-1", tmp_path, "6" * 64, CONFIG)
+    assert store.run("run-1").shard_digest == "5" * 64
+
+
+def test_a_newer_database_is_refused_and_left_alone(store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(StoreError, match=f"has schema {SCHEMA_VERSION + 1}, this hosl reads up to {SCHEMA_VERSION}"):
+        reopen(tmp_path)
+    assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION + 1,)
+    database.close()
+
+
+def test_runs_that_a_crash_left_open_are_marked(store: Store, tmp_path: Path) -> None:
+    for name, state in (("run-2", "running"), ("run-3", "completed"), ("run-4", "stopped")):
+        store.create_run(name, tmp_path, "5" * 64, CONFIG)
+        store.set_state(name, state)
+    assert sorted(store.end_interrupted_runs()) == ["run-1", "run-2"]
+    states = {run: store.run(run).state for run in store.run_ids()}
+    assert states == {"run-1": "failed", "run-2": "failed", "run-3": "completed", "run-4": "stopped"}
+    assert store.end_interrupted_runs() == []
+
+
+def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> None:
+    assert store.data_digest("run-1", "pi") is None
+    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "pi", "e" * 64)
+    store.add_device("run-1", "jetson", "f" * 64)
+    store.set_examples("run-1", "pi", 100, 20)
+    jetson, pi = store.devices("run-1")
+    assert (pi["name"], pi["connections"], pi["train_examples"], pi["eval_examples"]) == ("pi", 2, 100, 20)
+    assert (jetson["name"], jetson["connections"], jetson["train_examples"]) == ("jetson", 1, 0)
+    assert store.data_digest("run-1", "pi") == "d" * 64
+    assert store.devices("run-2") == []
+
+
+def test_a_device_of_no_run_is_refused(store: Store) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_device("run-9", "pi", "d" * 64)
+
+
+def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> None:
+    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "jetson", "d" * 64)
+    for round_ in (10, 20):
+        report = Report(
+            run="run-1",
+            epoch=0,
+            applied_round=round_,
+            weights_digest="a" * 64,
+            step_seconds=0.25,
+            peak_rss_bytes=2**40,
+            anonymous_bytes=7,
+            sent_bytes=8,
+            received_bytes=9,
+        )
+        store.set_report("pi", report)
+    jetson, pi = store.devices("run-1")
+    assert (pi["applied_round"], pi["step_seconds"], pi["peak_rss_bytes"]) == (20, 0.25, 2**40)
+    assert (pi["anonymous_bytes"], pi["sent_bytes"], pi["received_bytes"]) == (7, 8, 9)
+    assert (jetson["applied_round"], jetson["step_seconds"]) == (0, None)
+
+
+def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> None:
+    store.add_evaluation("run-1", 0, Evaluation(5, 0.7, 1, 4))
+    store.add_evaluation("run-1", 0, Evaluation(10, 0.6, 2, 4))
+    store.add_evaluation("run-1", 0, Evaluation(5, 0.5, 3, 4))
+    assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4)]
+    assert store.evaluations("run-1")[0].accuracy == 0.75
+
+
+def test_threads_may_write_and_read_at_once(store: Store) -> None:
+    store.add_device("run-1", "pi", "d" * 64)
+
+    def write(round_: int) -> None:
+        add_round(store, round_)
+
+    def count(_: int) -> int:
+        store.add_device("run-1", "pi", "d" * 64)
+        return len(store.updates("run-1", 1, 1000))
+
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(write, round_) for round_ in range(1, 41)]
+        counts = [pool.submit(count, n) for n in range(40)]
+        for future in writes:
+            future.result()
+        assert all(0 <= future.result() <= 40 for future in counts)
+    assert [update.round for update in store.updates("run-1", 1, 1000)] == list(range(1, 41))
+    assert store.devices("run-1")[0]["connections"] == 41

@@ -1,0 +1,163 @@
+"""The client half on the device: it computes what torch does, and only what trains is ever written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from hosl_edge.data import Batch
+from hosl_edge.shard import Shard
+from hosl_export.halves import client_half
+from hosl_export.loading import load_model
+from hosl_protocol import (
+    BundleError,
+    Manifest,
+    RunSettings,
+    Task,
+    TensorEntry,
+    UpdateRecord,
+    load_manifest,
+    make_client_weights,
+    sha256_of_file,
+)
+from hosl_protocol.manifest import SHARD_WEIGHTS
+
+MakeBundle = Callable[[str, int], Path]
+SETTINGS = RunSettings(task=Task(name="text", kind="lm", template="{text}"), seed=3, directions=2)
+PAD = 3
+
+
+@pytest.fixture
+def bundle(make_bundle: MakeBundle) -> Path:
+    return make_bundle("blocks", 2)
+
+
+@pytest.fixture
+def shard(bundle: Path) -> Shard:
+    shard = Shard(bundle, load_manifest(bundle), threads=1)
+    shard.open()
+    shard.max_length = 16
+    return shard
+
+
+def make_batch(lengths: tuple[int, ...], seed: int = 0) -> Batch:
+    """Random tokens, padded on the right."""
+    ids_BL = np.random.default_rng(seed).integers(4, 41, (len(lengths), max(lengths)))
+    ids_BL[np.arange(max(lengths)) >= np.array(lengths)[:, None]] = PAD
+    return Batch(ids_BL.astype(np.int64), np.array(lengths, np.int32), np.zeros(len(lengths), np.int32))
+
+
+def pack(shard: Shard, batch: Batch) -> npt.NDArray[np.float32]:
+    return shard.activations(batch, np.full((batch.tokens, shard.manifest.width), np.nan, np.float32))
+
+
+@pytest.fixture
+def expected(bundle: Path, tiny_model: Path) -> Callable[[Batch], npt.NDArray[np.float32]]:
+    """torch's client half with the bundle's weights, example by example, so that nothing is padded."""
+    half = client_half(load_model(str(tiny_model)), 2)
+    parameters = dict(half.model.named_parameters())
+    with torch.no_grad():
+        for name, values in load_file(bundle / SHARD_WEIGHTS).items():
+            parameters[name].copy_(torch.from_numpy(values))
+
+    def compute(batch: Batch) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            rows = [torch.from_numpy(ids[:n])[None] for ids, n in zip(batch.ids_BL, batch.lengths_B, strict=True)]
+            return np.concatenate([half(row)[0].numpy() for row in rows])
+
+    return compute
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("lengths", [(1, 2, 3, 5, 5, 9, 16), (16,), (1,), (1, 16), (4, 4, 4)])
+def test_activations_are_those_of_torch_for_any_micro_batch(
+    shard: Shard, expected: Callable[[Batch], npt.NDArray[np.float32]], rows: int, lengths: tuple[int, ...]
+) -> None:
+    shard.rows = rows
+    batch = make_batch(lengths)
+    np.testing.assert_allclose(pack(shard, batch), expected(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_come_in_the_order_of_the_examples_and_never_exceed_a_micro_batch(shard: Shard) -> None:
+    batch = make_batch((2, 3, 3, 7, 16))
+    whole = pack(shard, batch)
+    shard.rows = 1
+    places = []
+    for place, part_TD in shard.forward(batch):
+        places.append((place.start, place.stop))
+        np.testing.assert_allclose(part_TD, whole[place], rtol=1e-4, atol=1e-5)
+    ends = np.cumsum(batch.lengths_B).tolist()
+    assert places == list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def test_what_stands_in_the_padding_does_not_matter(shard: Shard) -> None:
+    batch = make_batch((3, 9, 12))
+    shard.rows = 3
+    before = pack(shard, batch)
+    batch.ids_BL[batch.ids_BL == PAD] = 17
+    np.testing.assert_array_equal(pack(shard, batch), before)
+
+
+def test_an_update_is_seen_by_the_next_run_and_undone_by_reset(shard: Shard) -> None:
+    batch = make_batch((4, 8))
+    before = pack(shard, batch)
+    base = {name: values.copy() for name, values in shard.weights.items()}
+    weights = make_client_weights(shard.manifest, shard.weights, SETTINGS)
+    weights.apply([UpdateRecord(1, np.array([0.01, -0.02], np.float32), 0.0)])
+    assert np.abs(pack(shard, batch) - before).max() > 1e-4
+    shard.reset()
+    assert all(values.tobytes() == base[name].tobytes() for name, values in shard.weights.items())
+    np.testing.assert_array_equal(pack(shard, batch), before)
+
+
+def test_the_file_never_changes(shard: Shard, bundle: Path) -> None:
+    before = sha256_of_file(bundle / SHARD_WEIGHTS)
+    weights = make_client_weights(shard.manifest, shard.weights, SETTINGS)
+    weights.apply([UpdateRecord(1, np.array([0.01, -0.02], np.float32), 0.0)])
+    shard.reset()
+    for entry in shard.manifest.trainable:
+        shard.weights[entry.name][...] = 1.0
+    assert sha256_of_file(bundle / SHARD_WEIGHTS) == before
+
+
+def test_frozen_tensors_are_read_only_pages_of_the_file_and_trainable_ones_private(shard: Shard, bundle: Path) -> None:
+    frozen = [entry for entry in shard.manifest.tensors if not entry.trainable]
+    assert frozen
+    assert shard.manifest.trainable
+    for entry in shard.manifest.tensors:
+        values = shard.weights[entry.name]
+        assert values.flags.writeable == entry.trainable
+        rights, path = mapping_of(values)
+        assert path == str(bundle / SHARD_WEIGHTS)
+        assert rights[3] == "p" if entry.trainable else rights[1] == "-"
+    with pytest.raises(ValueError, match="read-only"):
+        shard.weights[frozen[0].name][...] = 0.0
+
+
+def mapping_of(values: npt.NDArray[np.float32]) -> tuple[str, str]:
+    """Rights and file of the mapping that an array lies in."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        span, rights, *_, path = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= values.ctypes.data < last:
+            return rights, path
+    raise AssertionError("the array is mapped nowhere")
+
+
+def with_tensors(manifest: Manifest, tensors: list[TensorEntry]) -> Manifest:
+    return msgspec.structs.replace(manifest, tensors=tuple(tensors))
+
+
+@pytest.mark.parametrize("changed", [{"name": "model.absent"}, {"shape": (7,)}])
+def test_a_file_that_does_not_match_the_manifest_is_refused(bundle: Path, changed: dict[str, object]) -> None:
+    manifest = load_manifest(bundle)
+    entry = msgspec.structs.replace(manifest.trainable[0], **changed)
+    with pytest.raises(BundleError, match=f"does not hold {entry.name}"):
+        Shard(bundle, with_tensors(manifest, [entry]), threads=1)

@@ -1,0 +1,197 @@
+"""The device's part of a round: who speaks when, and that the weights stand at θ whatever ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from hosl_cloud.settings import parse_config
+from hosl_edge import step
+from hosl_edge.data import Batch, Dataset
+from hosl_protocol import CutGradient, EvalResult, Frame, ProbeLoss, ProtocolError, load_manifest, name_of
+from support import TASK, Device
+
+MakeBundle = Callable[[str, int], Path]
+LENGTHS = (2, 3, 5, 5)
+LOSS = np.float32(0.5).reshape(())
+
+
+@pytest.fixture
+def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
+    def make(algorithm: str, held_sets: int = 1) -> Device:
+        bundle = make_bundle("norm", 2)
+        manifest = load_manifest(bundle)
+        data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2}
+        config = parse_config({**msgspec.toml.decode(TASK), **data}, manifest)
+        ids_BL = np.random.default_rng(0).integers(4, 41, (len(LENGTHS), max(LENGTHS)))
+        batch = Batch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
+        return Device(bundle, manifest, config, batch, held_sets)
+
+    return make
+
+
+def context(device: Device, round_: int = 1) -> step.RoundContext:
+    return step.RoundContext(
+        run="r",
+        epoch=0,
+        round=round_,
+        settings=device.config.wire_settings(),
+        shard=device.shard,
+        weights=device.weights,
+        held_sets=device.held_sets,
+    )
+
+
+def steps_of(device: Device) -> step.Step:
+    return step.ROUNDS[device.config.algorithm](context(device), device.batch)
+
+
+def reply_to(action: step.Send | step.Receive) -> Frame | None:
+    """What the cloud would answer."""
+    name: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
+    if isinstance(action, step.Send):
+        return None
+    if action.kind is ProbeLoss:
+        return Frame(ProbeLoss(**name, direction=0, sign=1), {"loss": LOSS})
+    lambda_TD = np.ones((sum(LENGTHS), 32), np.float32)
+    return Frame(CutGradient(**name), {"lambda": lambda_TD, "loss": LOSS})
+
+
+def run(steps: step.Step, most: int = 1000) -> list[step.Send | step.Receive]:
+    """Advance a generator by at most `most` yields; what it yielded."""
+    actions: list[step.Send | step.Receive] = []
+    reply = None
+    while len(actions) < most:
+        try:
+            actions.append(steps.send(reply))
+        except StopIteration:
+            break
+        reply = reply_to(actions[-1])
+    return actions
+
+
+def words(actions: list[step.Send | step.Receive]) -> list[str]:
+    return [
+        f"> {name_of(action.message)}" if isinstance(action, step.Send) else f"< {name_of(action.kind)}"
+        for action in actions
+    ]
+
+
+def bits(device: Device) -> list[bytes]:
+    """The weights as they stand; a digest would first put them back."""
+    return [tensor.values.tobytes() for tensor in device.weights.tensors]
+
+
+@pytest.mark.parametrize("held_sets", [0, 1, 2, 9])
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("ho-sfl", ["> anchor", "< cut-gradient", "> projections"]),
+        ("hosl", [*["> probe", "< probe-loss"] * 4, "> anchor"]),
+        ("frozen", ["> anchor"]),
+    ],
+)
+def test_messages_come_in_the_order_of_the_algorithm(
+    make_device: Callable[..., Device], algorithm: str, expected: list[str], held_sets: int
+) -> None:
+    actions = run(steps_of(make_device(algorithm, held_sets)))
+    assert words(actions) == expected
+    sent = [action.message for action in actions if isinstance(action, step.Send)]
+    assert [message.id for message in sent] == list(range(len(sent)))
+    if algorithm == "hosl":
+        assert [(message.direction, message.sign) for message in sent[:-1]] == [(0, 1), (0, -1), (1, 1), (1, -1)]
+
+
+def test_a_batch_travels_whole_and_without_padding(make_device: Callable[..., Device]) -> None:
+    device = make_device("frozen")
+    (send,) = run(steps_of(device))
+    assert isinstance(send, step.Send)
+    assert send.tensors["activations"].shape == (sum(LENGTHS), 32)
+    assert send.tensors["lengths"].tolist() == list(LENGTHS)
+    assert send.tensors["labels"].tolist() == [0, 1, 1, 0]
+
+
+def test_probes_differ_from_the_anchor_and_from_each_other(make_device: Callable[..., Device]) -> None:
+    actions = run(steps_of(make_device("hosl")))
+    sets = [action.tensors["activations"].tobytes() for action in actions if isinstance(action, step.Send)]
+    assert len(set(sets)) == 5
+
+
+@pytest.mark.parametrize("held_sets", [0, 1, 9])
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+def test_weights_stand_at_theta_wherever_a_round_is_broken_off(
+    make_device: Callable[..., Device], algorithm: str, held_sets: int
+) -> None:
+    device = make_device(algorithm, held_sets)
+    before = bits(device)
+    whole = len(run(steps_of(device)))
+    assert bits(device) == before
+    for most in range(1, whole + 1):
+        steps = steps_of(device)
+        assert len(run(steps, most)) == most
+        steps.close()
+        assert bits(device) == before, f"closed at yield {most} of {whole}"
+
+
+@pytest.mark.parametrize("held_sets", [0, 1, 2])
+def test_the_projections_do_not_depend_on_what_is_held(make_device: Callable[..., Device], held_sets: int) -> None:
+    def projections(held: int) -> np.ndarray:
+        last = run(steps_of(make_device("ho-sfl", held)))[-1]
+        assert isinstance(last, step.Send)
+        return last.tensors["projections"]
+
+    assert np.abs(projections(0)).min() > 0.0
+    np.testing.assert_allclose(projections(held_sets), projections(0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(14, 32), (15, 31), (15 * 32,)])
+@pytest.mark.parametrize("held_sets", [0, 2])
+def test_a_lambda_of_another_shape_is_refused(
+    make_device: Callable[..., Device], shape: tuple[int, ...], held_sets: int
+) -> None:
+    device = make_device("ho-sfl", held_sets)
+    before = bits(device)
+    steps = steps_of(device)
+    run(steps, 2)
+    reply = Frame(CutGradient(run="r", epoch=0, round=1), {"lambda": np.zeros(shape, np.float32), "loss": LOSS})
+    with pytest.raises(ProtocolError, match=r"expected that of the Anchor, \[15, 32\]"):
+        steps.send(reply)
+    assert bits(device) == before
+
+
+def held_out(count: int) -> Dataset:
+    """Examples of different lengths, each labelled by its own number."""
+    lengths = [1 + 3 * index % 7 for index in range(count)]
+    ids = np.random.default_rng(1).integers(4, 41, sum(lengths)).astype(np.int32)
+    return Dataset(ids, np.cumsum([0, *lengths]), np.arange(count, dtype=np.int32), pad_token_id=3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])
+def test_every_held_out_example_is_sent_once_and_the_last_batch_says_so(
+    make_device: Callable[..., Device], count: int
+) -> None:
+    device = make_device("ho-sfl")
+    heard: list[tuple[float, int, int]] = []
+    steps = step.evaluate(context(device), held_out(count), lambda *result: heard.append(result))
+    labels: list[int] = []
+    is_last: list[bool] = []
+    action: Any = next(steps)
+    try:
+        while True:
+            assert isinstance(action, step.Send)
+            labels += action.tensors["labels"].tolist()
+            is_last.append(action.message.last)
+            assert isinstance(next(steps), step.Receive)
+            result = EvalResult(run="r", epoch=0, round=1, id=len(is_last) - 1, correct=1, scored=len(labels))
+            action = steps.send(Frame(result, {"loss": LOSS}))
+    except StopIteration:
+        pass
+    assert sorted(labels) == list(range(count))
+    assert is_last == [False] * (len(is_last) - 1) + [True]
+    assert len(is_last) == -(-count // device.config.batch_size)
+    assert [loss for loss, _, _ in heard] == [0.5] * len(is_last)
