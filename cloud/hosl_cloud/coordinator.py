@@ -149,7 +149,10 @@ class Coordinator:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
         known = self.store.data_digest(self.run, hello.device)
         if known is not None and known != hello.data_digest:
-            reason = "its data has changed since it joined this run: put the old files back, or use another --name"
+            reason = (
+                "its data has changed since it joined this run: put the old files back, "
+                "or join as a new device with another --name"
+            )
             return Refusal(code="data", reason=reason, retry=False)
         return None
 

@@ -13,7 +13,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hosl_edge.data import Batch, Dataset, check_consent, digest_of_files, load_dataset
-from hosl_edge.exceptions import DataError
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
 from hosl_edge.memory import choose_rows, read_memory, release_unused, transient_bytes
 from hosl_edge.settings import EdgeSettings
@@ -92,14 +91,8 @@ class Device:
             self._journal = self.weights = None
 
     def join(self, welcome: Welcome) -> None:
-        """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError."""
-        if self.header is not None and self.header.run == welcome.run and self.header.data_digest != self.data_digest:
-            raise DataError(
-                Path(self.settings.data),
-                None,
-                f"the data has changed since run {welcome.run} began: put the old files back, or delete "
-                f"{self._state} to join as a new device",
-            )
+        """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError,
+        SettingsError, MemoryBudgetError."""
         check_run_settings(welcome.settings, bundle_max_length=self.manifest.max_length)
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(

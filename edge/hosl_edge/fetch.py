@@ -58,19 +58,6 @@ def fetch_bundle(
     return folder, manifest
 
 
-def _read_manifest(url: str, token: str) -> bytes:
-    with _open(url, token) as response:
-        try:
-            data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionLost(f"download of {url} broke off: {error}") from error
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
-        if response.length:
-            raise ConnectionLost(f"download of {url} ended {response.length} bytes early")
-    return data
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Agents that share a cache take turns: the second finds what the first has fetched."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from hosl_edge import step
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.exceptions import ConnectionLost, DataError, RefusedError
 from hosl_edge.memory import read_memory
 from hosl_protocol import (
     PIECE_BYTES,
@@ -153,6 +154,8 @@ class Session:
         if isinstance(item, HoslError):
             raise item
         if isinstance(item.message, Refusal):
+            if item.message.code == "data":
+                raise DataError(Path(self.device.settings.data), None, item.message.reason)
             raise RefusedError(item.message.reason, retry=item.message.retry)
         return item
 

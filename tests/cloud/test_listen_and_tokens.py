@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,14 +25,33 @@ def test_plain_text_leaves_this_machine_only_for_those_who_insist(host: str) -> 
     Listen(host, 0).check(insecure=True)
 
 
-def test_with_tls_any_address_will_do(tmp_path: Path) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate that vouches for itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    certificate.touch()
-    key.touch()
-    listen = Listen("0.0.0.0", 0, certificate, key)
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(
+        ["openssl", "req", "-x509", *curve, *files, "-subj", "/CN=localhost"], check=True, capture_output=True
+    )
+    return certificate, key
+
+
+def test_with_tls_any_address_will_do(certificate: tuple[Path, Path]) -> None:
+    listen = Listen("0.0.0.0", 0, *certificate)
     listen.check(insecure=False)
     assert listen.scheme == "wss"
     assert Listen("127.0.0.1", 0).scheme == "ws"
+
+
+def test_a_certificate_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.touch()
+    key.touch()
+    with pytest.raises(ServiceError, match=r"--tls-cert .*cert.pem and --tls-key cannot be used"):
+        Listen("127.0.0.1", 0, certificate, key).check(insecure=True)
 
 
 def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
@@ -39,8 +60,14 @@ def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
     for listen in (Listen("127.0.0.1", 0, certificate), Listen("127.0.0.1", 0, None, certificate)):
         with pytest.raises(ServiceError, match="give both"):
             listen.check(insecure=True)
-    with pytest.raises(ServiceError, match="absent.pem does not exist"):
+    with pytest.raises(ServiceError, match=r"absent\.pem does not exist"):
         Listen("127.0.0.1", 0, certificate, tmp_path / "absent.pem").check(insecure=True)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(ServiceError, match=f"--port {port}"):
+        Listen("127.0.0.1", port).check(insecure=False)
 
 
 def test_a_token_is_made_once_in_a_file_for_its_owner_alone(tmp_path: Path) -> None:
@@ -67,9 +94,9 @@ def test_a_token_that_others_can_reach_is_refused(tmp_path: Path, mode: int) -> 
     assert load_or_make_token(tmp_path)[0] == token
 
 
-@pytest.mark.parametrize("text", ["", "\n", "two words\n"])
+@pytest.mark.parametrize("text", ["", "\n", "short\n", "two words that together are long enough\n", "é" * 40])
 def test_a_damaged_token_is_refused(tmp_path: Path, text: str) -> None:
     _, path = load_or_make_token(tmp_path)
-    path.write_text(text, encoding="ascii")
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ServiceError, match="holds no token"):
         load_or_make_token(tmp_path)

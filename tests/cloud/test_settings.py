@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from hosl_cloud.settings import RunConfig, load_config, parse_config
-from hosl_protocol import Manifest, SettingsError, TrainMode
+from hosl_protocol import Manifest, SettingsError
 
 
-def manifest(train: TrainMode = "lora") -> Manifest:
+def manifest(train: Any = "lora") -> Manifest:
     return Manifest(
         model="m",
         family="llama",
@@ -27,7 +27,7 @@ def manifest(train: TrainMode = "lora") -> Manifest:
     )
 
 
-def parse(train: TrainMode = "lora", **data: Any) -> RunConfig:
+def parse(train: Any = "lora", **data: Any) -> RunConfig:
     return parse_config({"task": {"preset": "sst2"}, "max_length": 64, **data}, manifest(train))
 
 
@@ -66,7 +66,7 @@ def test_a_file_is_read_with_its_tables(tmp_path: Path) -> None:
 
 
 def test_devices_are_told_the_runs_settings_and_none_of_the_tails() -> None:
-    config = parse(seed=9, rounds=5, directions=3, probe_step=0.01, batch_size=2, report_every=4, wire_dtype="float16")
+    config = parse(seed=9, rounds=5, directions=3, probe_step=0.01, batch_size=2, report_every=4, wire_dtype="bfloat16")
     wire = config.wire_settings()
     for name in wire.__struct_fields__:
         assert getattr(wire, name) == getattr(config, name), name
@@ -104,7 +104,8 @@ def test_devices_are_told_the_runs_settings_and_none_of_the_tails() -> None:
         ({"devices": {"round_deadline_s": 0.0}}, "devices.round_deadline_s", 0.0),
         ({"devices": {"round_deadline_s": float("inf")}}, "devices.round_deadline_s", float("inf")),
         ({"devices": {"rejoin_deadline_s": -1.0}}, "devices.rejoin_deadline_s", -1.0),
-        ({"algorithm": "hosl", "wire_dtype": "float16"}, "wire_dtype", "float16"),
+        ({"algorithm": "hosl", "wire_dtype": "bfloat16"}, "wire_dtype", "bfloat16"),
+        ({"algorithm": "ho-sfl", "wire_dtype": "float16"}, "wire_dtype", "float16"),
         ({"task": {"preset": "absent"}}, "task.preset", "absent"),
         ({"task": {"preset": "sst2", "labels": ["0", "0"]}}, "task.labels", ["0", "0"]),
         ({"task": {"preset": "sst2", "verbalizers": ["x"]}}, "task.verbalizers", ["x"]),

@@ -48,12 +48,12 @@ def test_a_run_is_read_back_as_it_was_made(store: Store, tmp_path: Path) -> None
 
 def test_updates_come_back_bit_for_bit(store: Store) -> None:
     for round_ in (1, 2, 3):
-        add_round(store, round_, coefficients=AWKWARD * np.float32(round_))
+        add_round(store, round_, coefficients=np.roll(AWKWARD, round_))
     updates = store.updates("run-1", 1, 3)
     assert [update.round for update in updates] == [1, 2, 3]
     assert [update.learning_rate for update in updates] == [0.1 * round_ for round_ in (1, 2, 3)]
     for update in updates:
-        assert update.coefficients.tobytes() == (AWKWARD * np.float32(update.round)).tobytes()
+        assert update.coefficients.tobytes() == np.roll(AWKWARD, update.round).tobytes()
     assert [update.round for update in store.updates("run-1", 2, 2)] == [2]
     assert store.updates("run-1", 4, 9) == []
     assert store.updates("run-2", 1, 3) == []
@@ -80,7 +80,7 @@ def test_what_was_added_outlives_the_process(store: Store, tmp_path: Path) -> No
 
 def test_a_round_is_stored_once_and_a_failed_transaction_leaves_nothing(store: Store) -> None:
     add_round(store, 1)
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(StoreError, match=r"hosl.sqlite: \w+ \w* ?constraint failed"):
         add_round(store, 1, coefficients=np.ones(5, np.float32))
     assert store.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
     add_round(store, 2)
@@ -111,7 +111,7 @@ def test_an_unknown_run_names_the_known_ones(store: Store, tmp_path: Path) -> No
 
 
 def test_a_run_is_made_once(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(StoreError, match=r"hosl.sqlite: \w+ \w* ?constraint failed"):
         store.create_run("run-1", tmp_path, "6" * 64, CONFIG)
     assert store.run("run-1").shard_digest == "5" * 64
 
@@ -123,6 +123,15 @@ def test_a_newer_database_is_refused_and_left_alone(store: Store, tmp_path: Path
         reopen(tmp_path)
     assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION + 1,)
     database.close()
+
+
+def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "hosl.sqlite"
+    path.write_text("something else entirely, and long enough\n" * 100, encoding="ascii")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"hosl.sqlite: file is not a database"):
+        reopen(tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_runs_that_a_crash_left_open_are_marked(store: Store, tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> N
 
 
 def test_a_device_of_no_run_is_refused(store: Store) -> None:
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(StoreError, match=r"hosl.sqlite: \w+ \w* ?constraint failed"):
         store.add_device("run-9", "pi", "d" * 64)
 
 

@@ -1,0 +1,451 @@
+"""A round as the cloud sees it: who counts, with which weight, and what becomes of those who fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from hosl_cloud import rounds
+from hosl_cloud.rounds import Ask, Outcome, RoundContext, Tell
+from hosl_cloud.settings import DeviceSettings, RunConfig
+from hosl_cloud.store import Evaluation
+from hosl_cloud.trainer import TailTrainer
+from hosl_protocol import (
+    Anchor,
+    ClientOptimizer,
+    CutGradient,
+    EvalBatch,
+    EvalResult,
+    EvalStart,
+    Frame,
+    Probe,
+    ProbeLoss,
+    Projections,
+    Refusal,
+    RoundStart,
+)
+
+NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
+LENGTHS = {"a": (3, 7), "b": (2, 5, 4, 6), "c": (1, 1, 1)}
+RATE, STEP = 0.5, 1e-2
+Answers = Callable[[Ask], Frame | None]
+
+
+class Cloud:
+    """A real tail on a tiny model, and rounds over scripted devices."""
+
+    def __init__(self, bundle: Any, algorithm: str, weighting: str = "equal", directions: int = 2) -> None:
+        base: RunConfig = bundle.config()
+        self.config = msgspec.structs.replace(
+            base,
+            algorithm=algorithm,
+            directions=directions,
+            probe_step=STEP,
+            client=ClientOptimizer(learning_rate=RATE),
+            devices=DeviceSettings(weighting=weighting),  # type: ignore[arg-type]
+        )
+        self.trainer = TailTrainer(bundle.path, bundle.manifest, self.config)
+        self.batches = {
+            name: bundle.batch("prompt-classification", lengths, seed=place)
+            for place, (name, lengths) in enumerate(LENGTHS.items())
+        }
+
+    def context(self, devices: Sequence[str] = "abc") -> RoundContext:
+        return RoundContext("r", 0, 1, self.config, self.trainer, devices)
+
+    def tensors(self, device: str, scale: float = 1.0) -> dict[str, npt.NDArray[Any]]:
+        activations, lengths, labels = self.batches[device].sent
+        return {"activations": activations * np.float32(scale), "lengths": lengths, "labels": labels}
+
+    def anchor(self, device: str) -> Frame:
+        return Frame(Anchor(**NAME), self.tensors(device))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.trainer.parameters.items()}
+
+    def has_gradient(self) -> bool:
+        return any(value.grad is not None for value in self.trainer.parameters.values())
+
+
+@pytest.fixture
+def make_cloud(bundle: Any) -> Callable[..., Cloud]:
+    return lambda *arguments, **more: Cloud(bundle, *arguments, **more)
+
+
+def run(exchange: Generator[Tell | Ask, Frame | None, Any], answers: Answers) -> tuple[Any, list[Tell]]:
+    """Drive a round; what it comes to, and what devices were told."""
+    told: list[Tell] = []
+    answer = None
+    try:
+        while True:
+            action = exchange.send(answer)
+            answer = None
+            if isinstance(action, Tell):
+                told.append(action)
+            else:
+                answer = answers(action)
+    except StopIteration as stop:
+        return stop.value, told
+
+
+def projections_of(values: dict[str, Sequence[float]]) -> dict[str, Frame]:
+    return {
+        device: Frame(Projections(**NAME, id=1), {"projections": np.array(row, np.float32)})
+        for device, row in values.items()
+    }
+
+
+def ho_sfl(cloud: Cloud, values: dict[str, Sequence[float]], silent: str = "") -> tuple[Outcome | None, list[Tell]]:
+    """A round of HO-SFL in which `silent` devices send no Anchor, and only those in `values` send projections."""
+    frames = projections_of(values)
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.kind is Anchor:
+            return None if ask.device in silent else cloud.anchor(ask.device)
+        assert ask.kind is Projections
+        return frames.get(ask.device)
+
+    return run(rounds.ho_sfl_round(cloud.context()), answers)
+
+
+def expected(rows: Sequence[Sequence[float]], weights: Sequence[float]) -> npt.NDArray[np.float64]:
+    """-η v̄ / (P μ)."""
+    return -RATE * np.average(np.array(rows), axis=0, weights=weights) / (2 * STEP)
+
+
+def assert_tail_stepped_on(cloud: Cloud, plain: Cloud, devices: dict[str, float]) -> None:
+    """The tail stands where plain steps on these devices' weighted gradients lead."""
+    for device, weight in devices.items():
+        plain.trainer.forward_backward(*plain.batches[device].sent, weight)
+    plain.trainer.step(1, sum(devices.values()))
+    for name, value in cloud.weights().items():
+        assert torch.equal(value, plain.weights()[name]), name
+    assert not cloud.has_gradient()
+
+
+VALUES = {"a": [1.0, 2.0], "b": [3.0, -4.0], "c": [-5.0, 6.0]}
+
+
+def test_estimates_are_averaged_over_all_devices(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    outcome, told = ho_sfl(cloud, VALUES)
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected(list(VALUES.values()), [1, 1, 1]))
+    assert outcome.update.round == 1
+    assert outcome.devices == ("a", "b", "c")
+    assert [type(tell.message) for tell in told] == [RoundStart] * 3 + [CutGradient] * 3
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"a": 1.0, "b": 1.0, "c": 1.0})
+
+
+def test_every_device_gets_the_gradient_of_its_own_mean_loss(make_cloud: Callable[..., Cloud]) -> None:
+    cloud, plain = make_cloud("ho-sfl", "examples"), make_cloud("ho-sfl")
+    outcome, told = ho_sfl(cloud, VALUES)
+    gradients = {tell.device: tell.tensors for tell in told if isinstance(tell.message, CutGradient)}
+    losses = {}
+    for device, tensors in gradients.items():
+        own = plain.trainer.forward_backward(*plain.batches[device].sent)
+        plain.trainer.discard()
+        np.testing.assert_allclose(tensors["lambda"], own.cut_gradient_TD, rtol=1e-4, atol=1e-7)
+        assert float(tensors["loss"]) == pytest.approx(own.loss)
+        losses[device] = own.loss
+    assert outcome is not None
+    assert outcome.loss == pytest.approx(np.average([losses[d] for d in "abc"], weights=[2, 4, 3]))
+
+
+def test_a_device_without_projections_is_left_out_of_the_average_but_not_of_the_tail(
+    make_cloud: Callable[..., Cloud],
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    outcome, _ = ho_sfl(cloud, {"a": VALUES["a"], "c": VALUES["c"]})
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected([VALUES["a"], VALUES["c"]], [1, 1]))
+    assert outcome.devices == ("a", "b", "c")
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"a": 1.0, "b": 1.0, "c": 1.0})
+
+
+def test_a_device_without_an_anchor_takes_no_part_at_all(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    outcome, told = ho_sfl(cloud, VALUES, silent="b")
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected([VALUES["a"], VALUES["c"]], [1, 1]))
+    assert outcome.devices == ("a", "c")
+    assert not [tell for tell in told if tell.device == "b" and isinstance(tell.message, CutGradient)]
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"a": 1.0, "c": 1.0})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -2e30])
+def test_projections_that_are_not_finite_or_absurd_are_left_out(make_cloud: Callable[..., Cloud], bad: float) -> None:
+    outcome, _ = ho_sfl(make_cloud("ho-sfl"), VALUES | {"a": [1.0, bad]})
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected([VALUES["b"], VALUES["c"]], [1, 1]))
+
+
+def test_without_any_projections_the_client_stands_still(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    outcome, _ = ho_sfl(cloud, {})
+    assert outcome is not None
+    assert outcome.update.coefficients.tolist() == [0.0, 0.0]
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"a": 1.0, "b": 1.0, "c": 1.0})
+
+
+def test_devices_may_weigh_as_much_as_their_examples(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl", "examples")
+    outcome, _ = ho_sfl(cloud, VALUES)
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected(list(VALUES.values()), [2, 4, 3]))
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"a": 2.0, "b": 4.0, "c": 3.0})
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+def test_a_round_that_nobody_answers_changes_nothing(make_cloud: Callable[..., Cloud], algorithm: str) -> None:
+    cloud = make_cloud(algorithm)
+    before = cloud.weights()
+    outcome, told = run(rounds.ROUNDS[algorithm](cloud.context()), lambda ask: None)
+    assert outcome is None
+    assert [type(tell.message) for tell in told] == [RoundStart] * 3
+    assert not cloud.has_gradient()
+    assert all(torch.equal(value, before[name]) for name, value in cloud.weights().items())
+
+
+def test_frozen_steps_the_tail_and_has_no_coefficients(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("frozen")
+    outcome, told = run(rounds.frozen_round(cloud.context()), lambda ask: cloud.anchor(ask.device))
+    assert outcome.update.coefficients.shape == (0,)
+    assert {type(tell.message) for tell in told} == {RoundStart}
+    assert_tail_stepped_on(cloud, make_cloud("frozen"), {"a": 1.0, "b": 1.0, "c": 1.0})
+
+
+def test_adamw_on_the_client_gets_the_estimate_and_the_rate(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    client = ClientOptimizer(optimizer="adamw", learning_rate=RATE, schedule="linear", warmup_rounds=2)
+    cloud.config = msgspec.structs.replace(cloud.config, client=client)
+    outcome, _ = ho_sfl(cloud, VALUES)
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected(list(VALUES.values()), [1, 1, 1]) / -RATE)
+    assert outcome.update.learning_rate == RATE / 2
+
+
+class Prober:
+    """Devices of a HOSL round: each probe scales the clean activations by a factor of its own."""
+
+    def __init__(self, cloud: Cloud, lacks: Sequence[tuple[str, int, int]] = (), spoilt: str = "") -> None:
+        self.cloud, self.lacks, self.spoilt = cloud, lacks, spoilt
+        self.asked: list[Ask] = []
+
+    @staticmethod
+    def factor(direction: int, sign: int) -> float:
+        return 1.0 + sign * (0.2 + 0.3 * direction)
+
+    def __call__(self, ask: Ask) -> Frame | None:
+        self.asked.append(ask)
+        if ask.kind is Anchor:
+            return self.cloud.anchor(ask.device)
+        assert ask.direction is not None
+        assert ask.sign is not None
+        if (ask.device, ask.direction, ask.sign) in self.lacks:
+            return None
+        scale = np.nan if ask.device in self.spoilt else self.factor(ask.direction, ask.sign)
+        return Frame(Probe(**NAME, direction=ask.direction, sign=ask.sign), self.cloud.tensors(ask.device, scale))  # type: ignore[arg-type]
+
+    def difference(self, device: str, direction: int) -> float:
+        """loss⁺ − loss⁻ of a device, at the tail's first weights."""
+        plus, minus = (
+            self.cloud.trainer.evaluate(*self.cloud.tensors(device, self.factor(direction, sign)).values()).loss
+            for sign in (+1, -1)
+        )
+        return plus - minus
+
+
+def test_hosl_averages_differences_of_losses(make_cloud: Callable[..., Cloud]) -> None:
+    cloud, plain = make_cloud("hosl", "examples"), Prober(make_cloud("hosl"))
+    outcome, told = run(rounds.hosl_round(cloud.context()), Prober(cloud))
+    means = [np.average([plain.difference(d, q) for d in "abc"], weights=[2, 4, 3]) for q in (0, 1)]
+    assert outcome.update.coefficients == pytest.approx([-RATE * mean / (2 * STEP * 2) for mean in means], rel=1e-4)
+    assert len([tell for tell in told if isinstance(tell.message, ProbeLoss)]) == 3 * 2 * 2
+    assert_tail_stepped_on(cloud, make_cloud("hosl"), {"a": 2.0, "b": 4.0, "c": 3.0})
+
+
+def test_a_direction_of_hosl_uses_only_devices_that_sent_both_signs(make_cloud: Callable[..., Cloud]) -> None:
+    cloud, plain = make_cloud("hosl"), Prober(make_cloud("hosl"))
+    prober = Prober(cloud, lacks=[("b", 1, -1)])
+    outcome, _ = run(rounds.hosl_round(cloud.context()), prober)
+    means = [np.mean([plain.difference(d, 0) for d in "abc"]), np.mean([plain.difference(d, 1) for d in "ac"])]
+    assert outcome.update.coefficients == pytest.approx([-RATE * mean / (2 * STEP * 2) for mean in means], rel=1e-4)
+    assert outcome.devices == ("a", "c")
+    assert_tail_stepped_on(cloud, make_cloud("hosl"), {"a": 1.0, "c": 1.0})
+
+
+def test_a_device_that_fell_silent_is_not_asked_again(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("hosl")
+    prober = Prober(cloud, lacks=[("b", 0, +1)])
+    run(rounds.hosl_round(cloud.context()), prober)
+    assert len([ask for ask in prober.asked if ask.device == "b"]) == 1
+
+
+def test_a_probe_whose_loss_is_not_finite_is_left_out_and_the_device_is_told(
+    make_cloud: Callable[..., Cloud],
+) -> None:
+    cloud, plain = make_cloud("hosl"), Prober(make_cloud("hosl"))
+    outcome, told = run(rounds.hosl_round(cloud.context()), Prober(cloud, spoilt="b"))
+    means = [np.mean([plain.difference(d, q) for d in "ac"]) for q in (0, 1)]
+    assert outcome.update.coefficients == pytest.approx([-RATE * mean / (2 * STEP * 2) for mean in means], rel=1e-4)
+    losses = [tell.tensors["loss"] for tell in told if tell.device == "b" and isinstance(tell.message, ProbeLoss)]
+    assert len(losses) == 4
+    assert not np.isfinite(losses).any()
+
+
+def broken(cloud: Cloud, device: str, how: str) -> dict[str, npt.NDArray[Any]]:
+    """A batch that the codec lets pass and the tail cannot use."""
+    tensors = cloud.tensors(device)
+    if how == "not finite":
+        tensors["activations"] = np.full_like(tensors["activations"], np.nan)
+    elif how == "lengths":
+        tensors["lengths"] = tensors["lengths"] + np.int32(1)
+    else:
+        tensors["labels"] = np.full_like(tensors["labels"], 2)
+    return tensors
+
+
+BROKEN = ["not finite", "lengths", "labels"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+def test_a_batch_that_cannot_be_used_is_left_out_of_the_round(
+    make_cloud: Callable[..., Cloud], algorithm: str, how: str
+) -> None:
+    cloud = make_cloud(algorithm)
+    frames = projections_of(VALUES)
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.kind is Projections:
+            return frames[ask.device]
+        tensors = broken(cloud, "b", how) if ask.device == "b" else cloud.tensors(ask.device)
+        if ask.kind is Anchor:
+            return Frame(Anchor(**NAME), tensors)
+        return Frame(Probe(**NAME, direction=ask.direction or 0, sign=ask.sign or 1), tensors)  # type: ignore[arg-type]
+
+    outcome, _ = run(rounds.ROUNDS[algorithm](cloud.context()), answers)
+    assert outcome.devices == ("a", "c")
+    assert np.isfinite(outcome.update.coefficients).all()
+    assert_tail_stepped_on(cloud, make_cloud(algorithm), {"a": 1.0, "c": 1.0})
+
+
+@pytest.mark.parametrize("how", ["lengths", "labels"])
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_a_device_whose_batch_contradicts_itself_is_refused(
+    make_cloud: Callable[..., Cloud], algorithm: str, how: str
+) -> None:
+    cloud = make_cloud(algorithm)
+    message = Anchor(**NAME) if algorithm == "ho-sfl" else Probe(**NAME, direction=0, sign=1)
+    outcome, told = run(
+        rounds.ROUNDS[algorithm](cloud.context("b")), lambda ask: Frame(message, broken(cloud, "b", how))
+    )
+    assert outcome is None
+    assert not cloud.has_gradient()
+    assert [type(tell.message) for tell in told] == [RoundStart, Refusal]
+    assert told[-1].message.code == "message"  # type: ignore[union-attr]
+
+
+def test_a_tail_that_no_batch_gets_through_makes_no_step(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    next(iter(cloud.trainer.parameters.values())).data.fill_(np.nan)
+    outcome, _ = run(rounds.ho_sfl_round(cloud.context()), lambda ask: cloud.anchor(ask.device))
+    assert outcome is None
+    assert not cloud.has_gradient()
+
+
+@pytest.mark.parametrize("spoilt", ["b", "c"])
+def test_gradients_that_a_device_spoilt_take_only_those_before_it_along(
+    make_cloud: Callable[..., Cloud], spoilt: str
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    frames = projections_of(VALUES)
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.kind is Projections:
+            return frames[ask.device]
+        # Squares overflow in the norms: the loss is still a number, its gradient is none.
+        return Frame(Anchor(**NAME), cloud.tensors(ask.device, 1e30 if ask.device == spoilt else 1.0))
+
+    outcome, told = run(rounds.ho_sfl_round(cloud.context()), answers)
+    assert not [tell for tell in told if tell.device == spoilt and isinstance(tell.message, CutGradient)]
+    if spoilt == "c":
+        assert outcome is None
+        assert not cloud.has_gradient()
+    else:
+        assert outcome.devices == ("c",)
+        assert outcome.update.coefficients == pytest.approx(expected([VALUES["c"]], [1]))
+        assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"c": 1.0})
+
+
+class Evaluator:
+    """Devices that send their held-out examples one by one."""
+
+    def __init__(self, cloud: Cloud, silent_after: dict[str, int] | None = None, bad: str = "") -> None:
+        self.cloud, self.silent_after, self.bad = cloud, silent_after or {}, bad
+        self.sent = dict.fromkeys("abc", 0)
+
+    def __call__(self, ask: Ask) -> Frame | None:
+        number = self.sent[ask.device]
+        if number >= self.silent_after.get(ask.device, 99):
+            return None
+        self.sent[ask.device] += 1
+        examples = self.cloud.batches[ask.device].examples
+        activations, lengths, labels = examples[number]
+        if ask.device in self.bad:
+            lengths = lengths + np.int32(1)
+        message = EvalBatch(**NAME, id=number, last=number == len(examples) - 1)
+        return Frame(message, {"activations": activations, "lengths": lengths, "labels": labels})
+
+
+def pooled(cloud: Cloud, devices: Sequence[str]) -> Evaluation:
+    scores = [cloud.trainer.evaluate(*cloud.batches[device].sent) for device in devices]
+    scored = sum(score.scored for score in scores)
+    loss = sum(score.loss * score.scored for score in scores) / scored
+    return Evaluation(1, pytest.approx(loss, rel=1e-4), sum(score.correct for score in scores), scored)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    before = cloud.weights()
+    evaluation, told = run(rounds.evaluate(cloud.context()), Evaluator(cloud))
+    assert evaluation == pooled(cloud, "abc")
+    assert evaluation.scored == 9
+    results = [tell for tell in told if isinstance(tell.message, EvalResult)]
+    assert [type(tell.message) for tell in told[:3]] == [EvalStart] * 3
+    assert sum(tell.message.correct for tell in results) == evaluation.correct  # type: ignore[union-attr]
+    assert [tell.message.id for tell in results if tell.device == "b"] == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert all(torch.equal(value, before[name]) for name, value in cloud.weights().items())
+
+
+def test_a_device_that_leaves_an_evaluation_does_not_hold_it_up(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    evaluation, _ = run(rounds.evaluate(cloud.context()), Evaluator(cloud, {"a": 0, "b": 1}))
+    assert evaluation.scored == 0 + 1 + 3
+
+
+def test_an_evaluation_without_answers_is_none(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    assert run(rounds.evaluate(cloud.context()), lambda ask: None)[0] is None
+    assert run(rounds.evaluate(cloud.context([])), lambda ask: None)[0] is None
+
+
+def test_a_batch_that_cannot_be_evaluated_ends_that_devices_part(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    evaluation, told = run(rounds.evaluate(cloud.context()), Evaluator(cloud, bad="b"))
+    assert evaluation == pooled(cloud, "ac")
+    assert not [tell for tell in told if tell.device == "b" and isinstance(tell.message, EvalResult)]
+
+
+def test_devices_are_dealt_with_in_the_order_that_was_given(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("hosl")
+    prober = Prober(cloud)
+    run(rounds.hosl_round(cloud.context("ca")), prober)
+    assert [ask.device for ask in prober.asked] == ["c", "a"] * 5
