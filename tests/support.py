@@ -1,19 +1,29 @@
-"""Small data, and devices and cloud joined without sockets, for tests that follow the algorithms."""
+"""Small data, devices and cloud joined without sockets, and a whole service in this process."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import signal
 from collections import deque
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hosl_cloud import rounds
-from hosl_cloud.settings import RunConfig
+from hosl_cloud.listen import Listen
+from hosl_cloud.settings import RunConfig, parse_config
+from hosl_cloud.store import Store
+from hosl_cloud.tokens import load_or_make_token
 from hosl_edge import step
 from hosl_edge.data import Batch
 from hosl_edge.shard import Shard
-from hosl_protocol import ClientWeights, Frame, Manifest, RoundStart, make_client_weights
+from hosl_protocol import ClientWeights, Frame, Manifest, RoundStart, load_manifest, make_client_weights
+
+if TYPE_CHECKING:
+    from hosl_cloud.coordinator import Coordinator
 
 NICE = ("good", "great", "fine", "nice", "happy", "lovely", "warm", "bright", "clever", "fresh")
 NASTY = ("bad", "awful", "poor", "sad", "dull", "cold", "weak", "dark", "slow", "stale")
@@ -113,3 +123,49 @@ def run_round(
     except StopIteration as stop:
         outcome: rounds.Outcome = stop.value
         return outcome
+
+
+@dataclass
+class Service:
+    """A running service in this process."""
+
+    coordinator: Coordinator
+    token: str
+    folder: Path
+    address: str
+    """`ws://127.0.0.1:port`."""
+    serving: asyncio.Task[str]
+    """Its result is how the run ended."""
+    said: list[str]
+    """What the service told people."""
+
+    @property
+    def token_file(self) -> Path:
+        return self.folder / "join-token"
+
+
+@contextlib.asynccontextmanager
+async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> AsyncIterator[Service]:
+    """The service with everything real, on a free port; stopped at the end where its run goes on."""
+    from hosl_cloud.coordinator import Coordinator
+    from hosl_cloud.service import serve
+
+    folder.mkdir()
+    token, _ = load_or_make_token(folder)
+    manifest = load_manifest(bundle)
+    config = parse_config(settings, manifest)
+    store, said = Store(folder / "hosl.sqlite"), list[str]()
+    coordinator = Coordinator("run-1", config, manifest, bundle, folder / "runs" / "run-1", store, said.append)
+    await coordinator.prepare()
+    store.create_run("run-1", bundle, manifest.shard_digest, config)
+    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(
+        serve(coordinator, token, Listen("127.0.0.1", 0), listening.set_result, once=True)  # type: ignore[arg-type]
+    )
+    try:
+        yield Service(coordinator, token, folder, await listening, task, said)
+    finally:
+        if not task.done():
+            signal.raise_signal(signal.SIGTERM)
+        await asyncio.wait({task}, timeout=20.0)
+        store.close()

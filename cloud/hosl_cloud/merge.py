@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from hosl_cloud.checkpoint import CheckpointInfo, read_weights
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail import class_count, tail_lora
 from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
-from hosl_protocol import BundleError, Manifest, SettingsError
+from hosl_export.staging import staging
+from hosl_protocol import BundleError, Manifest
 from hosl_protocol.manifest import TAIL_CONFIG, TAIL_WEIGHTS
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -52,8 +52,8 @@ def merge_run(
     tail = tail_state(bundle, manifest, info, trained)
     with contextlib.ExitStack() as stack:
         if adapter is not None:
-            _write_adapter(stack.enter_context(_staging(adapter, "--adapter")), manifest, client, tail)
-        _write_model(stack.enter_context(_staging(out, "--out")), bundle, manifest, info, client, tail)
+            _write_adapter(stack.enter_context(staging(adapter, "--adapter")), manifest, client, tail)
+        _write_model(stack.enter_context(staging(out, "--out")), bundle, manifest, info, client, tail)
     return info
 
 
@@ -133,25 +133,3 @@ def _write_adapter(folder: Path, manifest: Manifest, client: State, tail: State)
 
 def _with_lora(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, lora=tail_lora(manifest, find_family(manifest.family)))
-
-
-@contextlib.contextmanager
-def _staging(out: Path, option: str) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
-    out = out.absolute()
-    _check_absent(out, option)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        _check_absent(out, option)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _check_absent(out: Path, option: str) -> None:
-    if out.exists() or out.is_symlink():
-        raise SettingsError(option, str(out), "it exists already; choose another folder or remove it")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from tokenizers import Tokenizer
 from hosl_export.exceptions import SpaceError
 from hosl_export.graph import write_graph
 from hosl_export.halves import ClientHalf, Tail
+from hosl_export.staging import nearest_folder
 from hosl_export.trainable import plain_parameters
 from hosl_export.weights import write_tensors
-from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.manifest import (
     MANIFEST,
     SHARD_GRAPH,
@@ -37,41 +35,12 @@ SPARE_BYTES = 32 * 2**20
 TOOLS = ("hosl", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-def check_output(out: Path) -> None:
-    """Raises SettingsError where something is in the way of the bundle."""
-    if out.exists() or out.is_symlink():
-        raise SettingsError("out", str(out), "it exists already; choose another folder or remove it")
-    parent = _nearest_folder(out)
-    if not parent.is_dir():
-        raise SettingsError("out", str(out), f"{parent} is no folder")
-
-
 def check_space(out: Path, weight_bytes: int) -> None:
     """Raises SpaceError where the disk cannot hold weights of this size."""
-    folder = _nearest_folder(out)
+    folder = nearest_folder(out)
     needed, free = weight_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise SpaceError(str(folder), needed, free)
-
-
-def _nearest_folder(out: Path) -> Path:
-    return next(parent for parent in out.absolute().parents if parent.exists())
-
-
-@contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        check_output(out)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def write_shard_graph(bundle: Path, client: ClientHalf) -> None:

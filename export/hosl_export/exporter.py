@@ -18,6 +18,7 @@ from hosl_export.graph import OUTPUT, graph_inputs
 from hosl_export.halves import ClientHalf, Tail, client_half, tail_half
 from hosl_export.loading import Source, find_source, load_config, load_model, load_tokenizer
 from hosl_export.lora import inject_lora
+from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
 from hosl_export.trainable import put_on_lattice
 from hosl_protocol.exceptions import SettingsError
@@ -50,14 +51,14 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
 
 def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext) -> Summary:
     """Cut a model and write its bundle, checked against the uncut model. Raises HoslError and leaves nothing behind."""
-    files.check_output(settings.out)
+    check_output(settings.out)
     with step("reading the configuration"):
         source = find_source(settings.model, settings.revision)
         config = load_config(source)
         _check_split(settings.split, config.num_hidden_layers)
         max_length = _choose_max_length(settings.max_length, config.max_position_embeddings)
         tokenizer = load_tokenizer(source)
-    with files.staging(settings.out) as folder:
+    with staging(settings.out) as folder:
         manifest, references = _write(settings, source, config, tokenizer, max_length, folder, step)
         with step("checking the halves against the uncut model"):
             parity_error = check_bundle(folder, manifest, references)

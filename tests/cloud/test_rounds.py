@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hosl_cloud import rounds
+from hosl_cloud.exceptions import RoundSpoiltError
 from hosl_cloud.rounds import Ask, Outcome, RoundContext, Tell
 from hosl_cloud.settings import DeviceSettings, RunConfig
 from hosl_cloud.store import Evaluation
@@ -363,16 +364,26 @@ def test_a_tail_that_no_batch_gets_through_makes_no_step(make_cloud: Callable[..
 
 @pytest.mark.parametrize("spoilt", ["b", "c"])
 def test_gradients_that_a_device_spoilt_take_only_those_before_it_along(
-    make_cloud: Callable[..., Cloud], spoilt: str
+    make_cloud: Callable[..., Cloud], monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
     cloud = make_cloud("ho-sfl")
     frames = projections_of(VALUES)
+    compute = cloud.trainer.forward_backward
+
+    def overflow(activations: npt.NDArray[np.float32], *rest: Any, **more: Any) -> Any:
+        """No activations at hand have a finite loss and no finite gradient, so the trainer is made to say so."""
+        result = compute(activations, *rest, **more)
+        if len(activations) == sum(LENGTHS[spoilt]):
+            cloud.trainer.discard()
+            raise RoundSpoiltError("the gradient at the cut layer", np.nan)
+        return result
+
+    monkeypatch.setattr(cloud.trainer, "forward_backward", overflow)
 
     def answers(ask: Ask) -> Frame | None:
         if ask.kind is Projections:
             return frames[ask.device]
-        # Squares overflow in the norms: the loss is still a number, its gradient is none.
-        return Frame(Anchor(**NAME), cloud.tensors(ask.device, 1e30 if ask.device == spoilt else 1.0))
+        return cloud.anchor(ask.device)
 
     outcome, told = run(rounds.ho_sfl_round(cloud.context()), answers)
     assert not [tell for tell in told if tell.device == spoilt and isinstance(tell.message, CutGradient)]

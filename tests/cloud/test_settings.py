@@ -146,13 +146,13 @@ def test_a_field_that_does_not_fit_is_named_by_its_path(data: dict[str, Any], pl
 
 @pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
 def test_a_bundle_that_trains_nothing_on_the_device_runs_frozen_only(algorithm: str) -> None:
-    with pytest.raises(SettingsError, match="algorithm is .*: the bundle trains nothing on the device: use 'frozen'"):
+    with pytest.raises(SettingsError, match=r"algorithm is .*: the bundle trains nothing on the device: use 'frozen'"):
         parse("none", algorithm=algorithm)
     assert parse("none", algorithm="frozen").wire_settings().coefficients == 0
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="absent.toml.*No such file"):
+    with pytest.raises(SettingsError, match=r"absent\.toml.*No such file"):
         load_config(tmp_path / "absent.toml", manifest())
     path = tmp_path / "run.toml"
     path.write_text("rounds = = 3\n", encoding="utf-8")

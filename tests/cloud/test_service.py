@@ -1,0 +1,418 @@
+"""The service on a real port: who may do what, and that a client which breaks the protocol harms nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from hosl_cloud.mirror import load_shard_weights
+from hosl_protocol import (
+    MAX_HEADER_BYTES,
+    PIECE_BYTES,
+    Anchor,
+    CatchUp,
+    Connection,
+    EvalStart,
+    Frame,
+    Goodbye,
+    Hello,
+    Message,
+    Projections,
+    Ready,
+    Refusal,
+    Role,
+    RoundStart,
+    Welcome,
+    encode,
+    load_manifest,
+    make_client_weights,
+)
+from hosl_protocol.manifest import MANIFEST, SHARD_WEIGHTS
+from support import TASK, Service, serving
+
+DATA = "d" * 64
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def bundle(export_bundle: Callable[..., Path], tiny_model: Path) -> Path:
+    return export_bundle(tiny_model, "lora", 2)
+
+
+@pytest.fixture
+def run(bundle: Path, tmp_path: Path) -> Callable[..., None]:
+    """Run a test against a service that waits for two devices."""
+
+    def run(test: Callable[[Service], Awaitable[None]], **devices: Any) -> None:
+        settings = {"batch_size": 4, "max_length": 16, "devices": {"start_with": 2, **devices}, "rounds": 10**6}
+
+        async def main() -> None:
+            async with serving(bundle, tmp_path / "cloud", {**msgspec.toml.decode(TASK), **settings}) as service:
+                await asyncio.wait_for(test(service), 30.0)
+
+        asyncio.run(main())
+
+    return run
+
+
+class Client:
+    """A device that says what a test wants."""
+
+    def __init__(self, socket: ClientConnection, service: Service) -> None:
+        self.socket, self.service = socket, service
+        self._connection = Connection(Role.EDGE)
+        self.manifest = service.coordinator.manifest
+
+    async def send(self, message: Message, tensors: dict[str, Any] | None = None) -> None:
+        for piece in encode(message, tensors or {}):
+            await self.socket.send(piece)
+
+    async def receive(self) -> Message:
+        """The next message of the cloud."""
+        frame: Frame | None = None
+        while frame is None:
+            piece = await asyncio.wait_for(self.socket.recv(), WAIT_S)
+            assert isinstance(piece, bytes)
+            frame = self._connection.receive(piece)
+        return frame.message
+
+    async def refusal(self) -> Refusal:
+        """The Refusal that ends this connection; what came before it is dropped."""
+        message = await self.receive()
+        while not isinstance(message, Refusal):
+            message = await self.receive()
+        with pytest.raises(ConnectionClosed):
+            await asyncio.wait_for(self.socket.recv(), WAIT_S)
+        return message
+
+    def hello(self, name: str = "pi", **more: Any) -> Hello:
+        fields = {"software": "test", "device": name, "shard_digest": self.manifest.shard_digest, "data_digest": DATA}
+        return Hello(**{**fields, **more})
+
+    def ready(self, digest: str | None = None) -> Ready:
+        if digest is None:
+            weights = load_shard_weights(self.service.coordinator.bundle, self.manifest, only_trainable=True)
+            digest = make_client_weights(self.manifest, weights, self.service.coordinator.settings).digest()
+        return Ready(run="run-1", epoch=0, applied_round=0, weights_digest=digest, train_examples=8, eval_examples=0)
+
+    async def join(self, name: str = "pi") -> None:
+        """Join, and wait until the cloud takes this device for ready."""
+        await self.send(self.hello(name))
+        assert isinstance(await self.receive(), Welcome)
+        assert isinstance(await self.receive(), CatchUp)
+        await self.send(self.ready())
+        while not self.is_ready(name):
+            await asyncio.sleep(0.01)
+
+    def is_ready(self, name: str) -> bool:
+        peer = self.service.coordinator.peers.get(name)
+        return peer is not None and peer.is_ready
+
+
+@asynccontextmanager
+async def client(service: Service, token: str | None = None, **more: Any) -> AsyncIterator[Client]:
+    headers = {"Authorization": f"Bearer {service.token if token is None else token}"}
+    url = service.address + "/v1/device"
+    async with connect(url, additional_headers=headers, compression=None, **more) as socket:
+        yield Client(socket, service)
+
+
+async def get(service: Service, path: str, **headers: str) -> tuple[int, bytes]:
+    def ask() -> tuple[int, bytes]:
+        request = urllib.request.Request(service.address.replace("ws", "http", 1) + path, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    return await asyncio.to_thread(ask)
+
+
+CLOSED_PATHS = ("/v1/run", "/metrics", f"/v1/bundle/{MANIFEST}", f"/v1/bundle/{SHARD_WEIGHTS}")
+
+
+def test_every_route_but_health_wants_the_token(run: Callable[..., None], bundle: Path) -> None:
+    async def test(service: Service) -> None:
+        assert await get(service, "/healthz") == (200, b"ok\n")
+        wrong = ["", "Bearer", "Bearer wrong", service.token, f"Basic {service.token}", f"Bearer {service.token}x"]
+        wrong += [f"Bearer {service.token[:-1]}", "Bearer \xe9"]
+        for given in wrong:
+            assert (await get(service, "/v1/run", Authorization=given))[0] == 401, given
+        for path in CLOSED_PATHS:
+            assert (await get(service, path))[0] == 401
+            assert (await get(service, path, Authorization=f"Bearer {service.token}"))[0] == 200
+        status = json.loads((await get(service, "/v1/run", Authorization=f"Bearer {service.token}"))[1])
+        assert (status["run"], status["state"], status["round"], status["devices"]) == ("run-1", "pending", 0, {})
+
+    run(test)
+
+
+def test_downloads_honour_ranges_and_name_nothing_but_the_shard(run: Callable[..., None], bundle: Path) -> None:
+    whole = (bundle / SHARD_WEIGHTS).read_bytes()
+
+    async def test(service: Service) -> None:
+        token = f"Bearer {service.token}"
+        assert await get(service, f"/v1/bundle/{SHARD_WEIGHTS}", Authorization=token) == (200, whole)
+        for wanted, part in (("bytes=100-199", whole[100:200]), (f"bytes={len(whole) - 7}-", whole[-7:])):
+            got = await get(service, f"/v1/bundle/{SHARD_WEIGHTS}", Authorization=token, Range=wanted)
+            assert got == (206, part)
+        beyond = await get(service, f"/v1/bundle/{SHARD_WEIGHTS}", Authorization=token, Range=f"bytes={len(whole)}-")
+        assert beyond[0] == 416
+        for path in ("tail/tail.safetensors", "tail/config.json", "shard/../tail/config.json", "/etc/passwd", "", "x"):
+            assert (await get(service, f"/v1/bundle/{path}", Authorization=token))[0] == 404, path
+
+    run(test)
+
+
+def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        for token, more in (("wrong", {}), ("", {}), (None, {"origin": "https://example.org"})):
+            with pytest.raises(InvalidStatus) as caught:
+                async with client(service, token, **more):
+                    pass
+            assert caught.value.response.status_code == 403
+        assert service.coordinator.peers == {}
+
+    run(test)
+
+
+def test_a_device_joins_and_leaves(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            assert service.said == ["device pi is ready: 8 examples, 0 held out"]
+            await device.send(Goodbye(reason="the battery is low"))
+            with pytest.raises(ConnectionClosed):
+                await asyncio.wait_for(device.socket.recv(), WAIT_S)
+        while service.coordinator.peers:
+            await asyncio.sleep(0.01)
+        assert service.said[-1] == "device pi is away: the battery is low"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "retry"),
+    [
+        ({"protocol": 99}, "protocol", False),
+        ({"device": "a b"}, "device", False),
+        ({"device": ""}, "device", False),
+        ({"device": ".."}, "device", False),
+        ({"device": "n" * 65}, "device", False),
+        ({"shard_digest": "0" * 64}, "shard", False),
+    ],
+)
+def test_a_hello_that_does_not_fit_is_refused_by_its_code(
+    run: Callable[..., None], fields: dict[str, Any], code: str, retry: bool
+) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.send(msgspec.structs.replace(device.hello(), **fields))
+            refusal = await device.refusal()
+        assert (refusal.code, refusal.retry) == (code, retry)
+        assert service.coordinator.peers == {}
+
+    run(test)
+
+
+def test_a_device_whose_data_changed_is_refused_by_name(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+        async with client(service) as device:
+            await device.send(device.hello("pi", data_digest="e" * 64))
+            refusal = await device.refusal()
+        assert (refusal.code, refusal.retry) == ("data", False)
+        async with client(service) as device:
+            await device.join("pi")
+
+    run(test)
+
+
+def test_weights_that_differ_even_after_a_rebuild_are_refused(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.send(device.hello())
+            for plan in ("continue", "rebuild"):
+                welcome = await device.receive()
+                assert isinstance(welcome, Welcome)
+                assert welcome.plan == plan
+                assert isinstance(await device.receive(), CatchUp)
+                await device.send(device.ready("0" * 64))
+            refusal = await device.refusal()
+        assert (refusal.code, refusal.retry) == ("weights", False)
+
+    run(test)
+
+
+@pytest.mark.parametrize(("run_id", "epoch", "applied"), [("run-0", 0, 3), ("run-1", 1, 0), ("run-1", 0, 7)])
+def test_a_device_of_another_past_is_told_to_rebuild(
+    run: Callable[..., None], run_id: str, epoch: int, applied: int
+) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            past = {"run": run_id, "epoch": epoch, "applied_round": applied, "weights_digest": "1" * 64}
+            await device.send(device.hello(**past))
+            welcome = await device.receive()
+            assert isinstance(welcome, Welcome)
+            assert welcome.plan == "rebuild"
+
+    run(test)
+
+
+def test_a_device_that_connects_again_takes_the_place_of_its_old_connection(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as first, client(service) as second:
+            await first.join("pi")
+            await second.join("pi")
+            refusal = await first.refusal()
+            assert (refusal.code, refusal.retry) == ("device", False)
+            assert second.is_ready("pi")
+
+    run(test)
+
+
+async def say_text(device: Client) -> None:
+    await device.socket.send("hello")
+
+
+async def say_ready_first(device: Client) -> None:
+    await device.send(device.ready("0" * 64))
+
+
+async def say_nonsense(device: Client) -> None:
+    await device.socket.send(b"\xff" * 100)
+
+
+async def say_a_long_header(device: Client) -> None:
+    await device.socket.send(b" " * (MAX_HEADER_BYTES + 9))
+
+
+async def say_what_is_not_due(device: Client) -> None:
+    await device.send(device.hello())
+    await device.receive()
+    message = Anchor(run="run-1", epoch=0, round=1)
+    one = np.ones(1, np.int32)
+    await device.send(message, {"activations": np.zeros((1, 32), np.float32), "lengths": one, "labels": one})
+
+
+WRONGS = [say_text, say_ready_first, say_nonsense, say_a_long_header, say_what_is_not_due]
+
+
+def test_a_client_that_breaks_the_protocol_is_refused_and_disturbs_nobody(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as good:
+            await good.join("good")
+            for wrong in WRONGS:
+                async with client(service) as bad:
+                    await wrong(bad)
+                    refusal = await bad.refusal()
+                    assert (refusal.code, refusal.retry) == ("message", True), wrong.__name__
+                assert good.is_ready("good"), wrong.__name__
+            async with client(service) as second:
+                await second.join("second")
+                # Two are ready: the run begins, and the first device is part of it.
+                assert isinstance(await good.receive(), RoundStart)
+
+    run(test)
+
+
+def test_a_frame_larger_than_the_run_allows_is_refused_before_it_is_sent(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.send(device.hello())
+            await device.receive()
+            await device.receive()
+            await device.send(device.ready())
+            message = await device.receive()
+            while not isinstance(message, (RoundStart, EvalStart)):
+                message = await device.receive()
+            await announce(device)
+            refusal = await device.refusal()
+        assert refusal.code == "message"
+        assert "is 65, the limit is 64" in refusal.reason
+
+    async def announce(device: Client) -> None:
+        tensors = {
+            "activations": np.zeros((65, 32), np.float32),
+            "lengths": np.full(4, 16, np.int32),
+            "labels": np.zeros(4, np.int32),
+        }
+        await device.socket.send(next(iter(encode(Anchor(run="run-1", epoch=0, round=1), tensors))))
+
+    run(test, start_with=1)
+
+
+def test_a_websocket_message_beyond_a_piece_ends_the_connection(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.socket.send(b" " * (PIECE_BYTES + 1))
+            with pytest.raises(ConnectionClosed) as caught:
+                await asyncio.wait_for(device.socket.recv(), WAIT_S)
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1009
+
+    run(test)
+
+
+def test_a_flood_of_messages_that_nobody_asked_for_ends_the_connection(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            for _ in range(9):
+                await device.send(device.ready())
+            refusal = await device.refusal()
+        assert refusal.code == "message"
+        assert refusal.reason == "ready while 4 messages wait already"
+
+    run(test)
+
+
+def test_a_second_hello_ends_the_connection(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await asyncio.gather(device.send(device.hello()), device.send(device.hello()))
+            await asyncio.wait_for(device.socket.wait_closed(), WAIT_S)
+        while service.coordinator.peers:
+            await asyncio.sleep(0.01)
+
+    run(test)
+
+
+def test_answers_to_another_round_are_dropped(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            while not isinstance(await device.receive(), RoundStart):
+                pass
+            for round_ in (7, 8, 9):
+                message = Projections(run="run-1", epoch=0, round=round_)
+                await device.send(message, {"projections": np.full(2, 1e9, np.float32)})
+                await asyncio.sleep(0.02)
+            assert device.is_ready("pi")
+            assert service.coordinator.round == 0
+
+    run(test, start_with=1, round_deadline_s=0.5)
+
+
+def test_the_manifest_that_is_served_is_the_bundles(run: Callable[..., None], bundle: Path) -> None:
+    async def test(service: Service) -> None:
+        _, body = await get(service, f"/v1/bundle/{MANIFEST}", Authorization=f"Bearer {service.token}")
+        assert body == (bundle / MANIFEST).read_bytes()
+        assert load_manifest(bundle).shard_digest == service.coordinator.manifest.shard_digest
+
+    run(test)

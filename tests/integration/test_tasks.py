@@ -1,0 +1,145 @@
+"""Whole runs of the tasks beside prompts, cloud and devices in this process, up to the merged folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hosl_cloud.__main__ import main as cloud_main
+from hosl_cloud.store import Evaluation
+from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
+from support import Service, serving, write_reviews
+
+NAMES = ("pi-1", "pi-2")
+ROUNDS = 30
+
+
+def configure(task: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "task": task,
+        "rounds": ROUNDS,
+        "seed": 5,
+        "batch_size": 8,
+        "max_length": 16,
+        "report_every": 10,
+        "client": {"learning_rate": 0.01},
+        "tail": {"learning_rate": 1e-2, "device": "cpu"},
+        "devices": {"start_with": 2},
+        **more,
+    }
+
+
+def device_settings(service: Service, name: str, **more: Any) -> EdgeSettings:
+    number = int(name[-1])
+    folder = service.folder.parent
+    return EdgeSettings(
+        server=service.address,
+        token_file=str(service.token_file),
+        data=str(write_reviews(folder / f"{name}-train.jsonl", 40, 40 * number)),
+        eval=str(write_reviews(folder / f"{name}-eval.jsonl", 10, 400 + 10 * number)),
+        name=name,
+        threads=1,
+        state_dir=str(folder / "state"),
+        cache_dir=str(folder / "cache"),
+        **more,
+    )
+
+
+def train(
+    bundle: Path, folder: Path, settings: dict[str, Any], **device: Any
+) -> tuple[list[Summary], list[Evaluation]]:
+    """A run of two devices to its end; what they say of it, and the evaluations."""
+
+    async def run() -> tuple[list[Summary], list[Evaluation]]:
+        async with serving(bundle, folder / "cloud", settings) as service:
+            agents = [run_agent(device_settings(service, name, **device)) for name in NAMES]
+            summaries = await asyncio.wait_for(asyncio.gather(*agents), 60.0)
+            assert await service.serving == "completed"
+            return summaries, service.coordinator.store.evaluations("run-1")
+
+    return asyncio.run(run())
+
+
+def merge(folder: Path) -> Path:
+    options = ["--data-dir", str(folder / "cloud"), "--out", str(folder / "merged"), "--checkpoint", "last"]
+    assert cloud_main(["merge", "run-1", *options]) == 0
+    return folder / "merged"
+
+
+def held_out(folder: Path) -> list[dict[str, Any]]:
+    files = [folder / f"{name}-eval.jsonl" for name in NAMES]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def score(logits_and_targets: list[tuple[torch.Tensor, torch.Tensor]], round_: int) -> Any:
+    """What plain transformers code finds, as an evaluation that may differ in the last digits of the loss."""
+    logits = torch.cat([logits for logits, _ in logits_and_targets])
+    targets = torch.cat([targets for _, targets in logits_and_targets])
+    loss = cross_entropy(logits, targets).item()
+    correct = int((logits.argmax(-1) == targets).sum())
+    return Evaluation(round_, pytest.approx(loss, rel=1e-3), correct, len(targets))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_a_language_model_learns_the_devices_texts_and_merges(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path, algorithm: str
+) -> None:
+    bundle = export_bundle(tiny_model, "lora", 2)
+    settings = configure({"preset": "lm"}, algorithm=algorithm)
+    summaries, evaluations = train(bundle, tmp_path, settings, share_text=True)
+    assert [summary.rounds for summary in summaries] == [ROUNDS, ROUNDS]
+    assert summaries[0].weights_digest == summaries[1].weights_digest != ""
+    assert evaluations[-1].loss < evaluations[0].loss - 0.5
+    merged = merge(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
+    scored = []
+    for example in held_out(tmp_path):
+        ids = tokenizer(example["text"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            scored.append((model(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+    assert evaluations[-1] == score(scored, ROUNDS)
+
+
+def test_an_encoder_learns_to_classify_and_merges(
+    export_bundle: Callable[..., Path], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(tiny_encoder, "lora", 2)
+    task = {"preset": "sequence-classification", "labels": ["0", "1"]}
+    summaries, evaluations = train(bundle, tmp_path, configure(task))
+    assert summaries[0].weights_digest == summaries[1].weights_digest != ""
+    assert evaluations[-1].accuracy > 0.9
+    assert evaluations[0].accuracy < evaluations[-1].accuracy
+    assert {summary.accuracy for summary in summaries} <= {0.8, 0.9, 1.0}
+    merged = merge(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    scored = []
+    for example in held_out(tmp_path):
+        inputs = tokenizer(example["text"], return_tensors="pt")
+        with torch.no_grad():
+            scored.append((model(input_ids=inputs.input_ids).logits, torch.tensor([example["label"]])))
+    assert evaluations[-1] == score(scored, ROUNDS)
+    assert model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_a_device_that_was_not_told_to_share_its_text_does_not(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        bundle = export_bundle(tiny_model, "lora", 2)
+        async with serving(bundle, tmp_path / "cloud", configure({"preset": "lm"})) as service:
+            with pytest.raises(ConsentError, match="start hosl-edge with --share-text"):
+                await asyncio.wait_for(run_agent(device_settings(service, "pi-1")), 20.0)
+            while service.coordinator.peers:
+                await asyncio.sleep(0.01)
+            assert service.said[-1] == "device pi-1 is away: ConsentError"
+
+    asyncio.run(run())
