@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from hosl_edge.agent import run_agent
-from hosl_edge.memory import keep_heap_small
 from hosl_edge.settings import load_settings
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options, run_command
@@ -58,7 +57,6 @@ def _split(text: str) -> list[str]:
 def _run(options: argparse.Namespace) -> int:
     own = {"config", "json", "debug", "log_level"}
     given = {name: value for name, value in vars(options).items() if name not in own}
-    keep_heap_small()
     settings = load_settings(given, options.config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     summary = asyncio.run(run_agent(settings))

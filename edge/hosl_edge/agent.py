@@ -13,7 +13,7 @@ from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.fetch import fetch_bundle
-from hosl_edge.memory import read_memory
+from hosl_edge.memory import keep_heap_small, read_memory
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings, read_token
 from hosl_protocol import Complete, ProtocolError
@@ -41,6 +41,7 @@ class Summary:
 
 async def run_agent(settings: EdgeSettings) -> Summary:
     """Take part in the cloud's run until it ends; reconnects for ever."""
+    keep_heap_small()
     token = read_token(Path(settings.token_file))
     display, progress = Display(settings.name), Progress()
     software = f"hosl-edge {importlib.metadata.version('hosl')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import http.client
 import logging
@@ -101,6 +102,8 @@ def _download(url: str, token: str, part: Path, have: int, size: int, on_progres
                 done += len(piece)
                 on_progress(done, size)
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise NoSpaceError(f"{part.parent} is full at {done} of {size} bytes of {part.name}") from error
             raise ConnectionLost(f"download of {url} broke off at {done} of {size} bytes: {error}") from error
     if done != size:
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")

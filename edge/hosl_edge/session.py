@@ -92,7 +92,7 @@ class Session:
             if code in (401, 403):
                 raise RefusedError("it does not know the join token", retry=False) from error
             raise ConnectionLost(f"{url} answered {code}") from error
-        except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
+        except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
             raise ConnectionLost(f"cannot talk to {url}: {error}") from error
 
     async def _talk(self, socket: ClientConnection) -> Complete:
