@@ -214,7 +214,7 @@ def test_a_device_whose_disk_was_lost_starts_at_the_base_and_catches_up(site: Ca
 
 def kill_and_restart_a_device(here: Site, damage: Callable[[Path], object]) -> str:
     """Kill pi-1 in the middle of a run, damage its journal, start it again; what the cloud printed."""
-    cloud = here.start_cloud(settings("ho-sfl", rounds=10**6))
+    cloud = here.start_cloud(settings("ho-sfl", rounds=10**6, learning_rate=1e-6))
     first, second = (here.start_device(name) for name in ("pi-1", "pi-2"))
     here.wait_for_round(5)
     first.kill()
@@ -253,7 +253,7 @@ def test_strangers_are_refused(site: Callable[[str], Site], tmp_path: Path) -> N
 
 def test_data_that_has_changed_since_the_run_began_is_named(site: Callable[[str], Site]) -> None:
     here = site("lora")
-    here.start_cloud(settings("ho-sfl", rounds=10**6))
+    here.start_cloud(settings("ho-sfl", rounds=10**6, learning_rate=1e-6))
     first, _ = (here.start_device(name) for name in ("pi-1", "pi-2"))
     here.wait_for_round(2)
     first.kill()
@@ -283,7 +283,7 @@ def test_a_budget_that_cannot_hold_the_shard_is_refused_with_figures(site: Calla
 
 def test_a_stopped_service_tells_its_devices(site: Callable[[str], Site]) -> None:
     here = site("lora")
-    cloud = here.start_cloud(settings("ho-sfl", rounds=10**6))
+    cloud = here.start_cloud(settings("ho-sfl", rounds=10**6, learning_rate=1e-6))
     devices = [here.start_device(name) for name in ("pi-1", "pi-2")]
     here.wait_for_round(2)
     cloud.send_signal(signal.SIGTERM)
