@@ -387,8 +387,11 @@ def test_a_second_hello_ends_the_connection(run: Callable[..., None]) -> None:
         async with client(service) as device:
             await asyncio.gather(device.send(device.hello()), device.send(device.hello()))
             await asyncio.wait_for(device.socket.wait_closed(), WAIT_S)
-        while service.coordinator.peers:
+        for _ in range(500):
+            if not service.coordinator.peers:
+                break
             await asyncio.sleep(0.01)
+        assert not service.coordinator.peers
 
     run(test)
 
