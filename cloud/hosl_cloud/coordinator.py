@@ -81,6 +81,7 @@ class Coordinator:
     """The round of the newest checkpoint; 0 is what the bundle holds."""
     _fruitless: int = 0
     """Tries of a round in a row that came to nothing."""
+    _is_checkpoint_due: bool = False
     _is_stopping: bool = False
 
     async def prepare(self) -> None:
@@ -254,6 +255,9 @@ class Coordinator:
                 await self._evaluate()
                 if self._is_overdue() and self.round < self.config.rounds:
                     return await self._finish("stopped-early")
+            if self._is_checkpoint_due:
+                await self._checkpoint(None)
+                self._is_checkpoint_due = False
         return await self._finish("completed" if self.round == self.config.rounds else "stopped")
 
     async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
@@ -293,7 +297,8 @@ class Coordinator:
     async def _settle(self, outcome: Outcome, seconds: float) -> None:
         """Store, mirror, broadcast: in this order."""
         update = self._bounded(outcome.update)
-        # The mirror refuses what would leave the lattice's range; then nothing is stored or sent.
+        # The mirror refuses weights that diverge; then nothing is stored or sent.
+        known = len(self.mirror.coarsenings)
         await self._compute(lambda: self.mirror.apply([update]))
         await self._compute(
             lambda: self.store.add_round(
@@ -308,6 +313,10 @@ class Coordinator:
         for name in self._ready_names():
             self.peers[name].tell(message, tensors)
         self._observe(outcome, seconds)
+        for event in self.mirror.coarsenings[known:]:
+            self.say(f"round {event.round}: {event.tensor} outgrew its lattice, its steps are now {event.spacing:.2g}")
+            # The event can't be taken back: a run that resumes must not begin before it.
+            self._is_checkpoint_due = True
 
     def _bounded(self, update: UpdateRecord) -> UpdateRecord:
         """The update, or one of zeros where its numbers overflow."""

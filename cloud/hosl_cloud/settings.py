@@ -12,6 +12,7 @@ import msgspec
 from hosl_protocol import (
     Algorithm,
     ClientOptimizer,
+    Distribution,
     Manifest,
     RunSettings,
     SettingsError,
@@ -85,6 +86,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     rounds: int = 100
     directions: int = 2
     probe_step: float = 1e-3
+    distribution: Distribution = "rademacher"
     batch_size: int = 16
     max_length: int = 128
     wire_dtype: WireDtype = "float32"
@@ -103,6 +105,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             rounds=self.rounds,
             directions=self.directions,
             probe_step=self.probe_step,
+            distribution=self.distribution,
             batch_size=self.batch_size,
             max_length=self.max_length,
             wire_dtype=self.wire_dtype,

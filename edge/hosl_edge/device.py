@@ -174,7 +174,10 @@ class Device:
         """Apply updates to the weights, then journal them."""
         assert self.weights is not None
         assert self._journal is not None
+        known = len(self.weights.coarsenings)
         self.weights.apply(updates)
+        for event in self.weights.coarsenings[known:]:
+            log.info("round %d: %s moves to a lattice of steps %.2g", event.round, event.tensor, event.spacing)
         self._journal.append(updates)
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
 """What crosses the wire and what both sides must compute alike: no sockets, no files of weights, no torch."""
 
-from hosl_protocol.client import ClientWeights, ProbePoint, UpdateRecord, make_client_weights
+from hosl_protocol.client import ClientWeights, Coarsening, ProbePoint, UpdateRecord, make_client_weights
 from hosl_protocol.codec import MAX_HEADER_BYTES, PIECE_BYTES, Bounds, Frame, FrameReader, encode
 from hosl_protocol.connection import Connection, Phase, Role, bounds_for
-from hosl_protocol.directions import MAX_SEED, RNG_VERSION, Stream, direction, philox, uniforms
+from hosl_protocol.directions import MAX_SEED, RNG_VERSION, Distribution, Stream, direction, philox, uniforms
 from hosl_protocol.exceptions import (
     ExitCode,
     FrameError,
     HoslError,
+    IrreversibleError,
     LatticeError,
     LimitError,
     ProtocolError,
@@ -53,7 +54,7 @@ from hosl_protocol.messages import (
     name_of,
 )
 from hosl_protocol.ordering import batch_indices, sample_devices
-from hosl_protocol.perturbation import LatticeTensor, Term, add_directions
+from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.settings import (
     Algorithm,
     ClientOptimizer,
@@ -89,9 +90,11 @@ __all__ = [
     "CatchUp",
     "ClientOptimizer",
     "ClientWeights",
+    "Coarsening",
     "Complete",
     "Connection",
     "CutGradient",
+    "Distribution",
     "EvalBatch",
     "EvalResult",
     "EvalStart",
@@ -105,6 +108,7 @@ __all__ = [
     "Goodbye",
     "Hello",
     "HoslError",
+    "IrreversibleError",
     "LatticeError",
     "LatticeTensor",
     "LimitError",
@@ -118,6 +122,7 @@ __all__ = [
     "Projections",
     "ProtocolError",
     "Ready",
+    "Recipe",
     "Refusal",
     "Report",
     "Role",

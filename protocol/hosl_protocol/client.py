@@ -9,21 +9,24 @@ import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hosl_protocol import lattice
-from hosl_protocol.directions import CHUNK, Stream, uniforms
-from hosl_protocol.exceptions import HoslError, LatticeError, SettingsError
+from hosl_protocol.adamw import LARGEST_ESTIMATE, AdamW
+from hosl_protocol.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
+from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
 from hosl_protocol.manifest import Manifest
-from hosl_protocol.perturbation import LatticeTensor, Term, Vector, add_directions, estimate
+from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.settings import ClientOptimizer, RunSettings
 
 THREADED_ABOVE = 1 << 20
 """Elements from which threads pay."""
+
+MAX_COARSENING = 8
+"""Bits by which a run may make a tensor's lattice coarser; weights that outgrow even that have diverged."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,21 @@ class ProbePoint:
     sign: int
 
 
+@dataclass(frozen=True)
+class Coarsening:
+    """A re-lattice event: the tensor moved to a coarser lattice just before the update of `round`."""
+
+    round: int
+    tensor: str
+    exponent: int
+    """The new one."""
+
+    @property
+    def spacing(self) -> float:
+        """The new g."""
+        return lattice.spacing(self.exponent)
+
+
 class ClientWeights:
     """Trainable tensors with their optimizer state at `applied_round`."""
 
@@ -56,24 +74,28 @@ class ClientWeights:
         seed: int,
         probe_step: float,
         optimizer: ClientOptimizer,
+        distribution: Distribution = "rademacher",
         threads: int = 1,
     ) -> None:
-        self.tensors = tuple(tensors)
-        self.seed = seed
+        self.tensors = list(tensors)
         self.optimizer = optimizer
         self.applied_round = 0
+        self.coarsenings: list[Coarsening] = []
+        """Re-lattice events so far, in order."""
+        self._recipe = Recipe(seed, distribution)
+        self._probe_step = probe_step
+        self._largest_entry = LARGEST_ENTRY[distribution]
+        self._finest = [tensor.exponent for tensor in self.tensors]
         self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
         for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
-            if step > lattice.limit(tensor.exponent) / 2:
-                remedy = (
-                    f"weights of {tensor.name} are exact only for steps up to {lattice.limit(tensor.exponent) / 2:.3g}"
-                )
+            longest = lattice.limit(tensor.exponent) / 2 / self._largest_entry
+            if step > longest:
+                remedy = f"weights of {tensor.name} are exact only for steps up to {longest:.3g}"
                 raise SettingsError("probe_step", probe_step, remedy)
-        self._corrections = [probe_step / step for step in self._probe_steps]
         # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
         self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
         self._point: ProbePoint | None = None
-        self._adamw = _AdamW(self.tensors, optimizer, self._probe_steps) if optimizer.optimizer == "adamw" else None
+        self._adamw = AdamW(self.tensors, optimizer) if optimizer.optimizer == "adamw" else None
         is_large = self.elements > THREADED_ABOVE and threads > 1
         self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
 
@@ -95,17 +117,20 @@ class ClientWeights:
         if point is not None:
             terms.append(self._probe_term(point, +1))
         if self._point != point:
-            add_directions(self.tensors, terms, self.seed, self._executor)
+            self._add(terms if self._recipe.distribution == "gaussian" else _merge(terms))
         self._point = point
 
     def _probe_term(self, point: ProbePoint, factor: int) -> Term:
         steps = [factor * point.sign * step for step in self._probe_steps]
         return Term(point.round, point.direction, steps)
 
+    def _add(self, terms: Sequence[Term]) -> None:
+        add_directions(self.tensors, terms, self._recipe, self._executor)
+
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
         """Apply the updates of consecutive rounds; SGD adds as many in one pass as the exact range surely holds.
 
-        Raises LatticeError: with SGD the weights then stand at `applied_round`, with AdamW between two rounds.
+        Raises LatticeError where the weights have diverged; they then stand at `applied_round`.
         """
         self.probe(None)
         for expected, update in enumerate(updates, self.applied_round + 1):
@@ -114,65 +139,130 @@ class ClientWeights:
             if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
                 raise HoslError(f"update of round {update.round} holds a number that is not finite")
         if self._adamw is None:
-            self._add(updates, +1)
-            return
-        for update in updates:
-            self._adamw.step(self._estimate_terms(update), self.seed, update.learning_rate)
-            self.applied_round = update.round
+            self._add_updates(updates, +1)
+        else:
+            for update in updates:
+                self._apply_adamw(self._adamw, update)
+
+    def _add_updates(self, updates: Sequence[UpdateRecord], sign: int) -> None:
+        """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
+        terms = self._sgd_terms(updates, sign)
+        if not self._fits(self._growths(terms)):
+            if len(updates) > 1:
+                self._add_updates(updates[: len(updates) // 2], sign)
+                self._add_updates(updates[len(updates) // 2 :], sign)
+                return
+            if sign > 0:
+                self._coarsen(self._growths(terms), updates[0].round)
+                terms = self._sgd_terms(updates, sign)
+            # Taking one round back passes only sums that were inside the range when it was applied.
+        self._add(terms)
+        self._grow(self._growths(terms))
+        self.applied_round += sign * len(updates)
+
+    def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
+        rate = update.learning_rate
+        estimates = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
+        if not estimates <= LARGEST_ESTIMATE:
+            raise HoslError(f"update of round {update.round} is an estimate of {estimates:.3g}: AdamW cannot square it")
+
+        def growths() -> list[float]:
+            return [adamw.growth(b, t.exponent, rate) for b, t in zip(self._bounds, self.tensors, strict=True)]
+
+        # Decay moves a weight in proportion to its size: with the true maxima the growth is smaller, too.
+        if not self._fits(growths()) and not self._fits(growths()):
+            self._coarsen(growths(), update.round)
+        growth = growths()
+        adamw.step(self.tensors, self._estimate_terms(update), self._recipe, rate)
+        self._grow(growth)
+        self.applied_round = update.round
 
     def revert(self, updates: Sequence[UpdateRecord]) -> None:
-        """Take back the newest updates (SGD), given in ascending order: the same bits as before them."""
+        """Take back the newest updates (SGD), given in ascending order: the same bits as before them.
+
+        Raises IrreversibleError, and changes nothing, for AdamW and across a re-lattice event.
+        """
         if self._adamw is not None:
-            raise HoslError("AdamW's updates cannot be taken back: replay from the base shard")
+            raise IrreversibleError("AdamW's updates cannot be taken back")
         self.probe(None)
         for expected, update in zip(range(self.applied_round, -1, -1), reversed(updates), strict=False):
             if update.round != expected:
                 raise HoslError(f"take back of round {update.round}, expected round {expected}")
-        self._add(updates[::-1], -1)
+        if self.coarsenings and updates and self.coarsenings[-1].round >= updates[0].round:
+            last = self.coarsenings[-1]
+            raise IrreversibleError(f"round {last.round} made the lattice of {last.tensor} coarser")
+        self._add_updates(updates[::-1], -1)
 
-    def _add(self, updates: Sequence[UpdateRecord], sign: int) -> None:
-        """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
-        terms = [term for update in updates for term in self._sgd_terms(update, sign)]
-        try:
-            self._guard(terms)
-        except LatticeError:
-            if len(updates) > 1:
-                self._add(updates[: len(updates) // 2], sign)
-                self._add(updates[len(updates) // 2 :], sign)
-                return
-            if sign > 0:
-                raise
-            # Taking one round back passes only sums that were inside the range when it was applied.
-            self._bounds = [lattice.limit(tensor.exponent) for tensor in self.tensors]
-        add_directions(self.tensors, terms, self.seed, self._executor)
-        self.applied_round += sign * len(updates)
+    def _growths(self, terms: Sequence[Term]) -> list[float]:
+        """How far `terms` can move a weight of each tensor."""
+        return [self._largest_entry * sum(abs(term.steps[tensor.index]) for term in terms) for tensor in self.tensors]
 
-    def _guard(self, terms: Sequence[Term]) -> None:
-        """Extend each tensor's bound on |θ|; where it would leave the exact range take the true maximum first."""
-        growths = [sum(abs(term.steps[tensor.index]) for term in terms) for tensor in self.tensors]
-        for tensor, growth, step in zip(self.tensors, growths, self._probe_steps, strict=True):
+    def _reach(self, index: int, growth: float) -> float:
+        """The largest magnitude that a probe can meet after the tensor has grown."""
+        return self._bounds[index] + growth + self._largest_entry * self._probe_steps[index]
+
+    def _fits(self, growths: Sequence[float]) -> bool:
+        """Whether every tensor stays inside its exact range; takes the true maximum where the bound is too loose."""
+        is_inside = True
+        for tensor, growth in zip(self.tensors, growths, strict=True):
             limit = lattice.limit(tensor.exponent)
-            if self._bounds[tensor.index] + growth + step > limit:
+            if not self._reach(tensor.index, growth) <= limit:
                 self._bounds[tensor.index] = largest(tensor.values)
-                if self._bounds[tensor.index] + growth + step > limit:
-                    raise LatticeError(tensor.name, self._bounds[tensor.index] + growth + step, limit)
+                is_inside &= self._reach(tensor.index, growth) <= limit
+        return is_inside
+
+    def _grow(self, growths: Sequence[float]) -> None:
         self._bounds = [bound + growth for bound, growth in zip(self._bounds, growths, strict=True)]
 
-    def _sgd_terms(self, update: UpdateRecord, sign: int = +1) -> list[Term]:
-        terms = []
-        for direction, coefficient in enumerate(update.coefficients.tolist()):
-            chance = uniforms(self.seed, update.round, direction, Stream.ROUNDING, len(self.tensors))
-            steps = [
-                sign
-                * lattice.round_stochastically(coefficient * correction, tensor.exponent, float(chance[tensor.index]))
-                for tensor, correction in zip(self.tensors, self._corrections, strict=True)
-            ]
-            terms.append(Term(update.round, direction, steps))
-        return terms
+    def _coarsen(self, growths: Sequence[float], round_: int) -> None:
+        """The re-lattice event: tensors that would leave their range move to a lattice on which they fit.
+
+        It depends on the weights and on the update of `round_` alone, so that every machine does the same unasked.
+        Raises LatticeError, and changes nothing, where a tensor has diverged.
+        """
+        exponents = {}
+        for tensor, growth in zip(self.tensors, growths, strict=True):
+            reach = self._reach(tensor.index, growth)
+            if not reach <= lattice.limit(tensor.exponent):
+                last = self._finest[tensor.index] + MAX_COARSENING
+                if not reach <= lattice.limit(last) / 2:
+                    raise LatticeError(tensor.name, reach, lattice.limit(last) / 2)
+                exponents[tensor.index] = lattice.exponent_for(reach)
+        steps = {
+            index: lattice.round_probe_step(self._probe_step, exponent, self.tensors[index].name)
+            for index, exponent in exponents.items()
+        }
+        for index, exponent in exponents.items():
+            tensor = self.tensors[index]
+            for start in range(0, tensor.values.size, CHUNK):
+                part = tensor.values[start : start + CHUNK]
+                part[:] = lattice.round_to_lattice(part, exponent)
+            self.tensors[index] = replace(tensor, exponent=exponent)
+            self._probe_steps[index] = steps[index]
+            self._bounds[index] = largest(tensor.values)
+            self.coarsenings.append(Coarsening(round_, tensor.name, exponent))
+
+    def _correction(self, index: int) -> float:
+        """The probe moved by ε_t where ε was meant."""
+        return self._probe_step / self._probe_steps[index]
+
+    def _sgd_terms(self, updates: Sequence[UpdateRecord], sign: int) -> list[Term]:
+        return [
+            Term(update.round, direction, self._sgd_steps(update.round, direction, coefficient, sign))
+            for update in updates
+            for direction, coefficient in enumerate(update.coefficients.tolist())
+        ]
+
+    def _sgd_steps(self, round_: int, direction: int, coefficient: float, sign: int) -> list[float]:
+        chance = uniforms(self._recipe.seed, round_, direction, Stream.ROUNDING, len(self.tensors)).tolist()
+        return [
+            sign * lattice.round_stochastically(coefficient * self._correction(t.index), t.exponent, chance[t.index])
+            for t in self.tensors
+        ]
 
     def _estimate_terms(self, update: UpdateRecord) -> list[Term]:
         return [
-            Term(update.round, direction, [coefficient * correction for correction in self._corrections])
+            Term(update.round, direction, [coefficient * self._correction(tensor.index) for tensor in self.tensors])
             for direction, coefficient in enumerate(update.coefficients.tolist())
         ]
 
@@ -181,10 +271,7 @@ class ClientWeights:
         coefficients = [abs(value) for value in update.coefficients.tolist() if value]
         if self._adamw is not None or not coefficients or not self.tensors:
             return math.inf
-        coarsest = max(
-            lattice.spacing(tensor.exponent) / correction
-            for tensor, correction in zip(self.tensors, self._corrections, strict=True)
-        )
+        coarsest = max(lattice.spacing(tensor.exponent) / self._correction(tensor.index) for tensor in self.tensors)
         return float(min(coefficients) / coarsest)
 
     def digest(self) -> str:
@@ -198,65 +285,11 @@ class ClientWeights:
         return digest.hexdigest()
 
 
-class _AdamW:
-    """AdamW in float32 with separate multiply and add, its steps rounded to the lattice; the same bits everywhere."""
-
-    def __init__(
-        self, tensors: Sequence[LatticeTensor], settings: ClientOptimizer, probe_steps: Sequence[float]
-    ) -> None:
-        self._tensors, self._settings, self._probe_steps = tensors, settings, probe_steps
-        self._steps = 0
-        self._power1 = self._power2 = 1.0
-        self._first = [np.zeros_like(tensor.values) for tensor in tensors]
-        self._second = [np.zeros_like(tensor.values) for tensor in tensors]
-        self._gradient = np.empty(CHUNK, np.float32)
-        self._scratch = np.empty(CHUNK, np.float32)
-
-    def step(self, terms: Sequence[Term], seed: int, rate: float) -> None:
-        self._steps += 1
-        self._power1 *= self._settings.beta1
-        self._power2 *= self._settings.beta2
-        for tensor in self._tensors:
-            for start in range(0, tensor.values.size, CHUNK):
-                stop = min(start + CHUNK, tensor.values.size)
-                gradient = self._gradient[: stop - start]
-                estimate(tensor, start, stop, terms, seed, gradient)
-                self._step_chunk(tensor, slice(start, stop), gradient, rate)
-
-    def _step_chunk(self, tensor: LatticeTensor, chunk: slice, gradient: Vector, rate: float) -> None:
-        first, second = self._first[tensor.index][chunk], self._second[tensor.index][chunk]
-        step = self._scratch[: gradient.size]
-        f32, settings, values = np.float32, self._settings, tensor.values[chunk]
-        first *= f32(settings.beta1)
-        np.multiply(gradient, f32(1.0 - settings.beta1), out=step)
-        first += step
-        second *= f32(settings.beta2)
-        np.multiply(gradient, gradient, out=step)
-        step *= f32(1.0 - settings.beta2)
-        second += step
-
-        np.divide(second, f32(1.0 - self._power2), out=step)
-        np.sqrt(step, out=step)
-        step += f32(settings.epsilon)
-        np.divide(first, f32(1.0 - self._power1), out=gradient)
-        np.divide(gradient, step, out=step)
-        if settings.weight_decay:
-            np.multiply(values, f32(settings.weight_decay), out=gradient)
-            step += gradient
-        step *= f32(rate)
-        g = f32(lattice.spacing(tensor.exponent))
-        np.divide(step, g, out=step)
-        np.rint(step, out=step)
-        step *= g
-        reach = largest(values) + largest(step) + self._probe_steps[tensor.index]
-        if not reach <= lattice.limit(tensor.exponent):
-            raise LatticeError(tensor.name, reach, lattice.limit(tensor.exponent))
-        values -= step
-
-    def update_digest(self, digest: Any) -> None:
-        digest.update(self._steps.to_bytes(8, "little"))
-        for moment in (*self._first, *self._second):
-            digest.update(moment.data.cast("B"))
+def _merge(terms: Sequence[Term]) -> list[Term]:
+    """From θ + εz to θ - εz is one step of -2εz, not two steps."""
+    if len(terms) == 2 and (terms[0].round, terms[0].direction) == (terms[1].round, terms[1].direction):
+        return [replace(terms[0], steps=[a + b for a, b in zip(terms[0].steps, terms[1].steps, strict=True)])]
+    return list(terms)
 
 
 def largest(values: Vector) -> float:
@@ -280,5 +313,6 @@ def make_client_weights(
         seed=settings.seed,
         probe_step=settings.probe_step,
         optimizer=settings.client,
+        distribution=settings.distribution,
         threads=threads,
     )

@@ -1,23 +1,32 @@
-"""Directions: Rademacher signs from Philox4x64-10, addressable by (seed, round, direction, tensor, chunk).
+"""Directions: random vectors from Philox4x64-10, addressable by (seed, round, direction, tensor, place).
 
-A byte of random bits indexes a 256 x 8 table of signed steps, so that eight entries cost one look-up.
-Specification with golden vectors: protocol/README.md, section "Directions".
+Rademacher signs come by table: a byte of random bits indexes 256 x 8 signed steps, so that eight entries cost one
+look-up. Gaussian entries are the papers' alternative. Specification with golden vectors: protocol/README.md,
+section "Directions".
 """
 
 from __future__ import annotations
 
 import enum
+import threading
 from functools import lru_cache
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.lattice import spacing
 
 RNG_VERSION = 1
 
+Distribution = Literal["rademacher", "gaussian"]
+
 CHUNK = 64 * 1024
-"""Elements in a chunk: its bits (8 KiB) and its values (256 KiB) stay in a core's cache."""
+"""Elements of a gaussian direction that share a counter, and of AdamW's scratch."""
+
+WORK = 16 * 1024
+"""Elements that are made and added at a time: steps and weights, 64 KiB each, stay in a core's nearest caches."""
 
 BITS_PER_BLOCK = 256
 MAX_SEED = 2**53 - 1
@@ -33,6 +42,7 @@ class Stream(enum.IntEnum):
     ORDER = 2
     SAMPLING = 3
     INITIALIZATION = 4
+    NORMALS = 5
 
 
 def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 0, block: int = 0) -> np.random.Philox:
@@ -72,6 +82,101 @@ def read_bits(generator: np.random.Philox, elements: int) -> npt.NDArray[np.uint
 
 
 def direction(seed: int, round_: int, direction_: int, index: int, elements: int) -> npt.NDArray[np.float32]:
-    """One tensor's whole direction as ±1 [elements]: the plain reading of the recipe, for tests and tools."""
+    """One tensor's Rademacher direction as ±1 [elements]: the plain reading of the recipe, for tests and tools."""
     generator = philox(seed, round_, direction_, Stream.SIGNS, index)
     return np.asarray(np.take(signs(), read_bits(generator, elements), axis=0).reshape(-1)[:elements])
+
+
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+
+class Steps(Protocol):
+    """step · z of one tensor and direction, from a given place on."""
+
+    def next(self, elements: int) -> Vector:
+        """The next `elements` entries, at most WORK; scratch of this thread until the next call."""
+        ...
+
+
+class RademacherSteps:
+    """±step."""
+
+    largest = 1.0
+    """Largest |z|."""
+
+    def __init__(self, seed: int, round_: int, direction_: int, index: int, step: float, start: int) -> None:
+        self._generator = philox(seed, round_, direction_, Stream.SIGNS, index, start // BITS_PER_BLOCK)
+        # One 32-byte item per row: numpy then copies a row at once.
+        self._table: npt.NDArray[Any] = (signs() * np.float32(step)).view("V32").reshape(-1)
+
+    def next(self, elements: int) -> Vector:
+        bits = read_bits(self._generator, elements)
+        # Every byte is a valid row; any mode but "raise" lets numpy write into `out` without a buffer.
+        np.take(self._table, bits, out=_scratch.values[: bits.size * 8].view("V32"), mode="clip")
+        return _scratch.values[:elements]
+
+
+class GaussianSteps:
+    """step · N(0, 1), cut at ±8 and rounded to the lattice; for AdamW, which rounds later, not rounded.
+
+    numpy's ziggurat takes a varying number of words, so only chunks are addressable, and bits are the same within one
+    build of numpy only.
+    """
+
+    largest = 8.0
+    """Largest |z|; beyond it lies a share of 1e-15."""
+
+    def __init__(
+        self, seed: int, round_: int, direction_: int, index: int, step: float, start: int, g: float | None
+    ) -> None:
+        self._name = (seed, round_, direction_, Stream.NORMALS, index)
+        self._step, self._g = np.float32(step if g is None else step / g), None if g is None else np.float32(g)
+        self._place = start
+        self._generator = np.random.Generator(np.random.Philox(0))
+
+    def next(self, elements: int) -> Vector:
+        if self._place % CHUNK == 0:
+            self._generator = np.random.Generator(philox(*self._name, block=self._place // CHUNK << 32))
+        self._place += elements
+        z = _scratch.values[:elements]
+        self._generator.standard_normal(out=z, dtype=np.float32)
+        np.clip(z, -self.largest, self.largest, out=z)
+        z *= self._step
+        if self._g is not None:
+            np.rint(z, out=z)
+            z *= self._g
+        return z
+
+
+LARGEST_ENTRY: dict[Distribution, float] = {
+    "rademacher": RademacherSteps.largest,
+    "gaussian": GaussianSteps.largest,
+}
+
+
+def open_steps(
+    distribution: Distribution,
+    seed: int,
+    round_: int,
+    direction_: int,
+    index: int,
+    step: float,
+    start: int,
+    exponent: int | None,
+) -> Steps:
+    """step · z of tensor `index` from element `start` on, a multiple of CHUNK; on the lattice 2^exponent if given.
+
+    Rademacher entries are on the lattice because their step is.
+    """
+    if distribution == "rademacher":
+        return RademacherSteps(seed, round_, direction_, index, step, start)
+    g = None if exponent is None else spacing(exponent)
+    return GaussianSteps(seed, round_, direction_, index, step, start, g)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.values = np.empty(WORK, np.float32)
+
+
+_scratch = _Scratch()

@@ -30,7 +30,8 @@ class HoslError(Exception):
     │   ├── FrameError         bytes that are no frame
     │   ├── LimitError         a length above what was agreed, found before memory was taken
     │   └── UnexpectedMessage  a valid message at the wrong time
-    └── LatticeError           weights would leave the range in which sums are exact
+    ├── LatticeError           weights have diverged: no lattice holds them
+    └── IrreversibleError      updates that cannot be taken back: replay from the base shard
     """
 
     exit_code = ExitCode.INTERNAL
@@ -83,13 +84,17 @@ class UnexpectedMessage(ProtocolError):
 
 
 class LatticeError(HoslError):
-    """A tensor's weights could leave the range in which float32 sums are exact."""
+    """A tensor's weights would leave the coarsest lattice that a run may use."""
 
     exit_code = ExitCode.SETTINGS
 
     def __init__(self, tensor: str, bound: float, limit: float) -> None:
         self.tensor, self.bound, self.limit = tensor, bound, limit
         super().__init__(
-            f"weights of {tensor} may reach {bound:.6g}, exact sums end at {limit:.6g}: "
-            "lower the client's learning rate, or export again from the trained checkpoint"
+            f"weights of {tensor} may reach {bound:.6g}, the run's coarsest lattice ends at {limit:.6g}: "
+            "the client's half diverges, lower client.learning_rate"
         )
+
+
+class IrreversibleError(HoslError):
+    """The updates cannot be taken back; the state before them is that of a replay from the base shard."""

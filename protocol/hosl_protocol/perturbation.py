@@ -6,25 +6,20 @@ operation: θ ← θ + Σ step · z. On the lattice the sum is exact, so order, 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from hosl_protocol.directions import BITS_PER_BLOCK, CHUNK, Stream, philox, read_bits, signs
+from hosl_protocol.directions import CHUNK, WORK, Distribution, Steps, Vector, open_steps
 
 SEGMENT = 16 * CHUNK
 """Elements that one job walks, chunk by chunk; long enough to make its generators worth their set-up."""
 
 TERMS_PER_PASS = 64
 """Directions that one pass adds; more take further passes, so that a long catch-up needs no more memory."""
-
-Vector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,34 @@ class Term:
     """Per tensor, a multiple of its lattice's g; 0 leaves the tensor alone."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Where directions come from."""
+
+    seed: int
+    distribution: Distribution = "rademacher"
+
+    def open(self, tensor: LatticeTensor, start: int, terms: Sequence[Term], *, is_rounded: bool = True) -> list[Steps]:
+        """step · z of each term that moves the tensor, from element `start` on."""
+        exponent = tensor.exponent if is_rounded else None
+        return [
+            open_steps(
+                self.distribution,
+                self.seed,
+                term.round,
+                term.direction,
+                tensor.index,
+                term.steps[tensor.index],
+                start,
+                exponent,
+            )
+            for term in terms
+            if term.steps[tensor.index]
+        ]
+
+
 def add_directions(
-    tensors: Sequence[LatticeTensor], terms: Sequence[Term], seed: int, executor: Executor | None = None
+    tensors: Sequence[LatticeTensor], terms: Sequence[Term], recipe: Recipe, executor: Executor | None = None
 ) -> None:
     """θ ← θ + Σ_terms step · z, in place. The caller keeps every partial sum inside the exact range."""
     for first in range(0, len(terms), TERMS_PER_PASS):
@@ -59,20 +80,20 @@ def add_directions(
         jobs = list(_jobs(tensors, group))
         if executor is None:
             for job in jobs:
-                _add_job(job, group, seed)
+                _add_job(job, group, recipe)
         else:
-            for _ in executor.map(partial(_add_job, terms=group, seed=seed), jobs):
+            for _ in executor.map(partial(_add_job, terms=group, recipe=recipe), jobs):
                 pass
 
 
-def estimate(tensor: LatticeTensor, start: int, stop: int, terms: Sequence[Term], seed: int, out: Vector) -> None:
+def estimate(tensor: LatticeTensor, start: int, stop: int, terms: Sequence[Term], recipe: Recipe, out: Vector) -> None:
     """out ← Σ_terms step · z over elements [start, stop) of one tensor, summed in the order of `terms`.
 
     `start` is a multiple of CHUNK and stop - start at most CHUNK.
     """
     out[:] = 0.0
-    for generator, table in _open(tensor, start, terms, seed):
-        out += _signed_steps(generator, table, stop - start)
+    opened = recipe.open(tensor, start, terms, is_rounded=False)
+    _accumulate(out, opened)
 
 
 def _jobs(tensors: Sequence[LatticeTensor], terms: Sequence[Term]) -> Iterator[tuple[LatticeTensor, int, int]]:
@@ -82,42 +103,13 @@ def _jobs(tensors: Sequence[LatticeTensor], terms: Sequence[Term]) -> Iterator[t
                 yield tensor, start, min(start + SEGMENT, tensor.values.size)
 
 
-def _add_job(job: tuple[LatticeTensor, int, int], terms: Sequence[Term], seed: int) -> None:
+def _add_job(job: tuple[LatticeTensor, int, int], terms: Sequence[Term], recipe: Recipe) -> None:
     tensor, start, stop = job
-    opened = _open(tensor, start, terms, seed)
-    for chunk_start in range(start, stop, CHUNK):
-        chunk = tensor.values[chunk_start : min(chunk_start + CHUNK, stop)]
-        for generator, table in opened:
-            np.add(chunk, _signed_steps(generator, table, chunk.size), out=chunk)
+    _accumulate(tensor.values[start:stop], recipe.open(tensor, start, terms))
 
 
-def _open(
-    tensor: LatticeTensor, start: int, terms: Sequence[Term], seed: int
-) -> list[tuple[np.random.Philox, npt.NDArray[Any]]]:
-    block = start // BITS_PER_BLOCK
-    return [
-        (
-            philox(seed, term.round, term.direction, Stream.SIGNS, tensor.index, block),
-            # One 32-byte item per row: numpy then copies a row at once.
-            (signs() * np.float32(term.steps[tensor.index])).view("V32").reshape(-1),
-        )
-        for term in terms
-        if term.steps[tensor.index]
-    ]
-
-
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.values = np.empty(CHUNK, np.float32)
-
-
-_scratch = _Scratch()
-
-
-def _signed_steps(generator: np.random.Philox, table: npt.NDArray[Any], elements: int) -> Vector:
-    """The next `elements` entries of step · z; the result lives in this thread's scratch until the next call."""
-    bits = read_bits(generator, elements)
-    rows = _scratch.values[: bits.size * 8].view("V32")
-    # Every byte is a valid row; any mode but "raise" lets numpy write into `out` without a buffer.
-    np.take(table, bits, out=rows, mode="clip")
-    return _scratch.values[:elements]
+def _accumulate(values: Vector, opened: Sequence[Steps]) -> None:
+    for first in range(0, values.size, WORK):
+        part = values[first : first + WORK]
+        for steps in opened:
+            np.add(part, steps.next(part.size), out=part)

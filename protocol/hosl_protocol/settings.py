@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED
+from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED, Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.tasks import Task, check_task
 
@@ -49,6 +49,8 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """P of HO-SFL, Q of HOSL."""
     probe_step: float = 1e-3
     """μ of HO-SFL, ε of HOSL, in weight units."""
+    distribution: Distribution = "rademacher"
+    """Of a direction's entries: ±1, or the papers' normals, which cost many times the time."""
     batch_size: int = 16
     """Examples a device draws each round."""
     max_length: int = 128
@@ -87,6 +89,9 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
         value = getattr(settings.client, name)
         if not 0.0 <= value < 1.0:
             raise SettingsError(f"client.{name}", value, "use a number from 0 up to, not including, 1")
+    if not settings.client.beta1**2 < settings.client.beta2:
+        remedy = f"use a number above beta1², {settings.client.beta1**2:.3g}, or AdamW's steps have no bound"
+        raise SettingsError("client.beta2", settings.client.beta2, remedy)
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
     if settings.algorithm == "ho-sfl" and settings.wire_dtype == "float16":

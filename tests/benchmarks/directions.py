@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hosl_protocol import LatticeTensor, Term, add_directions
+from hosl_protocol import LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.directions import CHUNK
 
 ELEMENTS = 82_700_000
@@ -34,7 +34,7 @@ Weights = npt.NDArray[np.float32]
 def add_signs(weights: Weights, terms: int, executor: ThreadPoolExecutor | None) -> None:
     """The product's own pass."""
     tensor = LatticeTensor("weights", 0, weights, -24)
-    add_directions([tensor], [Term(1, direction, [2.0**-10]) for direction in range(terms)], seed=1, executor=executor)
+    add_directions([tensor], [Term(1, direction, [2.0**-10]) for direction in range(terms)], Recipe(1), executor)
 
 
 def add_numpy_normals(weights: Weights) -> None:

@@ -14,6 +14,7 @@ from hosl_protocol import (
     ClientOptimizer,
     ClientWeights,
     HoslError,
+    IrreversibleError,
     LatticeError,
     LatticeTensor,
     Manifest,
@@ -22,6 +23,7 @@ from hosl_protocol import (
     SettingsError,
     TensorEntry,
     UpdateRecord,
+    adamw,
     client,
     convert,
     direction,
@@ -39,6 +41,11 @@ GOLDEN_DIGESTS = (
     "5cd7a681e949af0e98d6be2af4c1cbbe5787198d24ee500d080934b9363d2488",
     "97c9331fa25ca20c7dffe7629b2558a7d16d29be128c415af8807f43378ed364",
 )
+# After 1,000 rounds, across re-lattice events; the same on every machine.
+GOLDEN_LONG = {
+    "sgd": "543f2e908b41c6a063a79abbac561c0f12ee05264fb48e66b98b9977036a6d81",
+    "adamw": "acfbdfd83f060e01e51c50ab6d710e7d3f141d8115e3c63616159d6c291dd80e",
+}
 
 
 def make_base(length, index):
@@ -46,10 +53,14 @@ def make_base(length, index):
     return np.array([((place * 37 + index * 11) % 601 - 300) / 1024 for place in range(length)], np.float32)
 
 
-def make_weights(kind="sgd", *, seed=SEED, lengths=LENGTHS, probe_step=1e-3, threads=1, **optimizer):
+def make_weights(
+    kind="sgd", *, seed=SEED, lengths=LENGTHS, probe_step=1e-3, distribution="rademacher", threads=1, **optimizer
+):
     tensors = [LatticeTensor(f"w{i}", i, make_base(n, i), -24 + i) for i, n in enumerate(lengths)]
     chosen = ClientOptimizer(optimizer=kind, **optimizer)
-    return ClientWeights(tensors, seed=seed, probe_step=probe_step, optimizer=chosen, threads=threads)
+    return ClientWeights(
+        tensors, seed=seed, probe_step=probe_step, optimizer=chosen, distribution=distribution, threads=threads
+    )
 
 
 def make_updates(count, *, scale=1.0, rate=1e-3):
@@ -204,27 +215,60 @@ def test_resolution_is_the_smallest_coefficient_in_lattice_steps():
     assert weights.resolution(UpdateRecord(1, np.zeros(2, np.float32), 0.0)) == math.inf
 
 
-# The range in which sums are exact
+# The range in which sums are exact, and the event that widens it
 
 
-def make_one(values, probe_step=2.0**-10):
+def make_one(values, probe_step=2.0**-10, **options):
     tensor = LatticeTensor("w", 0, np.array(values, np.float32), -24)  # exact up to 1
-    return ClientWeights([tensor], seed=SEED, probe_step=probe_step, optimizer=ClientOptimizer()), tensor
+    optimizer = ClientOptimizer(**options)
+    return ClientWeights([tensor], seed=SEED, probe_step=probe_step, optimizer=optimizer), tensor
 
 
-def test_range_guard_raises_before_the_weights_leave_the_exact_range():
+def away(rounds, size):
+    """Updates that move a weight of one element up by `size` each."""
+    signs = [float(direction(SEED, n, 0, 0, 1)[0]) for n in range(1, rounds + 1)]
+    return [UpdateRecord(n, np.array([size * s], np.float32), 0.0) for n, s in enumerate(signs, 1)]
+
+
+def test_weights_that_would_leave_the_exact_range_move_to_a_coarser_lattice():
+    g = 2.0**-24
+    weights, tensor = make_one([0.5, 3 * g, 2 * g, g])
+    weights.apply([UpdateRecord(1, np.array([0.625], np.float32), 0.0)])
+    assert weights.coarsenings == [client.Coarsening(1, "w", -22)]
+    signs = direction(SEED, 1, 0, 0, 4)
+    # Steps are now 4 g: 3 g lies nearest to 4 g, 2 g half way goes to the even 0, g to 0.
+    assert (tensor.values - np.float32(0.625) * signs).tolist() == [0.5, 4 * g, 0.0, 0.0]
+    assert lattice.is_on_lattice(tensor.values, -22)
+    assert weights.tensors[0].exponent == -22
+
+
+def test_the_coarser_lattice_rounds_probes_and_later_steps():
+    weights, tensor = make_one([0.5], probe_step=21 * 2.0**-24)
+    weights.apply([UpdateRecord(1, np.array([0.625], np.float32), 0.0)])
+    before = tensor.values.copy()
+    weights.probe(ProbePoint(2, 0, 1))
+    assert abs(float(tensor.values[0] - before[0])) == 5 * 2.0**-22  # 21 steps of the old g, 5.25 of the new
+    weights.probe(None)
+    assert np.array_equal(tensor.values, before)
+    weights.apply([UpdateRecord(2, np.array([2.0**-24], np.float32), 0.0)])
+    assert abs(float(tensor.values[0] - before[0])) in (0.0, 2.0**-22)
+
+
+def test_the_guard_leaves_room_for_the_probe_step():
+    tight, _ = make_one([0.5], probe_step=0.25)
+    tight.apply([UpdateRecord(1, np.array([0.375], np.float32), 0.0)])
+    assert [event.exponent for event in tight.coarsenings] == [-22]
+    fitting, _ = make_one([0.5], probe_step=0.25)
+    fitting.apply([UpdateRecord(1, np.array([0.25], np.float32), 0.0)])
+    assert fitting.coarsenings == []
+
+
+def test_weights_that_outgrow_every_lattice_have_diverged_and_nothing_changes():
     weights, tensor = make_one([0.5, -0.25])
-    with pytest.raises(LatticeError, match=r"weights of w may reach 1\.1.*, exact sums end at 1: lower") as caught:
-        weights.apply([UpdateRecord(1, np.array([0.6], np.float32), 0.0)])
+    with pytest.raises(LatticeError, match=r"weights of w may reach 200\.5.*coarsest lattice ends at 128") as caught:
+        weights.apply([UpdateRecord(1, np.array([200.0], np.float32), 0.0)])
     assert tensor.values.tolist() == [0.5, -0.25]
-    assert (weights.applied_round, caught.value.tensor, caught.value.limit) == (0, "w", 1.0)
-
-
-def test_range_guard_leaves_room_for_the_probe_step():
-    weights, _ = make_one([0.5], probe_step=0.25)
-    with pytest.raises(LatticeError):
-        weights.apply([UpdateRecord(1, np.array([0.375], np.float32), 0.0)])
-    weights.apply([UpdateRecord(1, np.array([0.25], np.float32), 0.0)])
+    assert (weights.applied_round, weights.coarsenings, caught.value.tensor) == (0, [], "w")
 
 
 def to_and_fro(rounds, size=0.125):
@@ -233,11 +277,11 @@ def to_and_fro(rounds, size=0.125):
     return [UpdateRecord(n, np.array([size * s], np.float32), 0.0) for n, s in enumerate(signs, 1)]
 
 
-def test_range_guard_takes_the_true_maximum_before_it_gives_up():
+def test_the_guard_takes_the_true_maximum_before_it_coarsens():
     weights, tensor = make_one([0.25])
     for update in to_and_fro(20):  # their sizes add up to 2.5; the weight never leaves 0.125 to 0.375
         weights.apply([update])
-    assert weights.applied_round == 20
+    assert (weights.applied_round, weights.coarsenings) == (20, [])
     assert tensor.values.tolist() == [0.25]
 
 
@@ -254,14 +298,36 @@ def test_a_long_catch_up_that_no_single_pass_could_hold_equals_the_rounds_one_by
     assert (fused.applied_round, tensor.values.tolist()) == (0, [0.25])
 
 
-def test_a_catch_up_that_leaves_the_range_stops_at_the_last_round_that_fits():
-    up = [float(direction(SEED, n, 0, 0, 1)[0]) for n in range(1, 9)]
-    updates = [UpdateRecord(n, np.array([0.125 * s], np.float32), 0.0) for n, s in enumerate(up, 1)]
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@given(st.integers(0, 2**32), st.data())
+def test_a_catch_up_across_events_equals_the_rounds_one_by_one(kind, seed, data):
+    chance = np.random.default_rng(seed)
+    rows = chance.normal(0, 0.1, (24, 2)).astype(np.float32)
+    updates = [UpdateRecord(n, row, abs(float(row[0]))) for n, row in enumerate(rows, 1)]
+    single = make_weights(kind, seed=seed % 1000, weight_decay=0.1)
+    for update in updates:
+        single.apply([update])
+    cut = data.draw(st.integers(0, len(updates)))
+    fused = make_weights(kind, seed=seed % 1000, weight_decay=0.1)
+    fused.apply(updates[:cut])
+    fused.apply(updates[cut:])
+    assert fused.digest() == single.digest()
+    assert fused.coarsenings == single.coarsenings
+    assert all(lattice.is_on_lattice(tensor.values, tensor.exponent) for tensor in fused.tensors)
+
+
+def test_updates_after_an_event_can_be_taken_back_and_those_before_cannot():
     weights, tensor = make_one([0.25])
-    with pytest.raises(LatticeError):
-        weights.apply(updates)
-    assert weights.applied_round == 5
-    assert tensor.values.tolist() == [0.25 + 5 * 0.125]
+    updates = away(8, 0.125)
+    weights.apply(updates)
+    assert [event.round for event in weights.coarsenings] == [6]
+    assert tensor.values.tolist() == [1.25]
+    before = weights.digest()
+    with pytest.raises(IrreversibleError, match="round 6 made the lattice of w coarser"):
+        weights.revert(updates[5:])
+    assert (weights.digest(), weights.applied_round) == (before, 8)
+    weights.revert(updates[6:])
+    assert (weights.applied_round, tensor.values.tolist()) == (6, [1.0])
 
 
 def test_the_last_round_that_fitted_can_always_be_taken_back():
@@ -273,8 +339,8 @@ def test_the_last_round_that_fitted_can_always_be_taken_back():
     weights.revert([update])
     assert tensor.values.tolist() == [0.5]
     weights.apply([update])
-    with pytest.raises(LatticeError):
-        weights.apply([UpdateRecord(2, np.array([0.125], np.float32), 0.0)])
+    weights.apply([UpdateRecord(2, np.array([0.125], np.float32), 0.0)])
+    assert [event.round for event in weights.coarsenings] == [2]
 
 
 # AdamW
@@ -314,8 +380,8 @@ def test_adamw_gives_the_same_bits_whatever_the_chunks(chunk, rounds):
     whole = make_weights("adamw", weight_decay=0.01)
     whole.apply(updates)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "CHUNK", chunk)
-        patch.setattr(perturbation, "CHUNK", chunk)
+        patch.setattr(adamw, "CHUNK", chunk)
+        patch.setattr(perturbation, "WORK", chunk)
         cut = make_weights("adamw", weight_decay=0.01)
         for update in updates:
             cut.apply([update])
@@ -341,20 +407,48 @@ def test_adamw_digest_covers_its_moments():
     assert len({a.digest(), b.digest(), make_weights("adamw").digest()}) == 3
 
 
-def test_adamw_cannot_be_taken_back_and_says_what_to_do():
+def test_adamw_cannot_be_taken_back():
     weights = make_weights("adamw")
     weights.apply(make_updates(1))
-    with pytest.raises(HoslError, match="replay from the base shard"):
+    with pytest.raises(IrreversibleError, match="AdamW"):
         weights.revert(make_updates(1))
 
 
-def test_adamw_raises_before_a_probe_could_leave_the_exact_range():
+def test_adamw_moves_to_a_coarser_lattice_before_a_probe_could_leave_the_exact_range():
+    # The largest weight is 300/1024 and the first step is the rate: 0.5 + 0.3 + ε still fits below 1.
+    fitting = make_weights("adamw", lengths=(300,), probe_step=1e-3)
+    fitting.apply(make_updates(1, rate=0.5))
+    assert fitting.coarsenings == []
+    for weights, rate in (
+        (make_weights("adamw", lengths=(300,)), 0.8),
+        (make_weights("adamw", lengths=(300,), probe_step=0.4), 0.5),
+    ):
+        weights.apply(make_updates(1, rate=rate))
+        assert [(event.round, event.tensor) for event in weights.coarsenings] == [(1, "w0")]
+        assert lattice.is_on_lattice(weights.tensors[0].values, weights.tensors[0].exponent)
+
+
+def test_adamw_refuses_what_it_cannot_square_and_changes_nothing():
+    weights = make_weights("adamw")
+    before = weights.digest()
+    with pytest.raises(HoslError, match=r"round 1 is an estimate of 1e\+30"):
+        weights.apply([UpdateRecord(1, np.array([1e30], np.float32), 1e-3)])
     with pytest.raises(LatticeError, match="weights of w0"):
-        make_weights("adamw").apply(make_updates(1, rate=0.8))
-    # The largest weight is 300/1024 and the step is the rate: 0.5 + 0.3 + ε still fits below 1.
-    make_weights("adamw", probe_step=1e-3).apply(make_updates(1, rate=0.5))
-    with pytest.raises(LatticeError, match="weights of w0"):
-        make_weights("adamw", probe_step=0.4).apply(make_updates(1, rate=0.5))
+        weights.apply([UpdateRecord(1, np.array([1.0], np.float32), 1e6)])
+    assert (weights.digest(), weights.applied_round) == (before, 0)
+
+
+@given(
+    st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=1, max_size=40),
+    st.sampled_from([(0.9, 0.999), (0.9, 0.82), (0.0, 0.5)]),
+)
+def test_no_step_of_adamw_is_longer_than_its_bound(coefficients, betas):
+    weights, tensor = make_one([0.0], optimizer="adamw", beta1=betas[0], beta2=betas[1], probe_step=0.25)
+    optimizer = weights._adamw
+    for n, coefficient in enumerate(coefficients, 1):
+        bound, before = optimizer.growth(0.0, -24, 2.0**-6), float(tensor.values[0])
+        weights.apply([UpdateRecord(n, np.array([coefficient], np.float32), 2.0**-6)])
+        assert abs(float(tensor.values[0]) - before) <= bound + lattice.spacing(weights.tensors[0].exponent)
 
 
 # Digest
@@ -373,6 +467,45 @@ def test_weights_have_their_golden_digest():
     sgd.apply(make_updates(5))
     adamw.apply(make_updates(5))
     assert (base, sgd.digest(), adamw.digest()) == GOLDEN_DIGESTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "events"), [("sgd", 64.0, [(60, 0), (325, 1), (755, 0), (836, 2)]), ("adamw", 1.0, [(177, 0)])]
+)
+def test_weights_have_their_golden_digest_after_a_thousand_updates(kind, scale, events):
+    weights = make_weights(kind, weight_decay=0.01)
+    weights.apply(make_updates(1000, scale=scale, rate=2.0**-6))
+    assert [(event.round, event.tensor) for event in weights.coarsenings] == [(n, f"w{t}") for n, t in events]
+    assert weights.digest() == GOLDEN_LONG[kind]
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_ten_thousand_mixed_moves_leave_the_bits_of_the_updates_alone(distribution, monkeypatch):
+    """Probes, restores, updates and take-backs in a random order, by one thread or three, in odd stretches."""
+    chance = np.random.default_rng(7)
+    updates = make_updates(40)
+    expected = [make_weights(distribution=distribution).digest()]
+    straight = make_weights(distribution=distribution)
+    for update in updates:
+        straight.apply([update])
+        expected.append(straight.digest())
+    monkeypatch.setattr(client, "THREADED_ABOVE", 10)
+    weights, moves = make_weights(distribution=distribution, threads=3), 0
+    if distribution == "rademacher":
+        monkeypatch.setattr(perturbation, "WORK", 64)
+        monkeypatch.setattr(perturbation, "SEGMENT", 256)
+    while moves < 10_000:
+        for _ in range(int(chance.integers(1, 40))):
+            weights.probe(ProbePoint(int(chance.integers(1, 99)), int(chance.integers(4)), int(chance.choice([-1, 1]))))
+            moves += 1
+        target, here = int(chance.integers(0, 41)), weights.applied_round
+        if target > here:
+            weights.apply(updates[here:target])
+        else:
+            weights.revert(updates[target:here])
+        moves += abs(target - here)
+        assert weights.digest() == expected[target]
+    weights.close()
 
 
 def test_threads_give_the_same_bits(monkeypatch):

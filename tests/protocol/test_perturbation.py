@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import LatticeTensor, Term, add_directions, direction, lattice, perturbation
+from hosl_protocol import LatticeTensor, Recipe, Term, add_directions, direction, lattice, perturbation
 from hosl_protocol.directions import CHUNK
 from hosl_protocol.perturbation import SEGMENT, TERMS_PER_PASS, estimate
 
@@ -51,8 +52,8 @@ def bits_of(tensors):
 def test_add_then_take_back_gives_the_same_bits(seed, lengths, count):
     tensors = make_tensors(seed, lengths)
     before, terms = bits_of(tensors), make_terms(tensors, seed, count)
-    add_directions(tensors, terms, seed)
-    add_directions(tensors, opposite(terms), seed)
+    add_directions(tensors, terms, Recipe(seed))
+    add_directions(tensors, opposite(terms), Recipe(seed))
     assert bits_of(tensors) == before
 
 
@@ -60,12 +61,12 @@ def test_add_then_take_back_gives_the_same_bits(seed, lengths, count):
 def test_any_order_in_one_pass_or_many_gives_the_same_bits(seed, lengths, chance):
     fused, single, shuffled = (make_tensors(seed, lengths) for _ in range(3))
     terms = make_terms(fused, seed, 6)
-    add_directions(fused, terms, seed)
+    add_directions(fused, terms, Recipe(seed))
     for term in terms:
-        add_directions(single, [term], seed)
+        add_directions(single, [term], Recipe(seed))
     chance.shuffle(terms)
-    add_directions(shuffled, terms[:2], seed)
-    add_directions(shuffled, terms[2:], seed)
+    add_directions(shuffled, terms[:2], Recipe(seed))
+    add_directions(shuffled, terms[2:], Recipe(seed))
     assert bits_of(fused) == bits_of(single) == bits_of(shuffled)
 
 
@@ -73,11 +74,11 @@ def test_any_order_in_one_pass_or_many_gives_the_same_bits(seed, lengths, chance
 def test_chunks_and_threads_do_not_matter(seed, length, chunk, threads):
     plain, cut = make_tensors(seed, [length, 700]), make_tensors(seed, [length, 700])
     terms = make_terms(plain, seed, 3)
-    add_directions(plain, terms, seed)
+    add_directions(plain, terms, Recipe(seed))
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(threads) as executor:
-        patch.setattr(perturbation, "CHUNK", chunk)
+        patch.setattr(perturbation, "WORK", chunk)
         patch.setattr(perturbation, "SEGMENT", 2 * chunk)
-        add_directions(cut, terms, seed, executor)
+        add_directions(cut, terms, Recipe(seed), executor)
     assert bits_of(plain) == bits_of(cut)
 
 
@@ -85,14 +86,14 @@ def test_chunks_and_threads_do_not_matter(seed, length, chunk, threads):
 def test_whole_tensors_move_along_the_direction_of_the_plain_recipe(length):
     g = lattice.spacing(-24)
     tensor = LatticeTensor("w", 0, np.zeros(length, np.float32), -24)
-    add_directions([tensor], [Term(3, 1, [5 * g]), Term(4, 0, [-2 * g])], seed=9)
+    add_directions([tensor], [Term(3, 1, [5 * g]), Term(4, 0, [-2 * g])], Recipe(9))
     expected = np.float32(5 * g) * direction(9, 3, 1, 0, length) - np.float32(2 * g) * direction(9, 4, 0, 0, length)
     assert np.array_equal(tensor.values, expected)
 
 
 def test_each_tensor_has_bits_of_its_own():
     tensors = [LatticeTensor(name, index, np.zeros(64, np.float32), -24) for index, name in enumerate("ab")]
-    add_directions(tensors, [Term(1, 0, [1.0, 1.0])], seed=1)
+    add_directions(tensors, [Term(1, 0, [1.0, 1.0])], Recipe(1))
     assert tensors[0].values.tolist() == direction(1, 1, 0, 0, 64).tolist()
     assert tensors[1].values.tolist() == direction(1, 1, 0, 1, 64).tolist()
 
@@ -100,7 +101,7 @@ def test_each_tensor_has_bits_of_its_own():
 def test_step_zero_leaves_a_tensor_alone():
     tensors = make_tensors(1, [100, 100])
     before = bits_of(tensors)
-    add_directions(tensors, [Term(1, 0, [0.0, lattice.spacing(tensors[1].exponent)])], seed=1)
+    add_directions(tensors, [Term(1, 0, [0.0, lattice.spacing(tensors[1].exponent)])], Recipe(1))
     assert tensors[0].values.tobytes() == before[0]
     assert tensors[1].values.tobytes() != before[1]
 
@@ -108,7 +109,7 @@ def test_step_zero_leaves_a_tensor_alone():
 def test_more_terms_than_one_pass_takes_all_count():
     tensor = LatticeTensor("w", 0, np.zeros(16, np.float32), -24)
     count = TERMS_PER_PASS + 3
-    add_directions([tensor], [Term(round_, 0, [lattice.spacing(-24)]) for round_ in range(1, count + 1)], seed=2)
+    add_directions([tensor], [Term(round_, 0, [lattice.spacing(-24)]) for round_ in range(1, count + 1)], Recipe(2))
     expected = sum(direction(2, round_, 0, 0, 16) for round_ in range(1, count + 1))
     assert np.array_equal(tensor.values / np.float32(lattice.spacing(-24)), expected)
 
@@ -117,6 +118,38 @@ def test_estimate_of_a_chunk_is_that_part_of_the_whole_sum():
     tensor = LatticeTensor("w", 2, np.zeros(CHUNK + 100, np.float32), -24)
     out = np.empty(100, np.float32)
     terms = [Term(1, 0, [0, 0, 0.25]), Term(1, 1, [0, 0, -0.5])]
-    estimate(tensor, CHUNK, CHUNK + 100, terms, 8, out)
+    estimate(tensor, CHUNK, CHUNK + 100, terms, Recipe(8), out)
     expected = 0.25 * direction(8, 1, 0, 2, CHUNK + 100) - 0.5 * direction(8, 1, 1, 2, CHUNK + 100)
     assert np.array_equal(out, expected[CHUNK:])
+
+
+# Gaussian directions
+
+
+def test_gaussian_entries_are_cut_rounded_and_the_same_from_any_chunk_on():
+    g, count = lattice.spacing(-24), 2 * CHUNK + 500
+    whole = LatticeTensor("w", 1, np.zeros(count, np.float32), -24)
+    term = Term(3, 1, [0.0, 2.0**-10])
+    add_directions([whole], [term], Recipe(5, "gaussian"))
+    assert lattice.is_on_lattice(whole.values, -24)
+    assert np.abs(whole.values).max() <= 8 * 2.0**-10
+    z = whole.values / 2.0**-10
+    assert abs(z.mean()) < 5 / math.sqrt(count)
+    assert abs(z.std() - 1.0) < 5 / math.sqrt(2 * count)
+    chunk = np.empty(500, np.float32)
+    estimate(whole, 2 * CHUNK, count, [term], Recipe(5, "gaussian"), chunk)
+    assert np.array_equal(np.rint(chunk / np.float32(g)) * np.float32(g), whole.values[2 * CHUNK :])
+
+
+@given(seeds, st.integers(1, 3), st.sampled_from([1, 2, 3]))
+def test_gaussian_perturb_and_restore_give_the_same_bits_whatever_the_threads(seed, count, threads):
+    tensors = make_tensors(seed, [300, CHUNK + 7])
+    plain = make_tensors(seed, [300, CHUNK + 7])
+    before, terms, recipe = bits_of(tensors), make_terms(tensors, seed, count), Recipe(seed, "gaussian")
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(threads) as executor:
+        patch.setattr(perturbation, "SEGMENT", CHUNK)
+        add_directions(tensors, terms, recipe, executor)
+    add_directions(plain, terms[::-1], recipe)
+    assert bits_of(tensors) == bits_of(plain)
+    add_directions(tensors, opposite(terms), recipe)
+    assert bits_of(tensors) == before
