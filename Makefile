@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo demo-hosl test bench lint format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
 	touch $@

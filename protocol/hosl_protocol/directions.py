@@ -25,8 +25,9 @@ Distribution = Literal["rademacher", "gaussian"]
 CHUNK = 64 * 1024
 """Elements of a gaussian direction that share a counter, and of AdamW's scratch."""
 
-WORK = 16 * 1024
-"""Elements that are made and added at a time: steps and weights, 64 KiB each, stay in a core's nearest caches."""
+WORK = 256 * 1024
+"""Elements that numpy makes and adds at a time: fewer would stay in a core's own cache, but threads would spend their
+time handing each other the interpreter's lock."""
 
 BITS_PER_BLOCK = 256
 MAX_SEED = 2**53 - 1
@@ -135,11 +136,16 @@ class GaussianSteps:
         self._generator = np.random.Generator(np.random.Philox(0))
 
     def next(self, elements: int) -> Vector:
-        if self._place % CHUNK == 0:
-            self._generator = np.random.Generator(philox(*self._name, block=self._place // CHUNK << 32))
-        self._place += elements
         z = _scratch.values[:elements]
-        self._generator.standard_normal(out=z, dtype=np.float32)
+        end = self._place + elements
+        while self._place < end:
+            if self._place % CHUNK == 0:
+                self._generator = np.random.Generator(philox(*self._name, block=self._place // CHUNK << 32))
+            stop = min(end, self._place - self._place % CHUNK + CHUNK)
+            self._generator.standard_normal(
+                out=z[self._place - end + elements : stop - end + elements], dtype=np.float32
+            )
+            self._place = stop
         np.clip(z, -self.largest, self.largest, out=z)
         z *= self._step
         if self._g is not None:

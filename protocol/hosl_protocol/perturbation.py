@@ -13,12 +13,13 @@ from functools import partial
 
 import numpy as np
 
-from hosl_protocol.directions import CHUNK, WORK, Distribution, Steps, Vector, open_steps
+from hosl_protocol import kernel
+from hosl_protocol.directions import CHUNK, WORK, Distribution, Vector, open_steps
 
 SEGMENT = 16 * CHUNK
-"""Elements that one job walks, chunk by chunk; long enough to make its generators worth their set-up."""
+"""Elements of one job: long enough to make its set-up cheap, short enough to share tensors between threads."""
 
-TERMS_PER_PASS = 64
+TERMS_PER_PASS = kernel.MAX_TERMS
 """Directions that one pass adds; more take further passes, so that a long catch-up needs no more memory."""
 
 
@@ -52,23 +53,35 @@ class Recipe:
     seed: int
     distribution: Distribution = "rademacher"
 
-    def open(self, tensor: LatticeTensor, start: int, terms: Sequence[Term], *, is_rounded: bool = True) -> list[Steps]:
-        """step · z of each term that moves the tensor, from element `start` on."""
+    def add(
+        self, values: Vector, tensor: LatticeTensor, start: int, terms: Sequence[Term], *, is_rounded: bool = True
+    ) -> None:
+        """values ← values + Σ_terms step · z over elements [start, start + n) of a tensor; n is values.size.
+
+        `start` is a multiple of CHUNK. Entries are on the tensor's lattice where `is_rounded`.
+        """
+        present = [term for term in terms if term.steps[tensor.index]]
+        compiled = kernel.load() if self.distribution == "rademacher" else None
+        if compiled is None:
+            self._add_with_numpy(values, tensor, start, present, is_rounded)
+            return
+        rows = [((self.seed, t.round << 16 | t.direction), tensor.index, t.steps[tensor.index], 0) for t in present]
+        compiled(values, start, kernel.pack(rows))
+
+    def _add_with_numpy(
+        self, values: Vector, tensor: LatticeTensor, start: int, terms: Sequence[Term], is_rounded: bool
+    ) -> None:
         exponent = tensor.exponent if is_rounded else None
-        return [
+        opened = [
             open_steps(
-                self.distribution,
-                self.seed,
-                term.round,
-                term.direction,
-                tensor.index,
-                term.steps[tensor.index],
-                start,
-                exponent,
+                self.distribution, self.seed, t.round, t.direction, tensor.index, t.steps[tensor.index], start, exponent
             )
-            for term in terms
-            if term.steps[tensor.index]
+            for t in terms
         ]
+        for first in range(0, values.size, WORK):
+            part = values[first : first + WORK]
+            for steps in opened:
+                np.add(part, steps.next(part.size), out=part)
 
 
 def add_directions(
@@ -92,8 +105,7 @@ def estimate(tensor: LatticeTensor, start: int, stop: int, terms: Sequence[Term]
     `start` is a multiple of CHUNK and stop - start at most CHUNK.
     """
     out[:] = 0.0
-    opened = recipe.open(tensor, start, terms, is_rounded=False)
-    _accumulate(out, opened)
+    recipe.add(out, tensor, start, terms, is_rounded=False)
 
 
 def _jobs(tensors: Sequence[LatticeTensor], terms: Sequence[Term]) -> Iterator[tuple[LatticeTensor, int, int]]:
@@ -105,11 +117,4 @@ def _jobs(tensors: Sequence[LatticeTensor], terms: Sequence[Term]) -> Iterator[t
 
 def _add_job(job: tuple[LatticeTensor, int, int], terms: Sequence[Term], recipe: Recipe) -> None:
     tensor, start, stop = job
-    _accumulate(tensor.values[start:stop], recipe.open(tensor, start, terms))
-
-
-def _accumulate(values: Vector, opened: Sequence[Steps]) -> None:
-    for first in range(0, values.size, WORK):
-        part = values[first : first + WORK]
-        for steps in opened:
-            np.add(part, steps.next(part.size), out=part)
+    recipe.add(tensor.values[start:stop], tensor, start, terms)

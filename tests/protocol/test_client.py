@@ -27,6 +27,7 @@ from hosl_protocol import (
     client,
     convert,
     direction,
+    kernel,
     lattice,
     make_client_weights,
     perturbation,
@@ -46,6 +47,17 @@ GOLDEN_LONG = {
     "sgd": "543f2e908b41c6a063a79abbac561c0f12ee05264fb48e66b98b9977036a6d81",
     "adamw": "acfbdfd83f060e01e51c50ab6d710e7d3f141d8115e3c63616159d6c291dd80e",
 }
+
+
+@pytest.fixture(params=["compiled", "numpy"], scope="module", autouse=True)
+def arithmetic(request):
+    """Every test runs with the compiled pass and with numpy's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(kernel, "load", lambda: None)
+        elif kernel.load() is None:
+            pytest.skip("installed without a C compiler")
+        yield
 
 
 def make_base(length, index):

@@ -1,0 +1,54 @@
+"""The compiled pass over the weights (kernel.c), where the installation has it; numpy does the same elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("libhosl_kernel.so")
+
+MAX_TERMS = 64
+"""Most terms in one call; kernel.c holds their bits on its stack."""
+
+TERM = np.dtype([("key", "<u8", 2), ("index", "<u8"), ("step", "<f4"), ("padding", "<u4")])
+
+AddDirections: TypeAlias = Callable[[npt.NDArray[np.float32], int, npt.NDArray[np.void]], None]
+
+
+@lru_cache(maxsize=1)
+def load() -> AddDirections | None:
+    """values [n] ← values + Σ step · z over entries [start, start + n), `start` a multiple of 256; None without it.
+
+    It runs outside the interpreter's lock, so threads share the work.
+    """
+    if sys.byteorder != "little":
+        return None
+    try:
+        function = ctypes.CDLL(str(LIBRARY)).hosl_add_directions
+    except (OSError, AttributeError) as error:
+        log.debug("directions are made with numpy: %s", error)
+        return None
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+
+    def add(values: npt.NDArray[np.float32], start: int, terms: npt.NDArray[np.void]) -> None:
+        function(values.ctypes.data, start, values.size, terms.ctypes.data, terms.size)
+
+    return add
+
+
+def pack(rows: Sequence[tuple[tuple[int, int], int, float, int]]) -> npt.NDArray[np.void]:
+    """Terms as kernel.c reads them: key words, tensor, step, 0. Raises ValueError above MAX_TERMS."""
+    if len(rows) > MAX_TERMS:
+        raise ValueError(f"{len(rows)} terms, expected at most {MAX_TERMS}")
+    return np.array(rows, TERM)
