@@ -41,6 +41,8 @@ LARGEST_PROJECTION = 1e30
 """Magnitude from which a projection is taken for a fault of its device."""
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+BatchArrays: TypeAlias = tuple[Floats, npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Activations [T, D], lengths [B], labels [N]."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,9 @@ class RoundContext:
         """The fields that name a message of this round."""
         return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
 
-    def weight(self, anchor: Frame) -> float:
+    def weight(self, batch: BatchArrays) -> float:
         """w_m before it is divided by the sum of all."""
-        return float(anchor.tensors["lengths"].size) if self.config.devices.weighting == "examples" else 1.0
+        return float(batch[1].size) if self.config.devices.weighting == "examples" else 1.0
 
     def start(self) -> Generator[Tell, None, None]:
         """Open the round for every participant."""
@@ -149,11 +151,12 @@ def ho_sfl_round(context: RoundContext) -> Exchange:
 
 
 def hosl_round(context: RoundContext) -> Exchange:
-    """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations."""
+    """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
     yield from context.start()
     config = context.config
     present = list(context.devices)
     weights: dict[str, float] = {}
+    means: dict[str, _MeanBatch] = {}
     estimates = np.zeros(config.directions)
     for direction in range(config.directions):
         losses: dict[tuple[str, int], float] = {}
@@ -163,18 +166,51 @@ def hosl_round(context: RoundContext) -> Exchange:
                 if frame is None:
                     present.remove(device)
                     continue
-                weights[device] = context.weight(frame)
+                weights[device] = context.weight(_batch(frame))
                 score = yield from _evaluate_batch(context, device, frame)
                 if score is None:
                     present.remove(device)
                     continue
-                loss = score.loss
-                losses[device, sign] = loss
+                losses[device, sign] = score.loss
+                if config.anchor == "midpoint":
+                    try:
+                        means.setdefault(device, _MeanBatch()).add(_batch(frame))
+                    except BatchError as error:
+                        present.remove(device)
+                        yield _refuse(device, error)
+                        continue
                 reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
-                yield Tell(device, reply, {"loss": np.float32(loss).reshape(())})
+                yield Tell(device, reply, {"loss": np.float32(score.loss).reshape(())})
         estimates[direction] = _hosl_estimate(losses, weights, config)
-    part = yield from _train_on_anchors(context, wants_cut_gradient=False, devices=present)
+    midpoints = {device: means[device].take() for device in present} if config.anchor == "midpoint" else None
+    part = yield from _train_on_anchors(context, wants_cut_gradient=False, devices=present, midpoints=midpoints)
     return None if part is None else part.outcome(context, estimates)
+
+
+class _MeanBatch:
+    """Mean of a device's probes: the same batch each time, at weights around θ."""
+
+    def __init__(self) -> None:
+        self._sum: BatchArrays | None = None
+        self._count = 0
+
+    def add(self, batch: BatchArrays) -> None:
+        """Raises BatchError where the batch is not that of the first probe."""
+        self._count += 1
+        if self._sum is None:
+            self._sum = batch[0].copy(), batch[1], batch[2]
+            return
+        activations, lengths, labels = self._sum
+        if not (np.array_equal(lengths, batch[1]) and np.array_equal(labels, batch[2])):
+            raise BatchError("examples of a probe", "those of the round's first", "others")
+        activations += batch[0]
+
+    def take(self) -> BatchArrays:
+        """The mean."""
+        assert self._sum is not None
+        activations, lengths, labels = self._sum
+        activations /= np.float32(self._count)
+        return activations, lengths, labels
 
 
 def _hosl_estimate(losses: Mapping[tuple[str, int], float], weights: Mapping[str, float], config: RunConfig) -> float:
@@ -220,18 +256,29 @@ class _Part:
 
 
 def _train_on_anchors(
-    context: RoundContext, *, wants_cut_gradient: bool, devices: Sequence[str] | None = None
+    context: RoundContext,
+    *,
+    wants_cut_gradient: bool,
+    devices: Sequence[str] | None = None,
+    midpoints: Mapping[str, BatchArrays] | None = None,
 ) -> Generator[Tell | Ask, Frame | None, _Part | None]:
-    """One first-order step of the tail on Σ w_m grad_m; None where nobody sent an Anchor."""
+    """One first-order step of the tail on Σ w_m grad_m; None where nobody sent an Anchor.
+
+    `midpoints` stand for the devices' Anchors where they send none.
+    """
     weights: dict[str, float] = {}
     losses: dict[str, float] = {}
     for device in context.devices if devices is None else devices:
-        frame = yield Ask(device, Anchor, context.round)
-        if frame is None:
-            continue
-        weight = context.weight(frame)
+        if midpoints is None:
+            frame = yield Ask(device, Anchor, context.round)
+            if frame is None:
+                continue
+            batch = _batch(frame)
+        else:
+            batch = midpoints[device]
+        weight = context.weight(batch)
         try:
-            result = context.trainer.forward_backward(*_batch(frame), weight, wants_cut_gradient=wants_cut_gradient)
+            result = context.trainer.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient)
         except RoundSpoiltError as error:
             # What the devices before this one added is gone too; those after it can still make the step.
             log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, error)
@@ -312,5 +359,5 @@ def _refuse(device: str, error: BatchError) -> Tell:
     return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
 
 
-def _batch(frame: Frame) -> tuple[Floats, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def _batch(frame: Frame) -> BatchArrays:
     return frame.tensors["activations"], frame.tensors["lengths"], frame.tensors["labels"]

@@ -11,6 +11,7 @@ import msgspec
 
 from hosl_protocol import (
     Algorithm,
+    AnchorPoint,
     ClientOptimizer,
     Distribution,
     Manifest,
@@ -87,6 +88,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     directions: int = 2
     probe_step: float = 1e-3
     distribution: Distribution = "rademacher"
+    anchor: AnchorPoint = "clean"
     batch_size: int = 16
     max_length: int = 128
     wire_dtype: WireDtype = "float32"
@@ -106,6 +108,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             directions=self.directions,
             probe_step=self.probe_step,
             distribution=self.distribution,
+            anchor=self.anchor,
             batch_size=self.batch_size,
             max_length=self.max_length,
             wire_dtype=self.wire_dtype,

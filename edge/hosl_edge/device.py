@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from hosl_edge.data import Batch, Dataset, check_consent, digest_of_files, load_dataset
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
-from hosl_edge.memory import choose_rows, read_memory, release_unused, transient_bytes
+from hosl_edge.memory import choose_micro_batch, read_memory, release_unused
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_protocol import (
@@ -139,28 +139,29 @@ class Device:
         self.shard.open()
         self.shard.max_length = settings.max_length
         set_bytes = settings.max_tokens * self.manifest.width * 4
-        # A round holds the clean set and λ (HO-SFL), or the set being sent (HOSL); one more is in transit.
-        necessary = (2 if settings.algorithm == "ho-sfl" else 1) * set_bytes + set_bytes
+        # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being
+        # sent (HOSL); one more is in transit.
+        held = (3 if settings.anchor == "midpoint" else 2) if settings.algorithm == "ho-sfl" else 1
+        necessary = (held + 1) * set_bytes
         trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
         untouched = 0 if self.applied_round else trainable
         budget = self.settings.memory_budget_bytes
-        self.shard.rows = choose_rows(
+        chosen = choose_micro_batch(
             lambda rows: self._forward_rows(rows, settings.max_length),
             settings.batch_size,
             settings.max_length,
             necessary + untouched,
             budget,
         )
-        spare = 1 if settings.algorithm == "hosl" else settings.directions
-        self.held_sets = spare if budget is None else self._spare_sets(budget, necessary + untouched, set_bytes, spare)
+        self.shard.rows = chosen.rows
+        self.held_sets = 1 if settings.algorithm == "hosl" else settings.directions
+        if budget is not None:
+            free = budget - read_memory().anonymous - necessary - untouched - chosen.work_bytes
+            # A central difference takes two sets to make, and one to keep.
+            spare = free // set_bytes - (settings.anchor == "midpoint" and settings.algorithm == "ho-sfl")
+            self.held_sets = max(0, min(self.held_sets, spare))
         release_unused()
-        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
-
-    def _spare_sets(self, budget: int, reserved: int, set_bytes: int, most: int) -> int:
-        rows, length = self.shard.rows, self.shard.max_length
-        work = transient_bytes(lambda: self._forward_rows(rows, length)) or 0
-        free = budget - read_memory().anonymous - reserved - work
-        return max(0, min(most, free // set_bytes))
+        log.info("micro-batch %d x %d tokens, %d held sets", chosen.rows, settings.max_length, self.held_sets)
 
     def _forward_rows(self, rows: int, length: int) -> None:
         before, self.shard.rows = self.shard.rows, rows

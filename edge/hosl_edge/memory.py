@@ -100,26 +100,37 @@ def transient_bytes(work: Callable[[], None]) -> int | None:
     return None
 
 
-def choose_rows(
+@dataclass(frozen=True)
+class MicroBatch:
+    """What runs at a time."""
+
+    rows: int
+    """Examples of full length."""
+    work_bytes: int
+    """Memory that a forward of them takes and gives back; 0 where there was no budget to measure it for."""
+
+
+def choose_micro_batch(
     forward_rows: Callable[[int], None], max_rows: int, max_length: int, reserved_bytes: int, budget_bytes: int | None
-) -> int:
-    """Rows of a micro-batch at full length, from 1 to `max_rows`.
+) -> MicroBatch:
+    """A micro-batch of 1 to `max_rows` examples.
 
     `forward_rows(n)` runs n rows of full length; `reserved_bytes` is what a round holds besides (activation sets,
     trainable pages not yet copied). Raises MemoryBudgetError where not even one row fits.
     """
     rows = max(1, min(max_rows, PREFERRED_TOKENS // max_length))
     if budget_bytes is None:
-        return rows
+        return MicroBatch(rows, 0)
     one = transient_bytes(lambda: forward_rows(1))
     if one is None:
         log.warning("this kernel does not let a process measure its own peak: micro-batches are of one example")
-        return 1
+        return MicroBatch(1, 0)
     fixed = read_memory().anonymous + reserved_bytes
     if fixed + one > budget_bytes:
         raise MemoryBudgetError(fixed + one, budget_bytes)
-    if rows > 1:
-        two = transient_bytes(lambda: forward_rows(2)) or one
-        per_row = max(two - one, one // 4, 1)
-        rows = max(1, min(rows, 1 + (budget_bytes - fixed - one) // per_row))
-    return rows
+    if rows == 1:
+        return MicroBatch(1, one)
+    two = transient_bytes(lambda: forward_rows(2)) or one
+    per_row = max(two - one, one // 4, 1)
+    rows = max(1, min(rows, 1 + (budget_bytes - fixed - one) // per_row))
+    return MicroBatch(rows, one + (rows - 1) * per_row)

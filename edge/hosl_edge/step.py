@@ -75,33 +75,59 @@ class RoundContext:
 
 
 def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
-    """HO-SFL steps 1 and 3: clean activations up, λ down, P projections v_p = ⟨λ, f(θ + μu_p) − f(θ)⟩ up."""
-    clean_TD = context.shard.activations(batch, context.empty_set(batch))
-    yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
+    """HO-SFL steps 1 and 3: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
+
+    Δ_p is f(θ + μu_p) − f(θ); with the midpoint anchor (f(θ + μu_p) − f(θ − μu_p)) / 2, and the activations that go up
+    are the mean of the first pair.
+    """
+    is_midpoint = context.settings.anchor == "midpoint"
     directions = range(context.settings.directions)
-    early = directions[: context.held_sets]
     try:
+        differences: list[Activations] = []
+        if is_midpoint:
+            anchor_TD, first_TD = _probe_pair(context, batch, 0)
+            differences.append(first_TD)
+        else:
+            anchor_TD = context.shard.activations(batch, context.empty_set(batch))
+        yield Send(Anchor(**context.name(0)), _upload(anchor_TD, batch))
         # These run while the cloud computes; what they hold is bounded by the memory budget.
-        differences = [_difference(context, batch, direction, clean_TD) for direction in early]
-        if len(early) == len(directions):
+        while len(differences) < min(context.held_sets + is_midpoint, len(directions)):
+            differences.append(_difference(context, batch, len(differences), anchor_TD))
+        if len(differences) == len(directions):
             context.weights.probe(None)
         reply = yield Receive(CutGradient)
         assert reply is not None
         lambda_TD = reply.tensors["lambda"]
-        if lambda_TD.shape != clean_TD.shape:
+        if lambda_TD.shape != anchor_TD.shape:
             raise ProtocolError(
-                f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(clean_TD.shape)}"
+                f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(anchor_TD.shape)}"
             )
         projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
+        early = len(differences)
         differences.clear()
-        projections += [_project(context, batch, p, clean_TD, lambda_TD) for p in directions[len(early) :]]
+        for p in directions[early:]:
+            projections.append(_project(context, batch, p, anchor_TD, lambda_TD))
     finally:
         context.weights.probe(None)
     yield Send(Projections(**context.name(1)), {"projections": np.array(projections, np.float32)})
 
 
+def _probe_pair(context: RoundContext, batch: Batch, direction: int) -> tuple[Activations, Activations]:
+    """(f(θ + μu) + f(θ − μu)) / 2 and (f(θ + μu) − f(θ − μu)) / 2 [T, D]; two sets, and no third on the way."""
+    context.weights.probe(ProbePoint(context.round, direction, +1))
+    plus_TD = context.shard.activations(batch, context.empty_set(batch))
+    context.weights.probe(ProbePoint(context.round, direction, -1))
+    minus_TD = context.shard.activations(batch, context.empty_set(batch))
+    plus_TD -= minus_TD
+    plus_TD *= np.float32(0.5)
+    minus_TD += plus_TD
+    return minus_TD, plus_TD
+
+
 def _difference(context: RoundContext, batch: Batch, direction: int, clean_TD: Activations) -> Activations:
-    """f(θ + μu_p) − f(θ) [T, D]."""
+    """Δ_p [T, D]."""
+    if context.settings.anchor == "midpoint":
+        return _probe_pair(context, batch, direction)[1]
     context.weights.probe(ProbePoint(context.round, direction, +1))
     difference_TD = context.shard.activations(batch, context.empty_set(batch))
     difference_TD -= clean_TD
@@ -109,12 +135,20 @@ def _difference(context: RoundContext, batch: Batch, direction: int, clean_TD: A
 
 
 def _project(
-    context: RoundContext, batch: Batch, direction: int, clean_TD: Activations, lambda_TD: Activations
+    context: RoundContext, batch: Batch, direction: int, scratch_TD: Activations, lambda_TD: Activations
 ) -> float:
-    """v_p, micro-batch by micro-batch: no further set of activations is held."""
+    """v_p, micro-batch by micro-batch: no further set of activations is held.
+
+    `scratch_TD` holds f(θ), or with the midpoint anchor nothing that is needed: it takes f(θ − μu_p).
+    """
+    is_midpoint = context.settings.anchor == "midpoint"
+    if is_midpoint:
+        context.weights.probe(ProbePoint(context.round, direction, -1))
+        context.shard.activations(batch, scratch_TD)
     context.weights.probe(ProbePoint(context.round, direction, +1))
     parts = context.shard.forward(batch)
-    return sum(_inner(lambda_TD[place], probed_TD - clean_TD[place]) for place, probed_TD in parts)
+    total = sum(_inner(lambda_TD[place], probed_TD - scratch_TD[place]) for place, probed_TD in parts)
+    return 0.5 * total if is_midpoint else total
 
 
 def _inner(a: Activations, b: Activations) -> float:
@@ -122,11 +156,18 @@ def _inner(a: Activations, b: Activations) -> float:
 
 
 def hosl_round(context: RoundContext, batch: Batch) -> Step:
-    """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones."""
-    probes = [ProbePoint(context.round, q, sign) for q in range(context.settings.directions) for sign in (+1, -1)]
+    """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones.
+
+    With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
+    """
+    points: list[ProbePoint | None] = []
+    for q in range(context.settings.directions):
+        points += [ProbePoint(context.round, q, +1), ProbePoint(context.round, q, -1)]
+    if context.settings.anchor == "clean":
+        points.append(None)
     may_overlap = context.held_sets > 0
     try:
-        for id_, point in enumerate((*probes, None)):
+        for id_, point in enumerate(points):
             if id_ and not may_overlap:
                 yield Receive(ProbeLoss)
             context.weights.probe(point)
@@ -137,6 +178,8 @@ def hosl_round(context: RoundContext, batch: Batch) -> Step:
             del set_TD
     finally:
         context.weights.probe(None)
+    if points[-1] is not None:
+        yield Receive(ProbeLoss)
 
 
 def _hosl_message(context: RoundContext, id_: int, point: ProbePoint | None) -> Probe | Anchor:

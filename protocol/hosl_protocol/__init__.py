@@ -57,6 +57,7 @@ from hosl_protocol.ordering import batch_indices, sample_devices
 from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.settings import (
     Algorithm,
+    AnchorPoint,
     ClientOptimizer,
     RunSettings,
     WireDtype,
@@ -85,6 +86,7 @@ __all__ = [
     "RNG_VERSION",
     "Algorithm",
     "Anchor",
+    "AnchorPoint",
     "Bounds",
     "BundleError",
     "CatchUp",

@@ -12,6 +12,7 @@ from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.tasks import Task, check_task
 
 Algorithm = Literal["ho-sfl", "hosl", "frozen"]
+AnchorPoint = Literal["clean", "midpoint"]
 WireDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -51,6 +52,9 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """μ of HO-SFL, ε of HOSL, in weight units."""
     distribution: Distribution = "rademacher"
     """Of a direction's entries: ±1, or the papers' normals, which cost many times the time."""
+    anchor: AnchorPoint = "clean"
+    """Where the tail takes its step: at the activations of θ, or half way between those of θ ± εz, which differ in
+    second order of ε only and save a forward: HOSL sends no Anchor, HO-SFL takes central differences."""
     batch_size: int = 16
     """Examples a device draws each round."""
     max_length: int = 128
@@ -92,6 +96,8 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     if not settings.client.beta1**2 < settings.client.beta2:
         remedy = f"use a number above beta1², {settings.client.beta1**2:.3g}, or AdamW's steps have no bound"
         raise SettingsError("client.beta2", settings.client.beta2, remedy)
+    if settings.algorithm == "frozen" and settings.anchor == "midpoint":
+        raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
     if settings.algorithm == "ho-sfl" and settings.wire_dtype == "float16":

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from hosl_edge.exceptions import MemoryBudgetError
-from hosl_edge.memory import choose_rows, keep_heap_small, read_memory, release_unused, transient_bytes
+from hosl_edge.memory import choose_micro_batch, keep_heap_small, read_memory, release_unused, transient_bytes
 
 MB = 10**6
 
@@ -73,9 +73,9 @@ def test_without_a_budget_a_micro_batch_holds_the_preferred_tokens() -> None:
     def never(rows: int) -> None:
         raise AssertionError("nothing has to be measured")
 
-    assert choose_rows(never, 64, 128, 0, None) == 4
-    assert choose_rows(never, 3, 128, 0, None) == 3
-    assert choose_rows(never, 64, 4096, 0, None) == 1
+    assert choose_micro_batch(never, 64, 128, 0, None).rows == 4
+    assert choose_micro_batch(never, 3, 128, 0, None).rows == 3
+    assert choose_micro_batch(never, 64, 4096, 0, None).rows == 1
 
 
 @pytest.mark.usefixtures("measurable")
@@ -84,7 +84,7 @@ def test_more_budget_never_means_fewer_rows() -> None:
     for rows in (1.5, 3.5, 6.5, 100.0):
         release_unused()
         budget = int(read_memory().anonymous + 20 * MB * rows)
-        chosen.append(choose_rows(rows_of(20 * MB), 8, 16, 0, budget))
+        chosen.append(choose_micro_batch(rows_of(20 * MB), 8, 16, 0, budget).rows)
     assert chosen == sorted(chosen)
     assert chosen[0] == 1
     assert 2 <= chosen[1] <= 4
@@ -96,7 +96,10 @@ def test_more_budget_never_means_fewer_rows() -> None:
 def test_what_a_round_holds_besides_is_reserved() -> None:
     release_unused()
     budget = read_memory().anonymous + 160 * MB
-    assert choose_rows(rows_of(20 * MB), 8, 16, 0, budget) > choose_rows(rows_of(20 * MB), 8, 16, 100 * MB, budget)
+    free = choose_micro_batch(rows_of(20 * MB), 8, 16, 0, budget)
+    held = choose_micro_batch(rows_of(20 * MB), 8, 16, 100 * MB, budget)
+    assert free.rows > held.rows
+    assert free.work_bytes == pytest.approx(20 * MB * free.rows, rel=0.1)
 
 
 @pytest.mark.usefixtures("measurable")
@@ -104,6 +107,6 @@ def test_a_budget_that_cannot_hold_one_row_is_refused_with_both_figures() -> Non
     release_unused()
     base = read_memory().anonymous
     with pytest.raises(MemoryBudgetError, match=r"memory budget is \d+ MB, this run needs \d+ MB") as caught:
-        choose_rows(rows_of(60 * MB), 8, 16, 30 * MB, base + 20 * MB)
+        choose_micro_batch(rows_of(60 * MB), 8, 16, 30 * MB, base + 20 * MB)
     assert caught.value.budget_bytes == base + 20 * MB
     assert caught.value.needed_bytes == pytest.approx(base + 90 * MB, abs=20 * MB)

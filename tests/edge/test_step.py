@@ -23,10 +23,10 @@ LOSS = np.float32(0.5).reshape(())
 
 @pytest.fixture
 def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
-    def make(algorithm: str, held_sets: int = 1) -> Device:
+    def make(algorithm: str, held_sets: int = 1, anchor: str = "clean") -> Device:
         bundle = make_bundle("norm", 2)
         manifest = load_manifest(bundle)
-        data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2}
+        data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2, "anchor": anchor}
         config = parse_config({**msgspec.toml.decode(TASK), **data}, manifest)
         ids_BL = np.random.default_rng(0).integers(4, 41, (len(LENGTHS), max(LENGTHS)))
         batch = Batch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
@@ -89,22 +89,24 @@ def bits(device: Device) -> list[bytes]:
 
 @pytest.mark.parametrize("held_sets", [0, 1, 2, 9])
 @pytest.mark.parametrize(
-    ("algorithm", "expected"),
+    ("algorithm", "anchor", "expected"),
     [
-        ("ho-sfl", ["> anchor", "< cut-gradient", "> projections"]),
-        ("hosl", [*["> probe", "< probe-loss"] * 4, "> anchor"]),
-        ("frozen", ["> anchor"]),
+        ("ho-sfl", "clean", ["> anchor", "< cut-gradient", "> projections"]),
+        ("ho-sfl", "midpoint", ["> anchor", "< cut-gradient", "> projections"]),
+        ("hosl", "clean", [*["> probe", "< probe-loss"] * 4, "> anchor"]),
+        ("hosl", "midpoint", ["> probe", "< probe-loss"] * 4),
+        ("frozen", "clean", ["> anchor"]),
     ],
 )
 def test_messages_come_in_the_order_of_the_algorithm(
-    make_device: Callable[..., Device], algorithm: str, expected: list[str], held_sets: int
+    make_device: Callable[..., Device], algorithm: str, anchor: str, expected: list[str], held_sets: int
 ) -> None:
-    actions = run(steps_of(make_device(algorithm, held_sets)))
+    actions = run(steps_of(make_device(algorithm, held_sets, anchor)))
     assert words(actions) == expected
     sent = [action.message for action in actions if isinstance(action, step.Send)]
     assert [message.id for message in sent] == list(range(len(sent)))
     if algorithm == "hosl":
-        assert [(message.direction, message.sign) for message in sent[:-1]] == [(0, 1), (0, -1), (1, 1), (1, -1)]
+        assert [(message.direction, message.sign) for message in sent[:4]] == [(0, 1), (0, -1), (1, 1), (1, -1)]
 
 
 def test_a_batch_travels_whole_and_without_padding(make_device: Callable[..., Device]) -> None:
@@ -123,11 +125,14 @@ def test_probes_differ_from_the_anchor_and_from_each_other(make_device: Callable
 
 
 @pytest.mark.parametrize("held_sets", [0, 1, 9])
-@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+@pytest.mark.parametrize(
+    ("algorithm", "anchor"),
+    [("ho-sfl", "clean"), ("ho-sfl", "midpoint"), ("hosl", "clean"), ("hosl", "midpoint"), ("frozen", "clean")],
+)
 def test_weights_stand_at_theta_wherever_a_round_is_broken_off(
-    make_device: Callable[..., Device], algorithm: str, held_sets: int
+    make_device: Callable[..., Device], algorithm: str, anchor: str, held_sets: int
 ) -> None:
-    device = make_device(algorithm, held_sets)
+    device = make_device(algorithm, held_sets, anchor)
     before = bits(device)
     whole = len(run(steps_of(device)))
     assert bits(device) == before
@@ -138,10 +143,13 @@ def test_weights_stand_at_theta_wherever_a_round_is_broken_off(
         assert bits(device) == before, f"closed at yield {most} of {whole}"
 
 
+@pytest.mark.parametrize("anchor", ["clean", "midpoint"])
 @pytest.mark.parametrize("held_sets", [0, 1, 2])
-def test_the_projections_do_not_depend_on_what_is_held(make_device: Callable[..., Device], held_sets: int) -> None:
+def test_the_projections_do_not_depend_on_what_is_held(
+    make_device: Callable[..., Device], held_sets: int, anchor: str
+) -> None:
     def projections(held: int) -> np.ndarray:
-        last = run(steps_of(make_device("ho-sfl", held)))[-1]
+        last = run(steps_of(make_device("ho-sfl", held, anchor)))[-1]
         assert isinstance(last, step.Send)
         return last.tensors["projections"]
 
@@ -162,6 +170,20 @@ def test_a_lambda_of_another_shape_is_refused(
     with pytest.raises(ProtocolError, match=r"expected that of the Anchor, \[15, 32\]"):
         steps.send(reply)
     assert bits(device) == before
+
+
+def test_the_midpoint_is_the_mean_of_the_first_pair_and_near_the_clean_activations(
+    make_device: Callable[..., Device],
+) -> None:
+    plus, minus, _, _, clean = (
+        action.tensors["activations"] for action in run(steps_of(make_device("hosl"))) if isinstance(action, step.Send)
+    )
+    anchor = run(steps_of(make_device("ho-sfl", anchor="midpoint")), 1)[0]
+    assert isinstance(anchor, step.Send)
+    midpoint = anchor.tensors["activations"]
+    np.testing.assert_allclose(midpoint, (plus + minus) / 2, rtol=1e-6, atol=1e-7)
+    # Second order against first order of the probe step.
+    assert 0.0 < np.abs(midpoint - clean).max() < 0.02 * np.abs(plus - clean).max()
 
 
 def held_out(count: int) -> Dataset:

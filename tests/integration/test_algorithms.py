@@ -61,6 +61,13 @@ class Reference:
             z = direction(SEED, round_, p, index, int(np.prod(entry.shape))).reshape(entry.shape)
             self.parameters[entry.name] += torch.from_numpy(z * np.float32(step))
 
+    def at(self, batch: Batch, round_: int, p: int, factor: float, probe_step: float) -> npt.NDArray[np.float32]:
+        """Activations of θ + factor · ε z_p."""
+        self.move(round_, p, factor, probe_step)
+        activations = self.activations(batch)
+        self.move(round_, p, -factor, probe_step)
+        return activations
+
     def loss(self, batch: Batch) -> float:
         return self.trainer.evaluate(self.activations(batch), batch.lengths_B, batch.labels_N).loss
 
@@ -121,6 +128,55 @@ def test_a_round_of_hosl_is_what_the_paper_says(
     assert device.weights.digest() == before, "probes must leave the same bits"
 
 
+@pytest.mark.parametrize("held_sets", [0, 1, 3])
+def test_a_round_of_ho_sfl_with_central_differences(
+    make_bundle: MakeBundle, tiny_model: Path, tmp_path: Path, held_sets: int
+) -> None:
+    bundle = make_bundle("blocks", 2)
+    manifest = load_manifest(bundle)
+    config = configure(manifest, "ho-sfl", directions=3, anchor="midpoint", client={"learning_rate": 0.5})
+    trainer = TailTrainer(bundle, manifest, config)
+    batch = make_batch(bundle, manifest, config, tmp_path)
+    reference = Reference(bundle, manifest, tiny_model, TailTrainer(bundle, manifest, config))
+
+    pairs = [[reference.at(batch, 1, p, sign, config.probe_step) for sign in (+1, -1)] for p in range(3)]
+    midpoint = (pairs[0][0] + pairs[0][1]) / 2
+    result = reference.trainer.forward_backward(midpoint, batch.lengths_B, batch.labels_N)
+    assert result.cut_gradient_TD is not None
+    lambda_TD = result.cut_gradient_TD.astype(np.float64)
+    expected = [-0.5 / (3 * config.probe_step) * np.sum(lambda_TD * (plus - minus)) / 2 for plus, minus in pairs]
+
+    device = Device(bundle, manifest, config, batch, held_sets)
+    outcome = run_round(rounds.ho_sfl_round(context(config, trainer, {"d": device})), {"d": device})
+    assert outcome.update.coefficients == pytest.approx(expected, rel=2e-2, abs=2e-5)
+    assert outcome.loss == pytest.approx(result.loss, rel=1e-6)
+    assert np.abs(expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("held_sets", [0, 1])
+def test_a_round_of_hosl_with_the_midpoint_takes_the_tails_step_at_the_mean_of_the_probes(
+    make_bundle: MakeBundle, tiny_model: Path, tmp_path: Path, held_sets: int
+) -> None:
+    bundle = make_bundle("blocks", 2)
+    manifest = load_manifest(bundle)
+    tail = {"learning_rate": 1e-2, "clip_norm": 0.0, "optimizer": "sgd"}
+    config = configure(manifest, "hosl", directions=2, anchor="midpoint", probe_step=4e-3, tail=tail)
+    trainer, plain = (TailTrainer(bundle, manifest, config) for _ in range(2))
+    batch = make_batch(bundle, manifest, config, tmp_path)
+    reference = Reference(bundle, manifest, tiny_model, plain)
+    probes = [reference.at(batch, 1, q, sign, config.probe_step) for q in range(2) for sign in (+1, -1)]
+    result = plain.forward_backward(np.mean(probes, axis=0), batch.lengths_B, batch.labels_N)
+
+    devices = {name: Device(bundle, manifest, config, batch, held_sets) for name in ("d", "e")}
+    outcome = run_round(rounds.hosl_round(context(config, trainer, devices)), devices)
+    assert outcome.devices == ("d", "e")
+    assert outcome.loss == pytest.approx(result.loss, rel=1e-6)
+    for name, value in plain.parameters.items():
+        if value.grad is not None:
+            moved = value.data - 1e-2 * value.grad
+            torch.testing.assert_close(trainer.parameters[name].data, moved, rtol=1e-5, atol=1e-7)
+
+
 def test_the_tail_takes_the_first_order_step_that_torch_would_take(make_bundle: MakeBundle, tmp_path: Path) -> None:
     bundle = make_bundle("norm", 2)
     manifest = load_manifest(bundle)
@@ -158,13 +214,16 @@ def autograd_gradient(reference: Reference, batch: Batch) -> npt.NDArray[np.floa
     return np.concatenate([g.numpy().ravel() for g in gradients if g is not None]).astype(np.float64)
 
 
-@pytest.mark.parametrize(("algorithm", "directions"), [("ho-sfl", 1000), ("hosl", 500)])
+@pytest.mark.parametrize(
+    ("algorithm", "directions", "anchor"),
+    [("ho-sfl", 1000, "clean"), ("ho-sfl", 1000, "midpoint"), ("hosl", 500, "clean")],
+)
 def test_the_mean_of_many_estimates_is_the_gradient(
-    make_bundle: MakeBundle, tiny_model: Path, tmp_path: Path, algorithm: str, directions: int
+    make_bundle: MakeBundle, tiny_model: Path, tmp_path: Path, algorithm: str, directions: int, anchor: str
 ) -> None:
     bundle = make_bundle("norm", 2)
     manifest = load_manifest(bundle)
-    config = configure(manifest, algorithm, directions=directions, client={"learning_rate": 1.0})
+    config = configure(manifest, algorithm, directions=directions, anchor=anchor, client={"learning_rate": 1.0})
     trainer = TailTrainer(bundle, manifest, config)
     batch = make_batch(bundle, manifest, config, tmp_path)
     gradient = autograd_gradient(Reference(bundle, manifest, tiny_model, trainer), batch)

@@ -51,6 +51,7 @@ def test_defaults_check_out():
         ({"client": {"beta2": -0.1}}, "client.beta2", -0.1, "from 0 up to, not including, 1"),
         ({"client": {"beta1": 0.95, "beta2": 0.9}}, "client.beta2", 0.9, "above beta1², 0.902"),
         ({"client": {"weight_decay": 2.0}}, "client.weight_decay", 2.0, "from 0 up to, not including, 1"),
+        ({"algorithm": "frozen", "anchor": "midpoint"}, "anchor", "midpoint", "makes no probes"),
         ({"algorithm": "hosl", "wire_dtype": "float16"}, "wire_dtype", "float16", "needs float32"),
     ],
 )
