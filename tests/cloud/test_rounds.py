@@ -301,6 +301,38 @@ def test_a_probe_whose_loss_is_not_finite_is_left_out_and_the_device_is_told(
     assert not np.isfinite(losses).any()
 
 
+@pytest.fixture
+def midpoint_cloud(make_cloud: Callable[..., Cloud]) -> Cloud:
+    cloud = make_cloud("hosl")
+    cloud.config = msgspec.structs.replace(cloud.config, anchor="midpoint")
+    return cloud
+
+
+def test_the_midpoint_of_hosl_needs_no_anchor_and_every_probe(midpoint_cloud: Cloud) -> None:
+    prober = Prober(midpoint_cloud, lacks=[("b", 1, -1)], spoilt="c")
+    outcome, _ = run(rounds.hosl_round(midpoint_cloud.context()), prober)
+    assert {ask.kind for ask in prober.asked} == {Probe}
+    assert outcome.devices == ("a",), "b lacks a probe, the mean of c is not finite"
+    # Each pair's factors have the mean 1: the tail stepped on the clean activations of a.
+    clean = midpoint_cloud.trainer.evaluate(*midpoint_cloud.tensors("a").values()).loss
+    assert clean < outcome.loss, "the step went down the gradient"
+
+
+def test_a_device_that_changes_its_batch_between_probes_is_refused(midpoint_cloud: Cloud) -> None:
+    prober = Prober(midpoint_cloud)
+
+    def answers(ask: Ask) -> Frame | None:
+        frame = prober(ask)
+        if frame is not None and (ask.device, ask.sign) == ("b", -1):
+            labels = frame.tensors["labels"]
+            return Frame(frame.message, {**frame.tensors, "labels": 1 - labels})
+        return frame
+
+    outcome, told = run(rounds.hosl_round(midpoint_cloud.context()), answers)
+    assert outcome.devices == ("a", "c")
+    assert [tell.device for tell in told if isinstance(tell.message, Refusal)] == ["b"]
+
+
 def broken(cloud: Cloud, device: str, how: str) -> dict[str, npt.NDArray[Any]]:
     """A batch that the codec lets pass and the tail cannot use."""
     tensors = cloud.tensors(device)
