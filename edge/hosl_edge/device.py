@@ -17,6 +17,7 @@ from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journ
 from hosl_edge.memory import choose_micro_batch, read_memory, release_unused
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
+from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
     ClientWeights,
     HoslError,
@@ -124,16 +125,21 @@ class Device:
         return make_client_weights(self.manifest, self.shard.weights, settings, self.settings.compute_threads)
 
     def _load_data(self, settings: RunSettings) -> None:
-        train, held_out = self._data_paths
-        tokenizer = Tokenizer.from_file(str(self._folder / SHARD_TOKENIZER))
-        pad = self.manifest.pad_token_id
-        self.train = load_dataset(train, settings.task, tokenizer, settings.max_length, pad)
-        if held_out is not None:
-            self.eval = load_dataset(held_out, settings.task, tokenizer, settings.max_length, pad)
+        key = tokens_key(self.manifest.shard_digest, self.data_digest, settings)
+        splits = load_or_tokenize(self._state, key, self.manifest.pad_token_id, lambda: self._tokenize(settings))
+        self.train, self.eval = splits["train"], splits.get("eval")
         # A vocabulary of 49,000 tokens is 30 MB that training has no use for.
-        del tokenizer
         gc.collect()
         release_unused()
+
+    def _tokenize(self, settings: RunSettings) -> Splits:
+        tokenizer = Tokenizer.from_file(str(self._folder / SHARD_TOKENIZER))
+        paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
+        return {
+            split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest.pad_token_id)
+            for split, path in paths.items()
+            if path is not None
+        }
 
     def _open_shard(self, settings: RunSettings) -> None:
         self.shard.open()
