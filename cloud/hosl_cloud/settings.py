@@ -22,6 +22,7 @@ from hosl_protocol import (
     check_run_settings,
     convert,
     load_preset,
+    read_toml,
 )
 
 
@@ -119,12 +120,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
 def load_config(path: Path, manifest: Manifest) -> RunConfig:
     """Read and check `run.toml` against the bundle. Raises SettingsError."""
-    try:
-        data = msgspec.toml.decode(path.read_bytes())
-    except OSError as error:
-        raise SettingsError("--config", str(path), error.strerror or "cannot be read") from error
-    except msgspec.DecodeError as error:
-        raise SettingsError("--config", str(path), f"is not TOML: {error}") from error
+    data = read_toml(path, "--config")
     return parse_config(data, manifest, where=str(path))
 
 

@@ -111,11 +111,15 @@ class Store:
         self._lock = threading.Lock()
         with self._named_errors():
             self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            self._database.row_factory = sqlite3.Row
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.execute("PRAGMA foreign_keys = ON")
-            self._migrate(path)
+            try:
+                self._database.row_factory = sqlite3.Row
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.execute("PRAGMA synchronous = FULL")
+                self._database.execute("PRAGMA foreign_keys = ON")
+                self._migrate(path)
+            except BaseException:
+                self._database.close()
+                raise
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

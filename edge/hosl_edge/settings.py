@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from hosl_protocol import SettingsError, convert
+from hosl_protocol import SettingsError, convert, read_toml
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -73,14 +73,7 @@ def parse_bytes(text: int | str) -> int:
 
 def load_settings(options: dict[str, Any], config: Path | None) -> EdgeSettings:
     """Settings from the options that were given, over those in the file. Raises SettingsError."""
-    data: dict[str, Any] = {}
-    if config is not None:
-        try:
-            data = msgspec.toml.decode(config.read_bytes())
-        except OSError as error:
-            raise SettingsError("--config", str(config), error.strerror or "cannot be read") from error
-        except msgspec.DecodeError as error:
-            raise SettingsError("--config", str(config), f"is not TOML: {error}") from error
+    data = read_toml(config, "--config") if config is not None else {}
     data |= options
     for required in ("server", "token_file", "data"):
         if required not in data:

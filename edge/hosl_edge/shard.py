@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ class MappedWeights:
         self.all: Weights = {}
         self._base: Weights = {}
         for entry in manifest.tensors:
-            if entry.name not in layout or tuple(layout[entry.name]["shape"]) != entry.shape:
-                raise BundleError(f"{path} does not hold {entry.name} of shape {list(entry.shape)}")
+            _check_entry(path, layout, entry, len(self._frozen) - start)
             first = start + layout[entry.name]["data_offsets"][0]
             frozen = _view(self._frozen, first, entry.shape)
             self.all[entry.name] = _view(self._private, first, entry.shape) if entry.trainable else frozen
@@ -52,6 +52,15 @@ class MappedWeights:
         """Put the trainable weights back to what the file holds."""
         for name, base in self._base.items():
             self.all[name][...] = base
+
+
+def _check_entry(path: Path, layout: dict[str, Any], entry: TensorEntry, data_bytes: int) -> None:
+    found = layout.get(entry.name, {})
+    if found.get("dtype") != "F32" or tuple(found["shape"]) != entry.shape:
+        raise BundleError(f"{path} does not hold {entry.name} as float32 of shape {list(entry.shape)}")
+    first, end = found["data_offsets"]
+    if not 0 <= first <= end <= data_bytes or end - first != 4 * int(np.prod(entry.shape)):
+        raise BundleError(f"{path} is cut short, or its header is wrong, at {entry.name}")
 
 
 def _view(mapping: mmap.mmap, first: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -68,7 +77,8 @@ class TokenTable:
     def __init__(self, path: Path, entry: TensorEntry) -> None:
         layout, start = _read_layout(path)
         self.name = entry.name
-        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
         self._first = start + layout[entry.name]["data_offsets"][0]
         self._width = int(np.prod(entry.shape[1:]))
         self._rows = np.empty((0, self._width), np.float32)
@@ -79,9 +89,8 @@ class TokenTable:
         if len(self._rows) < distinct.size:
             self._rows = np.empty((distinct.size, self._width), np.float32)
         row_bytes = 4 * self._width
-        with self._path.open("rb", buffering=0) as file:
-            for row, token in zip(self._rows, distinct.tolist(), strict=False):
-                os.preadv(file.fileno(), [row.data], self._first + token * row_bytes)
+        for row, token in zip(self._rows, distinct.tolist(), strict=False):
+            os.preadv(self._descriptor, [row.data], self._first + token * row_bytes)
         return renumbered.reshape(ids.shape).astype(np.int64, copy=False), self._rows[: distinct.size]
 
 

@@ -63,6 +63,7 @@ from hosl_protocol.settings import (
     WireDtype,
     check_run_settings,
     convert,
+    read_toml,
     schedule_factor,
     scheduled_rate,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "philox",
     "preset_fields",
     "preset_names",
+    "read_toml",
     "render",
     "sample_devices",
     "schedule_factor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -119,6 +120,17 @@ def schedule_factor(schedule: str, warmup_rounds: int, round_: int, rounds: int)
     if schedule == "cosine":
         return 0.5 * (1.0 - math.cos(math.pi * remaining))
     return 1.0
+
+
+def read_toml(path: Path, option: str) -> dict[str, Any]:
+    """The mapping in a TOML file; SettingsError names the option that named the file."""
+    try:
+        data: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise SettingsError(option, str(path), error.strerror or "cannot be read") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(option, str(path), f"is not TOML: {error}") from error
+    return data
 
 
 def convert(data: Any, type_: type[Any], where: str) -> Any:

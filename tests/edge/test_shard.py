@@ -161,3 +161,20 @@ def test_a_file_that_does_not_match_the_manifest_is_refused(bundle: Path, change
     entry = msgspec.structs.replace(manifest.trainable[0], **changed)
     with pytest.raises(BundleError, match=f"does not hold {entry.name}"):
         Shard(bundle, with_tensors(manifest, [entry]), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        (lambda data: data[:-4], "cut short"),
+        (lambda data: data.replace(b'"F32"', b'"I32"'), "as float32"),
+    ],
+)
+def test_a_file_of_another_type_or_cut_short_is_refused(
+    bundle: Path, tmp_path: Path, how: Callable[[bytes], bytes], problem: str
+) -> None:
+    folder = tmp_path / "bundle"
+    (folder / SHARD_WEIGHTS).parent.mkdir(parents=True)
+    (folder / SHARD_WEIGHTS).write_bytes(how((bundle / SHARD_WEIGHTS).read_bytes()))
+    with pytest.raises(BundleError, match=problem):
+        Shard(folder, load_manifest(bundle), threads=1)
