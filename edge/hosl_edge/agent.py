@@ -35,6 +35,8 @@ class Summary:
     weights_digest: str
     peak_rss_bytes: int
     anonymous_bytes: int
+    step_seconds: float
+    """Duration of the last round's work on this device, waiting for the cloud included."""
     sent_bytes: int
     received_bytes: int
 
@@ -106,6 +108,7 @@ def _summarize(device: Device, complete: Complete, progress: Progress, display: 
         weights_digest=device.digest(),
         peak_rss_bytes=memory.peak,
         anonymous_bytes=memory.anonymous,
+        step_seconds=progress.step_seconds,
         sent_bytes=progress.sent_bytes,
         received_bytes=progress.received_bytes,
     )
