@@ -54,8 +54,8 @@ class AdamW:
         self._gradient = np.empty(CHUNK, np.float32)
         self._scratch = np.empty(CHUNK, np.float32)
 
-    def growth(self, bound: float, exponent: int, rate: float) -> float:
-        """How far the next step can move a weight whose magnitude is at most `bound`, whatever the moments are.
+    def growths(self, bounds: Sequence[float], tensors: Sequence[LatticeTensor], rate: float) -> list[float]:
+        """How far the next step can move a weight of each tensor, of a magnitude up to its bound, whatever the moments.
 
         |m̂| / √v̂ is at most S by Cauchy and Schwarz: S² = (1-β1)²/(1-β2) · (1-β2^t)/(1-β1^t)² · Σ_{k<t} (β1²/β2)^k.
         """
@@ -63,7 +63,10 @@ class AdamW:
         corrections = (1.0 - clock.power2) / (1.0 - clock.power1) ** 2
         ratio = math.sqrt((1.0 - settings.beta1) ** 2 / (1.0 - settings.beta2) * corrections * clock.series)
         # A thousandth more for float32's roundings on the way.
-        return rate * (ratio + settings.weight_decay * bound) * 1.001 + lattice.spacing(exponent)
+        return [
+            rate * (ratio + settings.weight_decay * bound) * 1.001 + lattice.spacing(tensor.exponent)
+            for bound, tensor in zip(bounds, tensors, strict=True)
+        ]
 
     def step(self, tensors: Sequence[LatticeTensor], terms: Sequence[Term], recipe: Recipe, rate: float) -> None:
         """θ ← θ - rate · (m̂ / (√v̂ + epsilon) + weight_decay · θ). The caller keeps θ inside the exact range."""

@@ -167,7 +167,7 @@ class ClientWeights:
             raise HoslError(f"update of round {update.round} is an estimate of {estimates:.3g}: AdamW cannot square it")
 
         def growths() -> list[float]:
-            return [adamw.growth(b, t.exponent, rate) for b, t in zip(self._bounds, self.tensors, strict=True)]
+            return adamw.growths(self._bounds, self.tensors, rate)
 
         # Decay moves a weight in proportion to its size: with the true maxima the growth is smaller, too.
         if not self._fits(growths()) and not self._fits(growths()):

@@ -458,7 +458,7 @@ def test_no_step_of_adamw_is_longer_than_its_bound(coefficients, betas):
     weights, tensor = make_one([0.0], optimizer="adamw", beta1=betas[0], beta2=betas[1], probe_step=0.25)
     optimizer = weights._adamw
     for n, coefficient in enumerate(coefficients, 1):
-        bound, before = optimizer.growth(0.0, -24, 2.0**-6), float(tensor.values[0])
+        bound, before = optimizer.growths([0.0], weights.tensors, 2.0**-6)[0], float(tensor.values[0])
         weights.apply([UpdateRecord(n, np.array([coefficient], np.float32), 2.0**-6)])
         assert abs(float(tensor.values[0]) - before) <= bound + lattice.spacing(weights.tensors[0].exponent)
 
