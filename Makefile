@@ -1,5 +1,6 @@
 # make demo     the whole way: export, train from two devices, merge, compare
 # make test     format check, lint, types, tests; what CI runs
+# make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
 # make bench    speed and memory, as tables
 # make lint     format check, lint, types
 # make format   format the code
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-hosl test bench lint format clean
+.PHONY: demo demo-hosl test test-aarch64 bench lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ demo-hosl: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest
+
+test-aarch64: $(VENV)/installed
+	PYTHON=$(BIN)/python tests/aarch64.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

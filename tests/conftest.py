@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from support import WORDS
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and lose much where cores are few."""
-    import torch
-
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def save_tokenizer(folder: Path) -> dict[str, Any]:
@@ -94,6 +96,12 @@ def export_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, s
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tiny_model: Path, export_bundle: Callable[[Path, str, int], Path]) -> Callable[[str, int], Path]:
-    """A bundle of the tiny model by what trains and where it is cut."""
-    return lambda train="lora", split=2: export_bundle(tiny_model, train, split)
+def make_bundle(request: pytest.FixtureRequest) -> Callable[[str, int], Path]:
+    """A bundle of the tiny model by what trains and where it is cut.
+
+    HOSL_TEST_BUNDLES names a folder of bundles that are ready made, for machines that have no torch.
+    """
+    if ready := os.environ.get("HOSL_TEST_BUNDLES"):
+        return lambda train="lora", split=2: Path(ready, f"{train}-{split}")
+    model, export = request.getfixturevalue("tiny_model"), request.getfixturevalue("export_bundle")
+    return lambda train="lora", split=2: export(model, train, split)

@@ -9,13 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from hosl_edge.data import Batch
 from hosl_edge.shard import Shard
-from hosl_export.halves import client_half
-from hosl_export.loading import load_model
 from hosl_protocol import (
     BundleError,
     Manifest,
@@ -59,9 +56,13 @@ def pack(shard: Shard, batch: Batch) -> npt.NDArray[np.float32]:
 
 
 @pytest.fixture
-def expected(bundle: Path, tiny_model: Path) -> Callable[[Batch], npt.NDArray[np.float32]]:
+def expected(bundle: Path, request: pytest.FixtureRequest) -> Callable[[Batch], npt.NDArray[np.float32]]:
     """torch's client half with the bundle's weights, example by example, so that nothing is padded."""
-    half = client_half(load_model(str(tiny_model)), 2)
+    torch = pytest.importorskip("torch")
+    from hosl_export.halves import client_half
+    from hosl_export.loading import load_model
+
+    half = client_half(load_model(str(request.getfixturevalue("tiny_model"))), 2)
     parameters = dict(half.model.named_parameters())
     with torch.no_grad():
         for name, values in load_file(bundle / SHARD_WEIGHTS).items():
