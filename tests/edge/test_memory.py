@@ -73,8 +73,8 @@ def test_without_a_budget_a_micro_batch_holds_the_preferred_tokens() -> None:
     def never(rows: int) -> None:
         raise AssertionError("nothing has to be measured")
 
-    assert choose_micro_batch(never, 64, 128, 0, None).rows == 4
-    assert choose_micro_batch(never, 3, 128, 0, None).rows == 3
+    assert choose_micro_batch(never, 64, 128, 0, None).rows == 2
+    assert choose_micro_batch(never, 1, 128, 0, None).rows == 1
     assert choose_micro_batch(never, 64, 4096, 0, None).rows == 1
 
 
