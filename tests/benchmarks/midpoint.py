@@ -1,10 +1,10 @@
 """What the midpoint anchor changes: the tail's gradient and the projections there, against those at the clean weights.
 
-    python tests/benchmarks/midpoint.py --bundle DIR --config run.toml --data train.jsonl [--batches N] [--json]
+    python tests/benchmarks/midpoint.py [--bundle DIR] [--config run.toml] [--data train.jsonl] [--batches N] [--json]
 
-For several probe steps ε, on real batches of a real bundle: how far the midpoint's activations and the tail's gradient
-are from the clean ones, and how far HO-SFL's forward and central differences are from each other. The spread of the
-clean gradient over batches stands beside it: what a step's own noise is.
+Without options it takes what `make demo` left behind. For several probe steps ε, on real batches of a real bundle: how
+far the midpoint's activations and the tail's gradient are from the clean ones, and how far HO-SFL's forward and central
+differences are from each other. The spread of the clean gradient over batches stands beside it: a step's own noise.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hosl_edge.shard import Shard
 from hosl_protocol import ClientWeights, Manifest, ProbePoint, load_manifest, make_client_weights
 from hosl_protocol.manifest import SHARD_TOKENIZER
 
+REVIEWS = Path(__file__).parents[2] / "examples" / "reviews"
 STEPS = (1e-4, 1e-3, 1e-2)
 
 
@@ -94,12 +95,15 @@ def spread(halves: Halves, batches: list[Batch]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--batches", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--bundle", type=Path, default=REVIEWS / "work" / "bundle")
+    parser.add_argument("--config", type=Path, default=REVIEWS / "hosl.toml")
+    parser.add_argument("--data", type=Path, default=REVIEWS / "work" / "data" / "device-1-train.jsonl")
+    parser.add_argument("--batches", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not options.bundle.exists():
+        print(f"{options.bundle} is not there: run `make demo` first, or give --bundle, --config and --data")
+        return
     manifest = load_manifest(options.bundle)
     config = load_config(options.config, manifest)
     tokenizer = Tokenizer.from_file(str(options.bundle / SHARD_TOKENIZER))
