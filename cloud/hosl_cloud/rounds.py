@@ -171,7 +171,6 @@ def hosl_round(context: RoundContext) -> Exchange:
                 if score is None:
                     present.remove(device)
                     continue
-                losses[device, sign] = score.loss
                 if config.anchor == "midpoint":
                     try:
                         means.setdefault(device, _MeanBatch()).add(_batch(frame))
@@ -179,6 +178,7 @@ def hosl_round(context: RoundContext) -> Exchange:
                         present.remove(device)
                         yield _refuse(device, error)
                         continue
+                losses[device, sign] = score.loss
                 reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
                 yield Tell(device, reply, {"loss": np.float32(score.loss).reshape(())})
         estimates[direction] = _hosl_estimate(losses, weights, config)

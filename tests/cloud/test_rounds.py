@@ -328,7 +328,10 @@ def test_a_device_that_changes_its_batch_between_probes_is_refused(midpoint_clou
             return Frame(frame.message, {**frame.tensors, "labels": 1 - labels})
         return frame
 
+    plain = [[prober.difference(device, q) for device in "ac"] for q in (0, 1)]
     outcome, told = run(rounds.hosl_round(midpoint_cloud.context()), answers)
+    expected = [-RATE * np.mean(differences) / (2 * STEP * 2) for differences in plain]
+    assert outcome.update.coefficients == pytest.approx(expected, rel=1e-4), "b's losses must not count"
     assert outcome.devices == ("a", "c")
     assert [tell.device for tell in told if isinstance(tell.message, Refusal)] == ["b"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+
+from hosl_protocol import kernel
 
 # No deadline: a loaded machine is not a failure. Fifty examples keep the folder within seconds.
 settings.register_profile("quick", deadline=None, max_examples=50)
@@ -49,3 +51,14 @@ def reference_block() -> Callable[[Block, tuple[int, int]], Block]:
 def reference_words() -> Callable[[int, int, int, int, int, int], list[int]]:
     """words_by_hand(seed, round, direction, stream, index, count)."""
     return words_by_hand
+
+
+@pytest.fixture(params=["compiled", "numpy"], scope="module")
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of the module runs with the compiled pass over the weights and with numpy's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(kernel, "load", lambda: None)
+        elif kernel.load() is None:
+            pytest.skip("installed without a C compiler")
+        yield

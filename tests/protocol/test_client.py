@@ -27,7 +27,6 @@ from hosl_protocol import (
     client,
     convert,
     direction,
-    kernel,
     lattice,
     make_client_weights,
     perturbation,
@@ -49,15 +48,7 @@ GOLDEN_LONG = {
 }
 
 
-@pytest.fixture(params=["compiled", "numpy"], scope="module", autouse=True)
-def arithmetic(request):
-    """Every test runs with the compiled pass and with numpy's."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "numpy":
-            patch.setattr(kernel, "load", lambda: None)
-        elif kernel.load() is None:
-            pytest.skip("installed without a C compiler")
-        yield
+pytestmark = pytest.mark.usefixtures("arithmetic")
 
 
 def make_base(length, index):

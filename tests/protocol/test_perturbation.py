@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import LatticeTensor, Recipe, Term, add_directions, direction, kernel, lattice, perturbation
+from hosl_protocol import LatticeTensor, Recipe, Term, add_directions, direction, lattice, perturbation
 from hosl_protocol.directions import CHUNK
 from hosl_protocol.perturbation import SEGMENT, TERMS_PER_PASS, estimate
 
@@ -19,15 +19,7 @@ sizes = st.sampled_from([1, 7, 8, 9, 63, 64, 65, 255, 256, 257, 1000])
 seeds = st.integers(0, 2**53 - 1)
 
 
-@pytest.fixture(params=["compiled", "numpy"], scope="module", autouse=True)
-def arithmetic(request):
-    """Every test runs with the compiled pass and with numpy's."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "numpy":
-            patch.setattr(kernel, "load", lambda: None)
-        elif kernel.load() is None:
-            pytest.skip("installed without a C compiler")
-        yield
+pytestmark = pytest.mark.usefixtures("arithmetic")
 
 
 def make_tensors(seed, lengths):
