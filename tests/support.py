@@ -7,12 +7,13 @@ import contextlib
 import json
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hosl_cloud import rounds
+from hosl_cloud.exchange import Answer, Await, Exchange, Tell
 from hosl_cloud.listen import Listen
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.store import Store
@@ -107,19 +108,19 @@ class Device:
             pass
 
 
-def run_round(
-    exchange: Generator[rounds.Tell | rounds.Ask, Frame | None, Any], devices: dict[str, Device]
-) -> rounds.Outcome:
+def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Device]) -> rounds.Outcome:
     """Drive a round's generator against devices; what it comes to."""
-    answer: Frame | None = None
+    answer: Answer | None = None
     try:
         while True:
             action = exchange.send(answer)
             answer = None
-            if isinstance(action, rounds.Tell):
+            if isinstance(action, Tell):
                 devices[action.device].tell(Frame(action.message, action.tensors))
             else:
-                answer = devices[action.device].ask(action.kind)
+                assert isinstance(action, Await)
+                ask = action.asks[0]
+                answer = Answer(ask, devices[ask.device].ask(ask.kind))
     except StopIteration as stop:
         outcome: rounds.Outcome = stop.value
         return outcome
@@ -148,6 +149,7 @@ class Service:
 async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> AsyncIterator[Service]:
     """The service with everything real, on a free port; stopped at the end where its run goes on."""
     from hosl_cloud.coordinator import Coordinator
+    from hosl_cloud.run import Run
     from hosl_cloud.service import serve
 
     folder.mkdir()
@@ -155,7 +157,8 @@ async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> Async
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
     store, said = Store(folder / "hosl.sqlite"), list[str]()
-    coordinator = Coordinator("run-1", config, manifest, bundle, folder / "runs" / "run-1", store, said.append)
+    run = Run("run-1", config, manifest, bundle, folder / "runs" / "run-1", store)
+    coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
     store.create_run("run-1", bundle, manifest.shard_digest, config)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()

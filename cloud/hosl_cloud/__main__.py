@@ -95,6 +95,7 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
     from hosl_cloud.coordinator import Coordinator
+    from hosl_cloud.run import Run
     from hosl_cloud.service import serve
 
     store = Store(options.data_dir / DATABASE)
@@ -103,15 +104,8 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
             _say(f"run {lost} was cut off when the service stopped; it is kept as failed")
         run = _new_run_id(config.name, store)
         bundle = options.bundle.resolve()
-        coordinator = Coordinator(
-            run=run,
-            config=config,
-            manifest=manifest,
-            bundle=bundle,
-            folder=_run_folder(options.data_dir, run),
-            store=store,
-            say=_say,
-        )
+        folder = _run_folder(options.data_dir, run)
+        coordinator = Coordinator(Run(run, config, manifest, bundle, folder, store), _say)
         await coordinator.prepare()
         store.create_run(run, bundle, manifest.shard_digest, config)
 
@@ -121,7 +115,7 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
             _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
 
         ending = await serve(coordinator, token, listen, on_listening, once=options.once)
-        _say(f"run {run} {ending} at round {coordinator.round}; take it with: hosl-cloud merge {run} --out DIR")
+        _say(f"run {run} {ending} at round {coordinator.run.round}; take it with: hosl-cloud merge {run} --out DIR")
         return ending
     finally:
         store.close()

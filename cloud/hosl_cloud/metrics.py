@@ -11,4 +11,16 @@ round_seconds = Histogram(
 train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.")
 eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.")
 devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.")
-wire_bytes = Counter("hosl_wire_bytes", "Bytes on the websockets.", ["direction"])
+wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
+late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
+faults = Counter("hosl_device_faults", "Answers with numbers that no working device sends.")
+
+
+def wire_bytes_by_kind() -> dict[str, dict[str, int]]:
+    """Bytes since the service started: direction, then type of message."""
+    table: dict[str, dict[str, int]] = {}
+    for family in wire_bytes.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                table.setdefault(sample.labels["direction"], {})[sample.labels["kind"]] = int(sample.value)
+    return table

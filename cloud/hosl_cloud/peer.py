@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hosl_cloud import metrics
-from hosl_cloud.rounds import Ask
+from hosl_cloud.exchange import Ask
 from hosl_protocol import (
     Anchor,
     Connection,
     EvalBatch,
+    EvalStart,
     Frame,
     Goodbye,
+    Late,
     Message,
     Phase,
     Probe,
@@ -26,6 +29,7 @@ from hosl_protocol import (
     Refusal,
     Report,
     Role,
+    RoundStart,
     name_of,
 )
 
@@ -34,7 +38,7 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 4
 """Frames that may wait to be asked for; a device that sends more breaks the protocol."""
 
-_ROUND_MESSAGES = (Probe, Anchor, Projections, EvalBatch)
+_ANSWERS = (Probe, Anchor, Projections, EvalBatch)
 
 
 class PeerGone(Exception):
@@ -44,7 +48,8 @@ class PeerGone(Exception):
 class Peer:
     """One connection of one device."""
 
-    def __init__(self, socket: WebSocket) -> None:
+    def __init__(self, socket: WebSocket, on_arrival: Callable[[], None] = lambda: None) -> None:
+        """`on_arrival` hears of every answer, and of the connection's end."""
         self.name = "?"
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
@@ -53,10 +58,14 @@ class Peer:
         """Why the device left, where it said so."""
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
         self.connection = Connection(Role.CLOUD)
-        self._socket = socket
-        self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
-        self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
         self.gone = asyncio.Event()
+        self._socket = socket
+        self._on_arrival = on_arrival
+        self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
+        self._answers: deque[Frame] = deque()
+        self._round: tuple[int, int] | None = None
+        """Epoch and round in which answers are expected."""
+        self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
 
     async def serve(self) -> None:
         """Read and write until the connection ends."""
@@ -67,14 +76,19 @@ class Peer:
             log.warning("device %s: %s", self.name, error)
             self.tell(Refusal(code="message", reason=str(error)[:500], retry=True))
         finally:
-            self.gone.set()
+            self._set_gone()
             self.is_ready = False
             self._inbox.put_nowait(None)
             self._outbox.put_nowait(None)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(writer, 5.0)
 
+    def _set_gone(self) -> None:
+        self.gone.set()
+        self._on_arrival()
+
     async def _read(self) -> None:
+        frame_bytes = 0
         while True:
             event = await self._socket.receive()
             if event["type"] == "websocket.disconnect":
@@ -82,21 +96,40 @@ class Peer:
             piece = event.get("bytes")
             if piece is None:
                 raise ProtocolError("a text message, expected binary ones")
-            metrics.wire_bytes.labels("received").inc(len(piece))
             if self.connection.phase is Phase.CLOSED:
                 continue  # said goodbye; what was under way is drained
+            frame_bytes += len(piece)
             frame = self.connection.receive(piece)
             if frame is None:
                 continue
+            metrics.wire_bytes.labels("received", name_of(frame.message)).inc(frame_bytes)
+            frame_bytes = 0
             if isinstance(frame.message, Goodbye):
                 self.farewell = frame.message.reason[:200]
                 return
-            if isinstance(frame.message, Report):
-                self.reports.put_nowait(frame.message)
-                continue
-            if self._inbox.qsize() >= MAX_WAITING:
-                raise ProtocolError(f"{name_of(frame.message)} while {MAX_WAITING} messages wait already")
+            self._sort(frame)
+
+    def _sort(self, frame: Frame) -> None:
+        """Put a frame where it is waited for."""
+        message = frame.message
+        if isinstance(message, Report):
+            self.reports.put_nowait(message)
+        elif isinstance(message, _ANSWERS):
+            if (message.epoch, message.round) != self._round:
+                self._refuse_late(message)
+                return
+            _check_room(message, len(self._answers))
+            self._answers.append(frame)
+            self._on_arrival()
+        else:
+            _check_room(message, self._inbox.qsize())
             self._inbox.put_nowait(frame)
+
+    def _refuse_late(self, message: Any) -> None:
+        kind = name_of(message)
+        log.warning("device %s: its %s of round %d is late", self.name, kind, message.round)
+        metrics.late_answers.labels(kind).inc()
+        self.tell(Late(run=message.run, epoch=message.epoch, round=message.round, id=message.id, answer=kind))
 
     async def _write(self) -> None:
         try:
@@ -104,21 +137,25 @@ class Peer:
                 message, tensors = item
                 if self.connection.phase is Phase.CLOSED:
                     continue  # queued before the device said goodbye
+                sent = metrics.wire_bytes.labels("sent", name_of(message))
                 for piece in self.connection.send(message, tensors):
                     await self._socket.send({"type": "websocket.send", "bytes": bytes(piece)})
-                    metrics.wire_bytes.labels("sent").inc(len(piece))
+                    sent.inc(len(piece))
             await self._socket.close()
         except (WebSocketDisconnect, RuntimeError, OSError) as error:
             log.info("device %s: the connection broke while writing: %s", self.name, error)
         except Exception:
             log.exception("device %s: writing failed", self.name)
         finally:
-            self.gone.set()
+            self._set_gone()
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
         """Queue a message; dropped where the connection has ended."""
-        if not self.gone.is_set():
-            self._outbox.put_nowait((message, tensors or {}))
+        if self.gone.is_set():
+            return
+        if isinstance(message, (RoundStart, EvalStart)):
+            self._round = message.epoch, message.round
+        self._outbox.put_nowait((message, tensors or {}))
 
     def end(self, message: Message) -> None:
         """Say a last message and close."""
@@ -130,7 +167,7 @@ class Peer:
         self._outbox.put_nowait(None)
 
     async def next(self, timeout_s: float) -> Frame:
-        """The next message. Raises PeerGone, or TimeoutError."""
+        """The next message that is no answer of a round. Raises PeerGone, or TimeoutError."""
         if self._inbox.empty():
             frame = await asyncio.wait_for(self._inbox.get(), max(timeout_s, 0.0))
         else:
@@ -140,25 +177,28 @@ class Peer:
             raise PeerGone(self.name)
         return frame
 
-    async def answer(self, ask: Ask, deadline: float) -> Frame | None:
-        """The message that `ask` wants; others are dropped; None where it is late or the device gone.
-
-        `deadline` is a time of the event loop; what already waits is taken even after it.
-        """
-        try:
-            while True:
-                frame = await self.next(deadline - asyncio.get_running_loop().time())
-                if _matches(frame.message, ask):
-                    return frame
-                log.info("device %s: %s is late and dropped", self.name, name_of(frame.message))
-        except asyncio.TimeoutError:
-            log.warning("device %s sent no %s in time", self.name, name_of(ask.kind))
-        except PeerGone:
-            log.warning("device %s left before its %s", self.name, name_of(ask.kind))
+    def take(self, ask: Ask) -> Frame | None:
+        """The answer to `ask`, if it is in; what came instead is refused by name."""
+        while self._answers:
+            frame = self._answers.popleft()
+            if _matches(frame.message, ask):
+                return frame
+            self._refuse_late(frame.message)
         return None
+
+    def leave_round(self) -> None:
+        """Answers of this round are late from here on."""
+        self._round = None
+        while self._answers:
+            self._refuse_late(self._answers.popleft().message)
+
+
+def _check_room(message: Message, waiting: int) -> None:
+    if waiting >= MAX_WAITING:
+        raise ProtocolError(f"{name_of(message)} while {MAX_WAITING} messages wait already")
 
 
 def _matches(message: Message, ask: Ask) -> bool:
-    if not isinstance(message, ask.kind) or not isinstance(message, _ROUND_MESSAGES) or message.round != ask.round:
+    if not isinstance(message, ask.kind):
         return False
     return not isinstance(message, Probe) or (message.direction, message.sign) == (ask.direction, ask.sign)

@@ -1,7 +1,7 @@
 """A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
 
-HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client. Devices are dealt with in the order of
-their names, so that gradients accumulate in the same order every time.
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client. Devices are dealt with as they answer. In a
+strict run gradients accumulate in the order of `RoundContext.devices`, and a round counts only with all of them.
 """
 
 from __future__ import annotations
@@ -10,113 +10,36 @@ import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from hosl_cloud.evaluation import evaluate_batch
 from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
-from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import Evaluation
-from hosl_protocol import (
-    Anchor,
-    CutGradient,
-    EvalBatch,
-    EvalResult,
-    EvalStart,
-    Frame,
-    Message,
-    Probe,
-    ProbeLoss,
-    Projections,
-    Refusal,
-    RoundStart,
-    UpdateRecord,
-    scheduled_rate,
+from hosl_cloud.exchange import (
+    Action,
+    Ask,
+    BatchArrays,
+    Doubles,
+    Exchange,
+    Fault,
+    Floats,
+    RoundContext,
+    Tell,
+    batch_of,
+    blame,
+    first,
+    refuse,
 )
+from hosl_cloud.settings import RunConfig
+from hosl_protocol import Anchor, CutGradient, Frame, Probe, ProbeLoss, Projections, UpdateRecord, scheduled_rate
 
 log = logging.getLogger(__name__)
 
 LARGEST_PROJECTION = 1e30
 """Magnitude from which a projection is taken for a fault of its device."""
 
-Floats: TypeAlias = npt.NDArray[np.float32]
-BatchArrays: TypeAlias = tuple[Floats, npt.NDArray[np.int32], npt.NDArray[np.int32]]
-"""Activations [T, D], lengths [B], labels [N]."""
-
-
-@dataclass(frozen=True)
-class Tell:
-    """Send this to a device; go on at once."""
-
-    device: str
-    message: Message
-    tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Wait for a device's message of this kind; answered by None where it is late or gone."""
-
-    device: str
-    kind: type
-    round: int
-    direction: int | None = None
-    sign: int | None = None
-
-    @property
-    def stage(self) -> object:
-        """What shares one deadline: the same message of every device; each batch of an evaluation has its own."""
-        return object() if self.kind is EvalBatch else (self.kind, self.direction, self.sign)
-
-
-Exchange: TypeAlias = "Generator[Tell | Ask, Frame | None, Outcome | None]"
-
-
-class Trainer(Protocol):
-    """What a round needs of the tail; see hosl_cloud.trainer."""
-
-    def forward_backward(
-        self,
-        activations: Floats,
-        lengths: npt.NDArray[np.int32],
-        labels: npt.NDArray[np.int32],
-        weight: float = 1.0,
-        *,
-        wants_cut_gradient: bool = True,
-    ) -> Any: ...
-
-    def evaluate(self, activations: Floats, lengths: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> Any: ...
-
-    def step(self, round_: int, total_weight: float) -> Any: ...
-
-    def discard(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What a round needs to know."""
-
-    run: str
-    epoch: int
-    round: int
-    config: RunConfig
-    trainer: Trainer
-    devices: Sequence[str]
-    """Who is to take part, in order."""
-
-    def name(self, id_: int) -> dict[str, Any]:
-        """The fields that name a message of this round."""
-        return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
-
-    def weight(self, batch: BatchArrays) -> float:
-        """w_m before it is divided by the sum of all."""
-        return float(batch[1].size) if self.config.devices.weighting == "examples" else 1.0
-
-    def start(self) -> Generator[Tell, None, None]:
-        """Open the round for every participant."""
-        for device in self.devices:
-            yield Tell(device, RoundStart(**self.name(0), deadline_s=self.config.devices.round_deadline_s))
+FLOAT16_EXPONENT = 15
+"""λ goes to float16 with its largest magnitude from 2^14 up to 2^15, half of what the type holds."""
 
 
 @dataclass(frozen=True)
@@ -130,61 +53,105 @@ class Outcome:
     """Who took part in the tail's step."""
 
 
-def ho_sfl_round(context: RoundContext) -> Exchange:
+def ho_sfl_round(context: RoundContext) -> Exchange[Outcome | None]:
     """HO-SFL steps 1 to 4: train the tail on every Anchor, hand λ_m back, average the projections."""
     yield from context.start()
-    part = yield from _train_on_anchors(context, wants_cut_gradient=True)
+    part = yield from _take_anchors(context, wants_cut_gradient=True)
     if part is None:
         return None
-    sums, total = np.zeros(context.config.directions), 0.0
-    for device, weight in part.weights.items():
-        frame = yield Ask(device, Projections, context.round)
-        projections = np.full(1, np.nan) if frame is None else frame.tensors["projections"].astype(np.float64)
-        if not np.abs(projections).max() < LARGEST_PROJECTION:
-            reason = "no projections" if frame is None else "they are not finite, or absurd"
-            log.warning("round %d: %s is left out of the average: %s", context.round, device, reason)
+    # Devices probe while the tail makes its step; a strict round may still be void, and steps when it is whole.
+    if not (context.config.strict or _step(context, part)):
+        return None
+    projections = yield from _take_projections(context, part)
+    if context.config.strict and not (len(projections) == context.quorum and _step(context, part)):
+        context.trainer.discard()
+        return None
+    averages = context.combine(projections, part.weights)
+    return part.outcome(context, averages / (context.config.directions * context.config.probe_step))
+
+
+def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, Doubles]]:
+    """v_m [P] of each device that sent numbers one can believe."""
+    projections = {}
+    asks = [Ask(device, Projections, context.round) for device in part.weights]
+    while asks:
+        ask, frame = yield from first(asks)
+        if frame is None:
+            log.warning("round %d: %s is left out of the average: no projections", context.round, ask.device)
             continue
-        sums += weight * projections
-        total += weight
-    estimates = sums / (total * context.config.directions * context.config.probe_step) if total else sums
-    return part.outcome(context, estimates)
+        values = frame.tensors["projections"].astype(np.float64)
+        if not np.abs(values).max() < LARGEST_PROJECTION:
+            yield Fault(ask.device, "projections that are not finite, or absurd")
+            continue
+        projections[ask.device] = values
+    return projections
 
 
-def hosl_round(context: RoundContext) -> Exchange:
+def hosl_round(context: RoundContext) -> Exchange[Outcome | None]:
     """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
     yield from context.start()
-    config = context.config
-    present = list(context.devices)
-    weights: dict[str, float] = {}
-    means: dict[str, _MeanBatch] = {}
-    estimates = np.zeros(config.directions)
-    for direction in range(config.directions):
-        losses: dict[tuple[str, int], float] = {}
-        for sign in (+1, -1):
-            for device in list(present):
-                frame = yield Ask(device, Probe, context.round, direction, sign)
-                if frame is None:
-                    present.remove(device)
-                    continue
-                weights[device] = context.weight(_batch(frame))
-                score = yield from _evaluate_batch(context, device, frame)
-                if score is None:
-                    present.remove(device)
-                    continue
-                if config.anchor == "midpoint":
-                    try:
-                        means.setdefault(device, _MeanBatch()).add(_batch(frame))
-                    except BatchError as error:
-                        present.remove(device)
-                        yield _refuse(device, error)
-                        continue
-                losses[device, sign] = score.loss
-                reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
-                yield Tell(device, reply, {"loss": np.float32(score.loss).reshape(())})
-        estimates[direction] = _hosl_estimate(losses, weights, config)
-    midpoints = {device: means[device].take() for device in present} if config.anchor == "midpoint" else None
-    part = yield from _train_on_anchors(context, wants_cut_gradient=False, devices=present, midpoints=midpoints)
-    return None if part is None else part.outcome(context, estimates)
+    probed = yield from _take_probes(context)
+    if context.config.strict and len(probed.present) < context.quorum:
+        return None
+    estimates = _hosl_estimates(probed, context)
+    part = yield from _take_anchors(
+        context, wants_cut_gradient=False, devices=probed.present, midpoints=probed.midpoints(context.config)
+    )
+    return part.outcome(context, estimates) if part is not None and _step(context, part) else None
+
+
+@dataclass
+class _Probed:
+    """What the probes of a HOSL round came to."""
+
+    losses: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    """By device, direction and sign; NaN where the tail's loss is no number."""
+    weights: dict[str, float] = field(default_factory=dict)
+    means: dict[str, _MeanBatch] = field(default_factory=dict)
+    present: list[str] = field(default_factory=list)
+    """Who sent every probe, in the order of the round's devices."""
+
+    def midpoints(self, config: RunConfig) -> dict[str, BatchArrays] | None:
+        """What stands for the Anchors of a run with the midpoint anchor."""
+        return {device: self.means[device].take() for device in self.present} if config.anchor == "midpoint" else None
+
+
+def _take_probes(context: RoundContext) -> Exchange[_Probed]:
+    """Evaluate every device's probes as they come; each device goes on at its own pace."""
+    points = [(direction, sign) for direction in range(context.config.directions) for sign in (+1, -1)]
+    probed = _Probed()
+    done = dict.fromkeys(context.devices, 0)
+    asks = [Ask(device, Probe, context.round, *points[0]) for device in context.devices]
+    while asks:
+        ask, frame = yield from first(asks)
+        if frame is None or not (yield from _evaluate_probe(context, ask, frame, probed)):
+            continue
+        done[ask.device] += 1
+        if done[ask.device] < len(points):
+            asks.append(Ask(ask.device, Probe, context.round, *points[done[ask.device]]))
+    probed.present = [device for device in context.devices if done[device] == len(points)]
+    return probed
+
+
+def _evaluate_probe(context: RoundContext, ask: Ask, frame: Frame, probed: _Probed) -> Generator[Action, None, bool]:
+    """Note a probe's loss and tell it; False where the device is out of the round."""
+    assert ask.direction is not None
+    assert ask.sign is not None
+    batch = batch_of(frame)
+    probed.weights[ask.device] = context.weight(batch)
+    score = yield from evaluate_batch(context, ask.device, frame)
+    if score is None:
+        return False
+    if context.config.anchor == "midpoint":
+        try:
+            probed.means.setdefault(ask.device, _MeanBatch()).add(batch)
+        except BatchError as error:
+            yield refuse(ask.device, error)
+            return False
+    probed.losses[ask.device, ask.direction, ask.sign] = score.loss
+    reply = ProbeLoss(**context.name(0), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
+    yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
+    return True
 
 
 class _MeanBatch:
@@ -213,26 +180,29 @@ class _MeanBatch:
         return activations, lengths, labels
 
 
-def _hosl_estimate(losses: Mapping[tuple[str, int], float], weights: Mapping[str, float], config: RunConfig) -> float:
-    """g_q = (loss⁺ − loss⁻) / (2εQ), over the devices that sent both signs and whose losses are finite."""
-    both = [
-        (weights[device], plus - losses[device, -1])
-        for (device, sign), plus in losses.items()
-        if sign == +1 and (device, -1) in losses and math.isfinite(plus - losses[device, -1])
-    ]
-    total = sum(weight for weight, _ in both)
-    mean = sum(weight * difference for weight, difference in both) / total if total else 0.0
-    return mean / (2.0 * config.probe_step * config.directions)
+def _hosl_estimates(probed: _Probed, context: RoundContext) -> Doubles:
+    """g_q = (loss⁺ − loss⁻) / (2εQ) [Q], each over the devices that sent both signs and whose losses are finite."""
+    config = context.config
+    differences = {
+        device: np.array(
+            [
+                probed.losses.get((device, q, +1), math.nan) - probed.losses.get((device, q, -1), math.nan)
+                for q in range(config.directions)
+            ]
+        )
+        for device in probed.weights
+    }
+    return context.combine(differences, probed.weights) / (2.0 * config.probe_step * config.directions)
 
 
-def frozen_round(context: RoundContext) -> Exchange:
+def frozen_round(context: RoundContext) -> Exchange[Outcome | None]:
     """The control: only the tail trains; nothing but the round's end goes back."""
     yield from context.start()
-    part = yield from _train_on_anchors(context, wants_cut_gradient=False)
-    return None if part is None else part.outcome(context, np.zeros(0))
+    part = yield from _take_anchors(context, wants_cut_gradient=False)
+    return part.outcome(context, np.zeros(0)) if part is not None and _step(context, part) else None
 
 
-ROUNDS: dict[str, Callable[[RoundContext], Exchange]] = {
+ROUNDS: dict[str, Callable[[RoundContext], Exchange[Outcome | None]]] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
     "frozen": frozen_round,
@@ -241,123 +211,99 @@ ROUNDS: dict[str, Callable[[RoundContext], Exchange]] = {
 
 @dataclass(frozen=True)
 class _Part:
-    """Who took part in the tail's step, with which weights, and the mean loss."""
+    """Who takes part in the tail's step, with which weights, and their losses."""
 
     weights: dict[str, float]
-    loss: float
+    losses: dict[str, float]
 
-    def outcome(self, context: RoundContext, estimates: npt.NDArray[np.float64]) -> Outcome:
+    @property
+    def total(self) -> float:
+        """Sum of the weights."""
+        return math.fsum(self.weights.values())
+
+    def outcome(self, context: RoundContext, estimates: Doubles) -> Outcome:
         """`estimates` [P] are the coefficients of the client's gradient estimate Σ_p estimate_p · z_p."""
         optimizer = context.config.client
         rate = scheduled_rate(optimizer, context.round, context.config.rounds)
         coefficients = estimates if optimizer.optimizer == "adamw" else -rate * estimates
         update = UpdateRecord(context.round, coefficients.astype(np.float32), rate)
-        return Outcome(update, self.loss, tuple(self.weights))
+        loss = math.fsum(weight * self.losses[device] for device, weight in self.weights.items()) / self.total
+        return Outcome(update, loss, tuple(device for device in context.devices if device in self.weights))
 
 
-def _train_on_anchors(
+def _step(context: RoundContext, part: _Part) -> bool:
+    """One first-order step of the tail on Σ w_m grad_m; False where its gradient is not finite."""
+    try:
+        context.trainer.step(context.round, part.total)
+    except RoundSpoiltError as error:
+        log.warning("round %d: the tail makes no step: %s", context.round, error)
+        return False
+    return True
+
+
+def _take_anchors(
     context: RoundContext,
     *,
     wants_cut_gradient: bool,
     devices: Sequence[str] | None = None,
     midpoints: Mapping[str, BatchArrays] | None = None,
-) -> Generator[Tell | Ask, Frame | None, _Part | None]:
-    """One first-order step of the tail on Σ w_m grad_m; None where nobody sent an Anchor.
+) -> Exchange[_Part | None]:
+    """Add up Σ w_m grad_m over the devices' Anchors; None, and no gradient, where fewer came than the quorum.
 
     `midpoints` stand for the devices' Anchors where they send none.
     """
-    weights: dict[str, float] = {}
-    losses: dict[str, float] = {}
-    for device in context.devices if devices is None else devices:
-        if midpoints is None:
-            frame = yield Ask(device, Anchor, context.round)
-            if frame is None:
-                continue
-            batch = _batch(frame)
-        else:
-            batch = midpoints[device]
-        weight = context.weight(batch)
-        try:
-            result = context.trainer.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient)
-        except RoundSpoiltError as error:
-            # What the devices before this one added is gone too; those after it can still make the step.
-            log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, error)
-            weights.clear()
-            losses.clear()
+    part = _Part({}, {})
+    asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
+    while asks:
+        if midpoints is not None:
+            ask = asks.pop(0)
+            yield from _backpropagate(context, ask.device, midpoints[ask.device], part, wants_cut_gradient)
             continue
-        except NotFiniteError as error:
-            log.warning("round %d: %s is left out: %s", context.round, device, error)
-            continue
-        except BatchError as error:
-            yield _refuse(device, error)
-            continue
-        weights[device], losses[device] = weight, result.loss
-        if wants_cut_gradient:
-            tensors = {"lambda": result.cut_gradient_TD, "loss": np.float32(result.loss).reshape(())}
-            yield Tell(device, CutGradient(**context.name(0)), tensors)
-    if not weights:
+        # A strict run takes them in order, however they arrive.
+        wanted = asks[:1] if context.config.strict else list(asks)
+        ask, frame = yield from first(wanted)
+        asks.remove(ask)
+        if frame is not None:
+            yield from _backpropagate(context, ask.device, batch_of(frame), part, wants_cut_gradient)
+    if not part.weights or len(part.weights) < context.quorum:
+        if part.weights:
+            log.warning("round %d: %d devices of a quorum of %d", context.round, len(part.weights), context.quorum)
         context.trainer.discard()
         return None
-    total = sum(weights.values())
+    return part
+
+
+def _backpropagate(
+    context: RoundContext, device: str, batch: BatchArrays, part: _Part, wants_cut_gradient: bool
+) -> Generator[Action, None, None]:
+    """Add a device's gradient to the round's, and send its λ."""
+    weight = context.weight(batch)
     try:
-        context.trainer.step(context.round, total)
+        result = context.trainer.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient)
     except RoundSpoiltError as error:
-        log.warning("round %d: the tail makes no step: %s", context.round, error)
-        return None
-    return _Part(weights, sum(weights[device] * loss for device, loss in losses.items()) / total)
-
-
-def evaluate(context: RoundContext) -> Generator[Tell | Ask, Frame | None, Evaluation | None]:
-    """Score the held-out data of `context.devices`, a batch of each in turn; None where there is none."""
-    present = list(context.devices)
-    for device in present:
-        yield Tell(device, EvalStart(**context.name(0)))
-    loss_sum, correct, scored = 0.0, 0, 0
-    while present:
-        for device in list(present):
-            frame = yield Ask(device, EvalBatch, context.round)
-            if frame is None:
-                present.remove(device)
-                continue
-            assert isinstance(frame.message, EvalBatch)
-            result = yield from _evaluate_batch(context, device, frame)
-            if result is None or not math.isfinite(result.loss):
-                present.remove(device)
-                continue
-            loss_sum += result.loss * result.scored
-            correct, scored = correct + result.correct, scored + result.scored
-            reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
-            yield Tell(device, reply, {"loss": np.float32(result.loss).reshape(())})
-            if frame.message.last:
-                present.remove(device)
-    return Evaluation(context.round, loss_sum / scored, correct, scored) if scored else None
-
-
-@dataclass(frozen=True)
-class _NotFinite:
-    """The score of a batch whose loss is no number."""
-
-    loss: float = math.nan
-    correct: int = 0
-    scored: int = 0
-
-
-def _evaluate_batch(context: RoundContext, device: str, frame: Frame) -> Generator[Tell, None, Any]:
-    """The tail's score of a batch; None where the batch contradicts itself, and its device is refused."""
-    try:
-        return context.trainer.evaluate(*_batch(frame))
+        # What the devices before this one added is gone too; those after it can still make the step.
+        log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, error)
+        part.weights.clear()
+        part.losses.clear()
+        return
     except NotFiniteError as error:
-        log.warning("round %d: a batch of %s: %s", context.round, device, error)
-        return _NotFinite()
+        log.warning("round %d: %s is left out: %s", context.round, device, error)
+        yield from blame(device, batch)
+        return
     except BatchError as error:
-        yield _refuse(device, error)
-        return None
+        yield refuse(device, error)
+        return
+    part.weights[device], part.losses[device] = weight, result.loss
+    if wants_cut_gradient:
+        lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
+        tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
+        yield Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
 
 
-def _refuse(device: str, error: BatchError) -> Tell:
-    log.warning("device %s is refused: %s", device, error)
-    return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
-
-
-def _batch(frame: Frame) -> BatchArrays:
-    return frame.tensors["activations"], frame.tensors["lengths"], frame.tensors["labels"]
+def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:
+    """λ / 2^e and e: in float16 a mean loss's gradient would underflow, so its largest entry goes to the top."""
+    largest = float(np.abs(lambda_TD).max())
+    if wire_dtype != "float16" or largest == 0.0:
+        return lambda_TD, 0
+    exponent = math.frexp(largest)[1] - FLOAT16_EXPONENT
+    return np.ldexp(lambda_TD, -exponent), exponent

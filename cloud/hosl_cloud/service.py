@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import logging
 import signal
@@ -18,10 +19,12 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from hosl_cloud.coordinator import Coordinator, Ending
+from hosl_cloud import metrics
+from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.peer import Peer, PeerGone
+from hosl_cloud.run import Ending
 from hosl_protocol import PIECE_BYTES
 from hosl_protocol.manifest import MANIFEST
 
@@ -46,7 +49,7 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
-    async def metrics(request: Request) -> Response:
+    async def figures(request: Request) -> Response:
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
@@ -61,12 +64,12 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
             await socket.close()
             return
         await socket.accept()
-        await _attend(coordinator, Peer(socket))
+        await _attend(coordinator, Peer(socket, coordinator.fleet.on_arrival))
 
     return Starlette(
         routes=[
             Route("/healthz", healthz),
-            Route("/metrics", guarded(metrics)),
+            Route("/metrics", guarded(figures)),
             Route("/v1/run", guarded(run_status)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
             WebSocketRoute("/v1/device", device),
@@ -82,26 +85,30 @@ def is_authorized(connection: HTTPConnection, token: str) -> bool:
 
 def _bundle_file(coordinator: Coordinator, path: str) -> Response:
     """The manifest or a file of the shard, by the names in the manifest only; ranges are honoured."""
-    allowed = {entry.path for entry in coordinator.manifest.shard_files} | {MANIFEST}
+    allowed = {entry.path for entry in coordinator.run.manifest.shard_files} | {MANIFEST}
     if path not in allowed:
         return Response(status_code=404)
-    return FileResponse(coordinator.bundle / path, media_type="application/octet-stream")
+    return FileResponse(coordinator.run.bundle / path, media_type="application/octet-stream")
 
 
 def _status(coordinator: Coordinator) -> dict[str, object]:
+    run, fleet = coordinator.run, coordinator.fleet
+    waiting = fleet.waiting
     return {
-        "run": coordinator.run,
-        "state": coordinator.ending or ("running" if coordinator.round else "pending"),
-        "algorithm": coordinator.config.algorithm,
-        "epoch": coordinator.epoch,
-        "round": coordinator.round,
-        "rounds": coordinator.config.rounds,
-        "devices": {name: {"is_ready": peer.is_ready} for name, peer in coordinator.peers.items()},
+        "run": run.id,
+        "state": run.ending or ("running" if run.round else "pending"),
+        "algorithm": run.config.algorithm,
+        "epoch": run.epoch,
+        "round": run.round,
+        "rounds": run.config.rounds,
+        "waits_for": None if waiting is None else dataclasses.asdict(waiting),
+        "devices": {name: {"is_ready": peer.is_ready} for name, peer in fleet.peers.items()},
+        "wire_bytes": metrics.wire_bytes_by_kind(),
     }
 
 
 async def _attend(coordinator: Coordinator, peer: Peer) -> None:
-    attending = asyncio.create_task(coordinator.attend(peer))
+    attending = asyncio.create_task(coordinator.admission.attend(peer))
     attending.add_done_callback(lambda _: peer.hang_up())
     await peer.serve()
     try:
@@ -184,7 +191,7 @@ async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, onc
     await asyncio.wait({training, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not training.done():
         await coordinator.request_stop()
-        await asyncio.wait({training}, timeout=2 * coordinator.config.devices.round_deadline_s)
+        await asyncio.wait({training}, timeout=2 * coordinator.run.config.devices.round_deadline_s)
         while not training.done():
             # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
             training.cancel()
@@ -207,7 +214,7 @@ async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, onc
 
 async def _hang_up(coordinator: Coordinator) -> None:
     """Let devices take their last message."""
-    peers = list(coordinator.peers.values())
+    peers = list(coordinator.fleet.peers.values())
     waits = [asyncio.create_task(peer.gone.wait()) for peer in peers]
     if waits:
         _, late = await asyncio.wait(waits, timeout=GOODBYE_S)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hosl_cloud.aggregation import Aggregation
 from hosl_protocol import (
     Algorithm,
     AnchorPoint,
@@ -68,12 +69,22 @@ class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Devices that must be ready before the first round."""
     per_round: int = 0
     """Devices sampled each round; 0 takes every ready one."""
+    quorum: int = 1
+    """Devices whose batches a round needs: with fewer it starts again."""
     weighting: Literal["equal", "examples"] = "equal"
     """Weight of a device in the average: the same for each, or its examples in the batch."""
+    aggregation: Aggregation = "mean"
+    """Average over devices of what moves their weights; `trimmed-mean` and `median` bear a few devices that lie."""
+    trim: float = 0.1
+    """Share of the devices that `trimmed-mean` drops at either end, below 0.5."""
+    clip: float = 0.0
+    """Largest number that counts in full, in units of the median magnitude of its direction; 0 does not clip."""
+    strikes: int = 3
+    """Answers of numbers that no working device sends after which a device is put aside; 0 never does."""
     round_deadline_s: float = 120.0
     """Longest wait for a device at each stage of a round; who is late is left out of it."""
     rejoin_deadline_s: float = 600.0
-    """Longest wait for a device when none is left, before the run fails."""
+    """Longest wait for devices where fewer than the quorum are left, before the run fails."""
 
 
 class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +105,9 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     max_length: int = 128
     wire_dtype: WireDtype = "float32"
     report_every: int = 10
+    strict: bool = False
+    """Give the same bits every time: gradients add up in the order of the devices' names, a round takes place only
+    with all the devices it began with, and no device is too late."""
     client: ClientOptimizer = ClientOptimizer()
     tail: TailSettings = TailSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -154,6 +168,8 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("evaluation.every", config.evaluation.every),
         ("evaluation.patience", config.evaluation.patience),
         ("devices.per_round", config.devices.per_round),
+        ("devices.strikes", config.devices.strikes),
+        ("devices.clip", config.devices.clip),
         ("tail.warmup_rounds", config.tail.warmup_rounds),
         ("tail.clip_norm", config.tail.clip_norm),
         ("tail.weight_decay", config.tail.weight_decay),
@@ -161,5 +177,15 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     ):
         if not (math.isfinite(count) and count >= 0):
             raise SettingsError(name, count, "use 0 or more")
-    if config.devices.start_with < 1:
-        raise SettingsError("devices.start_with", config.devices.start_with, "use 1 or more")
+    _check_devices(config.devices)
+
+
+def _check_devices(devices: DeviceSettings) -> None:
+    for name in ("start_with", "quorum"):
+        if getattr(devices, name) < 1:
+            raise SettingsError(f"devices.{name}", getattr(devices, name), "use 1 or more")
+    if 0 < devices.per_round < devices.quorum:
+        remedy = f"use at most devices.per_round, {devices.per_round}"
+        raise SettingsError("devices.quorum", devices.quorum, remedy)
+    if not 0.0 <= devices.trim < 0.5:
+        raise SettingsError("devices.trim", devices.trim, "use a number from 0 up to, not including, 0.5")

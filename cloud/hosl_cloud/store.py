@@ -21,9 +21,9 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-_SCHEMA = """
+_FIRST_SCHEMA = """
 CREATE TABLE runs (
     id TEXT PRIMARY KEY,
     created_at REAL NOT NULL,
@@ -75,6 +75,13 @@ CREATE TABLE evaluations (
 """
 
 
+_MIGRATIONS = (
+    _FIRST_SCHEMA,
+    "ALTER TABLE devices ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;",
+)
+"""What leads from each version to the next, from none at all on."""
+
+
 @dataclass(frozen=True)
 class RunRow:
     """A run as stored."""
@@ -86,6 +93,16 @@ class RunRow:
     state: str
     epoch: int
     round: int
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """What admission asks about a device that joined before."""
+
+    data_digest: str
+    """Of its data when it joined."""
+    strikes: int
+    """Faults counted against it."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +149,8 @@ class Store:
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StoreError(f"{path} has schema {version}, this hosl reads up to {SCHEMA_VERSION}: use a newer hosl")
-        if version == 0:
-            self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            self._database.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
 
     def close(self) -> None:
         """Close the database."""
@@ -245,10 +262,17 @@ class Store:
                 (run, name, data_digest, time.time()),
             )
 
-    def data_digest(self, run: str, name: str) -> str | None:
-        """What a device's data was when it joined; None for a new device."""
-        rows = self._query("SELECT data_digest FROM devices WHERE run = ? AND name = ?", (run, name))
-        return str(rows[0]["data_digest"]) if rows else None
+    def device(self, run: str, name: str) -> DeviceRow | None:
+        """A device that has joined the run; None for a new one."""
+        rows = self._query("SELECT data_digest, strikes FROM devices WHERE run = ? AND name = ?", (run, name))
+        return DeviceRow(**dict(rows[0])) if rows else None
+
+    def add_strike(self, run: str, name: str) -> int:
+        """Count a fault against a device; how many there are now."""
+        with self._transaction() as database:
+            database.execute("UPDATE devices SET strikes = strikes + 1 WHERE run = ? AND name = ?", (run, name))
+            row = database.execute("SELECT strikes FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
+        return int(row["strikes"]) if row else 0
 
     def set_examples(self, run: str, name: str, train: int, held_out: int) -> None:
         """How much data a device has."""

@@ -31,6 +31,7 @@ from hosl_protocol import (
     Goodbye,
     Hello,
     HoslError,
+    Late,
     Message,
     Phase,
     Ready,
@@ -195,6 +196,8 @@ class Session:
             return await self._round(message)
         elif isinstance(message, EvalStart):
             return await self._evaluate(message)
+        elif isinstance(message, Late):
+            self.display.say(f"its {message.answer} of round {message.round} came too late and was left out")
         else:
             log.info("late %s ignored", name_of(message))
         return None

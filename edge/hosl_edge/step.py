@@ -102,6 +102,7 @@ def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
             raise ProtocolError(
                 f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(anchor_TD.shape)}"
             )
+        assert isinstance(reply.message, CutGradient)
         projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
         early = len(differences)
         differences.clear()
@@ -109,7 +110,8 @@ def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
             projections.append(_project(context, batch, p, anchor_TD, lambda_TD))
     finally:
         context.weights.probe(None)
-    yield Send(Projections(**context.name(1)), {"projections": np.array(projections, np.float32)})
+    scaled = np.ldexp(np.array(projections), reply.message.exponent).astype(np.float32)
+    yield Send(Projections(**context.name(1)), {"projections": scaled})
 
 
 def _probe_pair(context: RoundContext, batch: Batch, direction: int) -> tuple[Activations, Activations]:

@@ -34,7 +34,7 @@ class Role(enum.Enum):
 
 
 _ROUND_FROM_EDGE = (m.Probe, m.Anchor, m.Projections, m.EvalBatch, m.Report)
-_ROUND_FROM_CLOUD = (m.RoundStart, m.ProbeLoss, m.CutGradient, m.Update, m.EvalStart, m.EvalResult)
+_ROUND_FROM_CLOUD = (m.RoundStart, m.ProbeLoss, m.CutGradient, m.Update, m.EvalStart, m.EvalResult, m.Late)
 _END_FROM_CLOUD = (m.Complete, m.Refusal)
 
 _ALLOWED: dict[tuple[Role, Phase], tuple[type, ...]] = {

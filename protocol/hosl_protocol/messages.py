@@ -30,6 +30,7 @@ Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """SHA-256 in lower-case hexadecimal digits."""
 DigestOrNone: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+Exponent: TypeAlias = Annotated[int, msgspec.Meta(ge=-200, le=200)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 
@@ -161,6 +162,8 @@ class CutGradient(_RoundMessage, kw_only=True, frozen=True, tag="cut-gradient"):
     """cloud -> edge, HO-SFL: λ, the gradient of this device's own mean loss with respect to its activations."""
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"lambda": _ACTIVATIONS, "loss": _LOSS}
+    exponent: Exponent = 0
+    """λ is the tensor times 2^exponent: float16 alone would lose a mean loss's small gradients."""
 
 
 class Projections(_RoundMessage, kw_only=True, frozen=True, tag="projections"):
@@ -198,6 +201,13 @@ class EvalResult(_RoundMessage, kw_only=True, frozen=True, tag="eval-result"):
     """Right predictions: examples, or tokens for `lm`."""
     scored: Count
     """Out of how many."""
+
+
+class Late(_RoundMessage, kw_only=True, frozen=True, tag="late"):
+    """cloud -> edge: your answer came after its stage had ended; you are left out of what remains of the round."""
+
+    answer: Name
+    """Type of the answer that is refused, for example `anchor`; its `id` is this message's."""
 
 
 class Report(_Message, kw_only=True, frozen=True, tag="report"):
@@ -241,7 +251,17 @@ class Goodbye(_Message, kw_only=True, frozen=True, tag="goodbye"):
 
 FromEdge: TypeAlias = Hello | Ready | Probe | Anchor | Projections | EvalBatch | Report | Goodbye
 FromCloud: TypeAlias = (
-    Welcome | CatchUp | RoundStart | ProbeLoss | CutGradient | Update | EvalStart | EvalResult | Complete | Refusal
+    Welcome
+    | CatchUp
+    | RoundStart
+    | ProbeLoss
+    | CutGradient
+    | Update
+    | EvalStart
+    | EvalResult
+    | Complete
+    | Refusal
+    | Late
 )
 Message: TypeAlias = FromEdge | FromCloud
 

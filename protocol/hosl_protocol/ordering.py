@@ -23,12 +23,18 @@ def batch_indices(seed: int, round_: int, device: str, examples: int, batch_size
 
 
 def sample_devices(seed: int, round_: int, devices: Sequence[str], count: int) -> list[str]:
-    """`count` of `devices` (all where 0), in the order of their names."""
+    """`count` of `devices` (all where 0), in the order of their names.
+
+    A device's place in the draw is its own, so that one that is away changes nothing but its own turn.
+    """
     names = sorted(devices)
     if not 0 < count < len(names):
         return names
-    chosen = _shuffled(philox(seed, round_, 0, Stream.SAMPLING), len(names))[:count]
-    return [names[index] for index in sorted(chosen.tolist())]
+    return sorted(sorted(names, key=lambda name: (_turn(seed, round_, name), name))[:count])
+
+
+def _turn(seed: int, round_: int, device: str) -> int:
+    return int(philox(seed, round_, 0, Stream.SAMPLING, zlib.crc32(device.encode())).random_raw())
 
 
 @lru_cache(maxsize=4)

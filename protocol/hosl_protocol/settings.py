@@ -101,8 +101,6 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
         raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
-    if settings.algorithm == "ho-sfl" and settings.wire_dtype == "float16":
-        raise SettingsError("wire_dtype", settings.wire_dtype, "λ is too small for float16: use bfloat16 or float32")
 
 
 def scheduled_rate(optimizer: ClientOptimizer, round_: int, rounds: int) -> float:

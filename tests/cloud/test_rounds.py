@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from hosl_cloud import rounds
+from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import RoundSpoiltError
-from hosl_cloud.rounds import Ask, Outcome, RoundContext, Tell
+from hosl_cloud.exchange import Action, Answer, Ask, Await, Exchange, Fault, RoundContext, Tell
+from hosl_cloud.rounds import Outcome
 from hosl_cloud.settings import DeviceSettings, RunConfig
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
@@ -79,18 +81,18 @@ def make_cloud(bundle: Any) -> Callable[..., Cloud]:
     return lambda *arguments, **more: Cloud(bundle, *arguments, **more)
 
 
-def run(exchange: Generator[Tell | Ask, Frame | None, Any], answers: Answers) -> tuple[Any, list[Tell]]:
+def run(exchange: Exchange[Any], answers: Answers) -> tuple[Any, list[Tell]]:
     """Drive a round; what it comes to, and what devices were told."""
     told: list[Tell] = []
-    answer = None
+    answer: Answer | None = None
     try:
         while True:
             action = exchange.send(answer)
             answer = None
             if isinstance(action, Tell):
                 told.append(action)
-            else:
-                answer = answers(action)
+            elif isinstance(action, Await):
+                answer = Answer(action.asks[0], answers(action.asks[0]))
     except StopIteration as stop:
         return stop.value, told
 
@@ -461,7 +463,7 @@ def pooled(cloud: Cloud, devices: Sequence[str]) -> Evaluation:
 def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
     before = cloud.weights()
-    evaluation, told = run(rounds.evaluate(cloud.context()), Evaluator(cloud))
+    evaluation, told = run(evaluate(cloud.context()), Evaluator(cloud))
     assert evaluation == pooled(cloud, "abc")
     assert evaluation.scored == 9
     results = [tell for tell in told if isinstance(tell.message, EvalResult)]
@@ -473,19 +475,19 @@ def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Clo
 
 def test_a_device_that_leaves_an_evaluation_does_not_hold_it_up(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, _ = run(rounds.evaluate(cloud.context()), Evaluator(cloud, {"a": 0, "b": 1}))
+    evaluation, _ = run(evaluate(cloud.context()), Evaluator(cloud, {"a": 0, "b": 1}))
     assert evaluation.scored == 0 + 1 + 3
 
 
 def test_an_evaluation_without_answers_is_none(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    assert run(rounds.evaluate(cloud.context()), lambda ask: None)[0] is None
-    assert run(rounds.evaluate(cloud.context([])), lambda ask: None)[0] is None
+    assert run(evaluate(cloud.context()), lambda ask: None)[0] is None
+    assert run(evaluate(cloud.context([])), lambda ask: None)[0] is None
 
 
 def test_a_batch_that_cannot_be_evaluated_ends_that_devices_part(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, told = run(rounds.evaluate(cloud.context()), Evaluator(cloud, bad="b"))
+    evaluation, told = run(evaluate(cloud.context()), Evaluator(cloud, bad="b"))
     assert evaluation == pooled(cloud, "ac")
     assert not [tell for tell in told if tell.device == "b" and isinstance(tell.message, EvalResult)]
 
@@ -495,3 +497,167 @@ def test_devices_are_dealt_with_in_the_order_that_was_given(make_cloud: Callable
     prober = Prober(cloud)
     run(rounds.hosl_round(cloud.context("ca")), prober)
     assert [ask.device for ask in prober.asked] == ["c", "a"] * 5
+
+
+def replace_devices(cloud: Cloud, **settings: Any) -> None:
+    devices = msgspec.structs.replace(cloud.config.devices, **settings)
+    cloud.config = msgspec.structs.replace(cloud.config, devices=devices)
+
+
+def actions_of(exchange: Exchange[Any], answers: Answers, choose: Callable[[Sequence[Ask]], Ask]) -> list[Action]:
+    """Everything a round does, where `choose` says whose answer comes first."""
+    seen: list[Action] = []
+    answer: Answer | None = None
+    try:
+        while True:
+            action = exchange.send(answer)
+            answer = None
+            seen.append(action)
+            if isinstance(action, Await):
+                ask = choose(action.asks)
+                answer = Answer(ask, answers(ask))
+    except StopIteration:
+        return seen
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "frozen"])
+def test_the_tail_starts_on_the_first_batch_that_arrives(make_cloud: Callable[..., Cloud], algorithm: str) -> None:
+    cloud, trained = make_cloud(algorithm), list[int]()
+    compute = cloud.trainer.forward_backward
+
+    def note(activations: npt.NDArray[np.float32], *rest: Any, **more: Any) -> Any:
+        trained.append(len(activations))
+        return compute(activations, *rest, **more)
+
+    cloud.trainer.forward_backward = note  # type: ignore[method-assign]
+    frames = projections_of(VALUES)
+    actions_of(
+        rounds.ROUNDS[algorithm](cloud.context()),
+        lambda ask: frames[ask.device] if ask.kind is Projections else cloud.anchor(ask.device),
+        lambda asks: asks[-1],
+    )
+    assert trained == [sum(LENGTHS[name]) for name in "cba"]
+
+
+def test_the_order_of_projections_and_probes_does_not_matter_to_a_bit(make_cloud: Callable[..., Cloud]) -> None:
+    for algorithm in ("ho-sfl", "hosl"):
+        outcomes = []
+        for reverse in (False, True):
+            cloud = make_cloud(algorithm, "examples")
+            cloud.config = msgspec.structs.replace(cloud.config, strict=True)
+            frames, prober = projections_of(VALUES), Prober(cloud)
+
+            def answers(ask: Ask, frames: Any = frames, prober: Any = prober) -> Frame | None:
+                return frames[ask.device] if ask.kind is Projections else prober(ask)
+
+            exchange = rounds.ROUNDS[algorithm](cloud.context())
+            outcomes.append(keep(exchange, answers, reverse))
+        first, second = outcomes
+        assert first.update.coefficients.tobytes() == second.update.coefficients.tobytes()
+        assert (first.loss, first.devices) == (second.loss, second.devices)
+
+
+def keep(exchange: Exchange[Any], answers: Answers, reverse: bool) -> Outcome:
+    """What a round comes to where the first, or the last, of those asked answers first."""
+    answer: Answer | None = None
+    while True:
+        try:
+            action = exchange.send(answer)
+        except StopIteration as stop:
+            outcome: Outcome = stop.value
+            return outcome
+        answer = None
+        if isinstance(action, Await):
+            ask = action.asks[-1 if reverse else 0]
+            answer = Answer(ask, answers(ask))
+
+
+def test_a_strict_round_takes_anchors_in_order(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("frozen")
+    cloud.config = msgspec.structs.replace(cloud.config, strict=True)
+    asked = actions_of(rounds.frozen_round(cloud.context()), lambda ask: cloud.anchor(ask.device), lambda asks: asks[0])
+    assert [[ask.device for ask in action.asks] for action in asked if isinstance(action, Await)] == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+
+
+@pytest.mark.parametrize("lost", [Anchor, Probe, Projections])
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_a_strict_round_that_loses_a_device_leaves_everything_as_it_was(
+    make_cloud: Callable[..., Cloud], algorithm: str, lost: type
+) -> None:
+    cloud = make_cloud(algorithm)
+    cloud.config = msgspec.structs.replace(cloud.config, strict=True)
+    before, frames, prober = cloud.weights(), projections_of(VALUES), Prober(cloud)
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.device == "b" and ask.kind is lost:
+            return None
+        return frames[ask.device] if ask.kind is Projections else prober(ask)
+
+    outcome, _ = run(rounds.ROUNDS[algorithm](cloud.context()), answers)
+    is_asked_for = lost is not (Probe if algorithm == "ho-sfl" else Projections)
+    assert (outcome is None) == is_asked_for
+    assert not cloud.has_gradient()
+    changed = [name for name, value in cloud.weights().items() if not torch.equal(value, before[name])]
+    assert bool(changed) != is_asked_for
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+def test_a_round_below_the_quorum_changes_nothing(make_cloud: Callable[..., Cloud], algorithm: str) -> None:
+    cloud = make_cloud(algorithm)
+    replace_devices(cloud, quorum=3)
+    before, frames, prober = cloud.weights(), projections_of(VALUES), Prober(cloud)
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.device == "b" and ask.kind is Anchor:
+            return None
+        return frames[ask.device] if ask.kind is Projections else prober(ask)
+
+    outcome, _ = run(rounds.ROUNDS[algorithm](cloud.context()), answers)
+    assert outcome is None
+    assert not cloud.has_gradient()
+    assert all(torch.equal(value, before[name]) for name, value in cloud.weights().items())
+
+
+@pytest.mark.parametrize("aggregation", ["trimmed-mean", "median"])
+def test_a_device_that_lies_does_not_move_a_robust_average(make_cloud: Callable[..., Cloud], aggregation: str) -> None:
+    cloud = make_cloud("ho-sfl")
+    replace_devices(cloud, aggregation=aggregation, trim=0.34)
+    outcome, _ = ho_sfl(cloud, {"a": [1.0, -2.0], "b": [1e20, 1e20], "c": [0.5, 3.0]})
+    assert outcome is not None
+    assert outcome.update.coefficients == pytest.approx(expected([[1.0, 3.0]], [1]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -2e30])
+def test_absurd_projections_count_against_their_device(make_cloud: Callable[..., Cloud], bad: float) -> None:
+    cloud = make_cloud("ho-sfl")
+    frames = projections_of(VALUES | {"a": [1.0, bad]})
+    seen = actions_of(
+        rounds.ho_sfl_round(cloud.context()),
+        lambda ask: frames[ask.device] if ask.kind is Projections else cloud.anchor(ask.device),
+        lambda asks: asks[0],
+    )
+    assert [action.device for action in seen if isinstance(action, Fault)] == ["a"]
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_infinite_activations_count_against_their_device_and_a_tail_that_diverged_does_not(
+    make_cloud: Callable[..., Cloud], algorithm: str
+) -> None:
+    cloud = make_cloud(algorithm)
+    frames, prober = projections_of(VALUES), Prober(cloud, spoilt="b")
+
+    def answers(ask: Ask) -> Frame | None:
+        if ask.kind is Anchor and ask.device == "b":
+            return Frame(Anchor(**NAME), cloud.tensors("b", np.nan))
+        return frames[ask.device] if ask.kind is Projections else prober(ask)
+
+    seen = actions_of(rounds.ROUNDS[algorithm](cloud.context()), answers, lambda asks: asks[0])
+    assert {action.device for action in seen if isinstance(action, Fault)} == {"b"}
+    next(iter(cloud.trainer.parameters.values())).data.fill_(np.nan)
+    prober.spoilt = ""
+    seen = actions_of(rounds.ROUNDS[algorithm](cloud.context("ac")), lambda ask: prober(ask), lambda asks: asks[0])
+    assert not [action for action in seen if isinstance(action, Fault)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,7 +74,7 @@ class Client:
     def __init__(self, socket: ClientConnection, service: Service) -> None:
         self.socket, self.service = socket, service
         self._connection = Connection(Role.EDGE)
-        self.manifest = service.coordinator.manifest
+        self.manifest = service.coordinator.run.manifest
 
     async def send(self, message: Message, tensors: dict[str, Any] | None = None) -> None:
         for piece in encode(message, tensors or {}):
@@ -103,8 +104,8 @@ class Client:
 
     def ready(self, digest: str | None = None) -> Ready:
         if digest is None:
-            weights = load_shard_weights(self.service.coordinator.bundle, self.manifest, only_trainable=True)
-            digest = make_client_weights(self.manifest, weights, self.service.coordinator.settings).digest()
+            weights = load_shard_weights(self.service.coordinator.run.bundle, self.manifest, only_trainable=True)
+            digest = make_client_weights(self.manifest, weights, self.service.coordinator.run.settings).digest()
         return Ready(run="run-1", epoch=0, applied_round=0, weights_digest=digest, train_examples=8, eval_examples=0)
 
     async def join(self, name: str = "pi") -> None:
@@ -116,8 +117,14 @@ class Client:
         while not self.is_ready(name):
             await asyncio.sleep(0.01)
 
+    async def next_round(self) -> RoundStart:
+        """The next RoundStart; what came before it is dropped."""
+        while not isinstance(message := await self.receive(), RoundStart):
+            pass
+        return message
+
     def is_ready(self, name: str) -> bool:
-        peer = self.service.coordinator.peers.get(name)
+        peer = self.service.coordinator.fleet.peers.get(name)
         return peer is not None and peer.is_ready
 
 
@@ -185,7 +192,7 @@ def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Call
                 async with client(service, token, **more):
                     pass
             assert caught.value.response.status_code == 403
-        assert service.coordinator.peers == {}
+        assert service.coordinator.fleet.peers == {}
 
     run(test)
 
@@ -198,7 +205,7 @@ def test_a_device_joins_and_leaves(run: Callable[..., None]) -> None:
             await device.send(Goodbye(reason="the battery is low"))
             with pytest.raises(ConnectionClosed):
                 await asyncio.wait_for(device.socket.recv(), WAIT_S)
-        while service.coordinator.peers:
+        while service.coordinator.fleet.peers:
             await asyncio.sleep(0.01)
         assert service.said[-1] == "device pi is away: the battery is low"
 
@@ -224,7 +231,7 @@ def test_a_hello_that_does_not_fit_is_refused_by_its_code(
             await device.send(msgspec.structs.replace(device.hello(), **fields))
             refusal = await device.refusal()
         assert (refusal.code, refusal.retry) == (code, retry)
-        assert service.coordinator.peers == {}
+        assert service.coordinator.fleet.peers == {}
 
     run(test)
 
@@ -388,10 +395,10 @@ def test_a_second_hello_ends_the_connection(run: Callable[..., None]) -> None:
             await asyncio.gather(device.send(device.hello()), device.send(device.hello()))
             await asyncio.wait_for(device.socket.wait_closed(), WAIT_S)
         for _ in range(500):
-            if not service.coordinator.peers:
+            if not service.coordinator.fleet.peers:
                 break
             await asyncio.sleep(0.01)
-        assert not service.coordinator.peers
+        assert not service.coordinator.fleet.peers
 
     run(test)
 
@@ -400,14 +407,13 @@ def test_answers_to_another_round_are_dropped(run: Callable[..., None]) -> None:
     async def test(service: Service) -> None:
         async with client(service) as device:
             await device.join("pi")
-            while not isinstance(await device.receive(), RoundStart):
-                pass
+            await device.next_round()
             for round_ in (7, 8, 9):
                 message = Projections(run="run-1", epoch=0, round=round_)
                 await device.send(message, {"projections": np.full(2, 1e9, np.float32)})
                 await asyncio.sleep(0.02)
             assert device.is_ready("pi")
-            assert service.coordinator.round == 0
+            assert service.coordinator.run.round == 0
 
     run(test, start_with=1, round_deadline_s=0.5)
 
@@ -416,6 +422,44 @@ def test_the_manifest_that_is_served_is_the_bundles(run: Callable[..., None], bu
     async def test(service: Service) -> None:
         _, body = await get(service, f"/v1/bundle/{MANIFEST}", Authorization=f"Bearer {service.token}")
         assert body == (bundle / MANIFEST).read_bytes()
-        assert load_manifest(bundle).shard_digest == service.coordinator.manifest.shard_digest
+        assert load_manifest(bundle).shard_digest == service.coordinator.run.manifest.shard_digest
 
     run(test)
+
+
+def test_the_status_says_what_is_waited_for_and_since_when(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        token = f"Bearer {service.token}"
+
+        async def waits_for() -> Any:
+            return json.loads((await get(service, "/v1/run", Authorization=token))[1])["waits_for"]
+
+        assert (await waits_for())["what"] == "devices"
+        async with client(service) as device:
+            await device.join("pi")
+            await device.next_round()
+            waiting = await waits_for()
+            assert (waiting["what"], waiting["devices"]) == ("anchor", ["pi"])
+            assert 0.0 <= time.time() - waiting["since"] < WAIT_S
+
+    run(test, start_with=1)
+
+
+def test_a_device_whose_numbers_are_absurd_is_put_aside_for_good(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            for _ in range(2):
+                start = await device.next_round()
+                one = np.ones(1, np.int32)
+                tensors = {"activations": np.full((1, 32), np.nan, np.float32), "lengths": one, "labels": one}
+                await device.send(Anchor(run="run-1", epoch=0, round=start.round), tensors)
+            refusal = await device.refusal()
+            assert (refusal.code, refusal.retry) == ("device", False)
+            assert "put aside: 2 of its answers" in refusal.reason
+        async with client(service) as device:
+            await device.send(device.hello())
+            assert "put aside" in (await device.refusal()).reason
+        assert any(line.startswith("device pi is put aside after 2 faults") for line in service.said)
+
+    run(test, start_with=1, strikes=2)

@@ -12,7 +12,7 @@ import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.store import SCHEMA_VERSION, Evaluation, Store
+from hosl_cloud.store import SCHEMA_VERSION, DeviceRow, Evaluation, Store
 from hosl_protocol import Report, Task, UpdateRecord
 
 CONFIG = RunConfig(
@@ -73,7 +73,7 @@ def test_what_was_added_outlives_the_process(store: Store, tmp_path: Path) -> No
     again = reopen(tmp_path)
     assert again.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
     assert again.run("run-1").round == 1
-    assert again.data_digest("run-1", "pi") == "d" * 64
+    assert again.device("run-1", "pi") == DeviceRow("d" * 64, 0)
     assert again.evaluations("run-1") == [Evaluation(1, 0.5, 3, 4)]
     again.close()
 
@@ -145,7 +145,7 @@ def test_runs_that_a_crash_left_open_are_marked(store: Store, tmp_path: Path) ->
 
 
 def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> None:
-    assert store.data_digest("run-1", "pi") is None
+    assert store.device("run-1", "pi") is None
     store.add_device("run-1", "pi", "d" * 64)
     store.add_device("run-1", "pi", "e" * 64)
     store.add_device("run-1", "jetson", "f" * 64)
@@ -153,7 +153,7 @@ def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> N
     jetson, pi = store.devices("run-1")
     assert (pi["name"], pi["connections"], pi["train_examples"], pi["eval_examples"]) == ("pi", 2, 100, 20)
     assert (jetson["name"], jetson["connections"], jetson["train_examples"]) == ("jetson", 1, 0)
-    assert store.data_digest("run-1", "pi") == "d" * 64
+    assert store.device("run-1", "pi") == DeviceRow("d" * 64, 0)
     assert store.devices("run-2") == []
 
 

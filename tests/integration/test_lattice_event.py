@@ -47,7 +47,7 @@ def test_devices_that_were_there_and_one_that_comes_later_cross_the_event_alike(
     async def run() -> tuple[list[Summary], Service]:
         async with serving(make_bundle("lora", 2), tmp_path / "cloud", SETTINGS) as service:
             first = asyncio.create_task(run_agent(settings_of(service, "first")))
-            while not service.coordinator.mirror.coarsenings:
+            while not service.coordinator.run.mirror.coarsenings:
                 await asyncio.sleep(0.01)
                 assert not first.done(), "the run ended without an event"
             late = asyncio.create_task(run_agent(settings_of(service, "late")))
@@ -57,7 +57,7 @@ def test_devices_that_were_there_and_one_that_comes_later_cross_the_event_alike(
             return summaries, service
 
     summaries, service = asyncio.run(run())
-    mirror = service.coordinator.mirror
+    mirror = service.coordinator.run.mirror
     assert {summary.weights_digest for summary in summaries} == {mirror.digest()}
     rounds = sorted({event.round for event in mirror.coarsenings})
     assert 1 < rounds[0] < ROUNDS

@@ -136,7 +136,7 @@ def test_a_device_that_was_not_told_to_share_its_text_does_not(
         async with serving(bundle, tmp_path / "cloud", configure({"preset": "lm"})) as service:
             with pytest.raises(ConsentError, match="start hosl-edge with --share-text"):
                 await asyncio.wait_for(run_agent(device_settings(service, "pi-1")), 20.0)
-            while service.coordinator.peers:
+            while service.coordinator.fleet.peers:
                 await asyncio.sleep(0.01)
             assert service.said[-1] == "device pi-1 is away: ConsentError"
 

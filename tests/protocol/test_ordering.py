@@ -13,7 +13,7 @@ from hosl_protocol import Stream, batch_indices, sample_devices
 
 # The same stand in protocol/README.md.
 GOLDEN_BATCHES = [[2, 9, 4, 3, 6, 5, 7, 1], [0, 8, 2, 8, 5, 3, 0, 7]]  # seed 42, device pi-1, 10 examples, 8 a round
-GOLDEN_SAMPLE = ["pi-4", "pi-5"]  # seed 42, round 1, two of pi-1 to pi-5
+GOLDEN_SAMPLE = ["pi-3", "pi-5"]  # seed 42, round 1, two of pi-1 to pi-5
 
 
 def ranks(words):
@@ -55,9 +55,18 @@ def test_order_is_the_rank_of_words_from_an_independent_philox(reference_words, 
 
 def test_sampled_devices_are_those_of_the_smallest_words(reference_words):
     names = [f"pi-{n}" for n in range(9)]
-    words = reference_words(7, 3, 0, Stream.SAMPLING, 0, 9)
+    words = [reference_words(7, 3, 0, Stream.SAMPLING, zlib.crc32(name.encode()), 1)[0] for name in names]
     expected = [names[place] for place in sorted(ranks(words)[:4])]
     assert sample_devices(7, 3, names[::-1], 4) == expected
+
+
+def test_a_device_that_is_away_changes_nothing_but_its_own_turn():
+    names = [f"pi-{n}" for n in range(20)]
+    for round_ in range(1, 30):
+        chosen = sample_devices(3, round_, names, 6)
+        for absent in names:
+            without = sample_devices(3, round_, [name for name in names if name != absent], 6)
+            assert len(set(without) - set(chosen)) == (absent in chosen)
 
 
 @pytest.mark.parametrize("count", [0, 3, 4])

@@ -1,0 +1,181 @@
+"""A device joins: who it is, which state it needs, and the proof that it has it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hosl_cloud.fleet import Fleet
+from hosl_cloud.peer import Peer
+from hosl_cloud.run import Run
+from hosl_protocol import (
+    CATCH_UP_ROUNDS,
+    PROTOCOL_VERSION,
+    CatchUp,
+    Complete,
+    Hello,
+    Ready,
+    Refusal,
+    Report,
+    Welcome,
+)
+
+log = logging.getLogger(__name__)
+
+JOIN_DEADLINE_S = 600.0
+"""Longest wait for a joining device, which may have to tokenize its data first."""
+
+Plan = Literal["continue", "rebuild"]
+
+
+@dataclass
+class Admission:
+    """Brings devices into a run. Its methods run on the event loop."""
+
+    run: Run
+    fleet: Fleet
+    compute: Callable[[Callable[[], Any]], Awaitable[Any]]
+    """Runs work on the thread that owns the mirror."""
+    say: Callable[[str], None]
+
+    async def attend(self, peer: Peer) -> None:
+        """A connection from Hello to its end."""
+        reports = asyncio.create_task(self._take_reports(peer))
+        try:
+            if await self._admit(peer):
+                await peer.gone.wait()
+        except asyncio.TimeoutError:
+            peer.end(Refusal(code="late", reason="no answer in time while joining", retry=True))
+        finally:
+            reports.cancel()
+            if self.fleet.peers.get(peer.name) is peer:
+                del self.fleet.peers[peer.name]
+                self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
+            await self.fleet.notify()
+
+    async def _admit(self, peer: Peer) -> bool:
+        hello = (await peer.next(JOIN_DEADLINE_S)).message
+        assert isinstance(hello, Hello)
+        refusal = await asyncio.to_thread(self._objection, hello)
+        if refusal is not None:
+            peer.end(refusal)
+            return False
+        peer.name = hello.device
+        if self.run.ending is not None:
+            peer.end(Complete(run=self.run.id, reason=self.run.ending, round=self.run.round))
+            return False
+        former = self.fleet.peers.get(peer.name)
+        if former is not None:
+            former.end(Refusal(code="device", reason="the device has connected again", retry=False))
+        self.fleet.peers[peer.name] = peer
+        await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name, hello.data_digest)
+        peer.connection.agree(self.run.settings, self.run.manifest.width)
+        return await self._bring_up(peer, hello)
+
+    def _objection(self, hello: Hello) -> Refusal | None:
+        if hello.protocol != PROTOCOL_VERSION:
+            reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
+            return Refusal(code="protocol", reason=reason, retry=False)
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", hello.device):
+            return Refusal(code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-", retry=False)
+        if hello.shard_digest != self.run.manifest.shard_digest:
+            return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
+        known = self.run.store.device(self.run.id, hello.device)
+        if known is None:
+            return None
+        if known.data_digest != hello.data_digest:
+            reason = (
+                "its data has changed since it joined this run: put the old files back, "
+                "or join as a new device with another --name"
+            )
+            return Refusal(code="data", reason=reason, retry=False)
+        return aside(known.strikes, self.run.config.devices.strikes)
+
+    async def _bring_up(self, peer: Peer, hello: Hello) -> bool:
+        """Welcome, then CatchUp and Ready until the device stands at our round with our digest."""
+        run, plan = self.run, _plan(self.run, hello)
+        applied = hello.applied_round if plan == "continue" and hello.run == run.id else 0
+        attempts: list[tuple[Plan, int]] = [(plan, applied), ("rebuild", 0)]
+        for attempt, start in attempts:
+            self._welcome(peer, attempt)
+            ready = await self._catch_up(peer, start)
+            if ready.weights_digest == run.digests.get(ready.applied_round):
+                await self._make_ready(peer, ready)
+                return True
+            log.warning("device %s: digest differs at round %d", peer.name, ready.applied_round)
+        peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))
+        return False
+
+    def _welcome(self, peer: Peer, plan: Plan) -> None:
+        welcome = Welcome(
+            run=self.run.id,
+            epoch=self.run.epoch,
+            round=self.run.round,
+            width=self.run.manifest.width,
+            settings=self.run.settings,
+            plan=plan,
+        )
+        peer.tell(welcome)
+
+    async def _catch_up(self, peer: Peer, applied: int) -> Ready:
+        """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known."""
+        while True:
+            self._send_missed(peer, applied)
+            ready = (await peer.next(JOIN_DEADLINE_S)).message
+            assert isinstance(ready, Ready)
+            applied = ready.applied_round
+            if applied == self.run.round:
+                await self.compute(self.run.note_digest)
+            if applied == self.run.round and applied in self.run.digests:
+                return ready
+
+    def _send_missed(self, peer: Peer, applied: int) -> None:
+        target = self.run.round
+        for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
+            updates = self.run.store.updates(self.run.id, first, min(first + CATCH_UP_ROUNDS - 1, target))
+            shape = (len(updates), self.run.settings.coefficients)
+            coefficients = np.array([update.coefficients for update in updates], np.float32).reshape(shape)
+            rates = np.array([update.learning_rate for update in updates], np.float64)
+            is_last = first + CATCH_UP_ROUNDS > target
+            message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=is_last)
+            peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
+
+    async def _make_ready(self, peer: Peer, ready: Ready) -> None:
+        # No await before it is ready: an update that is settled meanwhile would miss it.
+        peer.is_ready = True
+        peer.eval_examples = ready.eval_examples
+        counts = ready.train_examples, ready.eval_examples
+        self.say(f"device {peer.name} is ready: {counts[0]} examples, {counts[1]} held out")
+        await self.fleet.notify()
+        await asyncio.to_thread(self.run.store.set_examples, self.run.id, peer.name, *counts)
+
+    async def _take_reports(self, peer: Peer) -> None:
+        while True:
+            report: Report = await peer.reports.get()
+            await asyncio.to_thread(self.run.store.set_report, peer.name, report)
+            expected = self.run.digests.get(report.applied_round)
+            if expected is not None and report.weights_digest != expected:
+                log.error("device %s: weights differ at round %d", peer.name, report.applied_round)
+                peer.is_ready = False
+                reason = f"its weights differ from round {report.applied_round}; connect again to rebuild them"
+                peer.end(Refusal(code="weights", reason=reason, retry=True))
+
+
+def aside(strikes: int, limit: int) -> Refusal | None:
+    """What a device is told that has sent too many numbers that no working device sends."""
+    if not 0 < limit <= strikes:
+        return None
+    reason = f"it is put aside: {strikes} of its answers held numbers that no working device sends"
+    return Refusal(code="device", reason=reason, retry=False)
+
+
+def _plan(run: Run, hello: Hello) -> Plan:
+    """Rebuild where the journal is another run's or another epoch's, or ahead of us."""
+    is_strange = hello.run != run.id or hello.epoch != run.epoch or hello.applied_round > run.round
+    return "rebuild" if hello.run is not None and is_strange else "continue"

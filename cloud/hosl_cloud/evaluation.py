@@ -1,0 +1,67 @@
+"""An evaluation round: the tail scores the devices' held-out data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from hosl_cloud.exceptions import BatchError, NotFiniteError
+from hosl_cloud.exchange import Action, Ask, Exchange, RoundContext, Tell, batch_of, blame, first, refuse
+from hosl_cloud.store import Evaluation
+from hosl_protocol import EvalBatch, EvalResult, EvalStart, Frame
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(context: RoundContext) -> Exchange[Evaluation | None]:
+    """Score the held-out data of `context.devices`, a batch of each in turn; None where there is none."""
+    for device in context.devices:
+        yield Tell(device, EvalStart(**context.name(0)))
+    losses: dict[str, list[float]] = {device: [] for device in context.devices}
+    correct, scored = 0, 0
+    asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
+    while asks:
+        ask, frame = yield from first(asks)
+        if frame is None:
+            continue
+        assert isinstance(frame.message, EvalBatch)
+        result = yield from evaluate_batch(context, ask.device, frame)
+        if result is None or not math.isfinite(result.loss):
+            continue
+        losses[ask.device].append(result.loss * result.scored)
+        correct, scored = correct + result.correct, scored + result.scored
+        reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
+        yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
+        if not frame.message.last:
+            asks.append(ask)
+    if not scored:
+        return None
+    return Evaluation(context.round, math.fsum(chain(*losses.values())) / scored, correct, scored)
+
+
+@dataclass(frozen=True)
+class _NotFinite:
+    """The score of a batch whose loss is no number."""
+
+    loss: float = math.nan
+    correct: int = 0
+    scored: int = 0
+
+
+def evaluate_batch(context: RoundContext, device: str, frame: Frame) -> Generator[Action, None, Any]:
+    """The tail's score of a batch; None where the batch contradicts itself, and its device is refused."""
+    try:
+        return context.trainer.evaluate(*batch_of(frame))
+    except NotFiniteError as error:
+        log.warning("round %d: a batch of %s: %s", context.round, device, error)
+        yield from blame(device, batch_of(frame))
+        return _NotFinite()
+    except BatchError as error:
+        yield refuse(device, error)
+        return None

@@ -1,0 +1,156 @@
+"""How a round talks to devices: what its generators yield to their driver, and what they know of the round.
+
+Shapes: T tokens of a batch without padding, D width of the cut layer, B examples, N labels, P directions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hosl_cloud.aggregation import aggregate
+from hosl_cloud.exceptions import BatchError
+from hosl_cloud.settings import RunConfig
+from hosl_protocol import Frame, Message, Refusal, RoundStart
+
+log = logging.getLogger(__name__)
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Doubles: TypeAlias = npt.NDArray[np.float64]
+BatchArrays: TypeAlias = tuple[Floats, npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Activations [T, D], lengths [B], labels [N]."""
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Send this to a device; go on at once."""
+
+    device: str
+    message: Message
+    tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A message that is wanted of a device."""
+
+    device: str
+    kind: type
+    round: int
+    direction: int | None = None
+    sign: int | None = None
+
+
+@dataclass(frozen=True)
+class Await:
+    """Wait for the first of these; each has a deadline of its own, which runs from when it was first asked for."""
+
+    asks: tuple[Ask, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one of the asks: its frame, or None where the device is late or gone."""
+
+    ask: Ask
+    frame: Frame | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A device sent numbers that no working device sends: count it against the device."""
+
+    device: str
+    reason: str
+
+
+T = TypeVar("T")
+Action: TypeAlias = Tell | Await | Fault
+Exchange: TypeAlias = Generator[Action, Answer | None, T]
+"""A conversation with devices that comes to a T."""
+
+
+class Trainer(Protocol):
+    """What a round needs of the tail; see hosl_cloud.trainer."""
+
+    def forward_backward(
+        self,
+        activations: Floats,
+        lengths: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.int32],
+        weight: float = 1.0,
+        *,
+        wants_cut_gradient: bool = True,
+    ) -> Any: ...
+
+    def evaluate(self, activations: Floats, lengths: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> Any: ...
+
+    def step(self, round_: int, total_weight: float) -> Any: ...
+
+    def discard(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a round needs to know."""
+
+    run: str
+    epoch: int
+    round: int
+    config: RunConfig
+    trainer: Trainer
+    devices: Sequence[str]
+    """Who is to take part, in order."""
+
+    def name(self, id_: int) -> dict[str, Any]:
+        """The fields that name a message of this round."""
+        return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
+
+    def weight(self, batch: BatchArrays) -> float:
+        """w_m before it is divided by the sum of all; never more than the run's batch size, which the codec checks."""
+        return float(batch[1].size) if self.config.devices.weighting == "examples" else 1.0
+
+    @property
+    def quorum(self) -> int:
+        """Devices whose batches a step of the tail needs."""
+        return len(self.devices) if self.config.strict else self.config.devices.quorum
+
+    def start(self) -> Generator[Tell, None, None]:
+        """Open the round for every participant."""
+        for device in self.devices:
+            yield Tell(device, RoundStart(**self.name(0), deadline_s=self.config.devices.round_deadline_s))
+
+    def combine(self, values: Mapping[str, Doubles], weights: Mapping[str, float]) -> Doubles:
+        """The run's average over devices of numbers [P]; zeros where no device has any."""
+        devices = self.config.devices
+        if not values:
+            return np.zeros(self.config.directions)
+        return aggregate(values, weights, devices.aggregation, trim=devices.trim, clip=devices.clip)
+
+
+def first(asks: list[Ask]) -> Exchange[tuple[Ask, Frame | None]]:
+    """The first answer to any of `asks`, which is then taken off the list."""
+    answer = yield Await(tuple(asks))
+    assert answer is not None
+    asks.remove(answer.ask)
+    return answer.ask, answer.frame
+
+
+def blame(device: str, batch: BatchArrays) -> Generator[Fault, None, None]:
+    """A tail that diverged makes every loss infinite; only infinite activations are their device's fault."""
+    if not np.isfinite(batch[0]).all():
+        yield Fault(device, "activations that are not finite")
+
+
+def refuse(device: str, error: BatchError) -> Tell:
+    log.warning("device %s is refused: %s", device, error)
+    return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
+
+
+def batch_of(frame: Frame) -> BatchArrays:
+    return frame.tensors["activations"], frame.tensors["lengths"], frame.tensors["labels"]

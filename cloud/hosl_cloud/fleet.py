@@ -1,0 +1,174 @@
+"""The devices that are connected, and the driver that leads a round's generator through talking with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from hosl_cloud import metrics
+from hosl_cloud.exchange import Action, Answer, Ask, Await, Exchange, Fault, Tell
+from hosl_protocol import Frame, Message, Refusal, name_of
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Participant(Protocol):
+    """What a round needs of a device; see hosl_cloud.peer, and hosl_cloud.simulation for devices without a socket."""
+
+    name: str
+    is_ready: bool
+    eval_examples: int
+    gone: asyncio.Event
+
+    def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None: ...
+
+    def end(self, message: Message) -> None: ...
+
+    def take(self, ask: Ask) -> Frame | None: ...
+
+    def leave_round(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What the run waits for now."""
+
+    what: str
+    """Type of message, or `devices` between rounds."""
+    devices: tuple[str, ...]
+    since: float
+    """Unix time."""
+
+
+@dataclass
+class Fleet:
+    """The connected devices. Its methods run on the event loop; `compute` is what runs a generator's work."""
+
+    compute: Callable[[Callable[[], Any]], Awaitable[Any]]
+    on_fault: Callable[[Fault], Awaitable[None]]
+    peers: dict[str, Participant] = field(default_factory=dict)
+    waiting: Waiting | None = None
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def on_arrival(self) -> Callable[[], None]:
+        """For devices to say that an answer is there."""
+        return self._arrived.set
+
+    def ready_names(self) -> list[str]:
+        """Devices that can take part in a round."""
+        return sorted(name for name, peer in self.peers.items() if peer.is_ready)
+
+    async def notify(self) -> None:
+        """Wake who waits for devices: one came or went, or the run is to stop."""
+        metrics.devices_connected.set(len(self.ready_names()))
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def wait_until(self, is_time: Callable[[], bool], timeout_s: float | None) -> None:
+        """Wait for devices. Raises TimeoutError."""
+        self.waiting = Waiting("devices", (), time.time())
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(is_time), timeout_s)
+        finally:
+            self.waiting = None
+
+    def broadcast(self, message: Message, tensors: Mapping[str, Any]) -> None:
+        """Tell every ready device."""
+        for name in self.ready_names():
+            self.peers[name].tell(message, tensors)
+
+    async def drive(self, exchange: Exchange[T], stage_deadline_s: float) -> T:
+        """Run a round's generator to its end, its work on the compute thread.
+
+        It talks to the connections that stood at its start, so that a device that comes back waits for the next
+        round. A device that is late at a stage has left the round.
+        """
+        peers = dict(self.peers)
+        asked: dict[Ask, float] = {}
+        answer: Answer | None = None
+        try:
+            while True:
+                action, result = await self.compute(partial(_advance, exchange, answer))
+                answer = None
+                if action is None:
+                    return result  # type: ignore[no-any-return]
+                if isinstance(action, Await):
+                    answer = await self._first(action.asks, peers, asked, stage_deadline_s)
+                elif isinstance(action, Fault):
+                    await self.on_fault(action)
+                else:
+                    _deliver(action, peers)
+        finally:
+            self.waiting = None
+            for peer in peers.values():
+                peer.leave_round()
+
+    async def _first(
+        self, asks: Sequence[Ask], peers: Mapping[str, Participant], asked: dict[Ask, float], limit_s: float
+    ) -> Answer:
+        """The first answer that is in; what already waits is taken even after its deadline.
+
+        `asked` holds when each ask was first made, in the event loop's time.
+        """
+        now = asyncio.get_running_loop().time
+        for ask in asks:
+            asked.setdefault(ask, now())
+        while True:
+            self._arrived.clear()
+            for ask in asks:
+                peer = peers.get(ask.device)
+                frame = peer.take(ask) if peer is not None else None
+                if frame is not None:
+                    del asked[ask]
+                    return Answer(ask, frame)
+                if peer is None or peer.gone.is_set() or asked[ask] + limit_s <= now():
+                    _give_up(ask, peer)
+                    return Answer(ask, None)
+            oldest_s = now() - min(asked[ask] for ask in asks)
+            devices = tuple(ask.device for ask in asks)
+            self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - oldest_s)
+            await self._wait_for_arrival(limit_s - oldest_s)
+
+    async def _wait_for_arrival(self, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._arrived.wait(), None if math.isinf(timeout_s) else max(timeout_s, 0.0))
+        except asyncio.TimeoutError:
+            return
+
+
+def _deliver(action: Tell, peers: Mapping[str, Participant]) -> None:
+    peer = peers.get(action.device)
+    if peer is None:
+        return
+    if isinstance(action.message, Refusal):
+        peer.is_ready = False
+        peer.end(action.message)
+    else:
+        peer.tell(action.message, action.tensors)
+
+
+def _give_up(ask: Ask, peer: Participant | None) -> None:
+    what = name_of(ask.kind)
+    if peer is None or peer.gone.is_set():
+        log.warning("device %s left before its %s of round %d", ask.device, what, ask.round)
+        return
+    log.warning("device %s sent no %s of round %d in time", ask.device, what, ask.round)
+    peer.leave_round()
+
+
+def _advance(exchange: Exchange[Any], answer: Answer | None) -> tuple[Action | None, Any]:
+    try:
+        return exchange.send(answer), None
+    except StopIteration as stop:
+        return None, stop.value

@@ -1,0 +1,232 @@
+"""A round's conversation with devices: who is waited for, for how long, and what becomes of those who are late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Tell
+from hosl_cloud.fleet import Fleet
+from hosl_cloud.peer import Peer
+from hosl_protocol import Anchor, Frame, Late, Message, Probe, Projections, ProtocolError, Refusal, Report, RoundStart
+
+NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
+
+
+class Silent:
+    """A websocket that never says a thing."""
+
+    async def receive(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(self, event: dict[str, Any]) -> None: ...
+
+
+class Device(Peer):
+    """A real peer whose frames a test puts in by hand; what it is told is kept."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        super().__init__(Silent(), fleet.on_arrival)  # type: ignore[arg-type]
+        self.name, self.is_ready = name, True
+        self.told: list[Message] = []
+        fleet.peers[name] = self
+
+    def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
+        self.told.append(message)
+        super().tell(message, tensors)
+
+    def answer(self, message: Message, **tensors: Any) -> None:
+        self._sort(Frame(message, tensors))
+
+    def leave(self) -> None:
+        self._set_gone()
+
+
+async def compute(work: Callable[[], Any]) -> Any:
+    return await asyncio.to_thread(work)
+
+
+@pytest.fixture
+def faults() -> list[Fault]:
+    return []
+
+
+@pytest.fixture
+def fleet(faults: list[Fault]) -> Fleet:
+    async def note(fault: Fault) -> None:
+        faults.append(fault)
+
+    return Fleet(compute, note)
+
+
+def start(*devices: str) -> Exchange[list[tuple[str, bool]]]:
+    """Open a round and take everybody's Anchor: who answered, in the order of the answers."""
+    for device in devices:
+        yield Tell(device, RoundStart(**NAME, deadline_s=1.0))
+    asks = [Ask(device, Anchor, 1) for device in devices]
+    came = []
+    while asks:
+        answer = yield Await(tuple(asks))
+        assert isinstance(answer, Answer)
+        asks.remove(answer.ask)
+        came.append((answer.ask.device, answer.frame is not None))
+    return came
+
+
+async def after(delay_s: float, work: Callable[[], None]) -> None:
+    await asyncio.sleep(delay_s)
+    work()
+
+
+def test_answers_are_taken_as_they_come(fleet: Fleet) -> None:
+    async def main() -> None:
+        first, second = Device(fleet, "a"), Device(fleet, "b")
+        driving = asyncio.create_task(fleet.drive(start("a", "b"), 10.0))
+        await after(0.05, lambda: second.answer(Anchor(**NAME)))
+        await asyncio.sleep(0.05)
+        assert fleet.waiting is not None
+        assert (fleet.waiting.what, fleet.waiting.devices) == ("anchor", ("a",))
+        assert 0.0 < time.time() - fleet.waiting.since < 5.0
+        first.answer(Anchor(**NAME))
+        assert await driving == [("b", True), ("a", True)]
+        assert fleet.waiting is None
+
+    asyncio.run(main())
+
+
+def test_a_device_that_is_late_is_left_out_and_told_so_by_name(fleet: Fleet) -> None:
+    async def main() -> None:
+        slow, quick = Device(fleet, "a"), Device(fleet, "b")
+        driving = asyncio.create_task(fleet.drive(start("a", "b"), 0.2))
+        await after(0.01, lambda: quick.answer(Anchor(**NAME)))
+        assert await driving == [("b", True), ("a", False)]
+        assert not any(isinstance(message, Late) for message in slow.told)
+        slow.answer(Anchor(**NAME, id=4))
+        assert slow.told[-1] == Late(**NAME, id=4, answer="anchor")
+
+    asyncio.run(main())
+
+
+def test_the_deadline_is_one_for_all_that_a_stage_asks(fleet: Fleet) -> None:
+    async def main() -> None:
+        for name in "abcdef":
+            Device(fleet, name)
+        began = time.monotonic()
+        assert [is_there for _, is_there in await fleet.drive(start(*"abcdef"), 0.3)] == [False] * 6
+        assert 0.3 <= time.monotonic() - began < 0.3 * 3
+
+    asyncio.run(main())
+
+
+def test_a_device_that_leaves_is_not_waited_for(fleet: Fleet) -> None:
+    async def main() -> None:
+        device = Device(fleet, "a")
+        driving = asyncio.create_task(fleet.drive(start("a", "unknown"), 1e9))
+        await after(0.05, device.leave)
+        assert dict(await asyncio.wait_for(driving, 5.0)) == {"a": False, "unknown": False}
+
+    asyncio.run(main())
+
+
+def test_what_already_waits_is_taken_though_the_deadline_has_passed(fleet: Fleet) -> None:
+    def slow_round() -> Exchange[bool]:
+        yield Tell("a", RoundStart(**NAME, deadline_s=1.0))
+        yield Await((Ask("a", Anchor, 1), Ask("b", Anchor, 1)))
+        time.sleep(0.3)  # the tail computes while the deadline of b passes
+        answer = yield Await((Ask("b", Anchor, 1),))
+        return answer is not None and answer.frame is not None
+
+    async def main() -> None:
+        first, second = Device(fleet, "a"), Device(fleet, "b")
+        second.tell(RoundStart(**NAME, deadline_s=1.0))
+        driving = asyncio.create_task(fleet.drive(slow_round(), 0.2))
+        await after(0.05, lambda: first.answer(Anchor(**NAME)))
+        await after(0.1, lambda: second.answer(Anchor(**NAME)))
+        assert await driving
+
+    asyncio.run(main())
+
+
+def test_answers_of_another_round_or_stage_are_refused_by_name(fleet: Fleet) -> None:
+    async def main() -> None:
+        device = Device(fleet, "a")
+        device.answer(Anchor(run="r", epoch=0, round=7))
+        assert device.told == [Late(run="r", epoch=0, round=7, answer="anchor")]
+        device.tell(RoundStart(**NAME, deadline_s=1.0))
+        device.answer(Probe(**NAME, id=1, direction=0, sign=-1))
+        device.answer(Probe(**NAME, id=2, direction=0, sign=1))
+        found = device.take(Ask("a", Probe, 1, 0, 1))
+        assert found is not None
+        assert found.message == Probe(**NAME, id=2, direction=0, sign=1)
+        assert device.told[-1] == Late(**NAME, id=1, answer="probe")
+        device.answer(Projections(**NAME, id=3))
+        device.leave_round()
+        assert device.told[-1] == Late(**NAME, id=3, answer="projections")
+        assert device.take(Ask("a", Projections, 1)) is None
+
+    asyncio.run(main())
+
+
+def test_more_answers_than_anybody_may_have_waiting_break_the_protocol(fleet: Fleet) -> None:
+    async def main() -> None:
+        device = Device(fleet, "a")
+        device.tell(RoundStart(**NAME, deadline_s=1.0))
+        for id_ in range(4):
+            device.answer(Anchor(**NAME, id=id_))
+        with pytest.raises(ProtocolError, match="anchor while 4 messages wait already"):
+            device.answer(Anchor(**NAME, id=4))
+        device.answer(report())  # reports have a queue of their own
+
+    asyncio.run(main())
+
+
+def report() -> Report:
+    figures = dict.fromkeys(("peak_rss_bytes", "anonymous_bytes", "sent_bytes", "received_bytes"), 0)
+    return Report(run="r", epoch=0, applied_round=0, weights_digest="0" * 64, step_seconds=0.0, **figures)
+
+
+def test_a_refusal_ends_the_devices_part_and_faults_are_passed_on(fleet: Fleet, faults: list[Fault]) -> None:
+    def round_() -> Exchange[None]:
+        yield Fault("a", "nonsense")
+        yield Tell("a", Refusal(code="message", reason="no", retry=True))
+
+    async def main() -> None:
+        device = Device(fleet, "a")
+        await fleet.drive(round_(), 1.0)
+        assert not device.is_ready
+        assert [type(message) for message in device.told] == [Refusal]
+
+    asyncio.run(main())
+    assert faults == [Fault("a", "nonsense")]
+
+
+def test_an_error_in_a_round_leaves_nobody_in_it(fleet: Fleet) -> None:
+    def round_() -> Exchange[None]:
+        yield Tell("a", RoundStart(**NAME, deadline_s=1.0))
+        raise ArithmeticError
+
+    async def main() -> None:
+        device = Device(fleet, "a")
+        with pytest.raises(ArithmeticError):
+            await fleet.drive(round_(), 1.0)
+        device.answer(Anchor(**NAME))
+        assert device.told[-1] == Late(**NAME, answer="anchor")
+
+    asyncio.run(main())
+
+
+def test_λ_reaches_a_float16_device_with_its_small_entries() -> None:
+    from hosl_cloud.rounds import _scale_for_wire
+
+    lambda_TD = np.array([[3e-9, -2e-7, 1e-12]], np.float32)
+    scaled, exponent = _scale_for_wire(lambda_TD, "float16")
+    assert 2**14 <= np.abs(scaled).max() < 2**15
+    received = np.ldexp(scaled.astype(np.float16).astype(np.float64), exponent)
+    np.testing.assert_allclose(received, lambda_TD, rtol=1e-3)
+    assert _scale_for_wire(lambda_TD, "bfloat16")[1] == 0
