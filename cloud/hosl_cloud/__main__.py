@@ -2,6 +2,7 @@
 
 hosl-cloud serve --bundle bundle/ --config run.toml
 hosl-cloud merge RUN --out trained/
+hosl-cloud simulate --bundle bundle/ --config run.toml --data train.jsonl --devices 100 --per-round 10
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="run the service and one training run"))
     _add_merge(commands.add_parser("merge", help="join a run's halves into a Hugging Face model"))
+    _add_simulate(commands.add_parser("simulate", help="run a whole fleet of virtual devices in this process"))
     return parser
 
 
@@ -69,6 +71,28 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_data_dir(parser)
     add_common_options(parser)
     parser.set_defaults(command=_merge)
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="what hosl-export wrote")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
+    parser.add_argument("--task", metavar="PRESET", help="a shipped task, where --config names none")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="training data, dealt out to devices")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out data")
+    parser.add_argument("--devices", type=int, default=10, metavar="M", help="virtual devices (default: %(default)s)")
+    parser.add_argument("--per-round", type=int, default=0, metavar="K", help="devices sampled each round (0: all)")
+    parser.add_argument(
+        "--partition", default="iid", metavar="HOW", help="iid, or dirichlet:ALPHA (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a table, one row a round")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    _add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=_simulate)
 
 
 def _add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +191,38 @@ def _merge(options: argparse.Namespace) -> int:
         print(json.dumps({"run": run.id, "round": info.round, "out": str(options.out)}))
     else:
         print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
+    return int(ExitCode.OK)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    # OpenMP threads that spin while they wait take the cores from the devices' forwards.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hosl_cloud.partition import Partition
+    from hosl_cloud.results import summarize, write_csv
+    from hosl_cloud.run import Run
+    from hosl_cloud.simulation import simulate
+
+    manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
+    task = [f"task.preset={options.task}"] if options.task else []
+    fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
+    config = load_config(options.config, manifest, [*task, *fleet, *options.overrides])
+    options.data_dir.mkdir(parents=True, exist_ok=True)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    lock, store = _lock(options.data_dir), Store(options.data_dir / DATABASE)
+    try:
+        id_, bundle = _new_run_id(config.name, store), options.bundle.resolve()
+        run = Run(id_, config, manifest, bundle, _run_folder(options.data_dir, id_), store)
+        store.create_run(id_, bundle, manifest.shard_digest, config)
+        say = _say if not options.json else lambda sentence: None
+        ending = asyncio.run(simulate(run, options.data, options.eval, partition, threads, say))
+        if options.csv is not None:
+            write_csv(store, id_, options.csv)
+        if options.json:
+            print(json.dumps(summarize(store, id_)))
+        say(f"run {id_} {ending} at round {run.round}; take it with: hosl-cloud merge {id_} --out DIR")
+    finally:
+        store.close()
+        lock.close()
     return int(ExitCode.OK)
 
 

@@ -50,6 +50,7 @@ class Coordinator:
         """Who was there at the start: the devices of a strict run."""
         self._fruitless = 0
         """Tries of a round in a row that came to nothing."""
+        self._counted_bytes = metrics.total_wire_bytes()
         self._is_checkpoint_due = False
         self._is_stopping = False
 
@@ -143,7 +144,13 @@ class Coordinator:
         await self._compute(lambda: self.run.apply(update))
         await self._compute(
             lambda: self.store.add_round(
-                self.run.id, self.run.epoch, update, seconds=seconds, loss=outcome.loss, devices=outcome.devices
+                self.run.id,
+                self.run.epoch,
+                update,
+                seconds=seconds,
+                loss=outcome.loss,
+                devices=outcome.devices,
+                wire_bytes=self._count_bytes(),
             )
         )
         self.run.round = update.round
@@ -157,6 +164,11 @@ class Coordinator:
             self.say(f"round {event.round}: {event.tensor} outgrew its lattice, its steps are now {event.spacing:.2g}")
             # The event can't be taken back: a run that resumes must not begin before it.
             self._is_checkpoint_due = True
+
+    def _count_bytes(self) -> int:
+        """Bytes on the wire since the last call."""
+        before, self._counted_bytes = self._counted_bytes, metrics.total_wire_bytes()
+        return self._counted_bytes - before
 
     def _bounded(self, update: UpdateRecord) -> UpdateRecord:
         """The update, or one of zeros where its numbers overflow."""

@@ -24,3 +24,8 @@ def wire_bytes_by_kind() -> dict[str, dict[str, int]]:
             if sample.name.endswith("_total"):
                 table.setdefault(sample.labels["direction"], {})[sample.labels["kind"]] = int(sample.value)
     return table
+
+
+def total_wire_bytes() -> int:
+    """Bytes since the service started, both ways."""
+    return sum(sum(kinds.values()) for kinds in wire_bytes_by_kind().values())

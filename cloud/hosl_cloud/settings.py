@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,10 +134,33 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
         )
 
 
-def load_config(path: Path, manifest: Manifest) -> RunConfig:
-    """Read and check `run.toml` against the bundle. Raises SettingsError."""
-    data = read_toml(path, "--config")
-    return parse_config(data, manifest, where=str(path))
+def load_config(path: Path | None, manifest: Manifest, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check `run.toml` (none: all defaults) against the bundle, with `KEY=VALUE` overrides.
+
+    Raises SettingsError.
+    """
+    data = {} if path is None else read_toml(path, "--config")
+    for override in overrides:
+        _merge(data, _parse_override(override))
+    return parse_config(data, manifest, where=str(path or "run.toml"))
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`tail.learning_rate=1e-4` as a nested mapping; a value that is no TOML is taken for a string."""
+    key, separator, value = text.partition("=")
+    for written in (value, msgspec.json.encode(value).decode()) if separator else ():
+        with contextlib.suppress(msgspec.DecodeError):
+            data: dict[str, Any] = msgspec.toml.decode(f"{key}={written}")
+            return data
+    raise SettingsError("--set", text, "use KEY=VALUE, for example tail.learning_rate=1e-4")
+
+
+def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
 
 
 def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.toml") -> RunConfig:

@@ -77,7 +77,8 @@ CREATE TABLE evaluations (
 
 _MIGRATIONS = (
     _FIRST_SCHEMA,
-    "ALTER TABLE devices ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE devices ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;"
+    "ALTER TABLE rounds ADD COLUMN wire_bytes INTEGER NOT NULL DEFAULT 0;",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -93,6 +94,17 @@ class RunRow:
     state: str
     epoch: int
     round: int
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A finished round's figures."""
+
+    round: int
+    loss: float
+    seconds: float
+    wire_bytes: int
+    """On the wire, both ways, since the round before."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +218,35 @@ class Store:
         return [row["id"] for row in rows]
 
     def add_round(
-        self, run: str, epoch: int, update: UpdateRecord, *, seconds: float, loss: float, devices: Sequence[str]
+        self,
+        run: str,
+        epoch: int,
+        update: UpdateRecord,
+        *,
+        seconds: float,
+        loss: float,
+        devices: Sequence[str],
+        wire_bytes: int = 0,
     ) -> None:
-        """A finished round and its update; durable when this returns."""
+        """A finished round, its update, and what it took on the wire; durable when this returns."""
         coefficients = update.coefficients.astype("<f4").tobytes()
         names = msgspec.json.encode(list(devices)).decode()
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
-                "learning_rate) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (run, epoch, update.round, time.time(), seconds, loss, names, coefficients, update.learning_rate),
+                "learning_rate, wire_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    run,
+                    epoch,
+                    update.round,
+                    time.time(),
+                    seconds,
+                    loss,
+                    names,
+                    coefficients,
+                    update.learning_rate,
+                    wire_bytes,
+                ),
             )
             database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
 
@@ -230,12 +261,13 @@ class Store:
             UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
         ]
 
-    def losses(self, run: str) -> list[tuple[int, float, float]]:
-        """(round, loss, seconds) of every round in force."""
+    def rounds(self, run: str) -> list[RoundRow]:
+        """Every round in force."""
         rows = self._query(
-            "SELECT round, loss, seconds FROM rounds WHERE run = ? AND NOT superseded ORDER BY round", (run,)
+            "SELECT round, loss, seconds, wire_bytes FROM rounds WHERE run = ? AND NOT superseded ORDER BY round",
+            (run,),
         )
-        return [(row["round"], row["loss"], row["seconds"]) for row in rows]
+        return [RoundRow(**dict(row)) for row in rows]
 
     def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
         """The result of an evaluation round; a repeat at the same round replaces it."""

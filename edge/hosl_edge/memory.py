@@ -110,6 +110,11 @@ class MicroBatch:
     """Memory that a forward of them takes and gives back; 0 where there was no budget to measure it for."""
 
 
+def preferred_rows(max_rows: int, max_length: int) -> int:
+    """Rows of a micro-batch where no budget limits it."""
+    return max(1, min(max_rows, PREFERRED_TOKENS // max_length))
+
+
 def choose_micro_batch(
     forward_rows: Callable[[int], None], max_rows: int, max_length: int, reserved_bytes: int, budget_bytes: int | None
 ) -> MicroBatch:
@@ -118,7 +123,7 @@ def choose_micro_batch(
     `forward_rows(n)` runs n rows of full length; `reserved_bytes` is what a round holds besides (activation sets,
     trainable pages not yet copied). Raises MemoryBudgetError where not even one row fits.
     """
-    rows = max(1, min(max_rows, PREFERRED_TOKENS // max_length))
+    rows = preferred_rows(max_rows, max_length)
     if budget_bytes is None:
         return MicroBatch(rows, 0)
     one = transient_bytes(lambda: forward_rows(1))

@@ -57,7 +57,11 @@ def test_updates_come_back_bit_for_bit(store: Store) -> None:
     assert [update.round for update in store.updates("run-1", 2, 2)] == [2]
     assert store.updates("run-1", 4, 9) == []
     assert store.updates("run-2", 1, 3) == []
-    assert store.losses("run-1") == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 1 / 3, 0.5)]
+    assert [(row.round, row.loss, row.seconds) for row in store.rounds("run-1")] == [
+        (1, 1.0, 0.5),
+        (2, 0.5, 0.5),
+        (3, 1 / 3, 0.5),
+    ]
     assert store.run("run-1").round == 3
 
 
@@ -100,7 +104,7 @@ def test_superseded_rounds_are_kept_but_never_replayed(store: Store, tmp_path: P
         (1, AWKWARD.tobytes()),
         (2, newer.tobytes()),
     ]
-    assert [round_ for round_, _, _ in store.losses("run-1")] == [1, 2]
+    assert [row.round for row in store.rounds("run-1")] == [1, 2]
 
 
 def test_an_unknown_run_names_the_known_ones(store: Store, tmp_path: Path) -> None:

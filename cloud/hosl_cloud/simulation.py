@@ -1,0 +1,198 @@
+"""A whole fleet in one process: the devices' own generators against the real course of a run, without sockets.
+
+Virtual devices share one copy of the client's weights, which are equal on all devices by construction, and one data
+set of which each holds a part. Frames go through the real codec: what a device gets has the wire's types.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tokenizers import Tokenizer
+
+from hosl_cloud import metrics
+from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.exchange import Ask
+from hosl_cloud.partition import Partition, Places
+from hosl_cloud.run import Ending, Run
+from hosl_edge import step
+from hosl_edge.data import Dataset, load_dataset
+from hosl_edge.memory import preferred_rows
+from hosl_edge.shard import Shard
+from hosl_protocol import (
+    ClientWeights,
+    EvalStart,
+    Frame,
+    FrameReader,
+    FromCloud,
+    FromEdge,
+    Message,
+    RoundStart,
+    RunSettings,
+    Update,
+    UpdateRecord,
+    batch_indices,
+    bounds_for,
+    encode,
+    make_client_weights,
+    name_of,
+)
+from hosl_protocol.manifest import SHARD_TOKENIZER
+
+Say: TypeAlias = Callable[[str], None]
+
+
+async def simulate(run: Run, data: Path, held_out: Path | None, partition: Partition, threads: int, say: Say) -> Ending:
+    """Train to the end with `run.config.devices.start_with` virtual devices on `data`; the first one evaluates.
+
+    Raises DataError, SettingsError, and what a run raises.
+    """
+    coordinator = Coordinator(run, say)
+    site = await asyncio.to_thread(open_site, run, data, held_out, threads)
+    try:
+        await coordinator.prepare()
+        for device in make_devices(site, partition, run.config.devices.start_with):
+            coordinator.fleet.peers[device.name] = device
+        return await coordinator.train()
+    except BaseException:
+        run.store.set_state(run.id, "failed")
+        raise
+    finally:
+        coordinator.close()
+        site.weights.close()
+
+
+def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site:
+    """Load the shard and the data, as one device does."""
+    settings, manifest = run.settings, run.manifest
+    shard = Shard(run.bundle, manifest, threads)
+    weights = make_client_weights(manifest, shard.weights, settings, threads)
+    tokenizer = Tokenizer.from_file(str(run.bundle / SHARD_TOKENIZER))
+
+    def load(path: Path) -> Dataset:
+        return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id)
+
+    train, evaluated = load(data), None if held_out is None else load(held_out)
+    shard.open()
+    shard.max_length = settings.max_length
+    shard.rows = preferred_rows(settings.batch_size, settings.max_length)
+    return Site(settings, shard, weights, train, evaluated)
+
+
+def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:
+    """`device-0`, `device-1`, ... and the parts that they hold."""
+    parts = partition.deal(site.train.labels, len(site.train), count, site.settings.seed)
+    width = len(str(count - 1))
+    return [
+        VirtualDevice(f"device-{place:0{width}}", site, part, is_evaluator=place == 0)
+        for place, part in enumerate(parts)
+    ]
+
+
+@dataclass
+class Site:
+    """What all virtual devices share."""
+
+    settings: RunSettings
+    shard: Shard
+    weights: ClientWeights
+    train: Dataset
+    held_out: Dataset | None
+
+    def apply(self, update: UpdateRecord) -> None:
+        """Take a round's step, once for all devices."""
+        if update.round == self.weights.applied_round + 1:
+            self.weights.apply([update])
+
+    def context(self, message: RoundStart | EvalStart) -> step.RoundContext:
+        """What a device's generator needs to know; sets are held as by a device without a memory budget."""
+        return step.RoundContext(
+            run=message.run,
+            epoch=message.epoch,
+            round=message.round,
+            settings=self.settings,
+            shard=self.shard,
+            weights=self.weights,
+            held_sets=1 if self.settings.algorithm == "hosl" else self.settings.directions,
+        )
+
+
+class VirtualDevice:
+    """A device without a process: a name and the places of its examples. A Participant of hosl_cloud.fleet."""
+
+    def __init__(self, name: str, site: Site, examples: Places, *, is_evaluator: bool = False) -> None:
+        self.name, self.examples = name, examples
+        self.is_ready = True
+        self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
+        self.gone = asyncio.Event()
+        self._site = site
+        bounds = bounds_for(site.settings, site.shard.manifest.width)
+        self._up, self._down = FrameReader(FromEdge, bounds), FrameReader(FromCloud, bounds)
+        self._steps: step.Step | None = None
+        self._replies: deque[Frame] = deque()
+
+    def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
+        """What the device would do about it."""
+        frame = self._carry("sent", self._down, message, tensors or {})
+        if isinstance(message, RoundStart):
+            self._begin(step.ROUNDS[self._site.settings.algorithm](self._site.context(message), self._draw(message)))
+        elif isinstance(message, EvalStart):
+            assert self._site.held_out is not None
+            self._begin(step.evaluate(self._site.context(message), self._site.held_out, lambda *result: None))
+        elif isinstance(message, Update):
+            record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
+            self._site.apply(record)
+        else:
+            self._replies.append(frame)
+
+    def _draw(self, message: RoundStart) -> Any:
+        settings = self._site.settings
+        chosen = batch_indices(settings.seed, message.round, self.name, len(self.examples), settings.batch_size)
+        return self._site.train.batch(self.examples[chosen])
+
+    def _begin(self, steps: step.Step) -> None:
+        self._steps = steps
+        self._replies.clear()
+
+    def take(self, ask: Ask) -> Frame | None:
+        """The answer to `ask`: the device works until it has it."""
+        if self._steps is None:
+            return None
+        action = next(self._steps, None)
+        while isinstance(action, step.Receive):
+            if not self._replies:  # it was left out of the round
+                return None
+            try:
+                action = self._steps.send(self._replies.popleft())
+            except StopIteration:
+                return None
+        if action is None:
+            return None
+        assert isinstance(action.message, ask.kind)
+        return self._carry("received", self._up, action.message, action.tensors)
+
+    def _carry(self, direction: str, reader: FrameReader, message: Message, tensors: Mapping[str, Any]) -> Frame:
+        """Through the codec, as over a socket."""
+        count = metrics.wire_bytes.labels(direction, name_of(message))
+        frame = None
+        for piece in encode(message, tensors, self._site.settings.wire_dtype):
+            count.inc(len(piece))
+            frame = reader.feed(piece)
+        assert frame is not None
+        return frame
+
+    def end(self, message: Message) -> None:
+        """The connection would end here."""
+        self.is_ready = False
+        self.gone.set()
+
+    def leave_round(self) -> None:
+        """The round is over for this device."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None

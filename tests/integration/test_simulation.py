@@ -1,0 +1,180 @@
+"""A simulated fleet is the fleet: the same bits as real devices on a real port, and a result that merges."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hosl_cloud.__main__ import main as cloud_main
+from hosl_cloud.partition import Partition
+from hosl_cloud.run import Run
+from hosl_cloud.settings import parse_config
+from hosl_cloud.simulation import simulate
+from hosl_cloud.store import Store
+from hosl_edge import EdgeSettings, run_agent
+from hosl_protocol import ExitCode, load_manifest
+from support import TASK, Service, serving, write_reviews
+
+DEVICES, EXAMPLES = 3, 41
+MakeBundle = Callable[..., Path]
+
+
+def configure(**more: Any) -> dict[str, Any]:
+    return {
+        **msgspec.toml.decode(TASK),
+        "rounds": 6,
+        "seed": 9,
+        "batch_size": 4,
+        "max_length": 16,
+        "report_every": 2,
+        "client": {"learning_rate": 0.01},
+        "tail": {"learning_rate": 3e-3, "device": "cpu"},
+        "evaluation": {"every": 3},
+        "devices": {"start_with": DEVICES, "per_round": 2},
+        **more,
+    }
+
+
+def run_simulated(bundle: Path, folder: Path, settings: dict[str, Any], alpha: float | None = None) -> Store:
+    """The store of a simulated run over the reviews."""
+    folder.mkdir()
+    manifest, store = load_manifest(bundle), Store(folder / "hosl.sqlite")
+    run = Run("run-1", parse_config(settings, manifest), manifest, bundle, folder / "runs" / "run-1", store)
+    store.create_run("run-1", bundle, manifest.shard_digest, run.config)
+    train, held_out = write_reviews(folder / "train.jsonl", EXAMPLES), write_reviews(folder / "eval.jsonl", 10, 400)
+    assert asyncio.run(simulate(run, train, held_out, Partition(alpha), 1, lambda sentence: None)) == "completed"
+    return store
+
+
+def run_real(bundle: Path, folder: Path, settings: dict[str, Any]) -> Store:
+    """The store of a run of agents that hold the parts of the same reviews."""
+    folder.mkdir()
+    lines = write_reviews(folder / "all.jsonl", EXAMPLES).read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def agent(service: Service, number: int, part: Any) -> EdgeSettings:
+        data = folder / f"{number}.jsonl"
+        data.write_text("".join(lines[place] for place in part), encoding="utf-8")
+        held_out = write_reviews(folder / "eval.jsonl", 10, 400)
+        return EdgeSettings(
+            server=service.address,
+            token_file=str(service.token_file),
+            data=str(data),
+            eval=str(held_out) if number == 0 else None,
+            name=f"device-{number}",
+            threads=1,
+            state_dir=str(folder / "state"),
+            cache_dir=str(folder / "cache"),
+        )
+
+    async def main() -> Store:
+        async with serving(bundle, folder / "cloud", {**settings, "strict": True}) as service:
+            parts = Partition().deal(None, EXAMPLES, DEVICES, settings["seed"])
+            agents = [run_agent(agent(service, number, part)) for number, part in enumerate(parts)]
+            await asyncio.wait_for(asyncio.gather(*agents), 60.0)
+            assert await service.serving == "completed"
+        return Store(folder / "cloud" / "hosl.sqlite")
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"client": {"learning_rate": 0.01, "optimizer": "adamw"}, "anchor": "midpoint"},
+        {"wire_dtype": "bfloat16"},
+        {"wire_dtype": "float16"},
+        {"algorithm": "hosl"},
+        {"algorithm": "frozen"},
+    ],
+    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen"],
+)
+def test_a_simulated_run_gives_the_bits_of_a_real_one(
+    make_bundle: MakeBundle, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    bundle = make_bundle("lora", 2)
+    simulated, real = (
+        run_simulated(bundle, tmp_path / "s", configure(**more)),
+        run_real(bundle, tmp_path / "r", configure(**more)),
+    )
+    updates = [
+        [update.coefficients.tobytes() for update in store.updates("run-1", 1, 6)] for store in (simulated, real)
+    ]
+    assert updates[0] == updates[1]
+    assert [row.loss for row in simulated.rounds("run-1")] == [row.loss for row in real.rounds("run-1")]
+    assert simulated.evaluations("run-1") == real.evaluations("run-1")
+    assert [evaluation.round for evaluation in real.evaluations("run-1")] == [0, 3, 6]
+    # Whoever answered late, or joined, is in the real count alone.
+    assert (
+        0.9
+        < sum(row.wire_bytes for row in simulated.rounds("run-1")) / sum(row.wire_bytes for row in real.rounds("run-1"))
+        <= 1.0
+    )
+    simulated.close()
+    real.close()
+
+
+def test_uneven_parts_train_differently(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    bundle = make_bundle("lora", 2)
+    stores = [
+        run_simulated(bundle, tmp_path / name, configure(), how) for name, how in (("iid", None), ("dirichlet", 0.1))
+    ]
+    first, second = ([row.loss for row in store.rounds("run-1")] for store in stores)
+    assert first != second
+    for store in stores:
+        store.close()
+
+
+def test_the_command_writes_a_table_and_a_run_that_merges(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = write_reviews(tmp_path / "train.jsonl", 40), write_reviews(tmp_path / "eval.jsonl", 10, 400)
+    (tmp_path / "run.toml").write_text(TASK, encoding="utf-8")
+    options = ["--bundle", str(make_bundle("lora", 2)), "--config", str(tmp_path / "run.toml")]
+    options += ["--data", str(train), "--eval", str(held_out), "--devices", "8", "--per-round", "3"]
+    options += ["--set", "rounds=4", "--set", "tail.device=cpu", "--set", "name=fleet", "--set", "max_length=16"]
+    options += ["--data-dir", str(tmp_path / "data"), "--csv", str(tmp_path / "table.csv"), "--json", "--threads", "1"]
+    assert cloud_main(["simulate", *options]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["run"].startswith("fleet-")
+    assert (summary["state"], summary["rounds"]) == ("completed", 4)
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["round"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert float(rows[-1]["accuracy"]) == summary["final_accuracy"]
+    assert int(rows[-1]["wire_bytes"]) == summary["wire_bytes"] > 0
+    merged = ["merge", summary["run"], "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "data")]
+    assert cloud_main(merged) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--partition", "even"], "use iid or dirichlet:ALPHA"),
+        (["--devices", "99"], "use at most 40, the examples in the data"),
+        (["--set", "round=4"], "round"),
+        (["--set", "rounds"], "use KEY=VALUE"),
+    ],
+)
+def test_what_cannot_be_simulated_is_named(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], sentence: str
+) -> None:
+    (tmp_path / "run.toml").write_text(TASK, encoding="utf-8")
+    options = [
+        "--bundle",
+        str(make_bundle("lora", 2)),
+        "--config",
+        str(tmp_path / "run.toml"),
+        "--set",
+        "max_length=16",
+    ]
+    options += ["--data", str(write_reviews(tmp_path / "train.jsonl", 40)), "--data-dir", str(tmp_path / "data")]
+    assert cloud_main(["simulate", *options, *option]) == ExitCode.SETTINGS
+    assert sentence in capsys.readouterr().err
