@@ -150,9 +150,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
 
 def _image_line(image: ImageEntry) -> str:
     """What the image's entry says, numbers that are not whole as the bits of their float64."""
-    facts = [image.channels, image.height, image.width, image.resample]
-    facts += [struct.pack(">d", number).hex() for number in (image.rescale, *image.mean, *image.std)]
-    return " ".join(["image", *map(str, facts)]) + "\n"
+    numbers = [struct.pack(">d", number).hex() for number in (image.rescale, *image.mean, *image.std)]
+    return " ".join([f"image {image.channels} {image.height} {image.width} {image.resample}", *numbers]) + "\n"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
