@@ -121,7 +121,7 @@ class ImageCase:
     def name(self) -> str:
         """As of a Case."""
         rows, _, height, width = self.pixel_values.shape
-        return f"{rows} images of {height} x {width}"
+        return f"{rows} x {height} x {width} pixels"
 
     def feed(self) -> dict[str, Tensor]:
         """As of a Case."""
