@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pictures import save_image_model
 from support import WORDS
 
 
@@ -105,3 +106,23 @@ def make_bundle(request: pytest.FixtureRequest) -> Callable[[str, int], Path]:
         return lambda train="lora", split=2: Path(ready, f"{train}-{split}")
     model, export = request.getfixturevalue("tiny_model"), request.getfixturevalue("export_bundle")
     return lambda train="lora", split=2: export(model, train, split)
+
+
+@pytest.fixture(scope="session")
+def make_image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The bundle of a tiny model of images by its kind, what trains and where it is cut; made once each."""
+    pytest.importorskip("torch")
+    from hosl_export.__main__ import main
+
+    made: dict[tuple[str, str, int], Path] = {}
+
+    def make(kind: str, train: str, split: int = 1) -> Path:
+        key = kind, train, split
+        if key not in made:
+            folder = tmp_path_factory.mktemp("images")
+            options = ["--model", str(save_image_model(kind, folder / kind)), "--split", str(split), "--train", train]
+            assert main([*options, "--out", str(folder / "bundle")]) == 0
+            made[key] = folder / "bundle"
+        return made[key]
+
+    return make

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from hosl_cloud.checkpoint import CheckpointInfo, read_weights
 from hosl_cloud.exceptions import AdapterError
@@ -83,27 +83,32 @@ def _write_model(
     lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
-    if info.config.task.kind == "sequence-classification":
+    if info.config.task.has_class_head:
         config.id2label = dict(enumerate(info.config.task.labels))
         config.label2id = {label: place for place, label in enumerate(info.config.task.labels)}
-    _check_names(state, config, info)
-    _save(state, folder / "model.safetensors")
+    _save(_checked(state, config, info), folder / "model.safetensors")
     config.to_json_file(folder / "config.json")
-    _copy_texts(
-        (bundle / TAIL_CONFIG).parent, folder, is_language_model=info.config.task.kind != "sequence-classification"
-    )
+    _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
 
 
-def _check_names(state: State, config: Any, info: CheckpointInfo) -> None:
-    """Raise BundleError where the state is not exactly what the config's class holds."""
-    is_classifier = info.config.task.kind == "sequence-classification"
-    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+_CLASSES: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+"""What loads the merged folder, by the kind of task; a language model for the others."""
+
+
+def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
+    """The state in the types of the config's class. Raises BundleError where it is not exactly what that holds."""
     with torch.device("meta"):
-        skeleton = auto.from_config(config)
+        skeleton = _CLASSES.get(info.config.task.kind, AutoModelForCausalLM).from_config(config)
+    types = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     try:
         skeleton.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise BundleError(f"the two halves do not join to a {type(skeleton).__name__}: {error}") from error
+    # A bundle holds everything as float32; a batch-norm counts its batches in whole numbers.
+    return {name: tensor if types[name].is_floating_point else tensor.to(types[name]) for name, tensor in state.items()}
 
 
 def _save(state: State, path: Path) -> None:
@@ -113,7 +118,7 @@ def _save(state: State, path: Path) -> None:
 
 
 def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
-    """The tokenizer's files, and how a language model generates."""
+    """The tokenizer's files or the image preprocessor, and how a language model generates."""
     skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name}
     if not is_language_model:
         skipped.add(_GENERATION_CONFIG)

@@ -1,13 +1,12 @@
 """A task's loss and score on the tail, from the packed activations that a device sends.
 
-Shapes: B examples, T tokens of the batch without padding, L longest example, D width, N labels, C classes, V
-vocabulary.
+Shapes: B examples, T tokens of the batch without padding (for images positions), L longest example, D width, N labels,
+C classes, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ def score(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor,
     if kind == "lm":
         return _score_tokens(tail, h_BLD, mask_BL, labels_N)
     # A prompt is answered at its last token, by a head that was narrowed to the verbalizers. A classifier finds its
-    # own place: the first token of an encoder, the last real one of a causal model.
+    # own place: the first token of an encoder, the last real one of a causal model, an image's first token or mean.
     last_B = mask_BL.sum(dim=1) - 1 if kind == "prompt-classification" else None
     return _score_classes(tail(h_BLD, mask_BL, last_B), labels_N)
 
@@ -88,5 +87,4 @@ def check_batch(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: T
 
 def _classes(tail: Tail) -> int:
     """Rows of the head: classes, or the vocabulary."""
-    head: Any = tail.classifier or tail.model.get_output_embeddings()
-    return int(head.out_features)
+    return int(tail.class_count or tail.model.get_output_embeddings().out_features)

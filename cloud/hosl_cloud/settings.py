@@ -15,6 +15,7 @@ from hosl_cloud.aggregation import Aggregation
 from hosl_protocol import (
     Algorithm,
     AnchorPoint,
+    Augmentation,
     ClientOptimizer,
     Distribution,
     Manifest,
@@ -22,7 +23,7 @@ from hosl_protocol import (
     SettingsError,
     Task,
     WireDtype,
-    check_run_settings,
+    check_run,
     convert,
     load_preset,
     read_toml,
@@ -114,6 +115,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     tail: TailSettings = TailSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     devices: DeviceSettings = DeviceSettings()
+    augmentation: Augmentation = Augmentation()
 
     def wire_settings(self) -> RunSettings:
         """The part that devices are told."""
@@ -131,6 +133,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             wire_dtype=self.wire_dtype,
             client=self.client,
             report_every=self.report_every,
+            augmentation=self.augmentation,
         )
 
 
@@ -170,12 +173,15 @@ def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.tom
         overrides = {key: value for key, value in task.items() if key != "preset"}
         data = {**data, "task": {**load_preset(str(task["preset"])), **overrides}}
     config: RunConfig = convert(data, RunConfig, where)
+    if manifest.image is not None:
+        # An image has as many positions as it has; nothing is cut to a length.
+        config = msgspec.structs.replace(config, max_length=manifest.max_length)
     _check(config, manifest)
     return config
 
 
 def _check(config: RunConfig, manifest: Manifest) -> None:
-    check_run_settings(config.wire_settings(), bundle_max_length=manifest.max_length)
+    check_run(config.wire_settings(), manifest)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", config.name):
         raise SettingsError("name", config.name, "use 1 to 40 characters of A-Za-z0-9._-")
     if manifest.train == "none" and config.algorithm != "frozen":

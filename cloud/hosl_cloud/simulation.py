@@ -21,7 +21,8 @@ from hosl_cloud.exchange import Ask
 from hosl_cloud.partition import Partition, Places
 from hosl_cloud.run import Ending, Run
 from hosl_edge import step
-from hosl_edge.data import Dataset, load_dataset
+from hosl_edge.data import AnyBatch, AnyDataset, load_dataset
+from hosl_edge.images import load_images
 from hosl_edge.memory import preferred_rows
 from hosl_edge.shard import Shard
 from hosl_protocol import (
@@ -72,16 +73,19 @@ def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site
     settings, manifest = run.settings, run.manifest
     shard = Shard(run.bundle, manifest, threads)
     weights = make_client_weights(manifest, shard.weights, settings, threads)
-    tokenizer = Tokenizer.from_file(str(run.bundle / SHARD_TOKENIZER))
-
-    def load(path: Path) -> Dataset:
-        return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id)
-
-    train, evaluated = load(data), None if held_out is None else load(held_out)
+    train, evaluated = _open_data(run, data), None if held_out is None else _open_data(run, held_out)
     shard.open()
     shard.max_length = settings.max_length
-    shard.rows = preferred_rows(settings.batch_size, settings.max_length)
+    shard.rows = preferred_rows(settings, manifest.image)
     return Site(settings, shard, weights, train, evaluated)
+
+
+def _open_data(run: Run, path: Path) -> AnyDataset:
+    settings, manifest = run.settings, run.manifest
+    if manifest.image is not None:
+        return load_images(path, settings.task, manifest.image, manifest.max_length)
+    tokenizer = Tokenizer.from_file(str(run.bundle / SHARD_TOKENIZER))
+    return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id)
 
 
 def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:
@@ -101,8 +105,8 @@ class Site:
     settings: RunSettings
     shard: Shard
     weights: ClientWeights
-    train: Dataset
-    held_out: Dataset | None
+    train: AnyDataset
+    held_out: AnyDataset | None
 
     def apply(self, update: UpdateRecord) -> None:
         """Take a round's step, once for all devices."""
@@ -123,10 +127,10 @@ class Site:
 
 
 class VirtualDevice:
-    """A device without a process: a name and the places of its examples. A Participant of hosl_cloud.fleet."""
+    """A device without a process: a name and its part of the data. A Participant of hosl_cloud.fleet."""
 
     def __init__(self, name: str, site: Site, examples: Places, *, is_evaluator: bool = False) -> None:
-        self.name, self.examples = name, examples
+        self.name, self._train = name, site.train.subset(examples)
         self.is_ready = True
         self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
         self.gone = asyncio.Event()
@@ -150,10 +154,10 @@ class VirtualDevice:
         else:
             self._replies.append(frame)
 
-    def _draw(self, message: RoundStart) -> Any:
+    def _draw(self, message: RoundStart) -> AnyBatch:
         settings = self._site.settings
-        chosen = batch_indices(settings.seed, message.round, self.name, len(self.examples), settings.batch_size)
-        return self._site.train.batch(self.examples[chosen])
+        chosen = batch_indices(settings.seed, message.round, self.name, len(self._train), settings.batch_size)
+        return self._train.training_batch(chosen, settings, message.round, self.name)
 
     def _begin(self, steps: step.Step) -> None:
         self._steps = steps

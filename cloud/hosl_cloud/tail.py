@@ -30,7 +30,7 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
     # The tail's head is its own tensor; PEFT would look for the embedding that the config says it is tied to.
     tail.model.config.tie_word_embeddings = False
     rows: tuple[int, ...] = ()
-    if config.task.kind != "sequence-classification":
+    if not config.task.has_class_head:
         _check_language_head(tail, manifest, config.task)
     if config.task.kind == "prompt-classification":
         rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
@@ -41,7 +41,7 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
 
 def class_count(task: Task) -> int | None:
     """Classes of the trained head; None where the language model's own head scores."""
-    return len(task.labels) if task.kind == "sequence-classification" else None
+    return len(task.labels) if task.has_class_head else None
 
 
 def _check_language_head(tail: Tail, manifest: Manifest, task: Task) -> None:
@@ -91,9 +91,15 @@ def narrow_head(tail: Tail, rows: tuple[int, ...]) -> None:
 
 
 def choose_trainable(tail: Tail, manifest: Manifest, config: RunConfig) -> None:
-    """Set `requires_grad` of every tensor, and put adapters in where `tail.train` is `lora`."""
+    """Set `requires_grad` of every tensor, and put adapters in where `tail.train` is `lora`.
+
+    Raises SettingsError where the model has no modules for adapters.
+    """
     tail.model.requires_grad_(config.tail.train == "full")
     if config.tail.train == "lora":
+        if not tail.family.lora_targets:
+            remedy = f"{manifest.family} has no modules for adapters: use full or head"
+            raise SettingsError("tail.train", config.tail.train, remedy)
         inject_lora(tail.model, tail_lora(manifest, tail.family), tail.family, config.seed)
     if config.tail.train == "head":
         _head_modules(tail).requires_grad_()

@@ -115,6 +115,8 @@ class TailTrainer:
     def _score(self, h_TD: Tensor, lengths_B: Integers, labels_N: Integers) -> objectives.Score:
         if lengths_B.size and int(lengths_B.max()) > self.config.max_length:
             raise BatchError("tokens of an example", f"at most {self.config.max_length}", int(lengths_B.max()))
+        if self.config.task.is_image and lengths_B.size and int(lengths_B.min()) != self.config.max_length:
+            raise BatchError("positions of an image", self.config.max_length, int(lengths_B.min()))
         lengths, labels = torch.from_numpy(lengths_B.astype(np.int64)), self._tensor(labels_N, torch.int64)
         with self._autocast():
             score = objectives.score(self.kind, self.tail, h_TD, lengths, labels)

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--server", metavar="URL", help="address of hosl-cloud, wss://host:port (ws:// on this machine only)")
     add("--token-file", metavar="FILE", help="file with the join token that hosl-cloud wrote")
-    add("--data", metavar="FILE", help="training data, .jsonl or .csv")
+    add("--data", metavar="FILE", help="training data, .jsonl or .csv; of images .npz or a folder")
     add("--eval", metavar="FILE", help="held-out data of the same form")
     add("--memory-budget", metavar="SIZE", help="most anonymous memory to take, such as 400M")
     add("--threads", metavar="N", type=int, help="compute threads (default: all CPUs)")

@@ -1,5 +1,7 @@
 """The device's data: JSON Lines or CSV in, token ids out. Errors name the file and the line, never the text.
 
+Images have a module of their own, `images`; what the rest of the device knows of either kind is at the top here.
+
 Shapes: B examples, T tokens of a batch without padding, L longest example.
 """
 
@@ -11,19 +13,73 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from hosl_edge.exceptions import ConsentError, DataError
-from hosl_protocol import Task, label_of, preset_fields, render
+from hosl_protocol import RunSettings, Task, label_of, preset_fields, render
+
+
+class AnyBatch(Protocol):
+    """Some examples, texts or images, neighbours alike in length."""
+
+    @property
+    def lengths_B(self) -> npt.NDArray[np.int32]:
+        """Tokens, or positions at the cut layer, of each example."""
+        ...
+
+    @property
+    def labels_N(self) -> npt.NDArray[np.int32]:
+        """What the cloud scores them against."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """T: the lengths' sum."""
+        ...
+
+    def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
+        """What a graph may take of these examples, by name, contiguous."""
+        ...
+
+
+class AnyDataset(Protocol):
+    """Examples of either kind."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> AnyBatch:
+        """The examples at `indices` [B], as they are."""
+        ...
+
+    def training_batch(
+        self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str
+    ) -> AnyBatch:
+        """The examples at `indices` [B] as `device` trains on them in a round; no state but the data decides."""
+        ...
+
+    def evaluation_order(self) -> npt.NDArray[np.int64]:
+        """All places, in the order in which held-out data is sent."""
+        ...
+
+    def subset(self, places: npt.NDArray[np.int64]) -> AnyDataset:
+        """The examples at `places` alone, as data of their own."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32] | None:
+        """Class per example; None where the text is its own label."""
+        ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples, padded on the right, shortest first."""
+    """Some texts, padded on the right, shortest first."""
 
     ids_BL: npt.NDArray[np.int64]
     lengths_B: npt.NDArray[np.int32]
@@ -34,6 +90,13 @@ class Batch:
     def tokens(self) -> int:
         """T: tokens without padding."""
         return int(self.lengths_B.sum())
+
+    def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
+        """Token ids and the mask of real ones [b, L], padded to the longest of these rows."""
+        lengths_B = self.lengths_B[rows]
+        ids_BL = np.ascontiguousarray(self.ids_BL[rows, : int(lengths_B.max())])
+        mask_BL = np.arange(ids_BL.shape[1]) < lengths_B[:, None]
+        return {"input_ids": ids_BL, "attention_mask": mask_BL.astype(np.int64)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +125,21 @@ class Dataset:
             target[: row.size] = row
         labels = np.concatenate(rows) if self.labels is None else self.labels[indices]
         return Batch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32))
+
+    def training_batch(self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str) -> Batch:
+        """The same as `batch`: texts do not vary."""
+        return self.batch(indices)
+
+    def evaluation_order(self) -> npt.NDArray[np.int64]:
+        """By length: neighbours make batches with little padding, and the order does not matter."""
+        return np.argsort(np.diff(self.offsets), kind="stable")
+
+    def subset(self, places: npt.NDArray[np.int64]) -> Dataset:
+        """The examples at `places` [n], copied."""
+        rows = [self.ids[self.offsets[place] : self.offsets[place + 1]] for place in places]
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[places])]).astype(np.int64)
+        labels = None if self.labels is None else self.labels[places]
+        return Dataset(np.concatenate(rows), offsets, labels, self.pad_token_id)
 
 
 def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int) -> Dataset:
@@ -179,16 +257,26 @@ def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: boo
 
 
 def digest_of_files(*paths: Path | None) -> str:
-    """SHA-256 over the data files, absent ones as empty. Raises DataError."""
+    """SHA-256 over the data files, absent ones as empty; of a folder, over its files' names and contents.
+
+    Raises DataError.
+    """
     digest = hashlib.sha256()
     for path in paths:
-        piece_digest = hashlib.sha256()
         try:
-            if path is not None:
-                with path.open("rb") as file:
-                    while piece := file.read(1 << 20):
-                        piece_digest.update(piece)
+            digest.update(_digest_of(path))
         except OSError as error:
             raise DataError(path or Path(), None, error.strerror or "cannot be read") from error
-        digest.update(piece_digest.digest())
     return digest.hexdigest()
+
+
+def _digest_of(path: Path | None) -> bytes:
+    digest = hashlib.sha256()
+    if path is not None and path.is_dir():
+        for file_path in sorted(each for each in path.rglob("*") if each.is_file()):
+            digest.update(file_path.relative_to(path).as_posix().encode() + b"\0" + _digest_of(file_path))
+    elif path is not None:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.digest()

@@ -12,9 +12,10 @@ from typing import TextIO
 import numpy as np
 from tokenizers import Tokenizer
 
-from hosl_edge.data import Batch, Dataset, check_consent, digest_of_files, load_dataset
+from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_files, load_dataset
+from hosl_edge.images import blank_images, load_images
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
-from hosl_edge.memory import choose_micro_batch, read_memory, release_unused
+from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
@@ -26,7 +27,7 @@ from hosl_protocol import (
     SettingsError,
     UpdateRecord,
     Welcome,
-    check_run_settings,
+    check_run,
     make_client_weights,
 )
 from hosl_protocol.manifest import SHARD_TOKENIZER
@@ -43,8 +44,8 @@ class Device:
         self.shard = Shard(folder, manifest, settings.compute_threads)
         self.data_digest = digest_of_files(*self._data_paths)
         self.weights: ClientWeights | None = None
-        self.train: Dataset | None = None
-        self.eval: Dataset | None = None
+        self.train: AnyDataset | None = None
+        self.eval: AnyDataset | None = None
         self.held_sets = 0
         """Activation sets beyond the necessary one that the memory budget lets a round hold."""
         self._folder = folder
@@ -94,7 +95,7 @@ class Device:
     def join(self, welcome: Welcome) -> None:
         """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError,
         SettingsError, MemoryBudgetError."""
-        check_run_settings(welcome.settings, bundle_max_length=self.manifest.max_length)
+        check_run(welcome.settings, self.manifest)
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(
             run=welcome.run,
@@ -125,6 +126,12 @@ class Device:
         return make_client_weights(self.manifest, self.shard.weights, settings, self.settings.compute_threads)
 
     def _load_data(self, settings: RunSettings) -> None:
+        if self.manifest.image is not None:
+            image, positions = self.manifest.image, self.manifest.max_length
+            train, held_out = self._data_paths
+            self.train = load_images(train, settings.task, image, positions)
+            self.eval = load_images(held_out, settings.task, image, positions) if held_out else None
+            return
         key = tokens_key(self.manifest.shard_digest, self.data_digest, settings)
         splits = load_or_tokenize(self._state, key, self.manifest.pad_token_id, lambda: self._tokenize(settings))
         self.train, self.eval = splits["train"], splits.get("eval")
@@ -154,8 +161,7 @@ class Device:
         budget = self.settings.memory_budget_bytes
         chosen = choose_micro_batch(
             lambda rows: self._forward_rows(rows, settings.max_length),
-            settings.batch_size,
-            settings.max_length,
+            preferred_rows(settings, self.manifest.image),
             necessary + untouched,
             budget,
         )
@@ -171,11 +177,15 @@ class Device:
 
     def _forward_rows(self, rows: int, length: int) -> None:
         before, self.shard.rows = self.shard.rows, rows
-        lengths = np.full(rows, length, np.int32)
-        ids = np.zeros((rows, length), np.int64)
-        for _ in self.shard.forward(Batch(ids, lengths, np.zeros(rows, np.int32))):
+        for _ in self.shard.forward(self._blank_batch(rows, length)):
             pass
         self.shard.rows = before
+
+    def _blank_batch(self, rows: int, length: int) -> AnyBatch:
+        """Examples of full length that mean nothing."""
+        if self.manifest.image is not None:
+            return blank_images(rows, self.manifest.image, length)
+        return Batch(np.zeros((rows, length), np.int64), np.full(rows, length, np.int32), np.zeros(rows, np.int32))
 
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
         """Apply updates to the weights, then journal them."""

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hosl_edge.exceptions import MemoryBudgetError
+from hosl_protocol import ImageEntry, RunSettings
 
 log = logging.getLogger(__name__)
 
 PREFERRED_TOKENS = 256
 """Padded tokens of a micro-batch: 512 are 3 % faster, and take 13 MB more at OPT-125M's width."""
+
+PREFERRED_PIXELS = 64 * 1024
+"""Pixels of a micro-batch of images: one of 224 x 224, 64 of 32 x 32."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE_BYTES = 256 * 1024
@@ -110,20 +114,22 @@ class MicroBatch:
     """Memory that a forward of them takes and gives back; 0 where there was no budget to measure it for."""
 
 
-def preferred_rows(max_rows: int, max_length: int) -> int:
-    """Rows of a micro-batch where no budget limits it."""
-    return max(1, min(max_rows, PREFERRED_TOKENS // max_length))
+def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
+    """Examples of a micro-batch that computes about as fast as a larger one."""
+    most = PREFERRED_TOKENS // settings.max_length
+    if image is not None:
+        most = PREFERRED_PIXELS // (image.height * image.width)
+    return max(1, min(settings.batch_size, most))
 
 
 def choose_micro_batch(
-    forward_rows: Callable[[int], None], max_rows: int, max_length: int, reserved_bytes: int, budget_bytes: int | None
+    forward_rows: Callable[[int], None], rows: int, reserved_bytes: int, budget_bytes: int | None
 ) -> MicroBatch:
-    """A micro-batch of 1 to `max_rows` examples.
+    """A micro-batch of `rows` examples, or of fewer where the budget holds no more.
 
     `forward_rows(n)` runs n rows of full length; `reserved_bytes` is what a round holds besides (activation sets,
     trainable pages not yet copied). Raises MemoryBudgetError where not even one row fits.
     """
-    rows = preferred_rows(max_rows, max_length)
     if budget_bytes is None:
         return MicroBatch(rows, 0)
     one = transient_bytes(lambda: forward_rows(1))

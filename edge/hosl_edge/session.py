@@ -275,13 +275,14 @@ class Session:
         device, settings = self.device, self._joined().settings
         if start.round != device.applied_round + 1:
             raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
-        assert device.train is not None
+        train = device.train
+        assert train is not None
         await self._drain()
-        indices = batch_indices(
-            settings.seed, start.round, device.settings.name, len(device.train), settings.batch_size
-        )
+        name = device.settings.name
+        indices = batch_indices(settings.seed, start.round, name, len(train), settings.batch_size)
         context = self._context(start.round)
-        steps = step.ROUNDS[settings.algorithm](context, device.train.batch(indices))
+        batch = await _in_thread(lambda: train.training_batch(indices, settings, start.round, name))
+        steps = step.ROUNDS[settings.algorithm](context, batch)
         began = time.monotonic()
         interruption = await self._drive(steps, context)
         self.progress.step_seconds = time.monotonic() - began

@@ -32,7 +32,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     token_file: str
     """File that holds the join token."""
     data: str
-    """Training data: `.jsonl` or `.csv`."""
+    """Training data: `.jsonl` or `.csv`; of images a `.npz` file, or a folder with a folder for each class."""
     eval: str | None = None
     """Held-out data of the same form; without it the device takes no part in evaluations."""
     memory_budget: int | str | None = None

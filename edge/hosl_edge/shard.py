@@ -1,7 +1,7 @@
 """The client half on ONNX Runtime: weights are graph inputs, bound once to memory-mapped numpy arrays.
 
-A zeroth-order step writes that memory in place and the next run sees it.
-Shapes: B examples, L padded length, T tokens without padding, D width of the cut layer.
+A zeroth-order step writes that memory in place and the next run sees it. Constants are the graph's own.
+Shapes: B examples, L padded length, T tokens without padding or positions of images, D width of the cut layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from hosl_edge.data import Batch
+from hosl_edge.data import AnyBatch
 from hosl_protocol import BundleError, Manifest, TensorEntry
 from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS
 
@@ -134,15 +134,15 @@ class Shard:
         # From bytes, so that a graph can't name files to read.
         self._session = ort.InferenceSession(self._graph.read_bytes(), options, ["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
-        for name, array in self.weights.items():
-            if self._table is None or name != self._table.name:
-                self._bind(name, array)
+        for entry in self.manifest.tensors:
+            if not entry.constant and (self._table is None or entry.name != self._table.name):
+                self._bind(entry.name, self.weights[entry.name])
 
     def reset(self) -> None:
         """Put the trainable weights back to the base shard."""
         self._mapped.reset()
 
-    def forward(self, batch: Batch) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    def forward(self, batch: AnyBatch) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
         """Run micro-batches: places in the packed batch [T], and activations [t, D] without padding.
 
         The activations are scratch, valid until the next one is asked for.
@@ -150,18 +150,18 @@ class Shard:
         place = 0
         for rows in self._micro_batches(batch):
             lengths = batch.lengths_B[rows]
-            out_BLD = self._run(batch.ids_BL[rows, : int(lengths.max())], lengths)
+            out_BLD = self._run(batch.inputs(rows), len(lengths), int(lengths.max()))
             for length, out_LD in zip(lengths.tolist(), out_BLD, strict=True):
                 yield slice(place, place + length), out_LD[:length]
                 place += length
 
-    def activations(self, batch: Batch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def activations(self, batch: AnyBatch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The whole batch's activations, packed into `out_TD` [T, D]."""
         for place, part_TD in self.forward(batch):
             out_TD[place] = part_TD
         return out_TD
 
-    def _micro_batches(self, batch: Batch) -> Iterator[slice]:
+    def _micro_batches(self, batch: AnyBatch) -> Iterator[slice]:
         """Neighbouring rows whose padded tokens fit; the rows are sorted by length."""
         limit = self.rows * self.max_length
         start = 0
@@ -171,17 +171,15 @@ class Shard:
                 yield slice(start, stop)
                 start = stop
 
-    def _run(self, ids_BL: npt.NDArray[np.int64], lengths_B: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def _run(self, given: dict[str, npt.NDArray[Any]], rows: int, length: int) -> npt.NDArray[np.float32]:
         assert self._session is not None
-        shape = (*ids_BL.shape, self.manifest.width)
+        shape = (rows, length, self.manifest.width)
         if self._output.size < np.prod(shape):
             self._output = np.empty(int(np.prod(shape)), np.float32)
-        inputs = {"input_ids": np.ascontiguousarray(ids_BL)}
+        inputs = {name: given[name] for name in self.manifest.inputs}
         if self._table is not None:
-            inputs["input_ids"], rows = self._table.read(ids_BL)
-            self._bind(self._table.name, rows)
-        if "attention_mask" in self.manifest.inputs:
-            inputs["attention_mask"] = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int64)
+            inputs["input_ids"], table = self._table.read(inputs["input_ids"])
+            self._bind(self._table.name, table)
         for name, array in inputs.items():
             self._bind(name, array)
         self._binding.bind_output(self.manifest.output, "cpu", 0, np.float32, shape, self._output.ctypes.data)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hosl_edge.data import Batch, Dataset
+from hosl_edge.data import AnyBatch, AnyDataset
 from hosl_edge.shard import Shard
 from hosl_protocol import (
     Anchor,
@@ -69,12 +69,12 @@ class RoundContext:
         """The fields that name a message of this round."""
         return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
 
-    def empty_set(self, batch: Batch) -> Activations:
+    def empty_set(self, batch: AnyBatch) -> Activations:
         """Memory for one set of activations [T, D]."""
         return np.empty((batch.tokens, self.shard.manifest.width), np.float32)
 
 
-def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
+def ho_sfl_round(context: RoundContext, batch: AnyBatch) -> Step:
     """HO-SFL steps 1 and 3: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
 
     Δ_p is f(θ + μu_p) − f(θ); with the midpoint anchor (f(θ + μu_p) − f(θ − μu_p)) / 2, and the activations that go up
@@ -114,7 +114,7 @@ def ho_sfl_round(context: RoundContext, batch: Batch) -> Step:
     yield Send(Projections(**context.name(1)), {"projections": scaled})
 
 
-def _probe_pair(context: RoundContext, batch: Batch, direction: int) -> tuple[Activations, Activations]:
+def _probe_pair(context: RoundContext, batch: AnyBatch, direction: int) -> tuple[Activations, Activations]:
     """(f(θ + μu) + f(θ − μu)) / 2 and (f(θ + μu) − f(θ − μu)) / 2 [T, D]; two sets, and no third on the way."""
     context.weights.probe(ProbePoint(context.round, direction, +1))
     plus_TD = context.shard.activations(batch, context.empty_set(batch))
@@ -126,7 +126,7 @@ def _probe_pair(context: RoundContext, batch: Batch, direction: int) -> tuple[Ac
     return minus_TD, plus_TD
 
 
-def _difference(context: RoundContext, batch: Batch, direction: int, clean_TD: Activations) -> Activations:
+def _difference(context: RoundContext, batch: AnyBatch, direction: int, clean_TD: Activations) -> Activations:
     """Δ_p [T, D]."""
     if context.settings.anchor == "midpoint":
         return _probe_pair(context, batch, direction)[1]
@@ -137,7 +137,7 @@ def _difference(context: RoundContext, batch: Batch, direction: int, clean_TD: A
 
 
 def _project(
-    context: RoundContext, batch: Batch, direction: int, scratch_TD: Activations, lambda_TD: Activations
+    context: RoundContext, batch: AnyBatch, direction: int, scratch_TD: Activations, lambda_TD: Activations
 ) -> float:
     """v_p, micro-batch by micro-batch: no further set of activations is held.
 
@@ -157,7 +157,7 @@ def _inner(a: Activations, b: Activations) -> float:
     return float(np.vdot(a, b))
 
 
-def hosl_round(context: RoundContext, batch: Batch) -> Step:
+def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
     """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones.
 
     With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
@@ -190,25 +190,24 @@ def _hosl_message(context: RoundContext, id_: int, point: ProbePoint | None) -> 
     return Probe(**context.name(id_), direction=point.direction, sign=+1 if point.sign > 0 else -1)
 
 
-def frozen_round(context: RoundContext, batch: Batch) -> Step:
+def frozen_round(context: RoundContext, batch: AnyBatch) -> Step:
     """The control that both papers lack: only the tail trains, one upload a round."""
     clean_TD = context.shard.activations(batch, context.empty_set(batch))
     yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
 
 
-ROUNDS: dict[str, Callable[[RoundContext, Batch], Step]] = {
+ROUNDS: dict[str, Callable[[RoundContext, AnyBatch], Step]] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
     "frozen": frozen_round,
 }
 
 
-def evaluate(context: RoundContext, dataset: Dataset, on_result: Callable[[float, int, int], None]) -> Step:
+def evaluate(context: RoundContext, dataset: AnyDataset, on_result: Callable[[float, int, int], None]) -> Step:
     """Send the held-out data batch by batch; `on_result(mean loss, correct, scored)` hears of each."""
     size = context.settings.batch_size
     starts = range(0, len(dataset), size)
-    # Neighbours in length make batches with little padding; the order does not matter here.
-    order = np.argsort(np.diff(dataset.offsets), kind="stable")
+    order = dataset.evaluation_order()
     for id_, start in enumerate(starts):
         batch = dataset.batch(order[start : start + size])
         clean_TD = context.shard.activations(batch, context.empty_set(batch))
@@ -221,5 +220,5 @@ def evaluate(context: RoundContext, dataset: Dataset, on_result: Callable[[float
         on_result(float(reply.tensors["loss"]), result.correct, result.scored)
 
 
-def _upload(activations_TD: Activations, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+def _upload(activations_TD: Activations, batch: AnyBatch) -> dict[str, npt.NDArray[Any]]:
     return {"activations": activations_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}

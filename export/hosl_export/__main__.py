@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
+    parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the adapters' first weights (default: %(default)s)"
@@ -63,6 +64,7 @@ def _export(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         revision=options.revision,
         seed=options.seed,
+        image_size=options.image_size,
     )
     summary = export_bundle(settings, show_step)
     print(msgspec.json.encode(summary).decode() if options.json else describe(summary))

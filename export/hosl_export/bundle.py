@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hosl_export.exceptions import SpaceError
 from hosl_export.graph import write_graph
 from hosl_export.halves import ClientHalf, Tail
 from hosl_export.staging import nearest_folder
-from hosl_export.trainable import plain_parameters
+from hosl_export.trainable import plain_tensors
 from hosl_export.weights import write_tensors
 from hosl_protocol.manifest import (
     MANIFEST,
@@ -25,6 +26,7 @@ from hosl_protocol.manifest import (
     TAIL_WEIGHTS,
     FileEntry,
     Manifest,
+    TensorEntry,
     describe_file,
     encode_manifest,
 )
@@ -43,17 +45,17 @@ def check_space(out: Path, weight_bytes: int) -> None:
         raise SpaceError(str(folder), needed, free)
 
 
-def write_shard_graph(bundle: Path, client: ClientHalf) -> None:
-    """`shard/shard.onnx`, without weights."""
+def write_shard_graph(bundle: Path, client: ClientHalf, tensors: Sequence[TensorEntry]) -> None:
+    """`shard/shard.onnx`, without weights but for constants."""
     (bundle / SHARD_GRAPH).parent.mkdir(exist_ok=True)
-    write_graph(client, bundle / SHARD_GRAPH)
+    write_graph(client, bundle / SHARD_GRAPH, {entry.name for entry in tensors if entry.constant})
 
 
 def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
     """Both halves' weights. Tied embeddings are written twice: from here on the halves are untied."""
     for name in (SHARD_WEIGHTS, TAIL_WEIGHTS):
         (bundle / name).parent.mkdir(exist_ok=True)
-    write_tensors(bundle / SHARD_WEIGHTS, plain_parameters(client))
+    write_tensors(bundle / SHARD_WEIGHTS, plain_tensors(client))
     write_tensors(bundle / TAIL_WEIGHTS, tail.model.state_dict())
 
 
@@ -64,8 +66,13 @@ def write_texts(bundle: Path, model: Any, tokenizer: Any) -> None:
     plain.no_padding()
     plain.no_truncation()
     plain.save(str(bundle / SHARD_TOKENIZER))
+    tokenizer.save_pretrained((bundle / TAIL_CONFIG).parent)
+    write_config(bundle, model)
+
+
+def write_config(bundle: Path, model: Any) -> None:
+    """The uncut model's config, and how a language model generates."""
     config = bundle / TAIL_CONFIG
-    tokenizer.save_pretrained(config.parent)
     model.config.to_json_file(config)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.to_json_file(config.with_name("generation_config.json"))

@@ -1,13 +1,13 @@
 """Parity: what shard and tail compute from the bundle's files, against what the uncut model computed before the cut.
 
-Shapes: B batch, T tokens, D width, V vocabulary, S positions compared.
+Shapes: B batch, T tokens or positions of an image, D width, S positions compared, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hosl_export.exceptions import ParityError
-from hosl_export.families import Family, find_family
+from hosl_export.families import find_family
 from hosl_export.halves import Tail, load_tail
 from hosl_export.weights import read_tensors
-from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS, Manifest
+from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS, ImageEntry, Manifest
 
 TOLERANCE = 1e-4
 """Largest difference as a share of the output's largest magnitude. Two float32 runtimes that sum in different orders
@@ -37,8 +37,33 @@ SAMPLE = (
 )
 
 
+class Case(Protocol):
+    """One batch: what both halves are given of it, and what is compared."""
+
+    @property
+    def name(self) -> str:
+        """The batch's size, in words."""
+        ...
+
+    def feed(self) -> dict[str, Tensor]:
+        """The client graph's inputs that are not weights."""
+        ...
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """What the uncut model makes of the batch, by name of the output."""
+        ...
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """What the tail makes of the batch's activations."""
+        ...
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """Those of an output's differences that count."""
+        ...
+
+
 @dataclass(frozen=True)
-class Case:
+class TextCase:
     """One padded batch of real tokens, and the positions whose logits are compared."""
 
     input_ids: Tensor  # [B, T]
@@ -51,9 +76,68 @@ class Case:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
+    def name(self) -> str:
+        """As of a Case."""
+        return f"{self.shape[0]} x {self.shape[1]} tokens"
+
+    @property
     def mask(self) -> Tensor:
         """1 on real tokens, 0 on the padding at the right [B, T]."""
         return (torch.arange(self.shape[1]) < self.lengths[:, None]).long()
+
+    def feed(self) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"input_ids": self.input_ids, "attention_mask": self.mask}
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """As of a Case."""
+        arguments = self.feed()
+        is_encoder = find_family(model.config.model_type).is_encoder
+        if not is_encoder:
+            arguments["logits_to_keep"] = self.positions
+        return _name_outputs(model(**arguments), is_encoder=is_encoder)
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """As of a Case."""
+        if tail.family.is_encoder:
+            return _name_outputs(tail.model(inputs_embeds=h_BTD, attention_mask=self.mask), is_encoder=True)
+        return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """Those of real tokens."""
+        if name == "pooler_output":
+            return difference
+        positions = self.positions if name == "logits" else torch.arange(self.shape[1])
+        return difference[positions < self.lengths[:, None]]
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """One batch of made-up images, as the graph takes them."""
+
+    pixel_values: Tensor  # [B, C, H, W]
+
+    @property
+    def name(self) -> str:
+        """As of a Case."""
+        rows, _, height, width = self.pixel_values.shape
+        return f"{rows} x {height} x {width} pixels"
+
+    def feed(self) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"pixel_values": self.pixel_values}
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"logits": model(self.pixel_values).logits}
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"logits": tail(h_BTD)}
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """All of them."""
+        return difference
 
 
 @dataclass(frozen=True)
@@ -64,7 +148,14 @@ class Reference:
     outputs: dict[str, Tensor]
 
 
-def make_cases(tokenizer: Any, pad_token_id: int, max_length: int) -> list[Case]:
+def make_image_cases(image: ImageEntry) -> list[Case]:
+    """Batches of one image and of more: the size of images is fixed."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (image.channels, image.height, image.width)
+    return [ImageCase(torch.randn(rows, *shape, generator=generator)) for rows in (1, 3)]
+
+
+def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int) -> list[Case]:
     """Batches from one token to the longest length, with rows of different lengths."""
     tokens = tokenizer(SAMPLE, truncation=False)["input_ids"]
     longest = min(max_length, LONGEST)
@@ -72,30 +163,23 @@ def make_cases(tokenizer: Any, pad_token_id: int, max_length: int) -> list[Case]
     return [_make_case(tokens, pad_token_id, rows, length) for rows, length in shapes]
 
 
-def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int) -> Case:
+def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int) -> TextCase:
     lengths = torch.tensor([max(1, length - row * length // 3) for row in range(rows)])
     # Each row starts elsewhere in the sample, which repeats as often as the length needs.
     stream = torch.tensor(tokens * (2 + (length + rows) // len(tokens)))
     input_ids = torch.stack([stream[row : row + length] for row in range(rows)])
-    case = Case(input_ids, lengths, torch.linspace(0, length - 1, min(length, COMPARED)).long())
-    return Case(input_ids.masked_fill(case.mask == 0, pad_token_id), lengths, case.positions)
+    case = TextCase(input_ids, lengths, torch.linspace(0, length - 1, min(length, COMPARED)).long())
+    return TextCase(input_ids.masked_fill(case.mask == 0, pad_token_id), lengths, case.positions)
 
 
 @torch.no_grad()
 def compute_references(model: Any, cases: list[Case]) -> list[Reference]:
     """Run the uncut model on each batch."""
-    family = find_family(model.config.model_type)
-    references = []
-    for case in cases:
-        arguments = {"input_ids": case.input_ids, "attention_mask": case.mask}
-        if not family.is_encoder:
-            arguments["logits_to_keep"] = case.positions
-        references.append(Reference(case, _name_outputs(model(**arguments), family)))
-    return references
+    return [Reference(case, case.whole(model)) for case in cases]
 
 
-def _name_outputs(outputs: Any, family: Family) -> dict[str, Tensor]:
-    if not family.is_encoder:
+def _name_outputs(outputs: Any, *, is_encoder: bool) -> dict[str, Tensor]:
+    if not is_encoder:
         return {"logits": outputs.logits}
     names = ("last_hidden_state", "pooler_output")
     return {name: outputs[name] for name in names if outputs.get(name) is not None}
@@ -117,13 +201,15 @@ class Shard:
         options.log_severity_level = 3
         graph = str(bundle / SHARD_GRAPH)
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._weights = {name: tensor.numpy() for name, tensor in read_tensors(bundle / SHARD_WEIGHTS).items()}
+        constants = {entry.name for entry in manifest.tensors if entry.constant}
+        weights = read_tensors(bundle / SHARD_WEIGHTS)
+        self._weights = {name: tensor.numpy() for name, tensor in weights.items() if name not in constants}
         self._manifest = manifest
 
     def run(self, case: Case) -> Tensor:
         """Activations [B, T, D]."""
-        given = {"input_ids": case.input_ids.numpy(), "attention_mask": case.mask.numpy()}
-        feed: dict[str, npt.NDArray[Any]] = {name: given[name] for name in self._manifest.inputs}
+        given = case.feed()
+        feed: dict[str, npt.NDArray[Any]] = {name: given[name].numpy() for name in self._manifest.inputs}
         (activations,) = self._session.run([self._manifest.output], {**feed, **self._weights})
         return torch.from_numpy(np.asarray(activations))
 
@@ -131,22 +217,14 @@ class Shard:
 @torch.no_grad()
 def _check_case(shard: Shard, tail: Tail, reference: Reference) -> float:
     case = reference.case
-    h_BTD = shard.run(case)
-    if tail.family.is_encoder:
-        outputs = _name_outputs(tail.model(inputs_embeds=h_BTD, attention_mask=case.mask), tail.family)
-    else:
-        positions = case.positions.expand(case.shape[0], -1)
-        outputs = {"logits": tail(h_BTD, case.mask, positions)}
+    outputs = case.cut(tail, shard.run(case))
     return max(_compare(case, name, outputs[name], expected) for name, expected in reference.outputs.items())
 
 
 def _compare(case: Case, name: str, got: Tensor, expected: Tensor) -> float:
-    """Largest difference on real tokens, as a share of the largest expected magnitude."""
-    difference = (got - expected).abs()
-    if name != "pooler_output":
-        positions = case.positions if name == "logits" else torch.arange(case.shape[1])
-        difference = difference[positions < case.lengths[:, None]]
+    """Largest difference that counts, as a share of the largest expected magnitude."""
+    difference = case.kept(name, (got - expected).abs())
     error = float(difference.max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
     if not error <= TOLERANCE:  # a difference that is not a number fails too
-        raise ParityError(name, case.shape, error, TOLERANCE)
+        raise ParityError(name, case.name, error, TOLERANCE)
     return error

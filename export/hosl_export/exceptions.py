@@ -35,10 +35,10 @@ class ParityError(ExportError):
 
     exit_code = ExitCode.BUNDLE
 
-    def __init__(self, output: str, shape: tuple[int, int], error: float, tolerance: float) -> None:
-        self.output, self.shape, self.error, self.tolerance = output, shape, error, tolerance
+    def __init__(self, output: str, batch: str, error: float, tolerance: float) -> None:
+        self.output, self.batch, self.error, self.tolerance = output, batch, error, tolerance
         super().__init__(
-            f"shard and tail depart from the uncut model: {output} at {shape[0]} x {shape[1]} tokens differ by "
+            f"shard and tail depart from the uncut model: {output} at {batch} differ by "
             f"{error:.3g} of their range, the limit is {tolerance:.3g}; no bundle was written"
         )
 

@@ -11,20 +11,18 @@ from typing import Any
 import msgspec
 
 from hosl_export import bundle as files
-from hosl_export.check import Reference, check_bundle, compute_references, make_cases
-from hosl_export.exceptions import ModelError
+from hosl_export.check import Reference, check_bundle, compute_references
 from hosl_export.families import find_family
 from hosl_export.graph import OUTPUT, graph_inputs
 from hosl_export.halves import ClientHalf, Tail, client_half, tail_half
-from hosl_export.loading import Source, find_source, load_config, load_model, load_tokenizer
+from hosl_export.inputs import Input, choose_input
+from hosl_export.loading import Source, find_source, load_config, load_model
 from hosl_export.lora import inject_lora
 from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
 from hosl_export.trainable import put_on_lattice
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.manifest import LoraEntry, Manifest, TrainMode
-
-DEFAULT_MAX_LENGTH = 512
 
 Step = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""
@@ -36,7 +34,7 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     model: str
     """Hub id, local folder, or .gguf file."""
     split: int
-    """Blocks on the device, 1 to the model's blocks less 1."""
+    """Blocks (stages of a ResNet) on the device, 1 to the model's blocks less 1."""
     out: Path
     """The bundle's folder, which must not exist."""
     train: TrainMode = "lora"
@@ -47,6 +45,8 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """Branch, tag or commit on the hub."""
     seed: int = 0
     """Seed of LoRA's initial weights."""
+    image_size: int | None = None
+    """Height and width of images, where positions do not fix them; None for what the preprocessor says."""
 
 
 def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext) -> Summary:
@@ -55,11 +55,10 @@ def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext)
     with step("reading the configuration"):
         source = find_source(settings.model, settings.revision)
         config = load_config(source)
-        _check_split(settings.split, config.num_hidden_layers)
-        max_length = _choose_max_length(settings.max_length, config.max_position_embeddings)
-        tokenizer = load_tokenizer(source)
+        _check_settings(settings, config)
+        given = choose_input(source, config, settings.max_length, settings.image_size)
     with staging(settings.out) as folder:
-        manifest, references = _write(settings, source, config, tokenizer, max_length, folder, step)
+        manifest, references = _write(settings, source, config, given, folder, step)
         with step("checking the halves against the uncut model"):
             parity_error = check_bundle(folder, manifest, references)
         files.write_manifest(folder, manifest)
@@ -67,37 +66,34 @@ def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext)
 
 
 def _write(
-    settings: ExportSettings, source: Source, config: Any, tokenizer: Any, max_length: int, folder: Path, step: Step
+    settings: ExportSettings, source: Source, config: Any, given: Input, folder: Path, step: Step
 ) -> tuple[Manifest, list[Reference]]:
     """Everything that needs the whole model in memory: when this returns, the model is gone."""
     family = find_family(config.model_type)
     with step("loading the weights"):
         model = load_model(source, config=config, seed=settings.seed)
-    client, tail = client_half(model, settings.split), tail_half(model, settings.split)
+    client, tail = client_half(model, settings.split, given.image), tail_half(model, settings.split)
     lora = LoraEntry(targets=family.lora_targets) if settings.train == "lora" else None
     if lora is not None:
         inject_lora(client, lora, family, settings.seed)
     files.check_space(folder, _count_bytes(client) + _count_bytes(tail))
     tensors, largest_change = put_on_lattice(client, settings.train)
-    pad_token_id = _choose_padding(tokenizer, model.config)
+    facts = given.facts(client)
     with step("computing reference outputs"):
-        references = compute_references(model, make_cases(tokenizer, pad_token_id, max_length))
+        references = compute_references(model, given.cases(model.config))
     with step("tracing the client half"):
-        files.write_shard_graph(folder, client)
+        files.write_shard_graph(folder, client, tensors)
     with step("writing the weights"):
         files.write_weights(folder, client, tail)
         model.config.architectures = [type(model).__name__]
-        files.write_texts(folder, model, tokenizer)
+        given.write(folder, model)
         manifest = Manifest(
             model=source.name,
             revision=source.revision,
             family=config.model_type,
             architecture=type(model).__name__,
             split=settings.split,
-            blocks=config.num_hidden_layers,
-            width=config.hidden_size,
-            max_length=max_length,
-            pad_token_id=pad_token_id,
+            blocks=family.count_blocks(config),
             train=settings.train,
             lora=lora,
             inputs=graph_inputs(client),
@@ -106,32 +102,21 @@ def _write(
             lattice_max_change=largest_change,
             files=files.describe_files(folder),
             versions=files.tool_versions(),
+            **facts,
         )
     del model, client, tail
     gc.collect()
     return manifest, references
 
 
-def _check_split(split: int, blocks: int) -> None:
-    if not 1 <= split < blocks:
-        raise SettingsError("split", split, f"the model has {blocks} blocks, use 1 to {blocks - 1}")
-
-
-def _choose_max_length(asked: int | None, positions: int) -> int:
-    if asked is None:
-        return min(DEFAULT_MAX_LENGTH, positions)
-    if not 2 <= asked <= positions:
-        raise SettingsError("max-length", asked, f"use 2 to {positions}, the model's positions")
-    return asked
-
-
-def _choose_padding(tokenizer: Any, config: Any) -> int:
-    """The id that fills batches; models without one of their own get the end of text, which no real token sees."""
-    eos = tokenizer.eos_token_id
-    for candidate in (tokenizer.pad_token_id, config.pad_token_id, eos, 0):
-        if candidate is not None and 0 <= candidate < config.vocab_size:
-            return int(candidate)
-    raise ModelError("vocab_size", config.vocab_size, "the model has no tokens")
+def _check_settings(settings: ExportSettings, config: Any) -> None:
+    family = find_family(config.model_type)
+    blocks = family.count_blocks(config)
+    if not 1 <= settings.split < blocks:
+        raise SettingsError("split", settings.split, f"the model has {blocks} blocks, use 1 to {blocks - 1}")
+    if settings.train == "lora" and not family.lora_targets:
+        remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
+        raise SettingsError("train", settings.train, remedy)
 
 
 def _count_bytes(half: ClientHalf | Tail) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hosl_export.exceptions import UnknownFamily
 
@@ -14,7 +15,8 @@ class Family:
     blocks: str
     """The list of blocks that the cut divides."""
     embeddings: tuple[str, ...]
-    """Modules that only the client half runs, and that the tail drops; absent ones are skipped."""
+    """Modules that only the client half runs, and that the tail drops; absent ones are skipped. For images they run one
+    after the other, before the blocks."""
     final: tuple[str, ...]
     """Modules that only the tail runs after the last block, and that the client half drops; absent ones are skipped."""
     final_norm: str | None = None
@@ -25,17 +27,33 @@ class Family:
     """An embedding block that the model runs on `inputs_embeds` too: passed by on the tail."""
     head: str | None = None
     """The language-model head; None for an encoder."""
-    lora_targets: tuple[str, ...]
-    """Modules of a block that LoRA adapts: PEFT's own choice for the architecture."""
+    lora_targets: tuple[str, ...] = ()
+    """Modules of a block that LoRA adapts: PEFT's own choice for the architecture; none where it has none."""
     has_transposed_weights: bool = False
     """Whether blocks store their weights [in, out] (GPT-2's Conv1D) instead of [out, in]."""
     base_prefix: str = ""
     """Prefix that classes with a task head add to the names of the uncut model's parameters."""
+    counted_by: str = "num_hidden_layers"
+    """What the config says of the blocks: their number, or a list with one entry each."""
+    takes_images: bool = False
+    """Whether the uncut model classifies images instead of reading text."""
+    has_fixed_size: bool = False
+    """Whether images have one size for ever, the config's `image_size`, because positions are embedded."""
+    pool: str | None = None
+    """Images: the module that pools a feature map; None where the classifier reads the first token."""
+    keeps_constants: bool = False
+    """Whether frozen weights stay inside the client's graph: ONNX Runtime then folds batch-norms into convolutions and
+    lays those out for the machine, which for a ResNet is worth more than to share a file's pages."""
 
     @property
     def is_encoder(self) -> bool:
         """Whether tokens see those on their right, so that the client half needs the attention mask."""
         return self.head is None
+
+    def count_blocks(self, config: Any) -> int:
+        """Blocks of the model with this config."""
+        counted = getattr(config, self.counted_by)
+        return counted if isinstance(counted, int) else len(counted)
 
 
 _LLAMA = Family(
@@ -80,6 +98,24 @@ FAMILIES: dict[str, Family] = {
         bypass="embeddings",
         lora_targets=("query", "value"),
         base_prefix="bert.",
+    ),
+    "vit": Family(
+        blocks="vit.layers",
+        embeddings=("vit.embeddings",),
+        final=("classifier",),
+        final_norm="vit.layernorm",
+        lora_targets=("q_proj", "v_proj"),
+        takes_images=True,
+        has_fixed_size=True,
+    ),
+    "resnet": Family(
+        blocks="resnet.encoder.stages",
+        embeddings=("resnet.embedder",),
+        final=("classifier", "resnet.pooler"),
+        counted_by="depths",
+        takes_images=True,
+        pool="resnet.pooler",
+        keeps_constants=True,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The client half as an ONNX graph whose every parameter is an input under its Hugging Face name."""
+"""The client half as an ONNX graph whose parameters, but for constants, are inputs under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,15 +26,20 @@ OUTPUT = "activations"
 
 def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
     """Names of the inputs that are not weights."""
+    if half.family.takes_images:
+        return ("pixel_values",)
     return ("input_ids", "attention_mask") if half.family.is_encoder else ("input_ids",)
 
 
-def write_graph(half: ClientHalf, path: Path) -> None:
-    """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`."""
+def write_graph(half: ClientHalf, path: Path, constants: Collection[str] = ()) -> None:
+    """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`.
+
+    Parameters whose plain names are among `constants` stay inside. The size of images is fixed.
+    """
     # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
     half.model.set_attn_implementation("eager")
     model = _trace(half)
-    _lift_parameters(model, half)
+    _lift_parameters(model, half, constants)
     _check_self_contained(model)
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
@@ -48,6 +53,9 @@ def _trace(half: ClientHalf) -> ir.Model:
     # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
     examples = {name: torch.ones(2, 8, dtype=torch.long) for name in names}
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if half.image is not None:
+        examples = {"pixel_values": torch.ones(2, half.image.channels, half.image.height, half.image.width)}
+        del axes[1]
     with _quiet_exporter():
         # optimize=True would fold transposed weights into constants, which cannot be lifted.
         program = torch.onnx.export(
@@ -83,10 +91,12 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _lift_parameters(model: ir.Model, half: ClientHalf) -> None:
-    """Turn each parameter's initializer into a graph input under its plain name; buffers stay inside."""
+def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[str]) -> None:
+    """Turn each parameter's initializer into a graph input under its plain name; buffers and constants stay inside."""
     graph = model.graph
     for name, parameter in half.model.named_parameters():
+        if plain_name(name) in constants:
+            continue
         value = graph.initializers.pop(f"model.{name}", None)
         if value is None:
             raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")

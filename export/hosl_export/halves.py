@@ -1,59 +1,87 @@
 """Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors, `load_tail` reads a bundle.
 
-Shapes: B batch, T tokens, D width of the activations, V vocabulary, L labels, S positions asked for.
+Shapes: B batch, T tokens or positions of an image, D width of the activations, V vocabulary, L labels, S positions
+asked for, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from hosl_export.families import Family, find_family
 from hosl_export.weights import read_tensors
-from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, Manifest
+from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manifest
 
 
 class ClientHalf(nn.Module):
     """The first blocks. `model` is the cut Hugging Face model, whose parameters keep their names."""
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Any, family: Family, image: ImageEntry | None = None) -> None:
         super().__init__()
         self.model = model
         self.family = family
+        self.image = image
 
     @property
-    def token_table(self) -> nn.Parameter:
-        """The token embedding [V, D], of which a run only gathers the rows of its tokens."""
-        table: nn.Parameter = self.model.get_input_embeddings().weight
-        return table
+    def token_table(self) -> nn.Parameter | None:
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None for images."""
+        return None if self.family.takes_images else self.model.get_input_embeddings().weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids [B, T] (and the mask [B, T] for an encoder) to activations [B, T, D]."""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] (and the mask [B, T] for an encoder), or images [B, C, H, W], to activations [B, T, D]."""
+        if pixel_values is not None:
+            h = self.features(pixel_values)
+            return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
         mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
         h_BTD: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False, **mask).last_hidden_state
         return h_BTD
 
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Images [B, C, H, W] to tokens [B, T, D], or to a feature map [B, D, rows, columns]."""
+        parts = [self.model.get_submodule(path) for path in self.family.embeddings]
+        return _run((*parts, *self.model.get_submodule(self.family.blocks)), pixel_values)
+
 
 class Tail(nn.Module):
     """The later blocks and the head. `model` is the cut Hugging Face model; its blocks count from 0."""
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Any, family: Family, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.model = model
         self.family = family
+        self.grid = grid
+        """Rows and columns of the activations, where they are a feature map."""
 
     @property
     def classifier(self) -> nn.Module | None:
-        """The head of a sequence classification; None for a language model or a bare encoder."""
+        """The head of a classification; None for a language model or a bare encoder."""
         head = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
         return head if isinstance(head, nn.Module) else None
+
+    @property
+    def class_count(self) -> int | None:
+        """Rows of the classifier; None where there is none."""
+        return None if self.classifier is None else _linear(self.classifier)[1].out_features
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
@@ -64,6 +92,8 @@ class Tail(nn.Module):
         those pass through the head. A classifier gives logits [B, L], read at the last real token by a causal model.
         A bare encoder gives its last hidden state [B, T, D].
         """
+        if self.family.takes_images:
+            return self._classify_image(inputs_embeds)
         if self.family.is_encoder:
             outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
             return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
@@ -73,12 +103,27 @@ class Tail(nn.Module):
         h = h_BTD if positions is None else _select(h_BTD, positions)
         return self._head(h)
 
+    def _classify_image(self, h_BTD: Tensor) -> Tensor:
+        """Logits [B, L] from the positions of each image."""
+        h = h_BTD if self.grid is None else h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *self.grid)
+        h = _run(self.model.get_submodule(self.family.blocks), h)
+        if self.family.final_norm is not None:
+            h = self.model.get_submodule(self.family.final_norm)(h)
+        pooled = h[:, 0] if self.family.pool is None else self.model.get_submodule(self.family.pool)(h)
+        return self.model.classifier(pooled)  # type: ignore[no-any-return]
+
     def _head(self, h: Tensor) -> Tensor:
         if self.classifier is not None:
             return self.classifier(h)  # type: ignore[no-any-return]
         logits: Tensor = self.model.get_output_embeddings()(h)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _run(parts: Iterable[nn.Module], h: Tensor) -> Tensor:
+    for part in parts:
+        h = part(h)
+    return h
 
 
 def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -116,22 +161,28 @@ def share(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def client_half(model: Any, split: int) -> ClientHalf:
-    """The first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole."""
+def client_half(model: Any, split: int, image: ImageEntry | None = None) -> ClientHalf:
+    """The first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole.
+
+    `image` says what a model of images is given.
+    """
     family, half = find_family(model.config.model_type), share(model)
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
         _replace(half, path, None)
     if family.final_norm is not None:
         _replace(half, family.final_norm, nn.Identity())
-    return ClientHalf(half, family).eval()
+    return ClientHalf(half, family, image).eval()
 
 
-def tail_half(model: Any, split: int) -> Tail:
-    """The blocks of the uncut `model` after the first `split`, with its head, sharing its tensors."""
+def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:
+    """The blocks of the uncut `model` after the first `split`, with its head, sharing its tensors.
+
+    `grid` is the shape of the activations where they are a feature map.
+    """
     family, half = find_family(model.config.model_type), share(model)
     _cut_tail(half, family, split)
-    return Tail(half, family).eval()
+    return Tail(half, family, grid).eval()
 
 
 def _cut_tail(model: Any, family: Family, split: int) -> None:
@@ -156,9 +207,10 @@ def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
     blocks = nn.ModuleList(list(model.get_submodule(path))[kept])
     _replace(model, path, blocks)
     config = model.config
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[kept]
-    config.num_hidden_layers = len(blocks)
+    if family.counted_by == "num_hidden_layers":
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[kept]
+        config.num_hidden_layers = len(blocks)
     # The embedding and the head are on different machines from here on, and PEFT looks for what they share.
     config.tie_word_embeddings = False
 
@@ -174,20 +226,26 @@ def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
 def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
     """The server half of a bundle, float32 on the CPU, in eval mode.
 
-    With `num_labels` it is the architecture's sequence classifier, its head drawn from `seed`. Weights are private
-    memory maps of the bundle's file: untouched pages cost nothing, and writing to them leaves the file as it is.
-    Raises BundleError.
+    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a classifier of images keeps the
+    head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
+    nothing, and writing to them leaves the file as it is. Raises BundleError.
     """
     family = find_family(manifest.family)
-    model = _skeleton(load_config(bundle), family, num_labels)
+    config = load_config(bundle)
+    keeps_head = family.takes_images and num_labels in (None, config.num_labels)
+    model = _skeleton(config, family, num_labels)
     _cut_tail(model, family, manifest.split)
     prefix = base_prefix(model, family)
     state = {prefix + name: tensor for name, tensor in _read_tail(bundle).items()}
-    if num_labels is not None:
-        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] != family.head}
+    if num_labels is not None and not keeps_head:
+        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _HEADS}
         state.update(_new_head(model, seed))
     fill(model, state)
-    return Tail(model, family).eval()
+    return Tail(model, family, None if manifest.image is None else manifest.image.grid).eval()
+
+
+_HEADS = ("lm_head", "classifier")
+"""What a new head takes the place of."""
 
 
 def load_config(bundle: Path) -> Any:
@@ -197,12 +255,19 @@ def load_config(bundle: Path) -> Any:
 
 def _skeleton(config: Any, family: Family, num_labels: int | None) -> Any:
     """The uncut model without memory for its weights."""
-    auto = AutoModel if family.is_encoder else AutoModelForCausalLM
+    auto = uncut_class(family)
     if num_labels is not None:
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
-        auto = AutoModelForSequenceClassification
+        auto = auto if family.takes_images else AutoModelForSequenceClassification
     with torch.device("meta"):
         return auto.from_config(config, dtype=torch.float32)
+
+
+def uncut_class(family: Family) -> Any:
+    """The Hugging Face class that the uncut model is loaded with."""
+    if family.takes_images:
+        return AutoModelForImageClassification
+    return AutoModel if family.is_encoder else AutoModelForCausalLM
 
 
 def _read_tail(bundle: Path) -> dict[str, Tensor]:
@@ -217,11 +282,23 @@ def _new_head(model: Any, seed: int) -> dict[str, Tensor]:
     """A classification head as Hugging Face initialises it, from its own generator."""
     generator = torch.Generator().manual_seed(seed)
     name = "classifier" if hasattr(model, "classifier") else "score"
-    head = getattr(model, name)
-    spread = getattr(model.config, "initializer_range", None) or model.config.init_std  # OPT's own name for it
-    weight = torch.empty(head.weight.shape).normal_(0.0, spread, generator=generator)
-    bias = {} if head.bias is None else {f"{name}.bias": torch.zeros(head.bias.shape)}
-    return {f"{name}.weight": weight, **bias}
+    inner, head = _linear(getattr(model, name))
+    name = f"{name}.{inner}".rstrip(".")
+    weight, bias = torch.empty(head.weight.shape), torch.zeros(head.out_features)
+    # OPT has its own name for it, and a ResNet, which has none, leaves it to torch's linear layer.
+    spread = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None)
+    if spread is None:
+        bound = head.in_features**-0.5
+        weight.uniform_(-bound, bound, generator=generator)
+        bias.uniform_(-bound, bound, generator=generator)
+    else:
+        weight.normal_(0.0, spread, generator=generator)
+    return {f"{name}.weight": weight} | ({} if head.bias is None else {f"{name}.bias": bias})
+
+
+def _linear(head: nn.Module) -> tuple[str, nn.Linear]:
+    """The linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
+    return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
 
 
 def fill(model: Any, state: dict[str, Tensor]) -> None:

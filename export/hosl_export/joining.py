@@ -35,11 +35,14 @@ def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Te
 
 
 def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = None) -> Any:
-    """The config of the joined model, embeddings untied; of its sequence classifier with `num_labels`."""
+    """The config of the joined model, embeddings untied; of its classifier with `num_labels`."""
     config = load_config(bundle)
     config.tie_word_embeddings = False
     config.architectures = [manifest.architecture]
-    if num_labels is not None:
+    if manifest.image is not None:
+        config.num_labels = config.num_labels if num_labels is None else num_labels
+        config.problem_type = "single_label_classification"
+    elif num_labels is not None:
         classifier = AutoModelForSequenceClassification._model_mapping[type(config)]
         config.architectures = [classifier.__name__]
         config.num_labels, config.problem_type = num_labels, "single_label_classification"

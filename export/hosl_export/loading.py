@@ -16,10 +16,12 @@ from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
 
 from hosl_export.exceptions import ModelError
 from hosl_export.families import Family, find_family
+from hosl_export.halves import uncut_class
 
 logger = logging.getLogger(__name__)
 
@@ -142,16 +144,26 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
-    """The whole Hugging Face model, float32, in eval mode: a causal language model, or an encoder with its pooler.
+def load_preprocessor(source: Source) -> dict[str, Any]:
+    """What the model's image preprocessor says; empty where it has none."""
+    with quiet_transformers(), contextlib.suppress(OSError):
+        facts, _ = ImageProcessingMixin.get_image_processor_dict(source.place, **source.arguments)
+        return dict(facts)
+    return {}
 
-    Weights that the checkpoint lacks are an error, but for an encoder's pooler, which is initialised from `seed`.
+
+def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
+    """The whole Hugging Face model, float32, in eval mode: a causal language model, an encoder with its pooler, or a
+    classifier of images.
+
+    Weights that the checkpoint lacks are an error, but for an encoder's pooler and a classifier's head, which are
+    initialised from `seed`.
     """
     if isinstance(source, str):
         source = find_source(source)
     config = load_config(source) if config is None else config
     family = find_family(config.model_type)
-    auto = AutoModel if family.is_encoder else AutoModelForCausalLM
+    auto = uncut_class(family)
     with _opening(source, "weights"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, report = auto.from_pretrained(
@@ -166,10 +178,11 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
 def _check_complete(source: Source, family: Family, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if family.is_encoder:
-        absent_pooler = [name for name in missing if name.startswith("pooler.")]
-        missing = [name for name in missing if name not in absent_pooler]
-        if absent_pooler:
-            logger.warning("%s has no pooler: it starts from random weights", source.name)
+        part = "classifier" if family.takes_images else "pooler"
+        absent = [name for name in missing if name.startswith(f"{part}.")]
+        missing = [name for name in missing if name not in absent]
+        if absent:
+            logger.warning("%s has no %s: it starts from random weights", source.name, part)
     if missing or report["mismatched_keys"]:
         names = missing or sorted(str(entry) for entry in report["mismatched_keys"])
         raise ModelError("model", source.name, f"the checkpoint lacks {names[0]} and {len(names) - 1} more")

@@ -91,19 +91,25 @@ def peft_adapter(
     if not any(is_lora(name) for name in tail):
         raise ValueError("the tail has no adapters: only a tail trained as `lora` makes an adapter that loads alone")
     family = find_family(manifest.family)
-    task = "SEQ_CLS" if heads else "FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM"
     config = LoraConfig(
         r=manifest.lora.r,
         lora_alpha=manifest.lora.alpha,
         target_modules=list(manifest.lora.targets),
         fan_in_fan_out=family.has_transposed_weights,
-        task_type=task,
+        task_type=_task_type(family, has_head=bool(heads)),
         modules_to_save=heads or None,
         base_model_name_or_path=manifest.model,
         revision=manifest.revision,
         inference_mode=True,
     )
     return {f"base_model.model.{name}": tensor for name, tensor in kept.items()}, _as_json(config.to_dict())
+
+
+def _task_type(family: Family, *, has_head: bool) -> str | None:
+    """PEFT's name for what the whole model does; it has none for classifying images."""
+    if family.takes_images:
+        return None
+    return "SEQ_CLS" if has_head else "FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM"
 
 
 def _as_json(value: Any) -> Any:

@@ -40,6 +40,8 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     """Longest input compared with the uncut model, in tokens."""
     sliding_window: int | None
     """Tokens that a sliding-window block sees, where the model has such blocks."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of images, where the model takes such."""
 
 
 def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float) -> Summary:
@@ -67,6 +69,7 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
         parity_error=parity_error,
         checked_length=min(manifest.max_length, LONGEST),
         sliding_window=_sliding_window(config),
+        image_size=None if manifest.image is None else (manifest.image.height, manifest.image.width),
     )
 
 
@@ -107,6 +110,9 @@ def _trains(summary: Summary) -> str:
 
 def _parity(summary: Summary) -> str:
     text = f"differs from the uncut model by at most {summary.parity_error:.1g} of an output's range, "
+    if summary.image_size is not None:
+        height, width = summary.image_size
+        return text + f"checked on images of {height} x {width}, {summary.max_length} positions each at the cut"
     text += f"checked to {summary.checked_length} tokens"
     if summary.checked_length < summary.max_length:
         text += f" of the {summary.max_length} allowed"

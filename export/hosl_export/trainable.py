@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hosl_export.families import Family
 from hosl_export.halves import ClientHalf
-from hosl_export.lora import is_lora, plain_name
+from hosl_export.lora import is_lora, plain_name, plain_state
 from hosl_protocol.lattice import exponent_for, round_to_lattice
 from hosl_protocol.manifest import TensorEntry, TrainMode
 
@@ -15,6 +15,14 @@ from hosl_protocol.manifest import TensorEntry, TrainMode
 def plain_parameters(half: ClientHalf) -> dict[str, nn.Parameter]:
     """The client half's parameters under plain names, in graph order."""
     return {plain_name(name): parameter for name, parameter in half.model.named_parameters()}
+
+
+def plain_tensors(half: ClientHalf) -> dict[str, Tensor]:
+    """What the shard's file holds: the parameters and, where the graph keeps constants, the buffers after them."""
+    parameters: dict[str, Tensor] = dict(plain_parameters(half))
+    if not half.family.keeps_constants:
+        return parameters
+    return parameters | {name: tensor for name, tensor in plain_state(half.model).items() if name not in parameters}
 
 
 def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family) -> bool:
@@ -36,10 +44,10 @@ def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry
     The tensors are the uncut model's own, so its outputs after this call are those of the rounded weights.
     """
     entries, largest_change = [], 0.0
-    for name, parameter in plain_parameters(half).items():
+    for name, tensor in plain_tensors(half).items():
         exponent = None
-        if is_trainable(name, parameter, mode, half.family):
-            values = parameter.detach().numpy()
+        if isinstance(tensor, nn.Parameter) and is_trainable(name, tensor, mode, half.family):
+            values = tensor.detach().numpy()
             exponent = exponent_for(float(np.abs(values).max()))
             rounded = round_to_lattice(values, exponent)
             largest_change = max(largest_change, float(np.abs(rounded - values).max()))
@@ -47,10 +55,11 @@ def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry
         entries.append(
             TensorEntry(
                 name=name,
-                shape=tuple(parameter.shape),
+                shape=tuple(tensor.shape),
                 trainable=exponent is not None,
                 exponent=exponent,
-                lookup=parameter is half.token_table,
+                lookup=tensor is half.token_table,
+                constant=half.family.keeps_constants and exponent is None,
             )
         )
     return tuple(entries), largest_change

@@ -13,7 +13,7 @@ _ALIGNMENT = 8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write float32 tensors in the given order; `safetensors.torch.save_file` would hold all their bytes again."""
+    """Write tensors as float32 in the given order; `safetensors.torch.save_file` would hold all their bytes again."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 """What crosses the wire and what both sides must compute alike: no sockets, no files of weights, no torch."""
 
+from hosl_protocol.augmentation import draw_variations, vary
 from hosl_protocol.client import ClientWeights, Coarsening, ProbePoint, UpdateRecord, make_client_weights
 from hosl_protocol.codec import MAX_HEADER_BYTES, PIECE_BYTES, Bounds, Frame, FrameReader, encode
 from hosl_protocol.connection import Connection, Phase, Role, bounds_for
@@ -18,6 +19,7 @@ from hosl_protocol.exceptions import (
 from hosl_protocol.manifest import (
     BundleError,
     FileEntry,
+    ImageEntry,
     LoraEntry,
     Manifest,
     TensorEntry,
@@ -59,9 +61,11 @@ from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directio
 from hosl_protocol.settings import (
     Algorithm,
     AnchorPoint,
+    Augmentation,
     ClientOptimizer,
     RunSettings,
     WireDtype,
+    check_run,
     check_run_settings,
     convert,
     read_toml,
@@ -89,6 +93,7 @@ __all__ = [
     "Algorithm",
     "Anchor",
     "AnchorPoint",
+    "Augmentation",
     "Bounds",
     "BundleError",
     "CatchUp",
@@ -112,6 +117,7 @@ __all__ = [
     "Goodbye",
     "Hello",
     "HoslError",
+    "ImageEntry",
     "IrreversibleError",
     "Late",
     "LatticeError",
@@ -147,12 +153,14 @@ __all__ = [
     "add_directions",
     "batch_indices",
     "bounds_for",
+    "check_run",
     "check_run_settings",
     "check_task",
     "convert",
     "decode_manifest",
     "describe_file",
     "direction",
+    "draw_variations",
     "encode",
     "encode_manifest",
     "label_of",
@@ -170,4 +178,5 @@ __all__ = [
     "scheduled_rate",
     "sha256_of_file",
     "uniforms",
+    "vary",
 ]

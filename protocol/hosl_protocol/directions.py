@@ -44,6 +44,7 @@ class Stream(enum.IntEnum):
     SAMPLING = 3
     INITIALIZATION = 4
     NORMALS = 5
+    AUGMENTATION = 6
 
 
 def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 0, block: int = 0) -> np.random.Philox:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -43,6 +45,27 @@ class TensorEntry(msgspec.Struct, kw_only=True, frozen=True):
     lookup: bool = False
     """Whether it is the token embedding: the graph only gathers rows of it by `input_ids`, and leaves its first
     dimension free, so that a client may bind just the rows of a batch and number its tokens anew."""
+    constant: bool = False
+    """Whether the graph holds it itself, so that it is no input: a frozen weight, or a statistic of a batch-norm."""
+
+
+class ImageEntry(msgspec.Struct, kw_only=True, frozen=True):
+    """What the shard takes of an image: uint8 pixels v become (v · rescale - mean) / std of their channel."""
+
+    channels: int
+    """1 to 4; a grey image is repeated to them."""
+    height: int
+    width: int
+    """Pixels; an image of another size is resized to them whole, without keeping its proportions."""
+    mean: tuple[float, ...]
+    """One a channel."""
+    std: tuple[float, ...]
+    """One a channel, above 0."""
+    rescale: float = 1 / 255
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bilinear"
+    """Pillow's filter for resizing."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the positions, in row-major order, where activations are a feature map."""
 
 
 class LoraEntry(msgspec.Struct, kw_only=True, frozen=True):
@@ -82,12 +105,14 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     width: int
     """Width of the activations at the cut layer."""
     max_length: int
-    """Longest input, in tokens, that the bundle was checked for and that a run may use."""
+    """Longest input, in tokens, that the bundle was checked for and that a run may use; for images the positions that
+    each has at the cut layer."""
     pad_token_id: int
     train: TrainMode
     lora: LoraEntry | None = None
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
-    """Graph inputs that are not weights, both int64 [batch, token]; the mask is absent where the family needs none."""
+    """Graph inputs that are not weights, both int64 [batch, token]; the mask is absent where the family needs none.
+    For images `pixel_values`, float32 [batch, channel, row, column]."""
     output: str = "activations"
     """Graph output, float32 [batch, token, width]."""
     tensors: tuple[TensorEntry, ...]
@@ -97,6 +122,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     files: tuple[FileEntry, ...]
     versions: dict[str, str] = {}
     """Versions of the tools that wrote the bundle."""
+    image: ImageEntry | None = None
+    """What an image becomes; None where the model takes text."""
 
     @property
     def trainable(self) -> tuple[TensorEntry, ...]:
@@ -110,13 +137,21 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def shard_digest(self) -> str:
-        """SHA-256 over `path size sha256` lines of the shard's files, sorted, then `name exponent` of what trains.
+        """SHA-256 over `path size sha256` lines of the shard's files, sorted, `name exponent` of what trains, and the
+        image's facts.
 
         Two shards of one digest compute the same, and take the same steps.
         """
         lines = sorted(f"{entry.path} {entry.size_bytes} {entry.sha256}\n" for entry in self.shard_files)
         lines += [f"{entry.name} {entry.exponent}\n" for entry in self.trainable]
+        lines += [] if self.image is None else [_image_line(self.image)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _image_line(image: ImageEntry) -> str:
+    """What the image's entry says, numbers that are not whole as the bits of their float64."""
+    numbers = [struct.pack(">d", number).hex() for number in (image.rescale, *image.mean, *image.std)]
+    return " ".join([f"image {image.channels} {image.height} {image.width} {image.resample}", *numbers]) + "\n"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -140,6 +175,10 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         if not lattice.MIN_EXPONENT <= entry.exponent <= lattice.MAX_EXPONENT:
             limits = f"expected {lattice.MIN_EXPONENT} to {lattice.MAX_EXPONENT}"
             raise BundleError(f"{where}: lattice exponent of {entry.name} is {entry.exponent}, {limits}")
+        if entry.constant:
+            raise BundleError(f"{where}: {entry.name} trains and is a constant of the graph")
+    if manifest.image is not None:
+        _check_image(manifest.image, manifest.max_length, where)
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
         repeated = next((name for name, times in Counter(names).items() if times > 1), None)
         if repeated is not None:
@@ -148,6 +187,20 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
             raise BundleError(f"{where} names a file outside the bundle: {file.path!r}")
     return manifest
+
+
+def _check_image(image: ImageEntry, positions: int, where: str) -> None:
+    numbers = (image.rescale, *image.mean, *image.std)
+    fits = (
+        1 <= image.channels <= 4
+        and 1 <= min(image.height, image.width) <= max(image.height, image.width) <= 2**15
+        and len(image.mean) == len(image.std) == image.channels
+        and all(math.isfinite(number) for number in numbers)
+        and min(image.std) > 0.0
+        and (image.grid is None or math.prod(image.grid) == positions)
+    )
+    if not fits:
+        raise BundleError(f"{where}: the image entry contradicts itself: {image}")
 
 
 def load_manifest(bundle: Path) -> Manifest:

@@ -10,6 +10,7 @@ import msgspec
 
 from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED, Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
+from hosl_protocol.manifest import Manifest
 from hosl_protocol.tasks import Task, check_task
 
 Algorithm = Literal["ho-sfl", "hosl", "frozen"]
@@ -38,6 +39,20 @@ class ClientOptimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     """AdamW: decoupled decay, times the rate."""
 
 
+class Augmentation(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[augmentation]`: how training images vary from round to round; held-out images never do."""
+
+    crop_padding: int = 0
+    """Black pixels put around an image, of which a crop of the image's own size is cut, 0 to 255; 0 does not crop."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything varies."""
+        return self.flip or self.crop_padding > 0
+
+
 class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What a device must know to take part in a run."""
 
@@ -59,16 +74,17 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     batch_size: int = 16
     """Examples a device draws each round."""
     max_length: int = 128
-    """Tokens an example is cut to."""
+    """Tokens an example is cut to; for images exactly the bundle's positions per image."""
     wire_dtype: WireDtype = "float32"
     """Type of activations and of their gradients on the wire; HOSL's loss differences need float32."""
     client: ClientOptimizer = ClientOptimizer()
     report_every: int = 10
     """Rounds between a device's reports (weights digest, memory, bytes)."""
+    augmentation: Augmentation = Augmentation()
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens in one batch."""
+        """Most tokens, or positions of images, in one batch."""
         return self.batch_size * self.max_length
 
     @property
@@ -84,7 +100,10 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     _check_range("rounds", settings.rounds, 1, 10**9)
     _check_range("directions", settings.directions, 1, MAX_DIRECTION)
     _check_range("batch_size", settings.batch_size, 1, 65536)
-    _check_range("max_length", settings.max_length, 2, bundle_max_length or 2**20)
+    _check_range("max_length", settings.max_length, 1 if settings.task.is_image else 2, bundle_max_length or 2**20)
+    _check_range("augmentation.crop_padding", settings.augmentation.crop_padding, 0, 255)
+    if settings.augmentation.is_on and not settings.task.is_image:
+        raise SettingsError("augmentation", "on", "only images are cropped and flipped: leave it out for this task")
     _check_range("report_every", settings.report_every, 1, 10**9)
     _check_positive("probe_step", settings.probe_step)
     _check_positive("client.learning_rate", settings.client.learning_rate)
@@ -101,6 +120,16 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
         raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
+
+
+def check_run(settings: RunSettings, manifest: Manifest) -> None:
+    """Raise SettingsError for the first setting that cannot be used with the bundle."""
+    check_run_settings(settings, bundle_max_length=manifest.max_length)
+    if settings.task.is_image != (manifest.image is not None):
+        takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"
+        raise SettingsError("task.kind", settings.task.kind, f"the bundle's model takes {takes}")
+    if settings.task.is_image and settings.max_length != manifest.max_length:
+        raise SettingsError("max_length", settings.max_length, f"an image has {manifest.max_length} positions")
 
 
 def scheduled_rate(optimizer: ClientOptimizer, round_: int, rounds: int) -> float:

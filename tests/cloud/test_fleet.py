@@ -103,7 +103,7 @@ def test_answers_are_taken_as_they_come(fleet: Fleet) -> None:
 def test_a_device_that_is_late_is_left_out_and_told_so_by_name(fleet: Fleet) -> None:
     async def main() -> None:
         slow, quick = Device(fleet, "a"), Device(fleet, "b")
-        driving = asyncio.create_task(fleet.drive(start("a", "b"), 0.2))
+        driving = asyncio.create_task(fleet.drive(start("a", "b"), 1.0))
         await after(0.01, lambda: quick.answer(Anchor(**NAME)))
         assert await driving == [("b", True), ("a", False)]
         assert not any(isinstance(message, Late) for message in slow.told)

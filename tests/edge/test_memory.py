@@ -5,14 +5,24 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
 
 from hosl_edge.exceptions import MemoryBudgetError
-from hosl_edge.memory import choose_micro_batch, keep_heap_small, read_memory, release_unused, transient_bytes
+from hosl_edge.memory import (
+    choose_micro_batch,
+    keep_heap_small,
+    preferred_rows,
+    read_memory,
+    release_unused,
+    transient_bytes,
+)
+from hosl_protocol import ImageEntry, RunSettings, Task
 
 MB = 10**6
+TASK = Task(name="t", kind="lm", template="{text}")
 
 
 def touch(size_bytes: int) -> None:
@@ -69,13 +79,18 @@ def test_measuring_does_not_forget_the_peak() -> None:
     assert read_memory().peak >= peak
 
 
-def test_without_a_budget_a_micro_batch_holds_the_preferred_tokens() -> None:
+def test_without_a_budget_a_micro_batch_holds_the_preferred_tokens_or_pixels() -> None:
     def never(rows: int) -> None:
         raise AssertionError("nothing has to be measured")
 
-    assert choose_micro_batch(never, 64, 128, 0, None).rows == 2
-    assert choose_micro_batch(never, 1, 128, 0, None).rows == 1
-    assert choose_micro_batch(never, 64, 4096, 0, None).rows == 1
+    def rows(batch_size: int, max_length: int, image: ImageEntry | None = None) -> int:
+        settings = RunSettings(task=TASK, batch_size=batch_size, max_length=max_length)
+        return choose_micro_batch(never, preferred_rows(settings, image), 0, None).rows
+
+    assert [rows(64, 128), rows(1, 128), rows(64, 4096)] == [2, 1, 1]
+    small = ImageEntry(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    large = msgspec.structs.replace(small, height=224, width=224)
+    assert [rows(200, 64, small), rows(16, 64, small), rows(16, 197, large)] == [64, 16, 1]
 
 
 @pytest.mark.usefixtures("measurable")
@@ -84,7 +99,7 @@ def test_more_budget_never_means_fewer_rows() -> None:
     for rows in (1.5, 3.5, 6.5, 100.0):
         release_unused()
         budget = int(read_memory().anonymous + 20 * MB * rows)
-        chosen.append(choose_micro_batch(rows_of(20 * MB), 8, 16, 0, budget).rows)
+        chosen.append(choose_micro_batch(rows_of(20 * MB), 8, 0, budget).rows)
     assert chosen == sorted(chosen)
     assert chosen[0] == 1
     assert 2 <= chosen[1] <= 4
@@ -96,8 +111,8 @@ def test_more_budget_never_means_fewer_rows() -> None:
 def test_what_a_round_holds_besides_is_reserved() -> None:
     release_unused()
     budget = read_memory().anonymous + 160 * MB
-    free = choose_micro_batch(rows_of(20 * MB), 8, 16, 0, budget)
-    held = choose_micro_batch(rows_of(20 * MB), 8, 16, 100 * MB, budget)
+    free = choose_micro_batch(rows_of(20 * MB), 8, 0, budget)
+    held = choose_micro_batch(rows_of(20 * MB), 8, 100 * MB, budget)
     assert free.rows > held.rows
     assert free.work_bytes == pytest.approx(20 * MB * free.rows, rel=0.1)
 
@@ -107,6 +122,6 @@ def test_a_budget_that_cannot_hold_one_row_is_refused_with_both_figures() -> Non
     release_unused()
     base = read_memory().anonymous
     with pytest.raises(MemoryBudgetError, match=r"memory budget is \d+ MB, this run needs \d+ MB") as caught:
-        choose_micro_batch(rows_of(60 * MB), 8, 16, 30 * MB, base + 20 * MB)
+        choose_micro_batch(rows_of(60 * MB), 8, 30 * MB, base + 20 * MB)
     assert caught.value.budget_bytes == base + 20 * MB
     assert caught.value.needed_bytes == pytest.approx(base + 90 * MB, abs=20 * MB)

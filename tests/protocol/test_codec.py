@@ -32,6 +32,7 @@ from hosl_protocol import (
     FromEdge,
     Goodbye,
     Hello,
+    Late,
     LimitError,
     Probe,
     ProbeLoss,
@@ -88,7 +89,7 @@ GOLDEN_FRAMES = {
         CutGradient(run="r1", epoch=0, round=7),
         {"lambda": np.array([[1.0, -0.1, 70000.0]], np.float32), "loss": np.float32(0.75)},
         "bfloat16",
-        r'{"__metadata__":{"hosl":"{\"type\":\"cut-gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"id\":0}"},'
+        r'{"__metadata__":{"hosl":"{\"type\":\"cut-gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"id\":0,\"exponent\":0}"},'
         r'"lambda":{"dtype":"BF16","shape":[1,3],"data_offsets":[0,6]},'
         r'"loss":{"dtype":"F32","shape":[],"data_offsets":[6,10]}}',
         "803f cdbd 8947 0000403f",
@@ -185,12 +186,13 @@ FIELDS = {
     Probe: {**round_fields, "direction": directions, "sign": signs},
     ProbeLoss: {**round_fields, "direction": directions, "sign": signs},
     Anchor: round_fields,
-    CutGradient: round_fields,
+    CutGradient: {**round_fields, "exponent": st.integers(-200, 200)},
     Projections: round_fields,
     Update: {**round_fields, "learning_rate": numbers},
     EvalStart: round_fields,
     EvalBatch: {**round_fields, "last": booleans},
     EvalResult: {**round_fields, "correct": counts, "scored": counts},
+    Late: {**round_fields, "answer": names},
     Report: {
         **standing, "step_seconds": numbers, "peak_rss_bytes": counts, "anonymous_bytes": counts,
         "sent_bytes": counts, "received_bytes": counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from hosl_protocol import (
     BundleError,
     FileEntry,
+    ImageEntry,
     LoraEntry,
     Manifest,
     TensorEntry,
@@ -118,6 +120,47 @@ def test_shard_digest_notices_a_change_of_what_trains_and_how():
     others = [(first, third, second), (first, second), (first, second, msgspec.structs.replace(third, exponent=-23))]
     digests = {make_manifest(tensors=tensors).shard_digest for tensors in ((first, second, third), *others)}
     assert len(digests) == 4
+
+
+IMAGE = ImageEntry(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3, grid=(16, 8))
+GOLDEN_IMAGE_DIGEST = "a9286aeec39623d9327b0d656f8a472f563eb3b4097f5f34e3980d3d8f541302"  # and in protocol/README.md
+
+
+def test_shard_digest_covers_what_an_image_becomes():
+    entry = msgspec.structs.replace(IMAGE, grid=None)
+    changes = [{}, {"std": (0.25, 0.25, 0.5)}, {"mean": (0.5, 0.5, 0.0)}, {"rescale": 1.0}, {"resample": "box"}]
+    images = [msgspec.structs.replace(entry, **changed) for changed in changes]
+    digests = [make_manifest(tensors=(), files=FILES[:1], image=image).shard_digest for image in (*images, None)]
+    half = struct.pack(">d", 0.5).hex()
+    line = f"image 3 32 32 bilinear {struct.pack('>d', 1 / 255).hex()} {half} {half} {half}" + " 3fd0000000000000" * 3
+    text = f"shard/shard.onnx 10 {'a' * 64}\n{line}\n"
+    assert digests[0] == hashlib.sha256(text.encode()).hexdigest() == GOLDEN_IMAGE_DIGEST
+    assert len(set(digests)) == 6
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"channels": 5, "mean": (0.5,) * 5, "std": (0.5,) * 5},
+        {"height": 0},
+        {"width": 2**20},
+        {"mean": (0.5,)},
+        {"std": (0.5, 0.5, 0.0)},
+        {"grid": (16, 9)},
+    ],
+)
+def test_an_image_entry_that_contradicts_itself_is_refused(changed):
+    good = make_manifest(image=IMAGE)
+    assert decode_manifest(encode_manifest(good)) == good
+    spoilt = make_manifest(image=msgspec.structs.replace(IMAGE, **changed))
+    with pytest.raises(BundleError, match="the image entry contradicts itself"):
+        decode_manifest(encode_manifest(spoilt))
+
+
+def test_a_constant_that_trains_is_refused():
+    tensor = TensorEntry(name="w", shape=(2,), trainable=True, exponent=-24, constant=True)
+    with pytest.raises(BundleError, match="w trains and is a constant of the graph"):
+        decode_manifest(encode_manifest(make_manifest(tensors=(tensor,))))
 
 
 def test_files_are_described_by_size_and_digest(tmp_path):

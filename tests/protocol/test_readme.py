@@ -12,14 +12,17 @@ from hosl_protocol import (
     CATCH_UP_ROUNDS,
     MAX_HEADER_BYTES,
     PIECE_BYTES,
+    Augmentation,
     ClientOptimizer,
     FromCloud,
     FromEdge,
+    ImageEntry,
     Manifest,
     Refusal,
     RunSettings,
     Stream,
     Task,
+    TensorEntry,
     name_of,
 )
 
@@ -64,8 +67,8 @@ def test_the_fields_of_a_rounds_messages_have_their_rows():
 
 
 def test_every_setting_has_its_row():
-    parts = re.split("^`(?:client|task)`, ", section("## Run settings"), flags=re.MULTILINE)
-    for kind, part in zip((RunSettings, ClientOptimizer, Task), parts, strict=True):
+    parts = re.split("^`(?:client|augmentation|task)`, ", section("## Run settings"), flags=re.MULTILINE)
+    for kind, part in zip((RunSettings, ClientOptimizer, Augmentation, Task), parts, strict=True):
         assert list(rows(part)) == [field.name for field in msgspec.structs.fields(kind)]
 
 
@@ -73,6 +76,12 @@ def test_every_field_of_the_manifest_has_its_row():
     table = rows(section("## Manifest"))
     assert list(table) == [field.name for field in msgspec.structs.fields(Manifest)]
     assert all(table[f.name][2].startswith("yes") == f.required for f in msgspec.structs.fields(Manifest))
+
+
+@pytest.mark.parametrize("kind", [TensorEntry, ImageEntry])
+def test_every_field_of_the_manifests_entries_is_named_below_its_table(kind):
+    text = section("## Manifest").rpartition("|\n")[2]
+    assert [f.name for f in msgspec.structs.fields(kind) if f"`{f.name}`" not in text] == []
 
 
 def test_every_refusal_code_is_explained():

@@ -9,9 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosl_protocol import (
+    Augmentation,
     ClientOptimizer,
+    ImageEntry,
+    Manifest,
     RunSettings,
     SettingsError,
+    Task,
+    check_run,
     check_run_settings,
     convert,
     load_preset,
@@ -123,3 +128,42 @@ def test_rate_is_the_base_rate_times_the_schedule():
     optimizer = ClientOptimizer(learning_rate=0.2, schedule="linear", warmup_rounds=2)
     assert scheduled_rate(optimizer, 1, 10) == 0.1
     assert scheduled_rate(optimizer, 3, 10) == 0.2
+
+
+def make_image_settings(**changes):
+    task = Task(name="things", kind="image-classification", labels=("a", "b"))
+    return RunSettings(**{"task": task, "max_length": 4, **changes})
+
+
+def make_manifest(image=None):
+    return Manifest(
+        model="m", family="f", architecture="a", split=1, blocks=2, width=4, max_length=4, pad_token_id=0, train="none",
+        tensors=(), files=(), image=image,
+    )  # fmt: skip
+
+
+IMAGE = ImageEntry(channels=1, height=8, width=8, mean=(0.5,), std=(0.5,))
+
+
+def test_texts_and_images_go_with_their_own_bundles():
+    check_run(make_image_settings(), make_manifest(IMAGE))
+    check_run(make_settings(max_length=4), make_manifest())
+    with pytest.raises(SettingsError, match=r"task.kind .* the bundle's model takes text"):
+        check_run(make_image_settings(), make_manifest())
+    with pytest.raises(SettingsError, match=r"task.kind .* the bundle's model takes images"):
+        check_run(make_settings(max_length=4), make_manifest(IMAGE))
+
+
+def test_an_image_has_as_many_positions_as_the_bundle_says():
+    with pytest.raises(SettingsError, match="max_length is 3: an image has 4 positions"):
+        check_run(make_image_settings(max_length=3), make_manifest(IMAGE))
+
+
+def test_augmentation_is_for_images_alone():
+    varied = Augmentation(crop_padding=4, flip=True)
+    check_run_settings(make_image_settings(augmentation=varied))
+    assert not Augmentation().is_on
+    with pytest.raises(SettingsError, match="augmentation is 'on': only images are cropped and flipped"):
+        check_run_settings(make_settings(augmentation=Augmentation(flip=True)))
+    with pytest.raises(SettingsError, match=r"augmentation.crop_padding is 256: use a whole number from 0 to 255"):
+        check_run_settings(make_image_settings(augmentation=Augmentation(crop_padding=256)))

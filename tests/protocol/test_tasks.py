@@ -48,8 +48,29 @@ def make_task(**changes):
     return convert(fields, Task, "task")
 
 
+IMAGES = {"cifar10": "airplane", "mnist": "0"}
+"""Presets of images, and the first of their ten classes."""
+
+
 def test_every_preset_has_an_example_here():
-    assert preset_names() == sorted(EXAMPLES)
+    assert preset_names() == sorted([*EXAMPLES, *IMAGES])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_presets_of_images_check_out(name):
+    task = convert(load_preset(name), Task, "task")
+    check_task(task)
+    assert (len(task.labels), task.labels[0], task.template) == (10, IMAGES[name], "")
+    assert preset_fields(name) == task.fields == ("images", "labels")
+    assert task.is_image
+    assert task.has_class_head
+
+
+def test_images_have_no_template():
+    with pytest.raises(SettingsError, match="images have no template"):
+        check_task(make_task(kind="image-classification"))
+    with pytest.raises(SettingsError, match="name at least one field"):
+        check_task(make_task(template=""))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -66,7 +87,7 @@ def test_presets_check_out_and_read_as_expected(name):
 
 
 def test_unknown_preset_names_those_there_are():
-    with pytest.raises(SettingsError, match=r"task\.preset is 'sst3': use one of boolq, cb, lm"):
+    with pytest.raises(SettingsError, match=r"task\.preset is 'sst3': use one of boolq, cb, cifar10, lm"):
         load_preset("sst3")
     assert preset_fields("../sst2") is None
 

@@ -1,4 +1,4 @@
-"""Tasks: how an example becomes a text and a label. Presets are the TOML files beside this module.
+"""Tasks: what an example's text or image and its label are. Presets are the TOML files beside this module.
 
 A template holds field names in braces, `{premise}` or dotted `{target.span1_text}`; fields are looked up strictly.
 """
@@ -14,37 +14,56 @@ import msgspec
 
 from hosl_protocol.exceptions import SettingsError
 
-TaskKind = Literal["prompt-classification", "sequence-classification", "lm"]
+TaskKind = Literal["prompt-classification", "sequence-classification", "lm", "image-classification"]
+
+IMAGE_FIELDS = ("images", "labels")
+"""What image tasks read of a device's data."""
 
 _FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
 class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What an example's text is, and what its label means."""
+    """What an example's text or image is, and what its label means."""
 
     name: str
     kind: TaskKind
     """`prompt-classification`: the tail scores one verbalizer token per class after the prompt;
-    `sequence-classification`: a trained head scores the classes; `lm`: next token, the text is its own label."""
-    template: str
-    """Text of an example, with field names in braces."""
+    `sequence-classification`: a trained head scores the classes; `lm`: next token, the text is its own label;
+    `image-classification`: a trained head scores the classes of an image."""
+    template: str = ""
+    """Text of an example, with field names in braces; empty for images."""
     label_field: str = "label"
-    """Field that holds the label; unused by `lm`."""
+    """Field that holds the label; unused by `lm` and for images."""
     labels: tuple[str, ...] = ()
-    """Label values as text, in class order."""
+    """Label values as text, in class order; for images the names of the classes."""
     verbalizers: tuple[str, ...] = ()
     """One token per class, its leading space included; only `prompt-classification`."""
 
     @property
+    def is_image(self) -> bool:
+        """Whether examples are images instead of texts."""
+        return self.kind == "image-classification"
+
+    @property
+    def has_class_head(self) -> bool:
+        """Whether a trained head scores the classes, instead of a language model's own."""
+        return self.kind in ("sequence-classification", "image-classification")
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Every field of an example that the task reads, in order, without repetition."""
+        if self.is_image:
+            return IMAGE_FIELDS
         label = () if self.kind == "lm" else (self.label_field,)
         return tuple(dict.fromkeys((*_FIELD.findall(self.template), *label)))
 
 
 def check_task(task: Task) -> None:
     """Raise SettingsError where the task contradicts itself."""
-    if not _FIELD.search(task.template):
+    if task.is_image:
+        if task.template:
+            raise SettingsError("task.template", task.template, "images have no template: leave it out")
+    elif not _FIELD.search(task.template):
         raise SettingsError("task.template", task.template, "name at least one field in braces, such as {text}")
     if re.search(r"[{}]", _FIELD.sub("", task.template)):
         raise SettingsError("task.template", task.template, "braces may only enclose a field name")

@@ -1,0 +1,123 @@
+"""The two kinds of input that a model may take, text and images: what differs between them in an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from hosl_export import bundle as files
+from hosl_export.check import Case, make_image_cases, make_text_cases
+from hosl_export.exceptions import ModelError
+from hosl_export.families import find_family
+from hosl_export.halves import ClientHalf
+from hosl_export.images import read_image_entry, write_preprocessor
+from hosl_export.loading import Source, load_preprocessor, load_tokenizer
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.manifest import ImageEntry
+
+DEFAULT_MAX_LENGTH = 512
+
+
+class Input(Protocol):
+    """What a model is given."""
+
+    @property
+    def image(self) -> ImageEntry | None:
+        """What an image becomes; None for text."""
+        ...
+
+    def cases(self, config: Any) -> list[Case]:
+        """Batches for the parity check."""
+        ...
+
+    def write(self, bundle: Path, model: Any) -> None:
+        """What turns raw examples into the model's input, on the device and beside the tail."""
+        ...
+
+    def facts(self, client: ClientHalf) -> dict[str, Any]:
+        """The manifest's fields about inputs and activations."""
+        ...
+
+
+def choose_input(source: Source, config: Any, max_length: int | None, image_size: int | None) -> Input:
+    """The model's input by its config. Raises SettingsError where a length or a size cannot be, and ModelError."""
+    family = find_family(config.model_type)
+    if family.takes_images:
+        if max_length is not None:
+            raise SettingsError("max-length", max_length, "the size of its images decides; see --image-size")
+        return ImageInput(read_image_entry(load_preprocessor(source), config, family, source.name, image_size))
+    if image_size is not None:
+        raise SettingsError("image-size", image_size, f"{config.model_type} reads text: see --max-length")
+    return TextInput(load_tokenizer(source), _choose_max_length(max_length, config.max_position_embeddings), config)
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Token ids."""
+
+    tokenizer: Any
+    max_length: int
+    config: Any
+    image: None = None
+
+    def cases(self, config: Any) -> list[Case]:
+        """As of an Input."""
+        return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length)
+
+    def write(self, bundle: Path, model: Any) -> None:
+        """As of an Input."""
+        files.write_texts(bundle, model, self.tokenizer)
+
+    def facts(self, client: ClientHalf) -> dict[str, Any]:
+        """As of an Input."""
+        padding = _choose_padding(self.tokenizer, self.config)
+        return {"width": self.config.hidden_size, "max_length": self.max_length, "pad_token_id": padding}
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Pixels."""
+
+    image: ImageEntry
+
+    def cases(self, config: Any) -> list[Case]:
+        """As of an Input."""
+        return make_image_cases(self.image)
+
+    def write(self, bundle: Path, model: Any) -> None:
+        """As of an Input."""
+        files.write_config(bundle, model)
+        write_preprocessor(bundle, self.image)
+
+    @torch.no_grad()
+    def facts(self, client: ClientHalf) -> dict[str, Any]:
+        """As of an Input: shapes are what one image comes to."""
+        features = client.features(torch.zeros(1, self.image.channels, self.image.height, self.image.width))
+        if features.ndim == 3:
+            positions, width, image = features.shape[1], features.shape[2], self.image
+        else:
+            rows, columns = features.shape[2:]
+            image = msgspec.structs.replace(self.image, grid=(rows, columns))
+            positions, width = rows * columns, features.shape[1]
+        return {"width": width, "max_length": positions, "pad_token_id": 0, "image": image}
+
+
+def _choose_max_length(asked: int | None, positions: int) -> int:
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, positions)
+    if not 2 <= asked <= positions:
+        raise SettingsError("max-length", asked, f"use 2 to {positions}, the model's positions")
+    return asked
+
+
+def _choose_padding(tokenizer: Any, config: Any) -> int:
+    """The id that fills batches; models without one of their own get the end of text, which no real token sees."""
+    eos = tokenizer.eos_token_id
+    for candidate in (tokenizer.pad_token_id, config.pad_token_id, eos, 0):
+        if candidate is not None and 0 <= candidate < config.vocab_size:
+            return int(candidate)
+    raise ModelError("vocab_size", config.vocab_size, "the model has no tokens")
