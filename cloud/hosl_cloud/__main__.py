@@ -85,6 +85,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         "--partition", default="iid", metavar="HOW", help="iid, or dirichlet:ALPHA (default: %(default)s)"
     )
     parser.add_argument(
+        "--baseline", choices=("first-order", "zeroth-order"), help="train both halves so, instead of the algorithm"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
@@ -107,6 +110,8 @@ def _serve(options: argparse.Namespace) -> int:
     listen.check(insecure=options.insecure)
     manifest = load_manifest(options.bundle)
     config = load_config(options.config, manifest)
+    if config.baseline:
+        raise SettingsError("baseline", config.baseline, "baselines are for hosl-cloud simulate: remove it")
     options.data_dir.mkdir(parents=True, exist_ok=True)
     ending = asyncio.run(_serve_run(options, listen, manifest, config))
     return int(ExitCode.INTERRUPTED if ending == "stopped" else ExitCode.OK)
@@ -178,6 +183,10 @@ def _merge(options: argparse.Namespace) -> int:
     store = Store(database)
     try:
         run = store.run(options.run)
+        if run.config.baseline == "first-order":
+            raise SettingsError(
+                "RUN", run.id, "its client half was trained first-order, and is gone with the simulation"
+            )
         bundle = options.bundle or run.bundle
         manifest = load_manifest(bundle)
         if manifest.shard_digest != run.shard_digest:
@@ -197,6 +206,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     # OpenMP threads that spin while they wait take the cores from the devices' forwards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hosl_cloud.baselines import prepare_config
     from hosl_cloud.partition import Partition
     from hosl_cloud.results import summarize, write_csv
     from hosl_cloud.run import Run
@@ -205,7 +215,8 @@ def _simulate(options: argparse.Namespace) -> int:
     manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
     task = [f"task.preset={options.task}"] if options.task else []
     fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
-    config = load_config(options.config, manifest, [*task, *fleet, *options.overrides])
+    baseline = [f"baseline={options.baseline}"] if options.baseline else []
+    config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
     options.data_dir.mkdir(parents=True, exist_ok=True)
     threads = options.threads or len(os.sched_getaffinity(0))
     lock, store = _lock(options.data_dir), Store(options.data_dir / DATABASE)

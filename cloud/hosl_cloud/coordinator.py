@@ -19,7 +19,7 @@ from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError
 from hosl_cloud.exchange import Exchange, Fault, RoundContext
 from hosl_cloud.fleet import Fleet
-from hosl_cloud.rounds import ROUNDS, Outcome
+from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Run
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
@@ -36,8 +36,8 @@ T = TypeVar("T")
 class Coordinator:
     """One run and the devices in it. All methods but `_compute`'s work run on the event loop."""
 
-    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
-        """`say` tells a person how the run goes."""
+    def __init__(self, run: Run, say: Callable[[str], None], round_: RoundFunction | None = None) -> None:
+        """`say` tells a person how the run goes; `round_` stands for the algorithm's own round."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
         self.fleet = Fleet(self._compute, self._strike)
         self.admission = Admission(run, self.fleet, self._compute, say)
@@ -46,6 +46,7 @@ class Coordinator:
         self._since_best = 0
         self._checkpointed = 0
         """The round of the newest checkpoint; 0 is what the bundle holds."""
+        self._round = round_ or ROUNDS[run.config.algorithm]
         self._roster: list[str] = []
         """Who was there at the start: the devices of a strict run."""
         self._fruitless = 0
@@ -104,7 +105,7 @@ class Coordinator:
         if self._is_stopping:
             return False
         context = self._context(self.run.round + 1, devices)
-        outcome = await self._drive(ROUNDS[self.config.algorithm](context))
+        outcome = await self._drive(self._round(context))
         if outcome is None:
             self._count_fruitless(context)
             return False

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -202,7 +203,9 @@ def frozen_round(context: RoundContext) -> Exchange[Outcome | None]:
     return part.outcome(context, np.zeros(0)) if part is not None and _step(context, part) else None
 
 
-ROUNDS: dict[str, Callable[[RoundContext], Exchange[Outcome | None]]] = {
+RoundFunction: TypeAlias = Callable[[RoundContext], Exchange[Outcome | None]]
+
+ROUNDS: dict[str, RoundFunction] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
     "frozen": frozen_round,

@@ -111,6 +111,8 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     strict: bool = False
     """Give the same bits every time: gradients add up in the order of the devices' names, a round takes place only
     with all the devices it began with, and no device is too late."""
+    baseline: Literal["", "first-order", "zeroth-order"] = ""
+    """`hosl-cloud simulate` only: train both halves by backpropagation, or both without; see hosl_cloud.baselines."""
     client: ClientOptimizer = ClientOptimizer()
     tail: TailSettings = TailSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from tokenizers import Tokenizer
 
 from hosl_cloud import metrics
+from hosl_cloud.baselines import FirstOrderClient, share_weights, zeroth_order_round
 from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exchange import Ask
 from hosl_cloud.partition import Partition, Places
@@ -25,6 +26,8 @@ from hosl_edge.data import AnyBatch, AnyDataset, load_dataset
 from hosl_edge.images import load_images
 from hosl_edge.memory import preferred_rows
 from hosl_edge.shard import Shard
+from hosl_export.halves import load_client
+from hosl_export.weights import read_tensors
 from hosl_protocol import (
     ClientWeights,
     EvalStart,
@@ -43,7 +46,7 @@ from hosl_protocol import (
     make_client_weights,
     name_of,
 )
-from hosl_protocol.manifest import SHARD_TOKENIZER
+from hosl_protocol.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS
 
 Say: TypeAlias = Callable[[str], None]
 
@@ -53,8 +56,8 @@ async def simulate(run: Run, data: Path, held_out: Path | None, partition: Parti
 
     Raises DataError, SettingsError, and what a run raises.
     """
-    coordinator = Coordinator(run, say)
     site = await asyncio.to_thread(open_site, run, data, held_out, threads)
+    coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
     try:
         await coordinator.prepare()
         for device in make_devices(site, partition, run.config.devices.start_with):
@@ -77,7 +80,17 @@ def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site
     shard.open()
     shard.max_length = settings.max_length
     shard.rows = preferred_rows(settings, manifest.image)
-    return Site(settings, shard, weights, train, evaluated)
+    if run.config.baseline == "first-order":
+        client = _load_first_order(run, shard)
+        return Site(settings, shard, weights, train, evaluated, client.round, client.apply)
+    take_step = step.ROUNDS[settings.algorithm]
+    return Site(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
+
+
+def _load_first_order(run: Run, shard: Shard) -> FirstOrderClient:
+    half = load_client(run.bundle, run.manifest, read_tensors(run.bundle / SHARD_WEIGHTS))
+    share_weights(half, shard.weights, {entry.name for entry in run.manifest.trainable})
+    return FirstOrderClient(half, run.config)
 
 
 def _open_data(run: Run, path: Path) -> AnyDataset:
@@ -107,11 +120,17 @@ class Site:
     weights: ClientWeights
     train: AnyDataset
     held_out: AnyDataset | None
+    take_step: Callable[[step.RoundContext, AnyBatch], step.Step]
+    """A device's part of a round."""
+    update: Callable[[UpdateRecord], None]
+    """A round's step of the client's weights."""
+    round: int = 0
 
     def apply(self, update: UpdateRecord) -> None:
         """Take a round's step, once for all devices."""
-        if update.round == self.weights.applied_round + 1:
-            self.weights.apply([update])
+        if update.round > self.round:
+            self.round = update.round
+            self.update(update)
 
     def context(self, message: RoundStart | EvalStart) -> step.RoundContext:
         """What a device's generator needs to know; sets are held as by a device without a memory budget."""
@@ -144,7 +163,7 @@ class VirtualDevice:
         """What the device would do about it."""
         frame = self._carry("sent", self._down, message, tensors or {})
         if isinstance(message, RoundStart):
-            self._begin(step.ROUNDS[self._site.settings.algorithm](self._site.context(message), self._draw(message)))
+            self._begin(self._site.take_step(self._site.context(message), self._draw(message)))
         elif isinstance(message, EvalStart):
             assert self._site.held_out is not None
             self._begin(step.evaluate(self._site.context(message), self._site.held_out, lambda *result: None))

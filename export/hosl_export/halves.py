@@ -223,6 +223,21 @@ def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
         setattr(owner, name, module)
 
 
+def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
+    """The device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
+
+    `state` holds its weights and buffers under plain names. Raises BundleError.
+    """
+    from hosl_export.lora import inject_lora, plain_name  # lora imports this module by way of joining
+
+    family = find_family(manifest.family)
+    half = client_half(_skeleton(load_config(bundle), family, None), manifest.split, manifest.image)
+    if manifest.lora is not None:
+        inject_lora(half, manifest.lora, family, seed=0)
+    fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
+    return half.eval()
+
+
 def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
     """The server half of a bundle, float32 on the CPU, in eval mode.
 
@@ -306,7 +321,7 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise BundleError(f"the bundle's tail does not fit its config: {error}") from error
+        raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             # Rotary frequencies are computed from the config, not stored.

@@ -1,0 +1,132 @@
+"""The baselines of a simulation compute what their names say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hosl_cloud.__main__ import main as cloud_main
+from hosl_cloud.baselines import prepare_config
+from hosl_cloud.partition import Partition
+from hosl_cloud.run import Run
+from hosl_cloud.settings import parse_config
+from hosl_cloud.simulation import simulate
+from hosl_cloud.store import Store
+from hosl_protocol import ExitCode, batch_indices, load_manifest
+from support import TASK, write_reviews
+
+ROUNDS, RATE, BATCH, EXAMPLES = 5, 0.02, 6, 20
+MakeBundle = Callable[..., Path]
+
+
+def run_baseline(bundle: Path, folder: Path, **more: Any) -> Store:
+    manifest, store = load_manifest(bundle), Store(folder / "hosl.sqlite")
+    data = {
+        **msgspec.toml.decode(TASK),
+        "rounds": ROUNDS,
+        "seed": 4,
+        "batch_size": BATCH,
+        "max_length": 16,
+        "client": {"learning_rate": RATE},
+        "tail": {"learning_rate": RATE, "optimizer": "sgd", "clip_norm": 0.0, "device": "cpu"},
+        "devices": {"start_with": 1},
+        **more,
+    }
+    config = prepare_config(parse_config(data, manifest))
+    run = Run("run-1", config, manifest, bundle, folder / "run", store)
+    store.create_run("run-1", bundle, manifest.shard_digest, config)
+    train, held_out = write_reviews(folder / "train.jsonl", EXAMPLES), write_reviews(folder / "eval.jsonl", 16, 400)
+    assert asyncio.run(simulate(run, train, held_out, Partition(), 1, lambda sentence: None)) == "completed"
+    return store
+
+
+def test_first_order_is_training_the_uncut_model(make_bundle: MakeBundle, tiny_model: Path, tmp_path: Path) -> None:
+    store = run_baseline(make_bundle("blocks", 2), tmp_path, baseline="first-order")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    # The halves are untied, and the client's embedding stays frozen.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=RATE)
+    examples = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = tokenizer.convert_tokens_to_ids(["bad", "good"])
+    losses = []
+    for round_ in range(1, ROUNDS + 1):
+        loss = torch.zeros(())
+        for place in batch_indices(4, round_, "device-0", EXAMPLES, BATCH).tolist():
+            ids = tokenizer(f"{examples[place]['text']} it was", return_tensors="pt").input_ids
+            loss = loss + cross_entropy(
+                model(input_ids=ids).logits[0, -1, answers], torch.tensor(examples[place]["label"])
+            )
+        (loss / BATCH).backward()
+        losses.append(loss.item() / BATCH)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [row.loss for row in store.rounds("run-1")] == pytest.approx(losses, rel=2e-4)
+    assert max(losses) > 1.01 * min(losses), "the steps are large enough to tell"
+    store.close()
+
+
+def test_first_order_averages_over_devices_and_counts_what_it_would_send(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bundle = make_bundle("norm", 2)
+    for name in ("plain", "first"):
+        (tmp_path / name).mkdir()
+    devices = {"devices": {"start_with": 3}, "directions": 1}
+    plain = run_baseline(bundle, tmp_path / "plain", **devices)
+    trained = run_baseline(bundle, tmp_path / "first", baseline="first-order", **devices)
+    sizes = [int(np.prod(entry.shape)) for entry in load_manifest(bundle).trainable]
+    extra = [a.wire_bytes - b.wire_bytes for a, b in zip(trained.rounds("run-1"), plain.rounds("run-1"), strict=True)]
+    assert extra == [3 * 2 * 4 * sum(sizes)] * ROUNDS
+    assert trained.rounds("run-1")[-1].loss != plain.rounds("run-1")[-1].loss
+    for store in (plain, trained):
+        store.close()
+
+
+def test_zeroth_order_learns_a_little_without_any_gradient(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("something backpropagates")
+
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    store = run_baseline(
+        make_bundle("blocks", 2),
+        tmp_path,
+        baseline="zeroth-order",
+        rounds=60,
+        directions=4,
+        client={"learning_rate": 2e-4},
+        tail={"learning_rate": 2e-3, "optimizer": "sgd", "device": "cpu"},
+    )
+    evaluations = store.evaluations("run-1")
+    assert evaluations[-1].loss < evaluations[0].loss - 0.01
+    updates = store.updates("run-1", 1, 60)
+    assert all(np.abs(update.coefficients).min() > 0 for update in updates), "the device's half moves too"
+    store.close()
+
+
+def test_baselines_are_for_simulations(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('baseline = "first-order"\nrounds = 2\nmax_length = 16\n' + TASK, encoding="utf-8")
+    bundle, data_dir = make_bundle("lora", 2), str(tmp_path / "data")
+    options = ["--bundle", str(bundle), "--config", str(config), "--data-dir", data_dir]
+    assert cloud_main(["serve", *options]) == ExitCode.SETTINGS
+    assert "baselines are for hosl-cloud simulate" in capsys.readouterr().err
+    train = write_reviews(tmp_path / "train.jsonl", 20)
+    assert cloud_main(["simulate", *options, "--data", str(train), "--devices", "2", "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    assert cloud_main(["merge", run, "--out", str(tmp_path / "m"), "--data-dir", data_dir]) == ExitCode.SETTINGS
+    assert "is gone with the simulation" in capsys.readouterr().err
