@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from hosl_edge.data import Batch, Dataset, check_consent, digest_of_files, load_dataset
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
-from hosl_edge.memory import choose_micro_batch, read_memory, release_unused
+from hosl_edge.memory import choose_micro_batch, read_memory, release_unused, spare_bytes
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
@@ -152,30 +152,29 @@ class Device:
         trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
         untouched = 0 if self.applied_round else trainable
         budget = self.settings.memory_budget_bytes
-        chosen = choose_micro_batch(
+        before = read_memory().anonymous
+        self.shard.rows = choose_micro_batch(
             lambda rows: self._forward_rows(rows, settings.max_length),
             settings.batch_size,
             settings.max_length,
             necessary + untouched,
             budget,
         )
-        self.shard.rows = chosen.rows
         self.held_sets = 1 if settings.algorithm == "hosl" else settings.directions
         if budget is not None:
-            free = budget - read_memory().anonymous - necessary - untouched - chosen.work_bytes
+            anonymous = read_memory().anonymous
+            free = budget - anonymous - spare_bytes(anonymous - before) - necessary - untouched
             # A central difference takes two sets to make, and one to keep.
             spare = free // set_bytes - (settings.anchor == "midpoint" and settings.algorithm == "ho-sfl")
             self.held_sets = max(0, min(self.held_sets, spare))
-        release_unused()
-        log.info("micro-batch %d x %d tokens, %d held sets", chosen.rows, settings.max_length, self.held_sets)
+        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 
     def _forward_rows(self, rows: int, length: int) -> None:
-        before, self.shard.rows = self.shard.rows, rows
+        self.shard.rows = rows
         lengths = np.full(rows, length, np.int32)
         ids = np.zeros((rows, length), np.int64)
         for _ in self.shard.forward(Batch(ids, lengths, np.zeros(rows, np.int32))):
             pass
-        self.shard.rows = before
 
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
         """Apply updates to the weights, then journal them."""
