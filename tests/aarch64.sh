@@ -97,7 +97,8 @@ END
     inside pip install --quiet --no-index --find-links /srv/wheels --requirement /srv/wheels/requirements.txt
 }
 
-# The tests that need bundles run here first; the bundles that they made go into the root.
+# The tests that need bundles run here first; the bundles that they made go into the root, and what torch computes from
+# them, as .npz files beside them.
 make_bundles() {
     say "making tiny bundles"
     rm -rf "$KEPT/made" "$ROOT/srv/bundles"
@@ -133,6 +134,6 @@ once_for make_root
 copy_tree
 once_for install_wheels pyproject.toml constraints.txt
 once_for install_hosl "${sources[@]}"
-once_for make_bundles "${sources[@]}" tests/conftest.py
+once_for make_bundles "${sources[@]}" tests/conftest.py tests/edge/test_shard.py
 say "running the tests"
 inside python -m pytest -p no:cacheprovider tests/edge tests/protocol "$@"

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_files, load_dataset
 from hosl_edge.images import blank_images, load_images
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
-from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused
+from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
@@ -159,27 +159,26 @@ class Device:
         trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
         untouched = 0 if self.applied_round else trainable
         budget = self.settings.memory_budget_bytes
-        chosen = choose_micro_batch(
+        before = read_memory().anonymous
+        self.shard.rows = choose_micro_batch(
             lambda rows: self._forward_rows(rows, settings.max_length),
             preferred_rows(settings, self.manifest.image),
             necessary + untouched,
             budget,
         )
-        self.shard.rows = chosen.rows
         self.held_sets = 1 if settings.algorithm == "hosl" else settings.directions
         if budget is not None:
-            free = budget - read_memory().anonymous - necessary - untouched - chosen.work_bytes
+            anonymous = read_memory().anonymous
+            free = budget - anonymous - spare_bytes(anonymous - before) - necessary - untouched
             # A central difference takes two sets to make, and one to keep.
             spare = free // set_bytes - (settings.anchor == "midpoint" and settings.algorithm == "ho-sfl")
             self.held_sets = max(0, min(self.held_sets, spare))
-        release_unused()
-        log.info("micro-batch %d x %d tokens, %d held sets", chosen.rows, settings.max_length, self.held_sets)
+        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 
     def _forward_rows(self, rows: int, length: int) -> None:
-        before, self.shard.rows = self.shard.rows, rows
+        self.shard.rows = rows
         for _ in self.shard.forward(self._blank_batch(rows, length)):
             pass
-        self.shard.rows = before
 
     def _blank_batch(self, rows: int, length: int) -> AnyBatch:
         """Examples of full length that mean nothing."""

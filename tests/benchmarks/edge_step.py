@@ -93,8 +93,8 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 class Worker:
     """A method in a process of its own, which answers each line with a line."""
 
-    def __init__(self, method: str, folder: Path) -> None:
-        command = [sys.executable, __file__, "--worker", method, "--folder", str(folder)]
+    def __init__(self, method: str, folder: Path, script: str = __file__) -> None:
+        command = [sys.executable, script, "--worker", method, "--folder", str(folder)]
         self.method = method
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answer()  # that it is ready

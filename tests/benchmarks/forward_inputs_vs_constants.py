@@ -42,7 +42,7 @@ Run = Callable[[np.ndarray], float]
 
 
 def open_session(path: Path, threads: int, is_packed: bool = True) -> ort.InferenceSession:
-    """A session as the device opens it: no arena, no spinning."""
+    """A session without an arena (the device has one) and without spinning."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -25,6 +27,9 @@ from hosl_protocol import (
     sha256_of_file,
 )
 from hosl_protocol.manifest import SHARD_WEIGHTS
+
+if TYPE_CHECKING:
+    from hosl_export.halves import ClientHalf
 
 MakeBundle = Callable[[str, int], Path]
 SETTINGS = RunSettings(task=Task(name="text", kind="lm", template="{text}"), seed=3, directions=2)
@@ -55,35 +60,62 @@ def pack(shard: Shard, batch: Batch) -> npt.NDArray[np.float32]:
     return shard.activations(batch, np.full((batch.tokens, shard.manifest.width), np.nan, np.float32))
 
 
-@pytest.fixture
-def expected(bundle: Path, request: pytest.FixtureRequest) -> Callable[[Batch], npt.NDArray[np.float32]]:
-    """torch's client half with the bundle's weights, example by example, so that nothing is padded."""
-    torch = pytest.importorskip("torch")
+LENGTHS = [(1, 2, 3, 5, 5, 9, 16), (16,), (1,), (1, 16), (4, 4, 4)]
+
+
+@pytest.fixture(scope="module")
+def expected(make_bundle: MakeBundle, request: pytest.FixtureRequest) -> dict[str, npt.NDArray[np.float32]]:
+    """Activations [T, D] by torch for batches of LENGTHS, by `str(lengths)`.
+
+    They lie beside the bundle: a machine without torch compares with what another one computed (tests/aarch64.sh).
+    """
+    bundle = make_bundle("blocks", 2)
+    path = bundle.with_suffix(".npz")
+    if "HOSL_TEST_BUNDLES" not in os.environ:
+        half = load_half(request.getfixturevalue("tiny_model"), bundle)
+        np.savez(path, **{str(lengths): run_half(half, make_batch(lengths)) for lengths in LENGTHS})
+    with np.load(path) as found:
+        return dict(found)
+
+
+def load_half(model: Path, bundle: Path) -> ClientHalf:
+    """torch's client half with the bundle's weights."""
+    import torch
+
     from hosl_export.halves import client_half
     from hosl_export.loading import load_model
 
-    half = client_half(load_model(str(request.getfixturevalue("tiny_model"))), 2)
+    half = client_half(load_model(str(model)), 2)
     parameters = dict(half.model.named_parameters())
     with torch.no_grad():
         for name, values in load_file(bundle / SHARD_WEIGHTS).items():
             parameters[name].copy_(torch.from_numpy(values))
+    return half
 
-    def compute(batch: Batch) -> npt.NDArray[np.float32]:
-        with torch.no_grad():
-            rows = [torch.from_numpy(ids[:n])[None] for ids, n in zip(batch.ids_BL, batch.lengths_B, strict=True)]
-            return np.concatenate([half(row)[0].numpy() for row in rows])
 
-    return compute
+def run_half(half: ClientHalf, batch: Batch) -> npt.NDArray[np.float32]:
+    """Its activations [T, D], example by example, so that nothing is padded."""
+    import torch
+
+    with torch.no_grad():
+        rows = [torch.from_numpy(ids[:n])[None] for ids, n in zip(batch.ids_BL, batch.lengths_B, strict=True)]
+        return np.concatenate([half(row)[0].numpy() for row in rows])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 64])
-@pytest.mark.parametrize("lengths", [(1, 2, 3, 5, 5, 9, 16), (16,), (1,), (1, 16), (4, 4, 4)])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_activations_are_those_of_torch_for_any_micro_batch(
-    shard: Shard, expected: Callable[[Batch], npt.NDArray[np.float32]], rows: int, lengths: tuple[int, ...]
+    shard: Shard, expected: dict[str, npt.NDArray[np.float32]], rows: int, lengths: tuple[int, ...]
 ) -> None:
     shard.rows = rows
-    batch = make_batch(lengths)
-    np.testing.assert_allclose(pack(shard, batch), expected(batch), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pack(shard, make_batch(lengths)), expected[str(lengths)], rtol=1e-4, atol=1e-5)
+
+
+def test_opening_again_gives_the_same_bits(shard: Shard) -> None:
+    batch = make_batch((3, 9, 16))
+    before = pack(shard, batch)
+    shard.open()
+    np.testing.assert_array_equal(pack(shard, batch), before)
 
 
 def test_parts_come_in_the_order_of_the_examples_and_never_exceed_a_micro_batch(shard: Shard) -> None:
