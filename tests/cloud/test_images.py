@@ -1,4 +1,4 @@
-"""Classifying images: the tail's loss is the uncut model's, and merge writes an ordinary checkpoint of what was trained."""
+"""Classifying images: the tail's loss is the uncut model's, and merge writes an ordinary checkpoint of both halves."""
 
 from __future__ import annotations
 
