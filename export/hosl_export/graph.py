@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 
 from hosl_export.exceptions import ExportError
 from hosl_export.halves import ClientHalf
@@ -40,6 +41,9 @@ def write_graph(half: ClientHalf, path: Path, constants: Collection[str] = ()) -
     half.model.set_attn_implementation("eager")
     model = _trace(half)
     _lift_parameters(model, half, constants)
+    if half.family.keeps_constants:
+        # Only now, when what trains is an input that nothing can fold away.
+        optimizer.optimize(model)
     _check_self_contained(model)
     model.ir_version = IR_VERSION
     model.metadata_props.clear()

@@ -77,7 +77,7 @@ def test_without_a_budget_a_micro_batch_holds_the_preferred_tokens_or_pixels() -
     assert [rows(64, 128), rows(1, 128), rows(64, 4096)] == [2, 1, 1]
     small = ImageEntry(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     large = msgspec.structs.replace(small, height=224, width=224)
-    assert [rows(200, 64, small), rows(16, 64, small), rows(16, 197, large)] == [64, 16, 1]
+    assert [rows(200, 64, small), rows(8, 64, small), rows(16, 197, large)] == [16, 8, 1]
 
 
 def test_the_largest_forward_is_the_first_to_stay() -> None:
