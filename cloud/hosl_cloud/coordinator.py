@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,9 +22,10 @@ from hosl_cloud.exchange import Exchange, Fault, RoundContext
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.rounds import ROUNDS, Outcome
 from hosl_cloud.run import Ending, Run
+from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import Complete, Update, UpdateRecord, sample_devices
+from hosl_protocol import Complete, Manifest, Update, UpdateRecord, sample_devices
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,15 @@ T = TypeVar("T")
 class Coordinator:
     """One run and the devices in it. All methods but `_compute`'s work run on the event loop."""
 
-    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        say: Callable[[str], None],
+        make_tail: Callable[[Path, Manifest, RunConfig], TailTrainer] = TailTrainer,
+    ) -> None:
         """`say` tells a person how the run goes."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
+        self._make_tail = make_tail
         self.fleet = Fleet(self._compute, self._strike)
         self.admission = Admission(run, self.fleet, self._compute, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
@@ -56,7 +64,7 @@ class Coordinator:
     async def prepare(self) -> None:
         """Load the tail and the mirror of the client's weights."""
         run = self.run
-        self.trainer = await self._compute(lambda: TailTrainer(run.bundle, run.manifest, run.config))
+        self.trainer = await self._compute(lambda: self._make_tail(run.bundle, run.manifest, run.config))
         await self._compute(run.load)
 
     async def _compute(self, work: Callable[[], T]) -> T:
