@@ -83,10 +83,10 @@ class Coordinator:
     async def train(self) -> Ending:
         """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        self.store.set_state(run.id, "pending")
+        await self._set_state("pending")
         await self._wait_for_devices(self.config.devices.start_with, timeout_s=None)
         self._roster = self.fleet.ready_names()
-        self.store.set_state(run.id, "running")
+        await self._set_state("running")
         await self._evaluate()
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
@@ -100,6 +100,9 @@ class Coordinator:
                 await self._checkpoint(None)
                 self._is_checkpoint_due = False
         return await self._finish("completed" if run.round == rounds else "stopped")
+
+    async def _set_state(self, state: str) -> None:
+        await asyncio.to_thread(self.store.set_state, self.run.id, state)
 
     async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
         await self.fleet.wait_until(lambda: self._is_stopping or len(self.fleet.ready_names()) >= count, timeout_s)
@@ -209,7 +212,7 @@ class Coordinator:
         if evaluation is None:
             await self._checkpoint(None)
             return
-        self.store.add_evaluation(self.run.id, self.run.epoch, evaluation)
+        await asyncio.to_thread(self.store.add_evaluation, self.run.id, self.run.epoch, evaluation)
         metrics.eval_accuracy.set(evaluation.accuracy)
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
@@ -246,7 +249,7 @@ class Coordinator:
     async def end(self, ending: Ending) -> None:
         """Tell every device, and the store."""
         self.run.ending = ending
-        self.store.set_state(self.run.id, "completed" if ending == "stopped-early" else ending)
+        await self._set_state("completed" if ending == "stopped-early" else ending)
         await self._await_reports()
         for peer in list(self.fleet.peers.values()):
             peer.end(Complete(run=self.run.id, reason=ending, round=self.run.round))
@@ -257,7 +260,7 @@ class Coordinator:
         for _ in range(50):
             behind = [
                 row
-                for row in self.store.devices(self.run.id)
+                for row in await asyncio.to_thread(self.store.devices, self.run.id)
                 if row["name"] in ready and row["applied_round"] < self.run.round
             ]
             if not behind or self.run.ending != "completed":
