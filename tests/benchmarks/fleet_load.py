@@ -72,6 +72,8 @@ AGGREGATION = ("round-start", "projections", "update")
 """Messages that are there only to average over devices."""
 JOINING = ("hello", "welcome", "catch-up", "ready", "complete")
 LAG_INTERVAL_S = 0.02
+LONGEST_SILENCE = 8
+"""Rounds; a device that answers no ping for 15 s is cut off."""
 SETTLE_S = 2.0
 """Pause before memory is read."""
 
@@ -144,7 +146,8 @@ def longest_silence(work: Work) -> Silence | None:
     for round_ in range(3, work.rounds + 1):
         for name in sample_devices(SEED, round_, work.names, work.per_round):
             first = taken.get(name)
-            if first is not None and (best is None or round_ - first > best.last - best.first):
+            gap = 0 if first is None else round_ - first
+            if first is not None and gap <= LONGEST_SILENCE and (best is None or gap > best.last - best.first):
                 best = Silence(name, first, round_)
             taken[name] = round_
     return best if best is not None and best.last - best.first > 3 else None
@@ -577,8 +580,8 @@ def describe(report: dict[str, Any]) -> str:
     silent, idle = row["round_s_while_silent"], row["kb_per_idle_device"]
     lines = [
         f"{report['machine']}; Python {report['python']}, {versions}",
-        f"{work.algorithm}, P = {work.directions}; {work.devices} devices, {work.per_round} a round, {work.rounds} rounds; "
-        f"{work.batch} x {work.tokens} tokens of width {work.width}, float32",
+        f"{work.algorithm}, P = {work.directions}; {work.devices} devices, {work.per_round} of them a round; "
+        f"{work.rounds} rounds of {work.batch} x {work.tokens} tokens, width {work.width}, float32",
         f"{'rounds per second':<46}{row['rounds_per_s']:>12.2f}",
         f"{'a round, median':<46}{row['round_s']:>12.2f} s",
         *(
