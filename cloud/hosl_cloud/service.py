@@ -133,7 +133,7 @@ class _DeviceSocket(WebSocketsSansIOProtocol):
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         """We are done with the device."""
         super().on_task_complete(task)
-        self.loop.call_later(GOODBYE_S, self.transport.abort)
+        self.loop.call_later(HEARTBEAT_S, self.transport.abort)
 
 
 class _Server(uvicorn.Server):
