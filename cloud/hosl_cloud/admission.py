@@ -6,11 +6,12 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.peer import Peer
 from hosl_cloud.run import Run
@@ -43,6 +44,9 @@ class Admission:
     compute: Callable[[Callable[[], Any]], Awaitable[Any]]
     """Runs work on the thread that owns the mirror."""
     say: Callable[[str], None]
+    _unsaved: dict[str, Report] = field(default_factory=dict)
+    """Newest reports by device that are not in the store yet."""
+    _saving: asyncio.Task[None] | None = None
 
     async def attend(self, peer: Peer) -> None:
         """A connection from Hello to its end."""
@@ -126,7 +130,7 @@ class Admission:
     async def _catch_up(self, peer: Peer, applied: int) -> Ready:
         """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known."""
         while True:
-            self._send_missed(peer, applied)
+            await self._send_missed(peer, applied)
             ready = (await peer.next(JOIN_DEADLINE_S)).message
             assert isinstance(ready, Ready)
             applied = ready.applied_round
@@ -135,15 +139,16 @@ class Admission:
             if applied == self.run.round and applied in self.run.digests:
                 return ready
 
-    def _send_missed(self, peer: Peer, applied: int) -> None:
+    async def _send_missed(self, peer: Peer, applied: int) -> None:
         target = self.run.round
         for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
-            updates = self.run.store.updates(self.run.id, first, min(first + CATCH_UP_ROUNDS - 1, target))
+            last = min(first + CATCH_UP_ROUNDS - 1, target)
+            updates = await asyncio.to_thread(self.run.store.updates, self.run.id, first, last)
             shape = (len(updates), self.run.settings.coefficients)
             coefficients = np.array([update.coefficients for update in updates], np.float32).reshape(shape)
             rates = np.array([update.learning_rate for update in updates], np.float64)
-            is_last = first + CATCH_UP_ROUNDS > target
-            message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=is_last)
+            message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
+            await peer.emptied(JOIN_DEADLINE_S)
             peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
 
     async def _make_ready(self, peer: Peer, ready: Ready) -> None:
@@ -158,13 +163,29 @@ class Admission:
     async def _take_reports(self, peer: Peer) -> None:
         while True:
             report: Report = await peer.reports.get()
-            await asyncio.to_thread(self.run.store.set_report, peer.name, report)
+            self._unsaved[peer.name] = report
+            if self._saving is None or self._saving.done():
+                self._saving = asyncio.create_task(self._save_reports())
             expected = self.run.digests.get(report.applied_round)
             if expected is not None and report.weights_digest != expected:
                 log.error("device %s: weights differ at round %d", peer.name, report.applied_round)
                 peer.is_ready = False
                 reason = f"its weights differ from round {report.applied_round}; connect again to rebuild them"
                 peer.end(Refusal(code="weights", reason=reason, retry=True))
+
+    async def flush(self) -> None:
+        """Wait until every report that came is stored."""
+        if self._saving is not None:
+            await self._saving
+
+    async def _save_reports(self) -> None:
+        """Many devices report at once; a transaction each would hold up the rounds' own."""
+        while self._unsaved:
+            reports, self._unsaved = self._unsaved, {}
+            try:
+                await asyncio.to_thread(self.run.store.set_reports, reports)
+            except StoreError:
+                log.exception("the reports of %d devices are lost", len(reports))
 
 
 def aside(strikes: int, limit: int) -> Refusal | None:

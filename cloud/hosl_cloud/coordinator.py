@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,9 +22,10 @@ from hosl_cloud.exchange import Exchange, Fault, RoundContext
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Run
+from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import Complete, Update, UpdateRecord, sample_devices
+from hosl_protocol import Complete, Manifest, Update, UpdateRecord, sample_devices
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,16 @@ T = TypeVar("T")
 class Coordinator:
     """One run and the devices in it. All methods but `_compute`'s work run on the event loop."""
 
-    def __init__(self, run: Run, say: Callable[[str], None], round_: RoundFunction | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        say: Callable[[str], None],
+        round_: RoundFunction | None = None,
+        make_tail: Callable[[Path, Manifest, RunConfig], TailTrainer] = TailTrainer,
+    ) -> None:
         """`say` tells a person how the run goes; `round_` stands for the algorithm's own round."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
+        self._make_tail = make_tail
         self.fleet = Fleet(self._compute, self._strike)
         self.admission = Admission(run, self.fleet, self._compute, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
@@ -58,7 +67,7 @@ class Coordinator:
     async def prepare(self) -> None:
         """Load the tail and the mirror of the client's weights."""
         run = self.run
-        self.trainer = await self._compute(lambda: TailTrainer(run.bundle, run.manifest, run.config))
+        self.trainer = await self._compute(lambda: self._make_tail(run.bundle, run.manifest, run.config))
         await self._compute(run.load)
 
     async def _compute(self, work: Callable[[], T]) -> T:
@@ -77,10 +86,10 @@ class Coordinator:
     async def train(self) -> Ending:
         """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        self.store.set_state(run.id, "pending")
+        await self._set_state("pending")
         await self._wait_for_devices(self.config.devices.start_with, timeout_s=None)
         self._roster = self.fleet.ready_names()
-        self.store.set_state(run.id, "running")
+        await self._set_state("running")
         await self._evaluate()
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
@@ -94,6 +103,9 @@ class Coordinator:
                 await self._checkpoint(None)
                 self._is_checkpoint_due = False
         return await self._finish("completed" if run.round == rounds else "stopped")
+
+    async def _set_state(self, state: str) -> None:
+        await asyncio.to_thread(self.store.set_state, self.run.id, state)
 
     async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
         await self.fleet.wait_until(lambda: self._is_stopping or len(self.fleet.ready_names()) >= count, timeout_s)
@@ -214,7 +226,7 @@ class Coordinator:
         if evaluation is None:
             await self._checkpoint(None)
             return
-        self.store.add_evaluation(self.run.id, self.run.epoch, evaluation)
+        await asyncio.to_thread(self.store.add_evaluation, self.run.id, self.run.epoch, evaluation)
         metrics.eval_accuracy.set(evaluation.accuracy)
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
@@ -251,7 +263,7 @@ class Coordinator:
     async def end(self, ending: Ending) -> None:
         """Tell every device, and the store."""
         self.run.ending = ending
-        self.store.set_state(self.run.id, "completed" if ending == "stopped-early" else ending)
+        await self._set_state("completed" if ending == "stopped-early" else ending)
         await self._await_reports()
         for peer in list(self.fleet.peers.values()):
             peer.end(Complete(run=self.run.id, reason=ending, round=self.run.round))
@@ -262,7 +274,7 @@ class Coordinator:
         for _ in range(50):
             behind = [
                 row
-                for row in self.store.devices(self.run.id)
+                for row in await asyncio.to_thread(self.store.devices, self.run.id)
                 if row["name"] in ready and row["applied_round"] < self.run.round
             ]
             if not behind or self.run.ending != "completed":

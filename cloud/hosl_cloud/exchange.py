@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hosl_cloud.aggregation import aggregate
 from hosl_cloud.exceptions import BatchError
 from hosl_cloud.settings import RunConfig
-from hosl_protocol import Frame, Message, Refusal, RoundStart
+from hosl_protocol import Frame, Message, Piece, Refusal, RoundStart
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,13 @@ class Tell:
     device: str
     message: Message
     tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+class Shared(dict[str, npt.NDArray[Any]]):
+    """Tensors of a message that goes to many devices: it is encoded once."""
+
+    pieces: tuple[Piece, ...] | None = None
+    """The frame, once somebody has made it."""
 
 
 @dataclass(frozen=True)

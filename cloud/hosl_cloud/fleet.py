@@ -6,13 +6,14 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from hosl_cloud import metrics
-from hosl_cloud.exchange import Action, Answer, Ask, Await, Exchange, Fault, Tell
+from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Shared, Tell
 from hosl_protocol import Frame, Message, Refusal, name_of
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,9 @@ class Fleet:
 
     def broadcast(self, message: Message, tensors: Mapping[str, Any]) -> None:
         """Tell every ready device."""
+        shared = Shared(tensors)
         for name in self.ready_names():
-            self.peers[name].tell(message, tensors)
+            self.peers[name].tell(message, shared)
 
     async def drive(self, exchange: Exchange[T], stage_deadline_s: float) -> T:
         """Run a round's generator to its end, its work on the compute thread.
@@ -97,19 +99,30 @@ class Fleet:
         peers = dict(self.peers)
         asked: dict[Ask, float] = {}
         answer: Answer | None = None
+        told: deque[Tell] = deque()
+        loop = asyncio.get_running_loop()
+
+        def deliver() -> None:
+            while told:
+                _deliver(told.popleft(), peers)
+
+        def tell(action: Tell) -> None:
+            told.append(action)
+            loop.call_soon_threadsafe(deliver)
+
         try:
             while True:
-                action, result = await self.compute(partial(_advance, exchange, answer))
+                action, result = await self.compute(partial(_advance, exchange, answer, tell))
+                deliver()
                 answer = None
                 if action is None:
                     return result  # type: ignore[no-any-return]
                 if isinstance(action, Await):
                     answer = await self._first(action.asks, peers, asked, stage_deadline_s)
-                elif isinstance(action, Fault):
-                    await self.on_fault(action)
                 else:
-                    _deliver(action, peers)
+                    await self.on_fault(action)
         finally:
+            deliver()
             self.waiting = None
             for peer in peers.values():
                 peer.leave_round()
@@ -167,8 +180,15 @@ def _give_up(ask: Ask, peer: Participant | None) -> None:
     peer.leave_round()
 
 
-def _advance(exchange: Exchange[Any], answer: Answer | None) -> tuple[Action | None, Any]:
+def _advance(
+    exchange: Exchange[Any], answer: Answer | None, tell: Callable[[Tell], None]
+) -> tuple[Await | Fault | None, Any]:
+    """On to the next thing that the event loop must do first; what is to be told is on its way at once."""
     try:
-        return exchange.send(answer), None
+        action = exchange.send(answer)
+        while isinstance(action, Tell):
+            tell(action)
+            action = next(exchange)
     except StopIteration as stop:
         return None, stop.value
+    return action, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 rounds = Counter("hosl_rounds", "Finished rounds.")
@@ -14,6 +16,12 @@ devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for 
 wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
 faults = Counter("hosl_device_faults", "Answers with numbers that no working device sends.")
+
+
+@lru_cache
+def wire_counter(direction: str, kind: str) -> Counter:
+    """The counter of one type of message; to look one up by its labels takes a lock."""
+    return wire_bytes.labels(direction, kind)
 
 
 def wire_bytes_by_kind() -> dict[str, dict[str, int]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hosl_cloud import metrics
-from hosl_cloud.exchange import Ask
+from hosl_cloud.exchange import Ask, Shared
 from hosl_protocol import (
     Anchor,
     Connection,
@@ -23,6 +22,7 @@ from hosl_protocol import (
     Late,
     Message,
     Phase,
+    Piece,
     Probe,
     Projections,
     ProtocolError,
@@ -37,6 +37,12 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 4
 """Frames that may wait to be asked for; a device that sends more breaks the protocol."""
+
+OUTBOX_BYTES = 64 * 1024 * 1024
+"""Bytes that may wait to be sent before one message more; a device that takes nothing for so long is cut off."""
+
+_MESSAGE_BYTES = 512
+"""About what a message takes beside its tensors."""
 
 _ANSWERS = (Probe, Anchor, Projections, EvalBatch)
 
@@ -66,22 +72,29 @@ class Peer:
         self._round: tuple[int, int] | None = None
         """Epoch and round in which answers are expected."""
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
+        self._waiting_bytes = 0
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def serve(self) -> None:
         """Read and write until the connection ends."""
-        writer = asyncio.create_task(self._write())
+        reader, writer = self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
-            await self._read()
+            await asyncio.wait({reader})
+            if not reader.cancelled():
+                reader.result()
         except ProtocolError as error:
             log.warning("device %s: %s", self.name, error)
             self.tell(Refusal(code="message", reason=str(error)[:500], retry=True))
         finally:
+            reader.cancel()
             self._set_gone()
             self.is_ready = False
             self._inbox.put_nowait(None)
             self._outbox.put_nowait(None)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(writer, 5.0)
+            await asyncio.wait({writer}, timeout=5.0)
+            writer.cancel()
 
     def _set_gone(self) -> None:
         self.gone.set()
@@ -102,7 +115,7 @@ class Peer:
             frame = self.connection.receive(piece)
             if frame is None:
                 continue
-            metrics.wire_bytes.labels("received", name_of(frame.message)).inc(frame_bytes)
+            metrics.wire_counter("received", name_of(frame.message)).inc(frame_bytes)
             frame_bytes = 0
             if isinstance(frame.message, Goodbye):
                 self.farewell = frame.message.reason[:200]
@@ -134,28 +147,60 @@ class Peer:
     async def _write(self) -> None:
         try:
             while (item := await self._outbox.get()) is not None:
-                message, tensors = item
-                if self.connection.phase is Phase.CLOSED:
-                    continue  # queued before the device said goodbye
-                sent = metrics.wire_bytes.labels("sent", name_of(message))
-                for piece in self.connection.send(message, tensors):
-                    await self._socket.send({"type": "websocket.send", "bytes": bytes(piece)})
-                    sent.inc(len(piece))
+                if self.connection.phase is not Phase.CLOSED:  # else queued before the device said goodbye
+                    await self._put(*item)
+                self._waiting_bytes -= _size(item[1])
+                if self._outbox.empty():
+                    self._emptied.set()
             await self._socket.close()
         except (WebSocketDisconnect, RuntimeError, OSError) as error:
             log.info("device %s: the connection broke while writing: %s", self.name, error)
         except Exception:
             log.exception("device %s: writing failed", self.name)
         finally:
+            self._emptied.set()
             self._set_gone()
 
+    async def _put(self, message: Message, tensors: Mapping[str, Any]) -> None:
+        pieces: Iterable[Piece] = self.connection.send(message, tensors)
+        if isinstance(tensors, Shared):
+            tensors.pieces = pieces = tensors.pieces or tuple(pieces)
+        sent = 0
+        for piece in pieces:
+            # uvicorn takes what has a length and bytes; its types say bytes.
+            await self._socket.send({"type": "websocket.send", "bytes": piece})
+            sent += len(piece)
+        metrics.wire_counter("sent", name_of(message)).inc(sent)
+
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
-        """Queue a message; dropped where the connection has ended."""
+        """Queue a message; dropped where the connection has ended. What nobody takes away ends it."""
         if self.gone.is_set():
+            return
+        if self._waiting_bytes > OUTBOX_BYTES:
+            log.warning(
+                "device %s takes nothing: %d bytes wait for it, the limit is %d; it is cut off",
+                self.name,
+                self._waiting_bytes,
+                OUTBOX_BYTES,
+            )
+            self._cut_off()
             return
         if isinstance(message, (RoundStart, EvalStart)):
             self._round = message.epoch, message.round
+        self._waiting_bytes += _size(tensors)
+        self._emptied.clear()
         self._outbox.put_nowait((message, tensors or {}))
+
+    def _cut_off(self) -> None:
+        """End the connection with nothing more said."""
+        self.is_ready = False
+        self._set_gone()
+        for task in self._tasks:
+            task.cancel()
+
+    async def emptied(self, timeout_s: float) -> None:
+        """Wait until all that was queued is sent, or the connection has ended. Raises TimeoutError."""
+        await asyncio.wait_for(self._emptied.wait(), timeout_s)
 
     def end(self, message: Message) -> None:
         """Say a last message and close."""
@@ -191,6 +236,10 @@ class Peer:
         self._round = None
         while self._answers:
             self._refuse_late(self._answers.popleft().message)
+
+
+def _size(tensors: Mapping[str, Any] | None) -> int:
+    return _MESSAGE_BYTES + sum(int(tensor.nbytes) for tensor in (tensors or {}).values())
 
 
 def _check_room(message: Message, waiting: int) -> None:

@@ -305,8 +305,10 @@ def _backpropagate(
 
 def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:
     """λ / 2^e and e: in float16 a mean loss's gradient would underflow, so its largest entry goes to the top."""
+    if wire_dtype != "float16":
+        return lambda_TD, 0
     largest = float(np.abs(lambda_TD).max())
-    if wire_dtype != "float16" or largest == 0.0:
+    if largest == 0.0:
         return lambda_TD, 0
     exponent = math.frexp(largest)[1] - FLOAT16_EXPONENT
     return np.ldexp(lambda_TD, -exponent), exponent

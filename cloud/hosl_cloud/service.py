@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import hmac
 import logging
 import signal
@@ -18,6 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from hosl_cloud import metrics
 from hosl_cloud.coordinator import Coordinator
@@ -119,6 +121,21 @@ async def _attend(coordinator: Coordinator, peer: Peer) -> None:
         log.exception("device %s: its connection is ended", peer.name)
 
 
+class _DeviceSocket(WebSocketsSansIOProtocol):
+    """Ends a connection whose last bytes nobody takes; uvicorn would keep it, and tell nobody, until TCP gives up."""
+
+    def keepalive_timeout(self) -> None:
+        """A device that went without a word."""
+        super().keepalive_timeout()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """We are done with the device."""
+        super().on_task_complete(task)
+        self.loop.call_later(HEARTBEAT_S, self.transport.abort)
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to us: a run must be ended before its sockets are closed."""
 
@@ -137,6 +154,8 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
+    gc.freeze()
     try:
         on_listening(_address(listener, listen))
         return await _train_until(coordinator, stopping, once=once)
@@ -145,12 +164,13 @@ async def serve(
         server.should_exit = True
         with contextlib.suppress(SystemExit):
             await serving
+        gc.unfreeze()
 
 
 def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        ws="websockets-sansio",
+        ws=_DeviceSocket,
         ws_max_size=PIECE_BYTES,
         ws_ping_interval=HEARTBEAT_S,
         ws_ping_timeout=HEARTBEAT_S,
@@ -220,4 +240,5 @@ async def _hang_up(coordinator: Coordinator) -> None:
         _, late = await asyncio.wait(waits, timeout=GOODBYE_S)
         for task in late:
             task.cancel()
+    await coordinator.admission.flush()
     coordinator.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,22 +314,25 @@ class Store:
                 (train, held_out, run, name),
             )
 
-    def set_report(self, name: str, report: Report) -> None:
-        """A device's newest report."""
+    def set_reports(self, reports: Mapping[str, Report]) -> None:
+        """Devices' newest reports by name."""
         with self._transaction() as database:
-            database.execute(
+            database.executemany(
                 "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
                 "sent_bytes = ?, received_bytes = ? WHERE run = ? AND name = ?",
-                (
-                    report.applied_round,
-                    report.step_seconds,
-                    report.peak_rss_bytes,
-                    report.anonymous_bytes,
-                    report.sent_bytes,
-                    report.received_bytes,
-                    report.run,
-                    name,
-                ),
+                [
+                    (
+                        report.applied_round,
+                        report.step_seconds,
+                        report.peak_rss_bytes,
+                        report.anonymous_bytes,
+                        report.sent_bytes,
+                        report.received_bytes,
+                        report.run,
+                        name,
+                    )
+                    for name, report in reports.items()
+                ],
             )
 
     def devices(self, run: str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from hosl_protocol.augmentation import draw_variations, vary
 from hosl_protocol.client import ClientWeights, Coarsening, ProbePoint, UpdateRecord, make_client_weights
-from hosl_protocol.codec import MAX_HEADER_BYTES, PIECE_BYTES, Bounds, Frame, FrameReader, encode
+from hosl_protocol.codec import MAX_HEADER_BYTES, PIECE_BYTES, Bounds, Frame, FrameReader, Piece, encode
 from hosl_protocol.connection import Connection, Phase, Role, bounds_for
 from hosl_protocol.directions import MAX_SEED, RNG_VERSION, Distribution, Stream, direction, philox, uniforms
 from hosl_protocol.exceptions import (
@@ -127,6 +127,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Phase",
+    "Piece",
     "Probe",
     "ProbeLoss",
     "ProbePoint",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -36,6 +37,11 @@ class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+
+_ENTRIES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_METADATA = msgspec.json.Decoder(dict[str, str])
+_TENSOR_INFO = msgspec.json.Decoder(_TensorInfo)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Bounds:
 def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
     """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
 
+    What is small goes as one piece with its neighbours: a message on a websocket costs more than a few bytes do.
+
     Raises KeyError where `tensors` lacks one that the message must carry, LimitError where the header is too long.
     """
     plan = [
@@ -75,8 +83,7 @@ def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype
         if spec.required or name in tensors
     ]
     yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
-    for _, array, dtype in plan:
-        yield from _pieces(array, dtype)
+    yield from _joined(piece for _, array, dtype in plan for piece in _pieces(array, dtype))
 
 
 def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], str]]) -> bytes:
@@ -106,6 +113,24 @@ def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
         yield _to_wire(flat[start : start + elements], dtype).data.cast("B")
 
 
+def _joined(pieces: Iterable[memoryview]) -> Iterator[Piece]:
+    """Neighbours that fit into one piece go as one."""
+    held: list[memoryview] = []
+    size = 0
+    for piece in pieces:
+        if size + len(piece) > PIECE_BYTES:
+            yield _one(held)
+            held, size = [], 0
+        held.append(piece)
+        size += len(piece)
+    if held:
+        yield _one(held)
+
+
+def _one(pieces: list[memoryview]) -> Piece:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def _to_wire(values: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return to_bfloat16_bits(values)
@@ -128,6 +153,12 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
 
 
+@lru_cache
+def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+    """Made once: to build one from the types of all messages takes milliseconds."""
+    return msgspec.json.Decoder(type_)
+
+
 class FrameReader:
     """Puts pieces together: `feed` returns a frame when its last byte is in, else None."""
 
@@ -136,7 +167,7 @@ class FrameReader:
     ) -> None:
         self.bounds = bounds or Bounds()
         self._admit = admit  # raises where the message is not due, before memory is taken for its tensors
-        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
+        self._decoder = _decoder(union)
         self._message: Message | None = None
         self._layout: dict[str, _TensorInfo] = {}
         self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -191,10 +222,10 @@ def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Mes
     if length != len(piece) - 8:
         raise FrameError(f"header length says {length}, the piece holds {len(piece) - 8}")
     try:
-        entries = msgspec.json.decode(piece[8:], type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(entries.pop("__metadata__", b"null"), type=dict[str, str])
+        entries = _ENTRIES.decode(piece[8:])
+        metadata = _METADATA.decode(entries.pop("__metadata__", b"null"))
         message = decoder.decode(metadata.get(MESSAGE_KEY, ""))
-        layout = {name: msgspec.json.decode(raw, type=_TensorInfo) for name, raw in entries.items()}
+        layout = {name: _TENSOR_INFO.decode(raw) for name, raw in entries.items()}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not a frame header: {error}") from error
     return message, dict(sorted(layout.items(), key=lambda item: item[1].data_offsets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,10 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hosl_cloud import peer
 from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Tell
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.peer import Peer
-from hosl_protocol import Anchor, Frame, Late, Message, Probe, Projections, ProtocolError, Refusal, Report, RoundStart
+from hosl_protocol import (
+    Anchor,
+    CutGradient,
+    Frame,
+    Late,
+    Message,
+    Phase,
+    Probe,
+    Projections,
+    ProtocolError,
+    Refusal,
+    Report,
+    RoundStart,
+    Update,
+    encode,
+)
 
 NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
 
@@ -230,3 +247,90 @@ def test_λ_reaches_a_float16_device_with_its_small_entries() -> None:
     received = np.ldexp(scaled.astype(np.float16).astype(np.float64), exponent)
     np.testing.assert_allclose(received, lambda_TD, rtol=1e-3)
     assert _scale_for_wire(lambda_TD, "bfloat16")[1] == 0
+
+
+def test_what_is_told_is_on_its_way_while_the_round_computes(fleet: Fleet) -> None:
+    is_told = threading.Event()
+
+    def exchange() -> Exchange[bool]:
+        yield Tell("a", RoundStart(**NAME, deadline_s=1.0))
+        return is_told.wait(10.0)
+
+    async def main() -> None:
+        device = Device(fleet, "a")
+        driving = asyncio.create_task(fleet.drive(exchange(), 10.0))
+        while not device.told:
+            await asyncio.sleep(0.01)
+        is_told.set()
+        assert await driving
+
+    asyncio.run(main())
+
+
+class Link(Silent):
+    """A websocket that keeps what is sent, as long as it is open."""
+
+    def __init__(self) -> None:
+        self.is_open = asyncio.Event()
+        self.sent: list[Any] = []
+
+    async def send(self, event: dict[str, Any]) -> None:
+        await self.is_open.wait()
+        self.sent.append(event["bytes"])
+
+    async def close(self) -> None: ...
+
+
+def connected(fleet: Fleet, name: str) -> tuple[Device, Link]:
+    """A device in the middle of a run, and its link, which takes nothing yet."""
+    device, link = Device(fleet, name), Link()
+    device._socket = link  # type: ignore[assignment]
+    device.connection.phase = Phase.ACTIVE
+    return device, link
+
+
+UPDATE = Update(**NAME, learning_rate=0.1)
+TENSORS = {"coefficients": np.ones(2, np.float32), "loss": np.ones((), np.float32)}
+
+
+def test_an_update_is_encoded_once_for_all(fleet: Fleet) -> None:
+    async def main() -> None:
+        pairs = [connected(fleet, name) for name in "abc"]
+        serving = [asyncio.create_task(device.serve()) for device, _ in pairs]
+        fleet.broadcast(UPDATE, TENSORS)
+        for device, link in pairs:
+            link.is_open.set()
+            await device.emptied(5.0)
+        (first, *others) = [link.sent for _, link in pairs]
+        assert b"".join(first) == b"".join(encode(UPDATE, TENSORS))
+        for other in others:
+            assert all(ours is theirs for ours, theirs in zip(first, other, strict=True))
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_device_that_takes_nothing_is_cut_off_at_a_limit(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peer, "OUTBOX_BYTES", 100_000)
+
+    async def main() -> None:
+        device, _ = connected(fleet, "a")
+        serving = asyncio.create_task(device.serve())
+        await asyncio.sleep(0)
+        tensors = {"lambda": np.zeros((1000, 10), np.float32), "loss": np.ones((), np.float32)}
+        for told in range(3):
+            assert not device.gone.is_set(), told
+            device.tell(CutGradient(**NAME), tensors)
+        with pytest.raises(asyncio.TimeoutError):
+            await device.emptied(0.05)
+        device.tell(CutGradient(**NAME), tensors)
+        assert device.gone.is_set()
+        assert not device.is_ready
+        await asyncio.wait_for(serving, 5.0)
+
+    asyncio.run(main())
+    assert "device a takes nothing: 121548 bytes wait for it, the limit is 100000; it is cut off" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import urllib.error
@@ -18,8 +19,10 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from hosl_cloud import service as service_module
 from hosl_cloud.mirror import load_shard_weights
 from hosl_protocol import (
+    CATCH_UP_ROUNDS,
     MAX_HEADER_BYTES,
     PIECE_BYTES,
     Anchor,
@@ -33,6 +36,7 @@ from hosl_protocol import (
     Projections,
     Ready,
     Refusal,
+    Report,
     Role,
     RoundStart,
     Welcome,
@@ -463,3 +467,55 @@ def test_a_device_whose_numbers_are_absurd_is_put_aside_for_good(run: Callable[.
         assert any(line.startswith("device pi is put aside after 2 faults") for line in service.said)
 
     run(test, start_with=1, strikes=2)
+
+
+def test_a_device_that_vanishes_with_bytes_on_their_way_is_noticed_by_its_silence(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "HEARTBEAT_S", 0.5)
+
+    async def test(service: Service) -> None:
+        async with client(service, max_queue=1) as device:
+            await device.join("pi")
+            # More than the kernels' buffers hold, and nobody reads.
+            peer = service.coordinator.fleet.peers["pi"]
+            rows = {"coefficients": np.zeros((CATCH_UP_ROUNDS, 2), np.float32)}
+            rows["learning_rates"] = np.zeros(CATCH_UP_ROUNDS)
+            for _ in range(300):
+                peer.tell(CatchUp(run="run-1", epoch=0, first_round=1, last=False), rows)
+            while "pi" in service.coordinator.fleet.peers:
+                await asyncio.sleep(0.05)
+            device.socket.transport.abort()
+
+    run(test)
+
+
+def test_reports_that_come_together_are_stored_together(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        store, stored = service.coordinator.store, list[int]()
+        set_reports = store.set_reports
+
+        def slowly(reports: Any) -> None:
+            stored.append(len(reports))
+            time.sleep(0.3)
+            set_reports(reports)
+
+        store.set_reports = slowly  # type: ignore[method-assign]
+        figures = dict.fromkeys(("peak_rss_bytes", "anonymous_bytes", "sent_bytes", "received_bytes"), 1)
+        async with contextlib.AsyncExitStack() as stack:
+            devices = [await stack.enter_async_context(client(service)) for _ in range(5)]
+            for number, device in enumerate(devices):
+                await device.join(f"pi-{number}")
+                await device.next_round()
+            for device in devices:
+                digest = service.coordinator.run.digests[0]
+                report = Report(
+                    run="run-1", epoch=0, applied_round=0, weights_digest=digest, step_seconds=2.0, **figures
+                )
+                await device.send(report)
+            while len([row for row in store.devices("run-1") if row["step_seconds"] == 2.0]) < 5:
+                await asyncio.sleep(0.05)
+        assert sum(stored) == 5
+        assert len(stored) <= 3
+
+    run(test, start_with=1, round_deadline_s=0.2)

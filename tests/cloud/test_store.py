@@ -181,7 +181,7 @@ def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> 
             sent_bytes=8,
             received_bytes=9,
         )
-        store.set_report("pi", report)
+        store.set_reports({"pi": report})
     jetson, pi = store.devices("run-1")
     assert (pi["applied_round"], pi["step_seconds"], pi["peak_rss_bytes"]) == (20, 0.25, 2**40)
     assert (pi["anonymous_bytes"], pi["sent_bytes"], pi["received_bytes"]) == (7, 8, 9)

@@ -277,6 +277,16 @@ def test_a_header_piece_cut_short_is_refused(cut):
     assert reader.is_between_frames
 
 
+def test_small_tensors_share_a_piece():
+    tensors = {"coefficients": np.ones(2, np.float32), "loss": np.float32(1.5)}
+    _, *data = encode(Update(**PLACE, learning_rate=0.1), tensors)
+    assert [len(piece) for piece in data] == [12]
+    activations = np.zeros((PIECE_BYTES // 16 + 1, 4), np.float32)
+    ones = np.ones(3, np.int32)
+    _, *data = encode(Anchor(**PLACE), {"activations": activations, "lengths": ones, "labels": ones})
+    assert [len(piece) for piece in data] == [PIECE_BYTES, 16 + 12 + 12]
+
+
 def test_big_tensors_travel_in_pieces_of_at_most_256_kib():
     h_TD = np.arange(300_000, dtype=np.float32).reshape(-1, 3)
     tensors = {"activations": h_TD, "lengths": np.array([1], np.int32), "labels": np.array([0], np.int32)}
