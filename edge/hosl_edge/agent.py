@@ -55,7 +55,7 @@ async def run_agent(settings: EdgeSettings) -> Summary:
                 if device is None:
                     device = await _prepare(settings, token, display)
                 sent = progress.sent_bytes
-                complete = await Session(device, display, progress, software).run(settings.server, token)
+                complete = await Session(device, display, progress, software, settings.server, token).run()
                 return _summarize(device, complete, progress, display)
             except (ConnectionLost, ProtocolError, RefusedError) as error:
                 if isinstance(error, RefusedError) and not error.retry:
@@ -87,8 +87,12 @@ async def _prepare(settings: EdgeSettings, token: str, display: Display) -> Devi
             display.say(f"shard: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
 
     def work() -> Device:
-        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress)
-        return Device(settings, folder, manifest)
+        rates: list[float] = []
+        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress, rates.append)
+        device = Device(settings, folder, manifest)
+        for rate in rates[-1:]:
+            device.note_link(rate)
+        return device
 
     return await asyncio.get_running_loop().run_in_executor(None, work)
 

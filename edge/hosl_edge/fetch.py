@@ -78,6 +78,11 @@ def fetch_snapshot(
     _fetch_file(url, token, target, snapshot.size_bytes, snapshot.sha256, on_progress, on_rate)
 
 
+def part_of(target: Path) -> Path:
+    """Where a download is until it is whole."""
+    return target.with_name(target.name + ".part")
+
+
 def _address(server: str, path: str) -> str:
     return server.replace("ws", "http", 1).rstrip("/") + "/v1/" + path
 
@@ -99,7 +104,7 @@ def _fetch_file(
         log.warning("%s is damaged; it is fetched again", target)
         target.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
+    part = part_of(target)
     have = part.stat().st_size if part.exists() else 0
     if have > size:
         part.unlink()
