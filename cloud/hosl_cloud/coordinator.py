@@ -21,6 +21,7 @@ from hosl_cloud.exchange import Exchange, Fault, RoundContext
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.rounds import ROUNDS, Outcome
 from hosl_cloud.run import Ending, Run
+from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Complete, Update, UpdateRecord, sample_devices
@@ -40,7 +41,8 @@ class Coordinator:
         """`say` tells a person how the run goes."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
         self.fleet = Fleet(self._compute, self._strike)
-        self.admission = Admission(run, self.fleet, self._compute, say)
+        self.snapshots = Snapshots(run, self._compute)
+        self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._best: Evaluation | None = None
         self._since_best = 0
