@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import msgspec
 import pytest
 
 from hosl_edge import EdgeSettings, Summary, run_agent
+from hosl_edge.fetch import OnProgress, OnRate
 from hosl_edge.journal import open_journal
+from hosl_protocol import Snapshot
 from hosl_protocol.manifest import SHARD_WEIGHTS
 from support import TASK, Service, serving, write_reviews
 
@@ -214,3 +218,60 @@ def test_a_device_whose_files_were_damaged_or_lost_gets_them_again(
     run_site(make_bundle("lora", 2), tmp_path, test)
     assert ("is damaged; it is fetched again" in caplog.text) == (damage is damage_shard)
     assert ("starting at the base shard" in caplog.text) == (damage is damage_snapshot)
+
+
+def test_a_snapshot_that_is_gone_is_offered_anew_when_the_device_connects_again(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    async def test(site: Site) -> None:
+        await site.rounds(20)
+        snapshots = site.service.coordinator.snapshots
+        find = snapshots.path
+        answers = [None]
+        snapshots.path = lambda round_: answers.pop() if answers else find(round_)  # type: ignore[method-assign]
+        site.let_snapshots_pay("late")
+        site.start("late")
+        await site.is_back("late")
+        assert answers == []
+        assert site.base_round("late") > 0
+        assert site.snapshots_taken() == 2
+
+    run_site(make_bundle("lora", 2), tmp_path, test)
+
+
+@pytest.fixture
+def downloading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Downloads of snapshots never end by themselves; set once one is under way."""
+    began = threading.Event()
+
+    def fetch(
+        server: str, token: str, snapshot: Snapshot, path: Path, on_progress: OnProgress, on_rate: OnRate
+    ) -> None:
+        began.set()
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            on_progress(1, snapshot.size_bytes)
+            time.sleep(0.01)
+
+    monkeypatch.setattr("hosl_edge.session.fetch_snapshot", fetch)
+    return began
+
+
+def test_a_download_is_given_up_when_the_agent_is_stopped_and_when_the_run_ends(
+    make_bundle: MakeBundle, tmp_path: Path, downloading: threading.Event
+) -> None:
+    async def test(site: Site) -> None:
+        site.start("also")
+        await site.is_back("also")
+        await site.rounds(20)
+        site.let_snapshots_pay("late")
+        site.start("late")
+        await site.until(downloading.is_set)
+        await site.stop("late")
+        downloading.clear()
+        site.start("late")
+        await site.until(downloading.is_set)
+        await site.service.coordinator.request_stop()
+        assert (await site.agents.pop("late")).outcome == "stopped"
+
+    run_site(make_bundle("lora", 2), tmp_path, test)
