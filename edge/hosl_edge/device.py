@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ class Device:
             return Pace()
         if not self._pace.replay_s:
             settings = self.header.settings if self.header else None
-            self._pace.replay_s = measure_replay_s(self.manifest, settings, self.settings.compute_threads)
+            sizes = [math.prod(entry.shape) for entry in self.manifest.trainable]
+            self._pace.replay_s = measure_replay_s(sizes, settings, self.settings.compute_threads)
         return self._pace
 
     def note_link(self, link_bytes_per_s: float) -> None:

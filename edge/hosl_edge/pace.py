@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from hosl_protocol import ClientOptimizer, ClientWeights, LatticeTensor, Manifest, RunSettings, UpdateRecord
+from hosl_protocol import ClientOptimizer, ClientWeights, LatticeTensor, RunSettings, UpdateRecord
 from hosl_protocol.perturbation import SEGMENT, TERMS_PER_PASS
 
 FILE = "pace.json"
@@ -41,35 +41,39 @@ def save_link(folder: Path, link_bytes_per_s: float) -> None:
     new.replace(folder / FILE)
 
 
-def measure_replay_s(manifest: Manifest, settings: RunSettings | None, threads: int) -> float:
-    """Seconds for one coefficient, by timing one pass over zeros of the shard's proportions; 0 where none trains.
+def measure_replay_s(sizes: Sequence[int], settings: RunSettings | None, threads: int) -> float:
+    """Seconds for one coefficient of tensors of these sizes, by timing a pass over zeros like the first of them.
 
-    Before the first Welcome the run is unknown: plain SGD with signs stands in for it.
+    0 where nothing trains. Before the first Welcome the run is unknown: plain SGD with signs stands in for it.
     """
     optimizer = settings.client if settings is not None else ClientOptimizer()
     directions = settings.coefficients if settings is not None else 2
-    sizes = [math.prod(entry.shape) for entry in manifest.trainable]
-    elements = sum(sizes)
-    if not elements or not directions:
+    sample = list(_first_of(sizes, SEGMENT * threads))
+    if not sample or not directions:
         return 0.0
-    share = min(1.0, SEGMENT * threads / elements)
+    tensors = [LatticeTensor(f"t{index}", index, np.zeros(size, np.float32), -24) for index, size in enumerate(sample)]
+    distribution = settings.distribution if settings is not None else "rademacher"
     weights = ClientWeights(
-        [
-            LatticeTensor(f"scratch{index}", index, np.zeros(math.ceil(size * share) + 1, np.float32), -24)
-            for index, size in enumerate(sizes)
-        ],
-        seed=1,
-        probe_step=1e-3,
-        optimizer=optimizer,
-        distribution=settings.distribution if settings is not None else "rademacher",
-        threads=threads,
+        tensors, seed=1, probe_step=1e-3, optimizer=optimizer, distribution=distribution, threads=threads
     )
     # AdamW's rounds share no pass, so that a few tell as much.
     rounds = max(1, RATED_COEFFICIENTS // directions) if optimizer.optimizer == "sgd" else 4
-    coefficients = np.full(directions, 2.0**-20, np.float32)
-    updates = [UpdateRecord(round_, coefficients, 2.0**-20) for round_ in range(1, rounds + 1)]
+    seconds = min(_time(weights, rounds, directions) for _ in range(2))
+    weights.close()
+    return seconds / (rounds * directions) * sum(sizes) / sum(sample)
+
+
+def _time(weights: ClientWeights, rounds: int, directions: int) -> float:
+    first, coefficients = weights.applied_round + 1, np.full(directions, 2.0**-20, np.float32)
+    updates = [UpdateRecord(round_, coefficients, 2.0**-20) for round_ in range(first, first + rounds)]
     began = time.monotonic()
     weights.apply(updates)
-    elapsed = time.monotonic() - began
-    weights.close()
-    return elapsed / (rounds * directions) / share
+    return time.monotonic() - began
+
+
+def _first_of(sizes: Sequence[int], limit: int) -> Iterator[int]:
+    """Sizes from the start, `limit` elements at most in all."""
+    for size in sizes:
+        if size and limit:
+            yield min(size, limit)
+            limit -= min(size, limit)

@@ -73,6 +73,11 @@ def test_a_download_must_beat_the_replay_by_the_margin() -> None:
     assert is_snapshot_faster(1, 1000, MARGIN * download_s + 1, 10.0)
 
 
+def test_the_specification_states_the_margin() -> None:
+    text = (Path(__file__).parents[2] / "protocol" / "README.md").read_text(encoding="utf-8")
+    assert f"`replay_s` > {MARGIN:g} · size / `link_bytes_per_s`" in text
+
+
 @pytest.mark.parametrize("figures", [(0.0, 10.0), (1.0, 0.0), (0.0, 0.0)])
 def test_without_figures_a_device_replays(figures: tuple[float, float]) -> None:
     assert not is_snapshot_faster(10**9, 1, *figures)
