@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hosl_edge.device import Device
@@ -77,14 +78,7 @@ def backoff_s(attempt: int) -> float:
 
 
 async def _prepare(settings: EdgeSettings, token: str, display: Display) -> Device:
-    shown = -1
-
-    def on_progress(done: int, size: int) -> None:
-        nonlocal shown
-        tenth = 10 * done // size
-        if tenth != shown and size > 1 << 20:
-            shown = tenth
-            display.say(f"shard: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
+    on_progress = partial(display.show_download, "shard")
 
     def work() -> Device:
         rates: list[float] = []

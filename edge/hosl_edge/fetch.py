@@ -136,10 +136,12 @@ def _download(url: str, token: str, part: Path, have: int, size: int, on_progres
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise NoSpaceError(f"{part.parent} is full at {done} of {size} bytes of {part.name}") from error
             raise ConnectionLost(f"download of {url} broke off at {done} of {size} bytes: {error}") from error
+        finally:
+            # One that broke off tells as much: on a link that has become slow none may ever end.
+            if done - first >= RATED_BYTES:
+                on_rate((done - first) / max(time.monotonic() - began, 1e-6))
     if done != size:
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
-    if done - first >= RATED_BYTES:
-        on_rate((done - first) / max(time.monotonic() - began, 1e-6))
 
 
 def _open(url: str, token: str, have: int = 0) -> Any:

@@ -234,6 +234,7 @@ class Session:
         def on_progress(done: int, size: int) -> None:
             if left.is_set() or self._connection.phase is Phase.CLOSED:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
+            self.display.show_download("snapshot", done, size)
 
         fetch_snapshot(self.server, self.token, snapshot, path, on_progress, self.device.note_link)
 

@@ -297,10 +297,11 @@ class ClientWeights:
         Raises HoslError, and changes nothing, where it is of other tensors or of another optimizer.
         """
         self._check_state(state)
-        for tensor in self.tensors:
+        tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
+        steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
+        self.tensors, self._probe_steps = tensors, steps
+        for tensor in tensors:
             tensor.values[:] = state.weights[tensor.name]
-        self.tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
-        self._probe_steps = [lattice.round_probe_step(self._probe_step, t.exponent, t.name) for t in self.tensors]
         self._bounds = [largest(tensor.values) for tensor in self.tensors]
         if self._adamw is not None and state.moments is not None:
             self._adamw.load_state(self.tensors, state.moments)
@@ -314,6 +315,8 @@ class ClientWeights:
         if (state.moments is None) != (self._adamw is None):
             raise HoslError(f"the state is not one of {self.optimizer.optimizer}")
         if state.moments is not None:
+            if state.moments.steps != state.round:
+                raise HoslError(f"the state is of round {state.round} and of {state.moments.steps} steps")
             parts += [state.moments.first, state.moments.second]
         if any({name: values.size for name, values in part.items()} != sizes for part in parts):
             raise HoslError("the state is of other tensors than those that train here")

@@ -16,6 +16,7 @@ from hosl_protocol import (
     LatticeTensor,
     Moments,
     ProbePoint,
+    SettingsError,
     UpdateRecord,
 )
 
@@ -113,9 +114,19 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind, wrong):
     assert (weights.digest(), weights.applied_round) == (before, 3)
 
 
-def test_adamws_moments_must_be_of_the_same_tensors():
+def test_adamws_moments_must_be_of_the_same_tensors_and_steps():
     weights = make_weights("adamw")
+    weights.apply(make_updates(1, 3))
     state = copy_of(weights.state())
-    broken = Moments(state.moments.steps, {}, state.moments.second)
     with pytest.raises(HoslError, match="of other tensors"):
-        weights.load_state(replace(state, moments=broken))
+        weights.load_state(replace(state, moments=replace(state.moments, first={})))
+    with pytest.raises(HoslError, match="of round 3 and of 4 steps"):
+        weights.load_state(replace(state, moments=replace(state.moments, steps=4)))
+
+
+def test_a_lattice_that_the_probe_step_does_not_meet_changes_nothing():
+    tensor = LatticeTensor("w", 0, np.zeros(4, np.float32), -24)
+    weights = ClientWeights([tensor], seed=1, probe_step=2.0**-23, optimizer=ClientOptimizer())
+    with pytest.raises(SettingsError, match="rounds to 0"):
+        weights.load_state(ClientState(7, {"w": np.ones(4, np.float32)}, {"w": -20}))
+    assert (weights.applied_round, weights.tensors, tensor.values.tolist()) == (0, [tensor], [0.0] * 4)
