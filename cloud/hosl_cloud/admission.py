@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,24 +15,28 @@ from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.peer import Peer
 from hosl_cloud.run import Run
+from hosl_cloud.snapshots import Snapshots
 from hosl_protocol import (
     CATCH_UP_ROUNDS,
     PROTOCOL_VERSION,
     CatchUp,
     Complete,
     Hello,
+    Plan,
     Ready,
     Refusal,
     Report,
+    Snapshot,
     Welcome,
 )
 
 log = logging.getLogger(__name__)
 
 JOIN_DEADLINE_S = 600.0
-"""Longest wait for a joining device, which may have to tokenize its data first."""
+"""Longest wait for a joining device, which may have to tokenize its data first; what it has to replay or to
+download comes on top, by its own figures."""
 
-Plan = Literal["continue", "rebuild"]
+LONGEST_CATCH_UP_S = 24 * 3600.0
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Admission:
     fleet: Fleet
     compute: Callable[[Callable[[], Any]], Awaitable[Any]]
     """Runs work on the thread that owns the mirror."""
+    snapshots: Snapshots
     say: Callable[[str], None]
     _unsaved: dict[str, Report] = field(default_factory=dict)
     """Newest reports by device that are not in the store yet."""
@@ -105,10 +110,13 @@ class Admission:
         """Welcome, then CatchUp and Ready until the device stands at our round with our digest."""
         run, plan = self.run, _plan(self.run, hello)
         applied = hello.applied_round if plan == "continue" and hello.run == run.id else 0
-        attempts: list[tuple[Plan, int]] = [(plan, applied), ("rebuild", 0)]
-        for attempt, start in attempts:
-            self._welcome(peer, attempt)
-            ready = await self._catch_up(peer, start)
+        snapshot = await self.snapshots.offer(hello, applied)
+        if snapshot is not None:
+            plan, applied = "snapshot", snapshot.round
+        attempts: list[tuple[Plan, int, Snapshot | None]] = [(plan, applied, snapshot), ("rebuild", 0, None)]
+        for attempt, start, base in attempts:
+            self._welcome(peer, attempt, base)
+            ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
             if ready.weights_digest == run.digests.get(ready.applied_round):
                 await self._make_ready(peer, ready)
                 return True
@@ -116,7 +124,9 @@ class Admission:
         peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))
         return False
 
-    def _welcome(self, peer: Peer, plan: Plan) -> None:
+    def _welcome(self, peer: Peer, plan: Plan, snapshot: Snapshot | None) -> None:
+        if snapshot is not None:
+            self.say(f"device {peer.name} takes a snapshot of round {snapshot.round} instead of replaying")
         welcome = Welcome(
             run=self.run.id,
             epoch=self.run.epoch,
@@ -124,14 +134,21 @@ class Admission:
             width=self.run.manifest.width,
             settings=self.run.settings,
             plan=plan,
+            snapshot=snapshot,
         )
         peer.tell(welcome)
 
-    async def _catch_up(self, peer: Peer, applied: int) -> Ready:
+    def _expected_s(self, hello: Hello, applied: int, snapshot: Snapshot | None) -> float:
+        """Twice the time that catching up should take by the device's own figures."""
+        replay_s = (self.run.round - applied) * self.run.settings.coefficients * hello.replay_s
+        download_s = snapshot.size_bytes / hello.link_bytes_per_s if snapshot is not None else 0.0
+        return min(2.0 * (replay_s + download_s), LONGEST_CATCH_UP_S)
+
+    async def _catch_up(self, peer: Peer, applied: int, deadline_s: float) -> Ready:
         """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known."""
         while True:
             await self._send_missed(peer, applied)
-            ready = (await peer.next(JOIN_DEADLINE_S)).message
+            ready = (await peer.next(deadline_s)).message
             assert isinstance(ready, Ready)
             applied = ready.applied_round
             if applied == self.run.round:

@@ -23,6 +23,7 @@ from hosl_cloud.fleet import Fleet
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Run
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Complete, Manifest, Update, UpdateRecord, sample_devices
@@ -49,7 +50,8 @@ class Coordinator:
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
         self._make_tail = make_tail
         self.fleet = Fleet(self._compute, self._strike)
-        self.admission = Admission(run, self.fleet, self._compute, say)
+        self.snapshots = Snapshots(run, self._compute)
+        self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._best: Evaluation | None = None
         self._since_best = 0

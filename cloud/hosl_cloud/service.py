@@ -32,6 +32,7 @@ from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
+BYTES = "application/octet-stream"
 HEARTBEAT_S = 15.0
 GOODBYE_S = 5.0
 """Longest wait for devices to hang up at the end."""
@@ -57,6 +58,11 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
     async def bundle_file(request: Request) -> Response:
         return _bundle_file(coordinator, request.path_params["path"])
 
+    async def snapshot(request: Request) -> Response:
+        path = coordinator.snapshots.path(request.path_params["round"])
+        # One that was replaced since the Welcome is gone: the device connects again and is offered a newer one.
+        return Response(status_code=404) if path is None else FileResponse(path, media_type=BYTES)
+
     async def run_status(request: Request) -> Response:
         return JSONResponse(_status(coordinator))
 
@@ -74,6 +80,7 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
             Route("/metrics", guarded(figures)),
             Route("/v1/run", guarded(run_status)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
+            Route("/v1/snapshot/{round:int}", guarded(snapshot)),
             WebSocketRoute("/v1/device", device),
         ]
     )
@@ -90,7 +97,7 @@ def _bundle_file(coordinator: Coordinator, path: str) -> Response:
     allowed = {entry.path for entry in coordinator.run.manifest.shard_files} | {MANIFEST}
     if path not in allowed:
         return Response(status_code=404)
-    return FileResponse(coordinator.run.bundle / path, media_type="application/octet-stream")
+    return FileResponse(coordinator.run.bundle / path, media_type=BYTES)
 
 
 def _status(coordinator: Coordinator) -> dict[str, object]:

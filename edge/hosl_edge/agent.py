@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hosl_edge.device import Device
@@ -55,7 +56,7 @@ async def run_agent(settings: EdgeSettings) -> Summary:
                 if device is None:
                     device = await _prepare(settings, token, display)
                 sent = progress.sent_bytes
-                complete = await Session(device, display, progress, software).run(settings.server, token)
+                complete = await Session(device, display, progress, software, settings.server, token).run()
                 return _summarize(device, complete, progress, display)
             except (ConnectionLost, ProtocolError, RefusedError) as error:
                 if isinstance(error, RefusedError) and not error.retry:
@@ -77,18 +78,15 @@ def backoff_s(attempt: int) -> float:
 
 
 async def _prepare(settings: EdgeSettings, token: str, display: Display) -> Device:
-    shown = -1
-
-    def on_progress(done: int, size: int) -> None:
-        nonlocal shown
-        tenth = 10 * done // size
-        if tenth != shown and size > 1 << 20:
-            shown = tenth
-            display.say(f"shard: {done / 1e6:.0f} of {size / 1e6:.0f} MB")
+    on_progress = partial(display.show_download, "shard")
 
     def work() -> Device:
-        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress)
-        return Device(settings, folder, manifest)
+        rates: list[float] = []
+        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress, rates.append)
+        device = Device(settings, folder, manifest)
+        for rate in rates[-1:]:
+            device.note_link(rate)
+        return device
 
     return await asyncio.get_running_loop().run_in_executor(None, work)
 

@@ -5,26 +5,36 @@ from __future__ import annotations
 import fcntl
 import gc
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
 from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_files, load_dataset
+from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError
+from hosl_edge.fetch import part_of
 from hosl_edge.images import blank_images, load_images
 from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
 from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
+from hosl_edge.pace import RATED_COEFFICIENTS, Pace, load_link, measure_replay_s, save_link
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
+from hosl_edge.snapshot import check_offer, drop_others, read_snapshot, snapshot_path
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
+    ClientState,
     ClientWeights,
     HoslError,
     Manifest,
+    ProtocolError,
     RunSettings,
     SettingsError,
+    Snapshot,
     UpdateRecord,
     Welcome,
     check_run,
@@ -33,6 +43,9 @@ from hosl_protocol import (
 from hosl_protocol.manifest import SHARD_TOKENIZER
 
 log = logging.getLogger(__name__)
+
+FetchSnapshot = Callable[[Snapshot, Path], None]
+"""Downloads a snapshot to a path."""
 
 
 class Device:
@@ -52,6 +65,10 @@ class Device:
         self._state = Path(settings.state_dir) / settings.name
         self._lock = _lock(self._state)
         self._journal: Journal | None = None
+        self._loaded_for: RunSettings | None = None
+        """What the data is tokenized for, and the micro-batches are chosen for."""
+        self._takes_snapshots = True
+        self._pace = Pace(link_bytes_per_s=load_link(self._state))
         self._recover()
 
     @property
@@ -72,29 +89,62 @@ class Device:
         """Digest of the weights; empty before a run is joined."""
         return self.weights.digest() if self.weights else ""
 
+    def pace(self) -> Pace:
+        """How fast this device catches up; nothing is known where it cannot take a snapshot."""
+        if not self._takes_snapshots:
+            return Pace()
+        if not self._pace.replay_s:
+            settings = self.header.settings if self.header else None
+            sizes = [math.prod(entry.shape) for entry in self.manifest.trainable]
+            self._pace.replay_s = measure_replay_s(sizes, settings, self.settings.compute_threads)
+        return self._pace
+
+    def note_link(self, link_bytes_per_s: float) -> None:
+        """Remember how fast a download came."""
+        self._pace.link_bytes_per_s = link_bytes_per_s
+        save_link(self._state, link_bytes_per_s)
+
     def _recover(self) -> None:
-        """Shard + journal = the state before the last stop."""
+        """Shard (or snapshot) + journal = the state before the last stop."""
         found = open_journal(self._state)
         if found is None:
             return
         journal, updates = found
-        if journal.header.shard_digest != self.manifest.shard_digest:
+        header = journal.header
+        if header.shard_digest != self.manifest.shard_digest:
             log.warning("the journal in %s is of another shard; starting at the base shard", self._state)
             journal.close()
             return
         self._journal = journal
-        self.weights = self._new_weights(journal.header.settings)
+        self.weights = self._new_weights(header.settings)
         try:
-            self.weights.apply(updates)
+            if header.base_sha256:
+                self.weights.load_state(self._read_snapshot(header))
+            self._replay(updates)
         except HoslError as error:
             log.warning("the journal in %s cannot be replayed (%s); starting at the base shard", self._state, error)
-            journal.close()
-            self.shard.reset()
-            self._journal = self.weights = None
+            self._forget()
 
-    def join(self, welcome: Welcome) -> None:
+    def _read_snapshot(self, header: JournalHeader) -> ClientState:
+        """The state that the journal begins at. Raises SnapshotError."""
+        path = snapshot_path(self._state, header.base_sha256)
+        facts, state = read_snapshot(path, header.base_sha256, self.manifest)
+        if (facts.run, facts.epoch, facts.round) != (header.run, header.epoch, header.base_round):
+            raise SnapshotError(path, f"it is of run {facts.run}, epoch {facts.epoch}, round {facts.round}")
+        return state
+
+    def _forget(self) -> None:
+        """Back to the base shard; the journal stays on disk until another takes its place."""
+        if self._journal is not None:
+            self._journal.close()
+            self.shard.reset()
+        if self.weights is not None:
+            self.weights.close()
+        self._journal = self.weights = None
+
+    def join(self, welcome: Welcome, fetch: FetchSnapshot) -> None:
         """Take on the run of a Welcome: journal, weights, data, micro-batches. Raises DataError, ConsentError,
-        SettingsError, MemoryBudgetError."""
+        SettingsError, MemoryBudgetError, SnapshotError, and what `fetch` raises where the cloud is away."""
         check_run(welcome.settings, self.manifest)
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(
@@ -105,22 +155,44 @@ class Device:
             settings=welcome.settings,
             width=welcome.width,
         )
-        if welcome.plan == "rebuild" or self.header != header:
+        if welcome.plan == "snapshot":
+            self._rebase(header, welcome.snapshot, fetch)
+        elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._restart(header)
-        if self.train is None:
+        if self._loaded_for != welcome.settings:
             self._load_data(welcome.settings)
             self._open_shard(welcome.settings)
+            self._loaded_for = welcome.settings
 
-    def _restart(self, header: JournalHeader) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self.shard.reset()
-        if self.header is not None and self.header.settings != header.settings:
-            self.train = self.eval = None
-        if self.weights is not None:
-            self.weights.close()
-        self._journal = create_journal(self._state, header)
-        self.weights = self._new_weights(header.settings)
+    def _rebase(self, header: JournalHeader, snapshot: Snapshot | None, fetch: FetchSnapshot) -> None:
+        """Go on from a snapshot. Until it is here and whole, weights and journal stay as they are."""
+        if snapshot is None:
+            raise ProtocolError("welcome with the plan snapshot and no snapshot")
+        check_offer(snapshot, self.manifest)
+        header = msgspec.structs.replace(header, base_round=snapshot.round, base_sha256=snapshot.sha256)
+        path = snapshot_path(self._state, snapshot.sha256)
+        base = self.header.base_sha256 if self.header else ""
+        drop_others(self._state, path, part_of(path), snapshot_path(self._state, base))
+        try:
+            fetch(snapshot, path)
+            self._restart(header, self._read_snapshot(header))
+        except (ConnectionLost, RefusedError):
+            raise
+        except HoslError as error:
+            self._takes_snapshots = False
+            if isinstance(error, SnapshotError):
+                raise
+            raise SnapshotError(path, str(error)) from error
+
+    def _restart(self, header: JournalHeader, state: ClientState | None = None) -> None:
+        """An empty journal, and the weights of the base shard or of a snapshot."""
+        self._forget()
+        weights = self._new_weights(header.settings)
+        if state is not None:
+            weights.load_state(state)
+        self._journal, self.weights = create_journal(self._state, header), weights
+        self._pace.replay_s = 0.0  # of another run
+        drop_others(self._state, snapshot_path(self._state, header.base_sha256))
 
     def _new_weights(self, settings: RunSettings) -> ClientWeights:
         return make_client_weights(self.manifest, self.shard.weights, settings, self.settings.compute_threads)
@@ -187,14 +259,22 @@ class Device:
         return Batch(np.zeros((rows, length), np.int64), np.full(rows, length, np.int32), np.zeros(rows, np.int32))
 
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
-        """Apply updates to the weights, then journal them."""
+        """Apply updates to the weights, in one pass where the optimizer allows it, then journal them."""
         assert self.weights is not None
         assert self._journal is not None
         known = len(self.weights.coarsenings)
-        self.weights.apply(updates)
+        self._replay(updates)
         for event in self.weights.coarsenings[known:]:
             log.info("round %d: %s moves to a lattice of steps %.2g", event.round, event.tensor, event.spacing)
         self._journal.append(updates)
+
+    def _replay(self, updates: Sequence[UpdateRecord]) -> None:
+        assert self.weights is not None
+        began = time.monotonic()
+        self.weights.apply(updates)
+        coefficients = sum(update.coefficients.size for update in updates)
+        if coefficients >= RATED_COEFFICIENTS:
+            self._pace.replay_s = (time.monotonic() - began) / coefficients
 
     def close(self) -> None:
         """Leave everything durable."""

@@ -48,6 +48,7 @@ class Display:
         self._is_live = sys.stderr.isatty()
         self._written_at = float("-inf")
         self._last = ""
+        self._tenth = -1
 
     def show(self, progress: Progress) -> None:
         """The live line, or a plain one when it is due."""
@@ -62,3 +63,10 @@ class Display:
         """A line that stays."""
         print(f"{self._last}{self._name}: {sentence}", file=sys.stderr, flush=True)
         self._last = ""
+
+    def show_download(self, what: str, done: int, size: int) -> None:
+        """A line for each tenth of a large download."""
+        tenth = 10 * done // size
+        if tenth != self._tenth and size > 1 << 20:
+            self._tenth = tenth
+            self.say(f"{what}: {done / 1e6:.0f} of {size / 1e6:.0f} MB")

@@ -14,6 +14,8 @@ class EdgeError(HoslError):
     ├── DataError           the device's data cannot be used: mend the file named
     ├── ConsentError        the run asks for more than the device allows: decide
     ├── MemoryBudgetError   the shard does not fit: raise the budget, or export another split
+    ├── NoSpaceError        the disk is too small for what is to be fetched: make room
+    ├── SnapshotError       a snapshot cannot be used: start at the base shard, and replay
     ├── RefusedError        the cloud says no: see its reason
     └── ConnectionLost      the cloud is away: try again later
     """
@@ -47,6 +49,22 @@ class MemoryBudgetError(EdgeError):
             f"memory budget is {budget_bytes / 1e6:.0f} MB, this run needs {needed_bytes / 1e6:.0f} MB "
             "with one example at a time: raise --memory-budget, or use a smaller split, batch or max_length"
         )
+
+
+class NoSpaceError(EdgeError):
+    """The disk cannot hold what is to be fetched."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class SnapshotError(EdgeError):
+    """A snapshot is missing or damaged, or not what it should be. Stores its path."""
+
+    exit_code = ExitCode.DATA
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"snapshot {path.name}: {problem}")
 
 
 class RefusedError(EdgeError):

@@ -1,4 +1,7 @@
-"""Fetching the shard over HTTP from the cloud's port: resumable, checked by digest, cached by digest."""
+"""Fetching the shard, and snapshots of its weights, over HTTP from the cloud's port: resumable, checked by digest.
+
+The shard is cached by digest, and what is cached is checked at every start.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,39 @@ import http.client
 import logging
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, EdgeError, RefusedError
-from hosl_protocol import BundleError, ExitCode, FileEntry, Manifest, decode_manifest, sha256_of_file
+from hosl_edge.exceptions import ConnectionLost, NoSpaceError, RefusedError
+from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+RATED_BYTES = 10**6
+"""A download of fewer says little about the link."""
 _PIECE_BYTES = 1 << 20
 
-
-class NoSpaceError(EdgeError):
-    """The disk cannot hold the shard."""
-
-    exit_code = ExitCode.RESOURCES
+OnProgress = Callable[[int, int], None]
+"""Told bytes done, and bytes in all."""
+OnRate = Callable[[float], None]
+"""Told how fast a download of RATED_BYTES or more came, in bytes a second."""
 
 
 def fetch_bundle(
-    server: str, token: str, cache: Path, on_progress: Callable[[int, int], None]
+    server: str, token: str, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None
 ) -> tuple[Path, Manifest]:
-    """The folder and manifest of the cloud's shard, downloaded where the cache lacks it.
+    """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
     Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
-    base = server.replace("ws", "http", 1).rstrip("/") + "/v1/bundle/"
+    base = _address(server, "bundle/")
     with _open(base + MANIFEST, token) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
@@ -55,8 +60,31 @@ def fetch_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         for entry in manifest.shard_files:
-            _fetch_file(base, token, folder, entry, on_progress)
+            target = folder / entry.path
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
+            _fetch_file(base + entry.path, token, target, entry.size_bytes, entry.sha256, on_progress, on_rate)
     return folder, manifest
+
+
+def fetch_snapshot(
+    server: str, token: str, snapshot: Snapshot, target: Path, on_progress: OnProgress, on_rate: OnRate
+) -> None:
+    """Download a snapshot to `target`, or what is missing of it. Raises as `fetch_bundle` does.
+
+    One that the cloud has replaced since it was offered is ConnectionLost: the next Welcome offers another.
+    """
+    url = _address(server, f"snapshot/{snapshot.round}")
+    _fetch_file(url, token, target, snapshot.size_bytes, snapshot.sha256, on_progress, on_rate)
+
+
+def part_of(target: Path) -> Path:
+    """Where a download is until it is whole."""
+    return target.with_name(target.name + ".part")
+
+
+def _address(server: str, path: str) -> str:
+    return server.replace("ws", "http", 1).rstrip("/") + "/v1/" + path
 
 
 @contextlib.contextmanager
@@ -67,35 +95,38 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_file(base: str, token: str, folder: Path, entry: FileEntry, on_progress: Callable[[int, int], None]) -> None:
-    target = folder / entry.path
-    if not target.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
-    if target.exists() and target.stat().st_size == entry.size_bytes:
-        return
+def _fetch_file(
+    url: str, token: str, target: Path, size: int, sha256: str, on_progress: OnProgress, on_rate: OnRate
+) -> None:
+    if target.exists():
+        if target.stat().st_size == size and sha256_of_file(target) == sha256:
+            return
+        log.warning("%s is damaged; it is fetched again", target)
+        target.unlink()
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
+    part = part_of(target)
     have = part.stat().st_size if part.exists() else 0
-    if have > entry.size_bytes:
+    if have > size:
         part.unlink()
         have = 0
     free = shutil.disk_usage(target.parent).free
-    if free < entry.size_bytes - have:
-        raise NoSpaceError(f"{target.parent} has {free} bytes free, {entry.path} needs {entry.size_bytes - have} more")
-    if have < entry.size_bytes:
-        _download(base + entry.path, token, part, have, entry.size_bytes, on_progress)
+    if free < size - have:
+        raise NoSpaceError(f"{target.parent} has {free} bytes free, {target.name} needs {size - have} more")
+    if have < size:
+        _download(url, token, part, have, size, on_progress, on_rate)
     digest = sha256_of_file(part)
-    if digest != entry.sha256:
+    if digest != sha256:
         part.unlink()
-        raise BundleError(f"{entry.path} has digest {digest}, the manifest says {entry.sha256}: start again to refetch")
+        raise BundleError(f"{url} has digest {digest}, expected {sha256}: fetch it again")
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
 
 
-def _download(url: str, token: str, part: Path, have: int, size: int, on_progress: Callable[[int, int], None]) -> None:
+def _download(url: str, token: str, part: Path, have: int, size: int, on_progress: OnProgress, on_rate: OnRate) -> None:
+    began = time.monotonic()
     with _open(url, token, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
-        done = have if response.status == 206 else 0
+        first = done = have if response.status == 206 else 0
         try:
             while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
                 file.write(piece)
@@ -105,6 +136,10 @@ def _download(url: str, token: str, part: Path, have: int, size: int, on_progres
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise NoSpaceError(f"{part.parent} is full at {done} of {size} bytes of {part.name}") from error
             raise ConnectionLost(f"download of {url} broke off at {done} of {size} bytes: {error}") from error
+        finally:
+            # One that broke off tells as much: on a link that has become slow none may ever end.
+            if done - first >= RATED_BYTES:
+                on_rate((done - first) / max(time.monotonic() - began, 1e-6))
     if done != size:
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
 

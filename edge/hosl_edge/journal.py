@@ -1,6 +1,7 @@
 """The journal: every update that the weights have taken, a few bytes a round, append-only, with checksums.
 
-State = shard + journal. A record that a crash cut short, and all after it, is dropped at the next start.
+State = shard (or the snapshot that the header names) + journal. A record that a crash cut short, and all after it, is
+dropped at the next start.
 Layout: a header record (JSON), then update records; each is length u32, CRC-32 u32, payload, little-endian.
 """
 
@@ -34,6 +35,16 @@ class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
     data_digest: str
     settings: RunSettings
     width: int
+    base_round: int = 0
+    """The round that the first update follows; 0 is the shard."""
+    base_sha256: str = ""
+    """Digest of the snapshot file of that round; empty with round 0."""
+
+    def belongs_with(self, other: JournalHeader) -> bool:
+        """Whether both are of one run, wherever their updates begin."""
+        return msgspec.structs.replace(self, base_round=0, base_sha256="") == msgspec.structs.replace(
+            other, base_round=0, base_sha256=""
+        )
 
 
 class Journal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from hosl_edge import step
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, DataError, RefusedError
+from hosl_edge.exceptions import ConnectionLost, DataError, RefusedError, SnapshotError
+from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.memory import read_memory
 from hosl_protocol import (
     PIECE_BYTES,
@@ -39,6 +41,7 @@ from hosl_protocol import (
     Report,
     Role,
     RoundStart,
+    Snapshot,
     Update,
     UpdateRecord,
     Welcome,
@@ -69,6 +72,8 @@ class Session:
     display: Display
     progress: Progress
     software: str
+    server: str
+    token: str
     _connection: Connection = field(default_factory=lambda: Connection(Role.EDGE))
     _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
     _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
@@ -76,12 +81,13 @@ class Session:
     _writer: asyncio.Task[None] | None = None
     _has_warned: bool = False
 
-    async def run(self, url: str, token: str) -> Complete:
+    async def run(self) -> Complete:
         """Take part until the run ends. Raises ConnectionLost, RefusedError, or what the device's data deserves."""
+        url = self.server
         try:
             async with connect(
                 url.rstrip("/") + "/v1/device",
-                additional_headers={"Authorization": f"Bearer {token}"},
+                additional_headers={"Authorization": f"Bearer {self.token}"},
                 compression=None,
                 max_size=PIECE_BYTES,
                 ping_interval=HEARTBEAT_S,
@@ -170,6 +176,7 @@ class Session:
 
     async def _say_hello(self) -> None:
         device, header = self.device, self.device.header
+        pace = await _in_thread(device.pace)
         self._send(
             Hello(
                 software=self.software,
@@ -180,6 +187,8 @@ class Session:
                 epoch=header.epoch if header else 0,
                 applied_round=device.applied_round,
                 weights_digest=await _in_thread(device.digest),
+                replay_s=pace.replay_s,
+                link_bytes_per_s=pace.link_bytes_per_s,
             )
         )
 
@@ -187,8 +196,8 @@ class Session:
         """Deal with a message outside a step; what interrupted a step comes back to be handled next."""
         message = frame.message
         if isinstance(message, Welcome):
-            await self._join(message)
-        elif isinstance(message, CatchUp):
+            return await self._join(message)
+        if isinstance(message, CatchUp):
             await self._catch_up(message, frame)
         elif isinstance(message, Update):
             await self._update(message, frame)
@@ -202,11 +211,38 @@ class Session:
             log.info("late %s ignored", name_of(message))
         return None
 
-    async def _join(self, welcome: Welcome) -> None:
+    async def _join(self, welcome: Welcome) -> Frame | None:
         self._welcome = welcome
         self.progress.rounds = welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
-        await _in_thread(lambda: self.device.join(welcome))
+        left = threading.Event()
+        try:
+            await _in_thread(lambda: self.device.join(welcome, partial(self._fetch, left)), left.set)
+        except SnapshotError as error:
+            raise ConnectionLost(f"{error}; the missed rounds are replayed instead") from error
+        except ConnectionLost:
+            if self._connection.phase is not Phase.CLOSED:
+                raise
+            return await self._last_word()
+        return None
+
+    def _fetch(self, left: threading.Event, snapshot: Snapshot, path: Path) -> None:
+        """Download a snapshot, in a thread; given up where the cloud has said its last word, or we leave."""
+        size_mb = snapshot.size_bytes / 1e6
+        self.display.say(f"downloads a snapshot of round {snapshot.round}, {size_mb:.1f} MB, instead of replaying")
+
+        def on_progress(done: int, size: int) -> None:
+            if left.is_set() or self._connection.phase is Phase.CLOSED:
+                raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
+            self.display.show_download("snapshot", done, size)
+
+        fetch_snapshot(self.server, self.token, snapshot, path, on_progress, self.device.note_link)
+
+    async def _last_word(self) -> Frame:
+        """The Complete that ended the connection; raises what a Refusal says."""
+        while not isinstance((frame := await self._next()).message, Complete):
+            pass
+        return frame
 
     async def _catch_up(self, message: CatchUp, frame: Frame) -> None:
         coefficients = frame.tensors["coefficients"]
@@ -365,11 +401,12 @@ def _advance(steps: step.Step, reply: Frame | None) -> step.Send | step.Receive 
         return None
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+async def _in_thread(work: Callable[[], T], on_cancel: Callable[[], None] = lambda: None) -> T:
     future = asyncio.get_running_loop().run_in_executor(None, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         # Work in a thread can't be interrupted, and must not go on behind our back.
+        on_cancel()
         await asyncio.wait({future})
         raise

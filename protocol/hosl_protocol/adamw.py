@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from hosl_protocol import lattice
 from hosl_protocol.directions import CHUNK, Vector
 from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, estimate
 from hosl_protocol.settings import ClientOptimizer
+from hosl_protocol.state import Moments
 
 LARGEST_ESTIMATE = 1e15
 """Largest magnitude of an estimate; the square of one much larger would leave float32."""
@@ -105,8 +105,17 @@ class AdamW:
         step *= g
         values -= step
 
-    def update_digest(self, digest: Any) -> None:
-        """Add the step count and the moments."""
-        digest.update(self._clock.steps.to_bytes(8, "little"))
-        for moment in (*self._first, *self._second):
-            digest.update(moment.data.cast("B"))
+    def state(self, tensors: Sequence[LatticeTensor]) -> Moments:
+        """Step count and moments, shared."""
+        names = [tensor.name for tensor in tensors]
+        first, second = (dict(zip(names, moments, strict=True)) for moments in (self._first, self._second))
+        return Moments(self._clock.steps, first, second)
+
+    def load_state(self, tensors: Sequence[LatticeTensor], state: Moments) -> None:
+        """Continue from what `state` gave; the clock is made anew, by the same products."""
+        self._clock = Clock()
+        for _ in range(state.steps):
+            self._clock = self._clock.tick(self._settings)
+        for tensor in tensors:
+            self._first[tensor.index][:] = state.first[tensor.name]
+            self._second[tensor.index][:] = state.second[tensor.name]

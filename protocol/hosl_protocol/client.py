@@ -5,7 +5,6 @@ The device holds one over its memory-mapped shard; the cloud holds a mirror; mer
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError,
 from hosl_protocol.manifest import Manifest
 from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.settings import ClientOptimizer, RunSettings
+from hosl_protocol.state import ClientState
 
 THREADED_ABOVE = 1 << 20
 """Elements from which threads pay."""
@@ -86,6 +86,7 @@ class ClientWeights:
         self._probe_step = probe_step
         self._largest_entry = LARGEST_ENTRY[distribution]
         self._finest = [tensor.exponent for tensor in self.tensors]
+        self._base_round = 0
         self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
         for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
             longest = lattice.limit(tensor.exponent) / 2 / self._largest_entry
@@ -180,7 +181,7 @@ class ClientWeights:
     def revert(self, updates: Sequence[UpdateRecord]) -> None:
         """Take back the newest updates (SGD), given in ascending order: the same bits as before them.
 
-        Raises IrreversibleError, and changes nothing, for AdamW and across a re-lattice event.
+        Raises IrreversibleError, and changes nothing, for AdamW, across a re-lattice event and across a loaded state.
         """
         if self._adamw is not None:
             raise IrreversibleError("AdamW's updates cannot be taken back")
@@ -188,6 +189,8 @@ class ClientWeights:
         for expected, update in zip(range(self.applied_round, -1, -1), reversed(updates), strict=False):
             if update.round != expected:
                 raise HoslError(f"take back of round {update.round}, expected round {expected}")
+        if updates and updates[0].round <= self._base_round:
+            raise IrreversibleError(f"the weights were loaded as they stood after round {self._base_round}")
         if self.coarsenings and updates and self.coarsenings[-1].round >= updates[0].round:
             last = self.coarsenings[-1]
             raise IrreversibleError(f"round {last.round} made the lattice of {last.tensor} coarser")
@@ -276,13 +279,50 @@ class ClientWeights:
 
     def digest(self) -> str:
         """SHA-256 of the trainable tensors in order, little-endian, then AdamW's step count and moments."""
+        return self.state().digest()
+
+    def state(self) -> ClientState:
+        """Where the weights stand at `applied_round`, shared: a copy is the caller's."""
         self.probe(None)
-        digest = hashlib.sha256()
-        for tensor in self.tensors:
-            digest.update(tensor.values.data.cast("B"))
-        if self._adamw is not None:
-            self._adamw.update_digest(digest)
-        return digest.hexdigest()
+        return ClientState(
+            self.applied_round,
+            {tensor.name: tensor.values for tensor in self.tensors},
+            {tensor.name: tensor.exponent for tensor in self.tensors},
+            self._adamw.state(self.tensors) if self._adamw is not None else None,
+        )
+
+    def load_state(self, state: ClientState) -> None:
+        """Continue from what `state` gave; rounds up to its own can't be taken back from here.
+
+        Raises HoslError, and changes nothing, where it is of other tensors or of another optimizer.
+        """
+        self._check_state(state)
+        tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
+        steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
+        self.tensors, self._probe_steps = tensors, steps
+        for tensor in tensors:
+            tensor.values[:] = state.weights[tensor.name]
+        self._bounds = [largest(tensor.values) for tensor in self.tensors]
+        if self._adamw is not None and state.moments is not None:
+            self._adamw.load_state(self.tensors, state.moments)
+        self._point = None
+        self.coarsenings = []
+        self.applied_round = self._base_round = state.round
+
+    def _check_state(self, state: ClientState) -> None:
+        sizes = {tensor.name: tensor.values.size for tensor in self.tensors}
+        parts = [state.weights]
+        if (state.moments is None) != (self._adamw is None):
+            raise HoslError(f"the state is not one of {self.optimizer.optimizer}")
+        if state.moments is not None:
+            if state.moments.steps != state.round:
+                raise HoslError(f"the state is of round {state.round} and of {state.moments.steps} steps")
+            parts += [state.moments.first, state.moments.second]
+        if any({name: values.size for name, values in part.items()} != sizes for part in parts):
+            raise HoslError("the state is of other tensors than those that train here")
+        for tensor, finest in zip(self.tensors, self._finest, strict=True):
+            if not finest <= state.exponents.get(tensor.name, finest - 1) <= finest + MAX_COARSENING:
+                raise HoslError(f"the state has no lattice for {tensor.name} that a run may use")
 
 
 def _merge(terms: Sequence[Term]) -> list[Term]:

@@ -33,6 +33,7 @@ Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Exponent: TypeAlias = Annotated[int, msgspec.Meta(ge=-200, le=200)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
+Plan: TypeAlias = Literal["continue", "rebuild", "snapshot"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -87,6 +88,18 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     """The last round in the device's weights; 0 is the base shard."""
     weights_digest: DigestOrNone = ""
     """Digest of the trainable weights at `applied_round`; empty without a journal."""
+    replay_s: Seconds = 0.0
+    """Seconds in which the device replays one coefficient; 0 where it does not know."""
+    link_bytes_per_s: Rate = 0.0
+    """Speed of its last download; 0 where it does not know."""
+
+
+class Snapshot(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A file with the trainable weights after `round`, to be fetched from `/v1/snapshot/{round}`."""
+
+    round: RoundNumber
+    size_bytes: Count
+    sha256: Digest
 
 
 class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
@@ -100,8 +113,11 @@ class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
     width: Count
     """D."""
     settings: RunSettings
-    plan: Literal["continue", "rebuild"]
-    """`continue`: add what CatchUp brings; `rebuild`: drop the journal and start at the base shard."""
+    plan: Plan
+    """`continue`: add what CatchUp brings; `rebuild`: drop the journal and start at the base shard; `snapshot`: drop
+    it and start at the snapshot."""
+    snapshot: Snapshot | None = None
+    """Where the plan is `snapshot`."""
 
 
 class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):

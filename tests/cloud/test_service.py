@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 import urllib.error
@@ -39,6 +40,7 @@ from hosl_protocol import (
     Report,
     Role,
     RoundStart,
+    UpdateRecord,
     Welcome,
     encode,
     load_manifest,
@@ -185,6 +187,58 @@ def test_downloads_honour_ranges_and_name_nothing_but_the_shard(run: Callable[..
         assert beyond[0] == 416
         for path in ("tail/tail.safetensors", "tail/config.json", "shard/../tail/config.json", "/etc/passwd", "", "x"):
             assert (await get(service, f"/v1/bundle/{path}", Authorization=token))[0] == 404, path
+
+    run(test)
+
+
+def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_gone(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        token, here = f"Bearer {service.token}", service.coordinator.run
+        for round_ in range(1, 21):
+            update = UpdateRecord(round_, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
+            here.apply(update)
+            here.store.add_round(here.id, here.epoch, update, seconds=0.0, loss=0.0, devices=[])
+            here.round = round_
+        async with client(service) as device:
+            await device.send(device.hello(replay_s=1.0, link_bytes_per_s=1e9))
+            welcome, catch_up = await device.receive(), await device.receive()
+            assert isinstance(welcome, Welcome)
+            assert isinstance(catch_up, CatchUp)
+            assert (welcome.plan, catch_up.first_round, catch_up.last) == ("snapshot", 21, True)
+            offered = welcome.snapshot
+            assert offered is not None
+            assert offered.round == 20
+            path = "/v1/snapshot/20"
+            status, body = await get(service, path, Authorization=token)
+            assert (status, len(body), hashlib.sha256(body).hexdigest()) == (200, offered.size_bytes, offered.sha256)
+            assert await get(service, path, Authorization=token, Range="bytes=100-") == (206, body[100:])
+            assert (await get(service, path))[0] == (await get(service, path, Authorization="Bearer wrong"))[0] == 401
+            for absent in ("/v1/snapshot/19", "/v1/snapshot/", "/v1/snapshot/../run", "/v1/snapshot/x"):
+                assert (await get(service, absent, Authorization=token))[0] == 404, absent
+
+    run(test)
+
+
+def test_a_snapshot_that_leads_to_other_weights_is_followed_by_a_rebuild(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        here = service.coordinator.run
+        update = UpdateRecord(1, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
+        here.apply(update)
+        here.store.add_round(here.id, here.epoch, update, seconds=0.0, loss=0.0, devices=[])
+        here.round = 1
+        async with client(service) as device:
+            await device.send(device.hello(replay_s=1.0, link_bytes_per_s=1e9))
+            for plan, first in (("snapshot", 2), ("rebuild", 1)):
+                welcome, catch_up = await device.receive(), await device.receive()
+                assert isinstance(welcome, Welcome)
+                assert isinstance(catch_up, CatchUp)
+                assert (welcome.plan, welcome.snapshot is None, catch_up.first_round) == (
+                    plan,
+                    plan != "snapshot",
+                    first,
+                )
+                await device.send(msgspec.structs.replace(device.ready("0" * 64), applied_round=1))
+            assert (await device.refusal()).code == "weights"
 
     run(test)
 

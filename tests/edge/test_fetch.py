@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ import msgspec
 import pytest
 
 from hosl_edge.exceptions import ConnectionLost, RefusedError
-from hosl_edge.fetch import NoSpaceError, fetch_bundle
-from hosl_protocol import BundleError, FileEntry, Manifest, describe_file, encode_manifest
+from hosl_edge.fetch import NoSpaceError, fetch_bundle, fetch_snapshot
+from hosl_protocol import BundleError, FileEntry, Manifest, Snapshot, describe_file, encode_manifest
 from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH, SHARD_WEIGHTS
 
 TOKEN = "the-token"
@@ -45,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*rest)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        path, wanted = self.path.removeprefix("/v1/bundle/"), self.headers["Range"]
+        path, wanted = self.path.removeprefix("/v1/").removeprefix("bundle/"), self.headers["Range"]
         self.cloud.asked.append((path, wanted))
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.send_error(401)
@@ -140,7 +142,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(cloud: Cloud, tmp_path: P
 def test_a_file_of_the_wrong_digest_is_thrown_away(cloud: Cloud, tmp_path: Path) -> None:
     good = cloud.files[SHARD_WEIGHTS]
     cloud.files[SHARD_WEIGHTS] = b"\xff" + good[1:]
-    with pytest.raises(BundleError, match=rf"{SHARD_WEIGHTS} has digest \w+, the manifest says"):
+    with pytest.raises(BundleError, match=rf"{SHARD_WEIGHTS} has digest \w+, expected"):
         fetch(cloud, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("shard.safetensors*")), "neither the file nor its part stays"
     cloud.files[SHARD_WEIGHTS] = good
@@ -210,7 +212,7 @@ def test_only_the_shard_is_fetched(cloud: Cloud, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_named_before_the_download(cloud: Cloud, tmp_path: Path) -> None:
     entry = FileEntry(path=SHARD_WEIGHTS, size_bytes=10**18, sha256="0" * 64)
     cloud.files[MANIFEST] = encode_manifest(manifest((entry,)))
-    with pytest.raises(NoSpaceError, match=rf"{SHARD_WEIGHTS} needs {10**18} more"):
+    with pytest.raises(NoSpaceError, match=rf"shard.safetensors needs {10**18} more"):
         fetch(cloud, tmp_path)
     assert cloud.count(SHARD_WEIGHTS) == 0
 
@@ -221,3 +223,53 @@ def test_two_agents_that_share_a_cache_fetch_it_once(cloud: Cloud, tmp_path: Pat
     assert first == second
     assert_whole(first)
     assert cloud.count(SHARD_WEIGHTS) == 1
+
+
+def test_a_cached_file_that_was_damaged_is_fetched_again(
+    cloud: Cloud, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = fetch(cloud, tmp_path)
+    damaged = folder / SHARD_WEIGHTS
+    damaged.write_bytes(b"\xff" + CONTENT[SHARD_WEIGHTS][1:])
+    with caplog.at_level(logging.WARNING):
+        assert_whole(fetch(cloud, tmp_path))
+    assert cloud.count(SHARD_WEIGHTS) == 2
+    assert cloud.count(SHARD_GRAPH) == 1, "what is whole stays"
+    assert [record.message for record in caplog.records] == [f"{damaged} is damaged; it is fetched again"]
+
+
+def test_only_a_download_of_a_megabyte_tells_the_links_speed(cloud: Cloud, tmp_path: Path) -> None:
+    rates: list[float] = []
+    fetch_bundle(cloud.address, TOKEN, tmp_path, lambda done, size: None, rates.append)
+    assert len(rates) == 1, "of the weights, not of the graph"
+    assert rates[0] > 0
+    fetch_bundle(cloud.address, TOKEN, tmp_path, lambda done, size: None, rates.append)
+    assert len(rates) == 1, "what is cached was not downloaded"
+
+
+def snapshot_of(data: bytes) -> Snapshot:
+    return Snapshot(round=7, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def test_a_snapshot_is_fetched_in_parts_and_checked(cloud: Cloud, tmp_path: Path) -> None:
+    data, target = CONTENT[SHARD_WEIGHTS], tmp_path / "snapshot-x"
+    cloud.files["snapshot/7"], cloud.cuts["snapshot/7"] = data, 1_500_000
+    rates: list[float] = []
+
+    def fetch_it() -> None:
+        fetch_snapshot(cloud.address, TOKEN, snapshot_of(data), target, lambda done, size: None, rates.append)
+
+    with pytest.raises(ConnectionLost, match="at 1500000 of 3072000 bytes"):
+        fetch_it()
+    assert len(rates) == 1, "what broke off tells the link's speed, too"
+    fetch_it()
+    assert target.read_bytes() == data
+    assert ("snapshot/7", "bytes=1500000-") in cloud.asked
+    assert len(rates) == 2
+    fetch_it()
+    assert cloud.count("snapshot/7") == 2, "what is there is not fetched again"
+
+
+def test_a_snapshot_that_is_gone_is_asked_for_by_connecting_again(cloud: Cloud, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionLost, match="snapshot/7 answered 404"):
+        fetch_snapshot(cloud.address, TOKEN, snapshot_of(b"x"), tmp_path / "s", lambda *pair: None, lambda rate: None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -87,3 +90,23 @@ def test_a_new_journal_takes_the_place_of_the_old(tmp_path: Path) -> None:
     write(tmp_path, 3)
     write(tmp_path, 1)
     assert read(tmp_path) == [1]
+
+
+def test_a_journal_written_before_there_were_snapshots_begins_at_the_shard(tmp_path: Path) -> None:
+    fields = msgspec.to_builtins(HEADER)
+    del fields["base_round"], fields["base_sha256"]
+    text = msgspec.json.encode(fields)
+    journal_path(tmp_path).write_bytes(struct.pack("<II", len(text), zlib.crc32(text)) + text)
+    found = open_journal(tmp_path)
+    assert found is not None
+    journal, records = found
+    journal.close()
+    assert (journal.header, records) == (HEADER, [])
+    assert (journal.header.base_round, journal.header.base_sha256) == (0, "")
+
+
+def test_a_journal_belongs_to_its_run_wherever_it_begins() -> None:
+    rebased = msgspec.structs.replace(HEADER, base_round=7, base_sha256="0" * 64)
+    assert rebased.belongs_with(HEADER)
+    assert HEADER.belongs_with(rebased)
+    assert not rebased.belongs_with(msgspec.structs.replace(HEADER, epoch=1))

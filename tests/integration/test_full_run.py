@@ -212,6 +212,26 @@ def test_a_device_whose_disk_was_lost_starts_at_the_base_and_catches_up(site: Ca
     assert fresh.count("device pi-1 is ready") == 2
 
 
+def test_a_device_with_a_corrupt_shard_fetches_it_again_and_goes_on_from_a_snapshot(
+    site: Callable[[str], Site],
+) -> None:
+    here = site("lora")
+
+    def damage(journal: Path) -> None:
+        # A link so fast that the download pays, whatever was missed.
+        (journal.parent / "pace.json").write_text('{"link_bytes_per_s": 1e12}', encoding="ascii")
+        (shard,) = (here.folder / "cache").rglob("shard.safetensors")
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.unlink()  # pi-2 has it mapped
+        shard.write_bytes(bytes(data))
+
+    text = kill_and_restart_a_device(here, damage)
+    assert "device pi-1 takes a snapshot of round" in text
+    assert text.count("device pi-1 is ready") == 2
+    assert "shard.safetensors is damaged; it is fetched again" in here.errors(here.processes[-1])
+
+
 def kill_and_restart_a_device(here: Site, damage: Callable[[Path], object]) -> str:
     """Kill pi-1 in the middle of a run, damage its journal, start it again; what the cloud printed."""
     cloud = here.start_cloud(settings("ho-sfl", rounds=10**6, learning_rate=1e-6))

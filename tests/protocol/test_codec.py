@@ -42,6 +42,7 @@ from hosl_protocol import (
     Report,
     RoundStart,
     RunSettings,
+    Snapshot,
     Update,
     Welcome,
     convert,
@@ -174,11 +175,12 @@ FIELDS = {
     Hello: {
         "software": sentences, "device": sentences, "shard_digest": digests, "data_digest": digests,
         "run": st.none() | names, "epoch": counts, "applied_round": rounds,
-        "weights_digest": st.just("") | digests, "protocol": counts,
+        "weights_digest": st.just("") | digests, "protocol": counts, "replay_s": numbers, "link_bytes_per_s": numbers,
     },
     Welcome: {
         "run": names, "epoch": counts, "round": rounds, "width": counts, "protocol": counts,
-        "settings": st.builds(make_run_settings), "plan": st.sampled_from(["continue", "rebuild"]),
+        "settings": st.builds(make_run_settings), "plan": st.sampled_from(["continue", "rebuild", "snapshot"]),
+        "snapshot": st.none() | st.builds(Snapshot, round=rounds, size_bytes=counts, sha256=digests),
     },
     CatchUp: {"run": names, "epoch": counts, "first_round": rounds, "last": booleans},
     Ready: {**standing, "train_examples": counts, "eval_examples": counts},

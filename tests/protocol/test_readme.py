@@ -20,11 +20,14 @@ from hosl_protocol import (
     Manifest,
     Refusal,
     RunSettings,
+    Snapshot,
+    SnapshotHeader,
     Stream,
     Task,
     TensorEntry,
     name_of,
 )
+from hosl_protocol.client import MAX_COARSENING
 
 README = Path(__file__).parents[2] / "protocol" / "README.md"
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
@@ -72,6 +75,14 @@ def test_every_setting_has_its_row():
         assert list(rows(part)) == [field.name for field in msgspec.structs.fields(kind)]
 
 
+def test_every_field_of_a_snapshot_has_its_row():
+    parts = section("## Snapshots").split("`__metadata__`")
+    for kind, part in zip((Snapshot, SnapshotHeader), parts, strict=True):
+        table = rows(part)
+        assert list(table) == [field.name for field in msgspec.structs.fields(kind)]
+        assert all(table[f.name][2].startswith("yes") == f.required for f in msgspec.structs.fields(kind))
+
+
 def test_every_field_of_the_manifest_has_its_row():
     table = rows(section("## Manifest"))
     assert list(table) == [field.name for field in msgspec.structs.fields(Manifest)]
@@ -95,6 +106,7 @@ def test_limits_are_those_of_the_code():
     assert f"| header length | u64 | bytes | yes | {MAX_HEADER_BYTES};" in text
     assert f"1 to {PIECE_BYTES} bytes" in text
     assert f"at most {CATCH_UP_ROUNDS} |" in text
+    assert f"up to {MAX_COARSENING} more" in section("## Snapshots")
     streams = re.findall(r"^\| [a-z ]+ \| (\d) \|", section("## Random words"), re.MULTILINE)
     assert streams == [str(int(stream)) for stream in Stream]
 

@@ -1,0 +1,298 @@
+"""The device between connections: catch-ups, snapshots as the journal's base, and what a start makes of damage."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from hosl_cloud.mirror import load_shard_weights
+from hosl_cloud.snapshots import write_snapshot
+from hosl_edge import device as device_module
+from hosl_edge.device import Device
+from hosl_edge.exceptions import ConnectionLost, SnapshotError
+from hosl_edge.journal import journal_path
+from hosl_edge.pace import Pace
+from hosl_edge.settings import EdgeSettings
+from hosl_protocol import (
+    BundleError,
+    ClientOptimizer,
+    ClientWeights,
+    IrreversibleError,
+    ProtocolError,
+    RunSettings,
+    Snapshot,
+    Task,
+    UpdateRecord,
+    Welcome,
+    client,
+    convert,
+    load_manifest,
+    load_preset,
+    make_client_weights,
+)
+from support import write_reviews
+
+OPTIMIZERS = {
+    "sgd": ClientOptimizer(),
+    "adamw": ClientOptimizer(optimizer="adamw"),
+}
+
+
+class Site:
+    """A device's folders, and a cloud's mirror to make snapshots from."""
+
+    def __init__(self, folder: Path, bundle: Path, kind: str) -> None:
+        self.folder, self.bundle, self.manifest = folder, bundle, load_manifest(bundle)
+        task = convert(load_preset("reviews"), Task, "task")
+        self.run_settings = RunSettings(task=task, max_length=16, batch_size=4, client=OPTIMIZERS[kind])
+        self.settings = EdgeSettings(
+            server="ws://127.0.0.1:1",
+            token_file="unused",
+            data=str(write_reviews(folder / "train.jsonl", 8)),
+            name="pi",
+            threads=1,
+            state_dir=str(folder / "state"),
+        )
+        self.state = folder / "state" / "pi"
+        weights = load_shard_weights(bundle, self.manifest, only_trainable=True)
+        self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.run_settings)
+        self.devices: list[Device] = []
+
+    def start(self) -> Device:
+        self.devices.append(Device(self.settings, self.bundle, self.manifest))
+        return self.devices[-1]
+
+    def stop(self) -> None:
+        for device in self.devices:
+            device.close()
+        self.devices.clear()
+
+    def restart(self) -> Device:
+        self.stop()
+        return self.start()
+
+    def welcome(self, plan: str, snapshot: Snapshot | None = None, **more: Any) -> Welcome:
+        fields: dict[str, Any] = {"run": "r", "epoch": 0, "round": 0, "width": self.manifest.width} | more
+        return Welcome(settings=self.run_settings, plan=plan, snapshot=snapshot, **fields)  # type: ignore[arg-type]
+
+    def snapshot(self, run: str = "r", epoch: int = 0) -> Snapshot:
+        shapes = {entry.name: entry.shape for entry in self.manifest.trainable}
+        return write_snapshot(self.folder / "served", run, epoch, self.mirror.state(), shapes)
+
+    def fetch(self, snapshot: Snapshot, path: Path) -> None:
+        shutil.copy(self.folder / "served", path)
+
+    def rebased(self, rounds: int = 50, **size: float) -> Device:
+        """A device that stands at a snapshot of the mirror after so many rounds."""
+        device = self.start()
+        self.mirror.apply(make_updates(1, rounds, **size))
+        device.join(self.welcome("snapshot", self.snapshot()), self.fetch)
+        return device
+
+
+@pytest.fixture
+def make_site(make_bundle: Callable[[str, int], Path], tmp_path: Path) -> Iterator[Callable[[str], Site]]:
+    made: list[Site] = []
+
+    def make(kind: str = "sgd") -> Site:
+        made.append(Site(tmp_path, make_bundle("lora", 2), kind))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.stop()
+
+
+def make_updates(first: int, last: int, size: float = 2.0**-13, rate: float = 1e-3) -> list[UpdateRecord]:
+    rows = [[((7 * r + 5 * p) % 13 - 6) * size for p in range(2)] for r in range(first, last + 1)]
+    return [UpdateRecord(first + n, np.array(row, np.float32), rate) for n, row in enumerate(rows)]
+
+
+def never(snapshot: Snapshot, path: Path) -> None:
+    raise AssertionError("nothing is to be fetched")
+
+
+def test_a_catch_up_is_applied_in_one_pass_and_journaled(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    device = site.start()
+    device.join(site.welcome("continue"), never)
+    passes: list[int] = []
+    add = client.add_directions
+    monkeypatch.setattr(
+        client, "add_directions", lambda tensors, terms, *rest: (passes.append(len(terms)), add(tensors, terms, *rest))
+    )
+    updates = make_updates(1, 500)
+    device.apply(updates)
+    assert passes == [1000], "two directions of 500 rounds at once"
+    site.mirror.apply(updates)
+    assert device.digest() == site.mirror.digest()
+    again = site.restart()
+    assert (again.applied_round, again.digest()) == (500, site.mirror.digest())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_snapshot_becomes_the_journals_base(make_site: Callable[..., Site], kind: str) -> None:
+    site = make_site(kind)
+    device = site.rebased(50)
+    assert (device.applied_round, device.digest()) == (50, site.mirror.digest())
+    later = make_updates(51, 60)
+    for weights in (device, site.mirror):
+        weights.apply(later)  # type: ignore[attr-defined]
+    again = site.restart()
+    assert again.header is not None
+    assert again.header.base_round == 50
+    assert (again.applied_round, again.digest()) == (60, site.mirror.digest())
+    again.join(site.welcome("continue"), never)
+    assert again.applied_round == 60, "its run, wherever its journal begins"
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_snapshot_after_a_relattice_event_is_taken_on(make_site: Callable[..., Site], kind: str) -> None:
+    site = make_site(kind)
+    big = {"size": 2.0**-5, "rate": 0.25}
+    device = site.rebased(30, **big)
+    assert site.mirror.coarsenings
+    for weights in (device, site.mirror):
+        weights.apply(make_updates(31, 60, **big))  # type: ignore[attr-defined]
+    assert site.restart().digest() == site.mirror.digest()
+
+
+def test_rounds_before_the_snapshot_cannot_be_taken_back(make_site: Callable[..., Site]) -> None:
+    device = make_site().rebased(50)
+    assert device.weights is not None
+    with pytest.raises(IrreversibleError, match="after round 50"):
+        device.weights.revert(make_updates(50, 50))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [(flip, "it is damaged"), (Path.unlink, "No such file"), (lambda path: path.write_bytes(b""), "it is damaged")],
+)
+def test_a_start_without_its_snapshot_begins_at_the_base_shard_and_says_so_in_a_line(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object], sentence: str
+) -> None:
+    site = make_site()
+    base = site.mirror.digest()
+    site.rebased(50)
+    site.stop()
+    damage(next(site.state.glob("snapshot-*")))
+    with caplog.at_level(logging.WARNING):
+        device = site.start()
+    assert (device.header, device.applied_round) == (None, 0)
+    (record,) = caplog.records
+    assert "starting at the base shard" in record.message
+    assert sentence in record.message
+    device.join(site.welcome("continue"), never)
+    assert device.digest() == base
+    assert not list(site.state.glob("snapshot-*")), "the journal names none any more"
+
+
+def test_until_a_snapshot_is_whole_the_device_keeps_what_it_has(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    device = site.rebased(50)
+    kept, digest = set(site.state.iterdir()), device.digest()
+    site.mirror.apply(make_updates(51, 90))
+
+    def lose(snapshot: Snapshot, path: Path) -> None:
+        path.with_name(path.name + ".part").write_bytes(b"the first of it")
+        raise ConnectionLost("the link is down")
+
+    with pytest.raises(ConnectionLost):
+        device.join(site.welcome("snapshot", site.snapshot()), lose)
+    assert (device.applied_round, device.digest()) == (50, digest)
+    again = site.restart()
+    assert (again.applied_round, again.digest()) == (50, digest)
+    again.join(site.welcome("snapshot", site.snapshot()), site.fetch)
+    assert (again.applied_round, again.digest()) == (90, site.mirror.digest())
+    assert len(set(site.state.iterdir())) == len(kept), "neither the old snapshot nor the part stays"
+
+
+def test_a_snapshot_that_cannot_be_used_is_not_asked_for_again(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    device = site.start()
+    assert device.pace().replay_s > 0
+    site.mirror.apply(make_updates(1, 5))
+    with pytest.raises(SnapshotError, match="it is of run another, epoch 0, round 5"):
+        device.join(site.welcome("snapshot", site.snapshot(run="another")), site.fetch)
+    assert device.pace() == Pace()
+    assert device.header is None
+
+
+def test_a_snapshot_of_another_digest_is_a_snapshot_error(make_site: Callable[..., Site]) -> None:
+    def differ(snapshot: Snapshot, path: Path) -> None:
+        raise BundleError("another digest")
+
+    site = make_site()
+    with pytest.raises(SnapshotError, match="another digest"):
+        site.start().join(site.welcome("snapshot", site.snapshot()), differ)
+
+
+def test_a_snapshot_of_another_optimizer_leaves_a_device_that_can_rebuild(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    base = site.mirror.digest()
+    site.mirror = make_client_weights(
+        site.manifest,
+        load_shard_weights(site.bundle, site.manifest, only_trainable=True),
+        msgspec.structs.replace(site.run_settings, client=OPTIMIZERS["adamw"]),
+    )
+    device = site.start()
+    with pytest.raises(SnapshotError, match="not one of sgd"):
+        device.join(site.welcome("snapshot", site.snapshot()), site.fetch)
+    assert device.pace() == Pace()
+    device.join(site.welcome("rebuild"), never)
+    assert device.digest() == base
+
+
+@pytest.mark.parametrize("snapshot", [None, Snapshot(round=1, size_bytes=10**12, sha256="0" * 64)])
+def test_an_offer_that_makes_no_sense_is_refused_before_it_is_fetched(
+    make_site: Callable[..., Site], snapshot: Snapshot | None
+) -> None:
+    site = make_site()
+    with pytest.raises(ProtocolError, match="snapshot"):
+        site.start().join(site.welcome("snapshot", snapshot), never)
+
+
+def test_a_rebuild_drops_the_snapshot(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    base = site.mirror.digest()
+    device = site.rebased(50)
+    device.join(site.welcome("rebuild"), never)
+    assert (device.applied_round, device.digest()) == (0, base)
+    assert not list(site.state.glob("snapshot-*"))
+    assert journal_path(site.state).exists()
+
+
+def test_the_links_speed_is_kept_across_restarts(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start().note_link(1.5e6)
+    assert site.restart().pace().link_bytes_per_s == 1.5e6
+    (site.state / "pace.json").write_bytes(b"{")
+    assert site.restart().pace().link_bytes_per_s == 0.0
+
+
+def test_the_pace_of_a_replay_is_that_of_the_last_long_one(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    device = site.start()
+    device.join(site.welcome("continue"), never)
+    monkeypatch.setattr(device_module, "measure_replay_s", lambda *arguments: 123.0)
+    device.apply(make_updates(1, 1))
+    assert device.pace().replay_s == 123.0, "a single round tells nothing"
+    device.apply(make_updates(2, 100))
+    assert 0 < device.pace().replay_s < 1.0
