@@ -249,7 +249,7 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     first, last = tail.marks[0], tail.marks[-1]
     pipe.send(
         {
-            "round_s": [seconds for _, _, seconds in store.losses(RUN)],
+            "round_s": [row.seconds for row in store.rounds(RUN)],
             "wall_s": last.wall_s - first.wall_s,
             "cpu_s": last.cpu_s - first.cpu_s,
             "marked_bytes": _total(last.wire_bytes) - _total(first.wire_bytes),
