@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -52,6 +53,14 @@ template = "{text} it was"
 labels = ["0", "1"]
 verbalizers = ["bad", "good"]
 """
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, for a service that is to come back on it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 class Device:
@@ -169,6 +178,6 @@ async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> Async
         yield Service(coordinator, token, folder, await listening, task, said)
     finally:
         if not task.done():
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
         await asyncio.wait({task}, timeout=20.0)
         store.close()

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
@@ -25,6 +25,9 @@ from hosl_cloud.store import Store
 from hosl_cloud.tokens import load_or_make_token
 from hosl_protocol import BundleError, ExitCode, Manifest, SettingsError, load_manifest
 from hosl_protocol.terminal import add_common_options, run_command
+
+if TYPE_CHECKING:
+    from hosl_cloud.run import Run
 
 DATABASE = "hosl.sqlite"
 
@@ -55,6 +58,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
     parser.add_argument("--once", action="store_true", help="leave when the run has ended")
+    parser.add_argument("--new", action="store_true", help="begin a new run, even where an unfinished one could go on")
     add_common_options(parser)
     parser.set_defaults(command=_serve)
 
@@ -114,7 +118,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise SettingsError("baseline", config.baseline, "baselines are for hosl-cloud simulate: remove it")
     options.data_dir.mkdir(parents=True, exist_ok=True)
     ending = asyncio.run(_serve_run(options, listen, manifest, config))
-    return int(ExitCode.INTERRUPTED if ending == "stopped" else ExitCode.OK)
+    return int(ExitCode.INTERRUPTED if ending in ("stopped", "paused") else ExitCode.OK)
 
 
 async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Manifest, config: RunConfig) -> str:
@@ -124,31 +128,64 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
     from hosl_cloud.coordinator import Coordinator
-    from hosl_cloud.run import Run
     from hosl_cloud.service import serve
 
     store = Store(options.data_dir / DATABASE)
     try:
-        for lost in store.end_interrupted_runs():
-            _say(f"run {lost} was cut off when the service stopped; it is kept as failed")
-        run = _new_run_id(config.name, store)
-        bundle = options.bundle.resolve()
-        folder = _run_folder(options.data_dir, run)
-        coordinator = Coordinator(Run(run, config, manifest, bundle, folder, store), _say)
-        await coordinator.prepare()
-        store.create_run(run, bundle, manifest.shard_digest, config)
+        run, checkpoint = _open_run(options, manifest, config, store)
+        coordinator = Coordinator(run, _say)
+        try:
+            await coordinator.prepare(checkpoint)
+        except Exception:
+            if not run.round:  # what never began is not to go on
+                store.set_state(run.id, "failed")
+            raise
 
         def on_listening(address: str) -> None:
-            waits = f"waits for {config.devices.start_with} device{'s' if config.devices.start_with > 1 else ''}"
-            _say(f"run {run}: {config.algorithm}, {config.rounds} rounds, {waits}")
+            _say(f"run {run.id}: {config.algorithm}, {_course(run)}")
             _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
 
         ending = await serve(coordinator, token, listen, on_listening, once=options.once)
-        _say(f"run {run} {ending} at round {coordinator.run.round}; take it with: hosl-cloud merge {run} --out DIR")
+        if ending == "paused":
+            _say(f"run {run.id} pauses at round {run.round}; the same command goes on with it")
+        else:
+            _say(f"run {run.id} {ending} at round {run.round}; take it with: hosl-cloud merge {run.id} --out DIR")
         return ending
     finally:
         store.close()
         lock.close()
+
+
+def _open_run(
+    options: argparse.Namespace, manifest: Manifest, config: RunConfig, store: Store
+) -> tuple[Run, Path | None]:
+    """The unfinished run of these settings and the checkpoint that it goes on from, or a new run."""
+    from hosl_cloud.resume import cut, find_unfinished
+    from hosl_cloud.run import Run
+
+    bundle = options.bundle.resolve()
+    row = None if options.new else find_unfinished(store, manifest, config)
+    for other in store.unfinished_runs():
+        if row is None or other != row.id:
+            store.set_state(other, "stopped")
+            _say(f"run {other} has other settings, or --new was given: it stays as it is, stopped")
+    if row is None:
+        id_ = _new_run_id(config.name, store)
+        store.create_run(id_, bundle, manifest.shard_digest, config)
+        return Run(id_, config, manifest, bundle, _run_folder(options.data_dir, id_), store), None
+    folder = _run_folder(options.data_dir, row.id)
+    found = cut(store, row, folder, _say)
+    again = f"; {found.dropped} rounds after it are made again" if found.dropped else ""
+    _say(f"run {row.id} resumes after round {found.round}{again}")
+    run = Run(row.id, config, manifest, bundle, folder, store, epoch=found.epoch, round=found.round)
+    return run, None if found.checkpoint is None else found.checkpoint.path
+
+
+def _course(run: Run) -> str:
+    if run.round:
+        return f"rounds {run.round + 1} to {run.config.rounds}"
+    count = run.config.devices.start_with
+    return f"{run.config.rounds} rounds, waits for {count} device{'s' if count > 1 else ''}"
 
 
 def _lock(data_dir: Path) -> TextIO:

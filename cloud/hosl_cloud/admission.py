@@ -108,14 +108,15 @@ class Admission:
 
     async def _bring_up(self, peer: Peer, hello: Hello) -> bool:
         """Welcome, then CatchUp and Ready until the device stands at our round with our digest."""
-        run, plan = self.run, _plan(self.run, hello)
-        applied = hello.applied_round if plan == "continue" and hello.run == run.id else 0
+        run = self.run
+        cut = await asyncio.to_thread(run.store.lowest_cut, run.id, hello.epoch)
+        plan, applied = _plan(run, hello, cut)
         snapshot = await self.snapshots.offer(hello, applied)
         if snapshot is not None:
             plan, applied = "snapshot", snapshot.round
         attempts: list[tuple[Plan, int, Snapshot | None]] = [(plan, applied, snapshot), ("rebuild", 0, None)]
         for attempt, start, base in attempts:
-            self._welcome(peer, attempt, base)
+            self._welcome(peer, attempt, start, base)
             ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
             if ready.weights_digest == run.digests.get(ready.applied_round):
                 await self._make_ready(peer, ready)
@@ -124,7 +125,7 @@ class Admission:
         peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))
         return False
 
-    def _welcome(self, peer: Peer, plan: Plan, snapshot: Snapshot | None) -> None:
+    def _welcome(self, peer: Peer, plan: Plan, applied: int, snapshot: Snapshot | None) -> None:
         if snapshot is not None:
             self.say(f"device {peer.name} takes a snapshot of round {snapshot.round} instead of replaying")
         welcome = Welcome(
@@ -135,6 +136,7 @@ class Admission:
             settings=self.run.settings,
             plan=plan,
             snapshot=snapshot,
+            rewind_to=applied if plan == "rewind" else 0,
         )
         peer.tell(welcome)
 
@@ -213,7 +215,16 @@ def aside(strikes: int, limit: int) -> Refusal | None:
     return Refusal(code="device", reason=reason, retry=False)
 
 
-def _plan(run: Run, hello: Hello) -> Plan:
-    """Rebuild where the journal is another run's or another epoch's, or ahead of us."""
-    is_strange = hello.run != run.id or hello.epoch != run.epoch or hello.applied_round > run.round
-    return "rebuild" if hello.run is not None and is_strange else "continue"
+def _plan(run: Run, hello: Hello, cut: int | None) -> tuple[Plan, int]:
+    """How a device reaches the run's state, and the round that it then starts from.
+
+    `cut` is the lowest round at which the run was cut since the device's epoch; None where it was not.
+    """
+    if hello.run is None:
+        return "continue", 0
+    latest = run.round if cut is None else cut
+    if hello.run != run.id or hello.epoch > run.epoch or (cut is None and hello.applied_round > latest):
+        return "rebuild", 0
+    if hello.applied_round <= latest:
+        return "continue", hello.applied_round
+    return ("rewind", latest) if latest >= hello.base_round else ("rebuild", 0)

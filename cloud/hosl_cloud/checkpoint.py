@@ -129,14 +129,27 @@ def read_info(path: Path) -> CheckpointInfo:
         raise CheckpointDamaged(_info_path(path), str(error)) from error
 
 
-def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """All tensors of a checkpoint, after its digest was checked. Raises CheckpointMissing and CheckpointDamaged."""
+def verify(path: Path) -> CheckpointInfo:
+    """Check a checkpoint's digest. Raises CheckpointMissing and CheckpointDamaged."""
     info = read_info(path)
     if not path.is_file():
         raise CheckpointMissing(path, "the file is gone")
     digest = sha256_of_file(path)
     if digest != info.sha256:
         raise CheckpointDamaged(path, f"SHA-256 is {digest}, expected {info.sha256}")
+    return info
+
+
+def set_aside(path: Path) -> None:
+    """Let a checkpoint count no more, its files kept under another name."""
+    for each in (_info_path(path), path):
+        if each.exists():
+            each.replace(each.with_name(each.name + ".aside"))
+
+
+def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """All tensors of a checkpoint, after its digest was checked. Raises CheckpointMissing and CheckpointDamaged."""
+    info = verify(path)
     return info, safetensors.torch.load_file(path)
 
 

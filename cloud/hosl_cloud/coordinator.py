@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,23 +15,26 @@ import numpy as np
 
 from hosl_cloud import metrics
 from hosl_cloud.admission import Admission, aside
-from hosl_cloud.checkpoint import Metrics, prune_checkpoints, rank, save_checkpoint
+from hosl_cloud.checkpoint import Metrics, load_checkpoint, prune_checkpoints, rank, save_checkpoint
 from hosl_cloud.evaluation import evaluate
-from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError
+from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
 from hosl_cloud.exchange import Exchange, Fault, RoundContext
-from hosl_cloud.fleet import Fleet
+from hosl_cloud.fleet import Fleet, Waiting
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
-from hosl_cloud.run import Ending, Run
+from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import Complete, Manifest, Update, UpdateRecord, sample_devices
+from hosl_protocol import Complete, Manifest, Refusal, Update, UpdateRecord, sample_devices
 
 log = logging.getLogger(__name__)
 
 MAX_FRUITLESS = 5
 """Tries of one round after which the run fails."""
+
+DISK_PAUSE_S = 5.0
+"""Between tries to write to a full disk."""
 
 T = TypeVar("T")
 
@@ -64,13 +67,20 @@ class Coordinator:
         """Tries of a round in a row that came to nothing."""
         self._counted_bytes = metrics.total_wire_bytes()
         self._is_checkpoint_due = False
-        self._is_stopping = False
+        self._checkpointed_at = time.monotonic()
+        self._is_stopping = self._is_pausing = False
 
-    async def prepare(self) -> None:
-        """Load the tail and the mirror of the client's weights."""
+    async def prepare(self, checkpoint: Path | None = None) -> None:
+        """Load the tail, as it is in `checkpoint` where the run goes on from one, and the mirror of the client's
+        weights at the run's round."""
         run = self.run
         self.trainer = await self._compute(lambda: self._make_tail(run.bundle, run.manifest, run.config))
+        if checkpoint is not None:
+            await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
+        self._checkpointed = run.round
+        for evaluation in self.store.evaluations(run.id):
+            self._note_rank(evaluation)
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the one thread that owns the tail and the mirror."""
@@ -80,19 +90,18 @@ class Coordinator:
         """Stop the compute thread."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def request_stop(self) -> None:
-        """End the run after the round that is under way."""
-        self._is_stopping = True
+    async def request_stop(self, *, pause: bool) -> None:
+        """End the run after the round that is under way, or `pause` it, so that a later service goes on with it."""
+        self._is_stopping, self._is_pausing = True, pause
         await self.fleet.notify()
 
-    async def train(self) -> Ending:
+    async def train(self) -> Ending | Paused:
         """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        await self._set_state("pending")
-        await self._wait_for_devices(self.config.devices.start_with, timeout_s=None)
-        self._roster = self.fleet.ready_names()
+        self._roster = self.store.roster(run.id)
+        if run.round == 0:
+            await self._begin()
         await self._set_state("running")
-        await self._evaluate()
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
                 continue
@@ -101,10 +110,35 @@ class Coordinator:
                 await self._evaluate()
                 if self._is_overdue() and run.round < rounds:
                     return await self._finish("stopped-early")
-            if self._is_checkpoint_due:
+            if self._is_checkpoint_due or self._is_checkpoint_time():
                 await self._checkpoint(None)
                 self._is_checkpoint_due = False
-        return await self._finish("completed" if run.round == rounds else "stopped")
+        if run.round == rounds:
+            return await self._finish("completed")
+        return await self._pause() if self._is_pausing else await self._finish("stopped")
+
+    async def _begin(self) -> None:
+        """Wait for the devices to start with, and measure where the run begins."""
+        await self._set_state("pending")
+        enough = max(self.config.devices.start_with, len(self._roster))
+        await self._wait_for_devices(enough, timeout_s=None)
+        if not self._roster and not self._is_stopping:
+            self._roster = self.fleet.ready_names()
+            await asyncio.to_thread(self.store.set_roster, self.run.id, self._roster)
+        if not self._is_stopping:
+            await self._evaluate()
+
+    async def _pause(self) -> Paused:
+        """Leave everything so that a later service goes on with this round."""
+        await self._checkpoint(None)
+        await self.pause()
+        return "paused"
+
+    async def pause(self) -> None:
+        """Tell every device to come back, and the store."""
+        await self._set_state("paused")
+        for peer in list(self.fleet.peers.values()):
+            peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
 
     async def _set_state(self, state: str) -> None:
         await asyncio.to_thread(self.store.set_state, self.run.id, state)
@@ -132,9 +166,7 @@ class Coordinator:
         devices, round_ = self.config.devices, self.run.round + 1
         if self.config.strict:
             chosen = sample_devices(self.config.seed, round_, self._roster, devices.per_round)
-            await self.fleet.wait_until(
-                lambda: self._is_stopping or set(chosen) <= set(self.fleet.ready_names()), timeout_s=None
-            )
+            await self.fleet.wait_until(lambda: self._is_stopping or self._is_complete(chosen), timeout_s=None)
             return chosen
         limit_s = devices.rejoin_deadline_s
         try:
@@ -157,7 +189,8 @@ class Coordinator:
         # The mirror refuses weights that diverge; then nothing is stored or sent.
         known = len(self.run.mirror.coarsenings)
         await self._compute(lambda: self.run.apply(update))
-        await self._compute(
+        wire_bytes = self._count_bytes()
+        await self._durably(
             lambda: self.store.add_round(
                 self.run.id,
                 self.run.epoch,
@@ -165,7 +198,7 @@ class Coordinator:
                 seconds=seconds,
                 loss=outcome.loss,
                 devices=outcome.devices,
-                wire_bytes=self._count_bytes(),
+                wire_bytes=wire_bytes,
             )
         )
         self.run.round = update.round
@@ -221,23 +254,40 @@ class Coordinator:
             peer.end(refusal)
 
     async def _evaluate(self) -> None:
-        devices = [name for name in self.fleet.ready_names() if self.fleet.peers[name].eval_examples]
-        evaluation: Evaluation | None = None
-        if devices:
-            evaluation = await self._drive(evaluate(self._context(self.run.round, devices)))
+        evaluation = await self._score()
         if evaluation is None:
             await self._checkpoint(None)
             return
-        await asyncio.to_thread(self.store.add_evaluation, self.run.id, self.run.epoch, evaluation)
+        await self._durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
         metrics.eval_accuracy.set(evaluation.accuracy)
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
         )
+        self._note_rank(evaluation)
+        await self._checkpoint(evaluation)
+
+    async def _score(self) -> Evaluation | None:
+        """What the devices' held-out data scores; a strict run asks all its devices until they have all answered."""
+        while True:
+            if self.config.strict:
+                await self.fleet.wait_until(lambda: self._is_stopping or self._is_complete(self._roster), None)
+            devices = [name for name in self.fleet.ready_names() if self.fleet.peers[name].eval_examples]
+            if self.config.strict:
+                devices = [name for name in devices if name in self._roster]
+            if not devices or self._is_stopping:
+                return None
+            evaluation = await self._drive(evaluate(self._context(self.run.round, devices)))
+            if not self.config.strict or self._is_complete(self._roster):
+                return evaluation
+
+    def _is_complete(self, devices: Collection[str]) -> bool:
+        return set(devices) <= set(self.fleet.ready_names())
+
+    def _note_rank(self, evaluation: Evaluation) -> None:
         self._since_best += 1
         if self._best is None or self._rank(evaluation) > self._rank(self._best):
             self._best, self._since_best = evaluation, 0
-        await self._checkpoint(evaluation)
 
     def _rank(self, evaluation: Evaluation) -> tuple[float, float]:
         return rank(_metrics(evaluation), self.config.task.kind)
@@ -250,12 +300,39 @@ class Coordinator:
         """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
         if self._checkpointed == self.run.round:
             return
+        keep = self.config.checkpoints.keep
         scores = None if evaluation is None else _metrics(evaluation)
-        await self._compute(
-            lambda: save_checkpoint(self.run.folder, self.run.round, self.run.epoch, self.trainer, self.config, scores)
+        run = self.run
+        await self._durably(
+            lambda: save_checkpoint(run.folder, run.round, run.epoch, self.trainer, self.config, scores)
         )
-        await self._compute(lambda: prune_checkpoints(self.run.folder))
-        self._checkpointed = self.run.round
+        await self._compute(lambda: prune_checkpoints(run.folder, keep))
+        self._checkpointed, self._checkpointed_at = run.round, time.monotonic()
+
+    def _is_checkpoint_time(self) -> bool:
+        settings = self.config.checkpoints
+        is_due = bool(settings.every) and self.run.round % settings.every == 0
+        is_late = bool(settings.minutes) and time.monotonic() - self._checkpointed_at >= 60.0 * settings.minutes
+        return is_due or is_late
+
+    async def _durably(self, work: Callable[[], object]) -> None:
+        """Write to disk; where that is full, the run waits for room, and says so."""
+        while True:
+            try:
+                await self._compute(work)
+            except (OSError, StoreError) as error:
+                if not is_disk_full(error):
+                    raise
+                if self.fleet.waiting is None:
+                    self.say(f"the disk is full ({error}); the run goes on when there is room")
+                    await self._set_waiting("room on the disk")
+                await asyncio.sleep(DISK_PAUSE_S)
+            else:
+                self.fleet.waiting = None
+                return
+
+    async def _set_waiting(self, what: str) -> None:
+        self.fleet.waiting = Waiting(what, (), time.time())
 
     async def _finish(self, ending: Ending) -> Ending:
         await self._checkpoint(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from hosl_protocol import ExitCode, HoslError, ProtocolError, SettingsError
@@ -126,3 +127,15 @@ class ServiceError(CloudError):
     """The service can't listen where it was told to."""
 
     exit_code = ExitCode.SETTINGS
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room, however the library says it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "disk is full" in str(cause) or "No space left" in str(cause):
+            return True
+        cause = cause.__cause__
+    return False

@@ -12,6 +12,9 @@ from hosl_cloud.store import Store
 from hosl_protocol import ClientWeights, Manifest, RunSettings, UpdateRecord, make_client_weights
 
 Ending = Literal["completed", "stopped-early", "stopped", "failed"]
+"""How a run ends; a paused one does not."""
+
+Paused = Literal["paused"]
 
 KEPT_DIGESTS = 16
 """Rounds whose digest is remembered; a device that reports on an older one is not checked."""
@@ -43,6 +46,7 @@ class Run:
         """Read the mirror of the client's weights: slow, off the event loop."""
         weights = load_shard_weights(self.bundle, self.manifest, only_trainable=True)
         self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.settings)
+        self.mirror.apply(self.store.updates(self.id, 1, self.round))
         self.note_digest()
 
     def apply(self, update: UpdateRecord) -> None:

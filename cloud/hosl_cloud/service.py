@@ -26,7 +26,7 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.peer import Peer, PeerGone
-from hosl_cloud.run import Ending
+from hosl_cloud.run import Ending, Paused
 from hosl_protocol import PIECE_BYTES
 from hosl_protocol.manifest import MANIFEST
 
@@ -153,19 +153,19 @@ class _Server(uvicorn.Server):
 
 async def serve(
     coordinator: Coordinator, token: str, listen: Listen, on_listening: Callable[[str], None], *, once: bool
-) -> Ending:
+) -> Ending | Paused:
     """Run the service until a signal, or with `once` until the run has ended. Raises what ended the run."""
     listener = _bind(listen)
     server = _Server(_uvicorn_config(make_app(coordinator, token), listen))
-    stopping = asyncio.Event()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
     gc.freeze()
     try:
         on_listening(_address(listener, listen))
-        return await _train_until(coordinator, stopping, once=once)
+        return await _train_until(coordinator, signals, once=once)
     finally:
         await _hang_up(coordinator)
         server.should_exit = True
@@ -212,30 +212,34 @@ def _address(listener: socket.socket, listen: Listen) -> str:
     return f"{listen.scheme}://{host}:{port}"
 
 
-async def _train_until(coordinator: Coordinator, stopping: asyncio.Event, *, once: bool) -> Ending:
+async def _train_until(
+    coordinator: Coordinator, signals: asyncio.Queue[signal.Signals], *, once: bool
+) -> Ending | Paused:
+    """SIGTERM pauses the run, which a later service resumes; SIGINT ends it."""
     training = asyncio.create_task(coordinator.train())
-    stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait({training, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    signalled = asyncio.create_task(signals.get())
+    await asyncio.wait({training, signalled}, return_when=asyncio.FIRST_COMPLETED)
     if not training.done():
-        await coordinator.request_stop()
+        pause = signalled.result() == signal.SIGTERM
+        await coordinator.request_stop(pause=pause)
         await asyncio.wait({training}, timeout=2 * coordinator.run.config.devices.round_deadline_s)
         while not training.done():
             # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
             training.cancel()
             await asyncio.wait({training}, timeout=0.5)
         if training.cancelled():
-            await coordinator.end("stopped")
-            return "stopped"
+            await (coordinator.pause() if pause else coordinator.end("stopped"))
+            return "paused" if pause else "stopped"
     try:
         ending = training.result()
     except Exception:
-        stopped.cancel()
+        signalled.cancel()
         with contextlib.suppress(Exception):
             await coordinator.end("failed")
         raise
-    if not once:
-        await stopped
-    stopped.cancel()
+    if not once and ending != "paused":
+        await signalled
+    signalled.cancel()
     return ending
 
 

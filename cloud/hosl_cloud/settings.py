@@ -65,6 +65,17 @@ class EvaluationSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unkno
     """Evaluations without improvement after which the run stops; 0 never stops early."""
 
 
+class CheckpointSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[checkpoints]`: what a run that is cut off goes on from; one is also made at every evaluation."""
+
+    every: int = 50
+    """Rounds between checkpoints; 0 makes none by rounds."""
+    minutes: float = 10.0
+    """Time after which one is due; 0 makes none by time."""
+    keep: int = 2
+    """Newest checkpoints that stay, beside the best."""
+
+
 class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """`[devices]`: who takes part, and how long they are waited for."""
 
@@ -116,6 +127,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     client: ClientOptimizer = ClientOptimizer()
     tail: TailSettings = TailSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
     devices: DeviceSettings = DeviceSettings()
     augmentation: Augmentation = Augmentation()
 
@@ -200,6 +212,8 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     for name, count in (
         ("evaluation.every", config.evaluation.every),
         ("evaluation.patience", config.evaluation.patience),
+        ("checkpoints.every", config.checkpoints.every),
+        ("checkpoints.minutes", config.checkpoints.minutes),
         ("devices.per_round", config.devices.per_round),
         ("devices.strikes", config.devices.strikes),
         ("devices.clip", config.devices.clip),
@@ -210,6 +224,8 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     ):
         if not (math.isfinite(count) and count >= 0):
             raise SettingsError(name, count, "use 0 or more")
+    if config.checkpoints.keep < 1:
+        raise SettingsError("checkpoints.keep", config.checkpoints.keep, "use 1 or more")
     _check_devices(config.devices)
 
 

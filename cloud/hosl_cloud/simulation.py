@@ -62,7 +62,9 @@ async def simulate(run: Run, data: Path, held_out: Path | None, partition: Parti
         await coordinator.prepare()
         for device in make_devices(site, partition, run.config.devices.start_with):
             coordinator.fleet.peers[device.name] = device
-        return await coordinator.train()
+        ending = await coordinator.train()
+        assert ending != "paused"
+        return ending
     except BaseException:
         run.store.set_state(run.id, "failed")
         raise

@@ -21,7 +21,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -79,6 +79,10 @@ _MIGRATIONS = (
     _FIRST_SCHEMA,
     "ALTER TABLE devices ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;"
     "ALTER TABLE rounds ADD COLUMN wire_bytes INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE runs ADD COLUMN roster TEXT NOT NULL DEFAULT '[]';"
+    "ALTER TABLE evaluations ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0;"
+    "CREATE TABLE cuts (run TEXT NOT NULL REFERENCES runs (id), epoch INTEGER NOT NULL, round INTEGER NOT NULL, "
+    "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -206,16 +210,53 @@ class Store:
         return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
 
     def set_state(self, run: str, state: str) -> None:
-        """pending, running, completed, failed or stopped."""
+        """pending, running, paused, completed, failed or stopped."""
         with self._transaction() as database:
             database.execute("UPDATE runs SET state = ? WHERE id = ?", (state, run))
 
-    def end_interrupted_runs(self) -> list[str]:
-        """Mark runs that a stopped service left open as failed; their ids."""
-        with self._transaction() as database:
-            rows = database.execute("SELECT id FROM runs WHERE state IN ('pending', 'running')").fetchall()
-            database.execute("UPDATE runs SET state = 'failed' WHERE state IN ('pending', 'running')")
+    def unfinished_runs(self) -> list[str]:
+        """Runs that a service left open when it stopped, oldest first."""
+        rows = self._query(
+            "SELECT id FROM runs WHERE state IN ('pending', 'running', 'paused') ORDER BY created_at, rowid"
+        )
         return [row["id"] for row in rows]
+
+    def cut_run(self, run: str, round_: int) -> int:
+        """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins.
+
+        Where nothing came later the epoch stays. The epoch; all in one transaction.
+        """
+        with self._transaction() as database:
+            later = "run = ? AND round > ? AND NOT superseded"
+            (count,) = database.execute(f"SELECT count(*) FROM rounds WHERE {later}", (run, round_)).fetchone()
+            (epoch,) = database.execute("SELECT epoch FROM runs WHERE id = ?", (run,)).fetchone()
+            database.execute(f"UPDATE rounds SET superseded = 1 WHERE {later}", (run, round_))
+            database.execute(f"UPDATE evaluations SET superseded = 1 WHERE {later}", (run, round_))
+            if count:
+                epoch += 1
+                database.execute(
+                    "INSERT INTO cuts (run, epoch, round, made_at) VALUES (?, ?, ?, ?)",
+                    (run, epoch, round_, time.time()),
+                )
+            database.execute("UPDATE runs SET epoch = ?, round = ? WHERE id = ?", (epoch, round_, run))
+        return int(epoch)
+
+    def lowest_cut(self, run: str, epoch: int) -> int | None:
+        """The lowest round at which the run was cut since `epoch`; None where it was not."""
+        (row,) = self._query("SELECT min(round) AS round FROM cuts WHERE run = ? AND epoch > ?", (run, epoch))
+        return None if row["round"] is None else int(row["round"])
+
+    def set_roster(self, run: str, devices: Sequence[str]) -> None:
+        """The devices with which a strict run began."""
+        with self._transaction() as database:
+            names = msgspec.json.encode(list(devices)).decode()
+            database.execute("UPDATE runs SET roster = ? WHERE id = ?", (names, run))
+
+    def roster(self, run: str) -> list[str]:
+        """The devices with which a strict run began; empty before."""
+        (row,) = self._query("SELECT roster FROM runs WHERE id = ?", (run,))
+        names: list[str] = msgspec.json.decode(row["roster"])
+        return names
 
     def add_round(
         self,
@@ -273,6 +314,10 @@ class Store:
         """The result of an evaluation round; a repeat at the same round replaces it."""
         with self._transaction() as database:
             database.execute(
+                "UPDATE evaluations SET superseded = 1 WHERE run = ? AND round = ? AND epoch < ?",
+                (run, evaluation.round, epoch),
+            )
+            database.execute(
                 "INSERT OR REPLACE INTO evaluations (run, epoch, round, loss, correct, scored) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 (run, epoch, evaluation.round, evaluation.loss, evaluation.correct, evaluation.scored),
@@ -281,7 +326,8 @@ class Store:
     def evaluations(self, run: str) -> list[Evaluation]:
         """All evaluations in order."""
         rows = self._query(
-            "SELECT round, loss, correct, scored FROM evaluations WHERE run = ? ORDER BY epoch, round", (run,)
+            "SELECT round, loss, correct, scored FROM evaluations WHERE run = ? AND NOT superseded ORDER BY round",
+            (run,),
         )
         return [Evaluation(**row) for row in map(dict, rows)]
 

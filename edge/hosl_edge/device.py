@@ -19,7 +19,7 @@ from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError
 from hosl_edge.fetch import part_of
 from hosl_edge.images import blank_images, load_images
-from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
+from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal, read_updates
 from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
 from hosl_edge.pace import RATED_COEFFICIENTS, Pace, load_link, measure_replay_s, save_link
 from hosl_edge.settings import EdgeSettings
@@ -30,6 +30,7 @@ from hosl_protocol import (
     ClientState,
     ClientWeights,
     HoslError,
+    IrreversibleError,
     Manifest,
     ProtocolError,
     RunSettings,
@@ -129,8 +130,8 @@ class Device:
         """The state that the journal begins at. Raises SnapshotError."""
         path = snapshot_path(self._state, header.base_sha256)
         facts, state = read_snapshot(path, header.base_sha256, self.manifest)
-        if (facts.run, facts.epoch, facts.round) != (header.run, header.epoch, header.base_round):
-            raise SnapshotError(path, f"it is of run {facts.run}, epoch {facts.epoch}, round {facts.round}")
+        if (facts.run, facts.round) != (header.run, header.base_round):
+            raise SnapshotError(path, f"it is of run {facts.run}, round {facts.round}")
         return state
 
     def _forget(self) -> None:
@@ -159,6 +160,8 @@ class Device:
             self._rebase(header, welcome.snapshot, fetch)
         elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._restart(header)
+        elif welcome.plan == "rewind" or self.header.epoch != header.epoch:
+            self._rewind(header.rebased(self.header), welcome)
         if self._loaded_for != welcome.settings:
             self._load_data(welcome.settings)
             self._open_shard(welcome.settings)
@@ -183,6 +186,37 @@ class Device:
             if isinstance(error, SnapshotError):
                 raise
             raise SnapshotError(path, str(error)) from error
+
+    def _rewind(self, header: JournalHeader, welcome: Welcome) -> None:
+        """Go over to the Welcome's epoch, and take back what the cloud has lost. Raises ProtocolError."""
+        assert self.weights is not None
+        assert self._journal is not None
+        last = welcome.rewind_to if welcome.plan == "rewind" else self.applied_round
+        if not header.base_round <= last <= self.applied_round:
+            raise ProtocolError(
+                f"rewind to round {last}, this device holds {header.base_round} to {self.applied_round}"
+            )
+        updates = read_updates(self._state)
+        kept = [update for update in updates if update.round <= last]
+        dropped = updates[len(kept) :]
+        if dropped:
+            log.warning("the cloud went back to round %d; %d rounds are taken back", last, len(dropped))
+        try:
+            self.weights.revert(dropped)
+        except IrreversibleError:
+            self._reset(header)
+            self.weights.apply(kept)
+        self._journal.close()
+        self._journal = create_journal(self._state, msgspec.structs.replace(header, epoch=welcome.epoch), kept)
+
+    def _reset(self, header: JournalHeader) -> None:
+        """Weights as the journal's base has them."""
+        if self.weights is not None:
+            self.weights.close()
+        self.shard.reset()
+        self.weights = self._new_weights(header.settings)
+        if header.base_sha256:
+            self.weights.load_state(self._read_snapshot(header))
 
     def _restart(self, header: JournalHeader, state: ClientState | None = None) -> None:
         """An empty journal, and the weights of the base shard or of a snapshot."""

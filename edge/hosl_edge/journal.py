@@ -41,9 +41,13 @@ class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
     """Digest of the snapshot file of that round; empty with round 0."""
 
     def belongs_with(self, other: JournalHeader) -> bool:
-        """Whether both are of one run, wherever their updates begin."""
-        return msgspec.structs.replace(self, base_round=0, base_sha256="") == msgspec.structs.replace(
-            other, base_round=0, base_sha256=""
+        """Whether both are of one run, wherever their updates begin and in whichever epoch."""
+        return self.rebased(other) == other
+
+    def rebased(self, other: JournalHeader) -> JournalHeader:
+        """This header with the base and the epoch of another."""
+        return msgspec.structs.replace(
+            self, epoch=other.epoch, base_round=other.base_round, base_sha256=other.base_sha256
         )
 
 
@@ -75,16 +79,23 @@ class Journal:
             self._file.close()
 
 
-def create_journal(folder: Path, header: JournalHeader) -> Journal:
-    """An empty journal for a run, in place of any other; atomic."""
+def create_journal(folder: Path, header: JournalHeader, updates: Sequence[UpdateRecord] = ()) -> Journal:
+    """A journal with these updates, in place of any other; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
     path, new = journal_path(folder), journal_path(folder).with_suffix(".new")
     with new.open("wb") as file:
         file.write(_record(msgspec.json.encode(header)))
+        file.writelines(_record(_encode_update(update)) for update in updates)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
     return Journal(path, header)
+
+
+def read_updates(folder: Path) -> list[UpdateRecord]:
+    """The updates of the journal in `folder`."""
+    records = list(_records(journal_path(folder).read_bytes()))
+    return [_decode_update(payload) for _, payload in records[1:]]
 
 
 def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:

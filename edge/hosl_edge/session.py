@@ -189,6 +189,7 @@ class Session:
                 weights_digest=await _in_thread(device.digest),
                 replay_s=pace.replay_s,
                 link_bytes_per_s=pace.link_bytes_per_s,
+                base_round=header.base_round if header else 0,
             )
         )
 

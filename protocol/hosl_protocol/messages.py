@@ -33,7 +33,7 @@ Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Exponent: TypeAlias = Annotated[int, msgspec.Meta(ge=-200, le=200)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
-Plan: TypeAlias = Literal["continue", "rebuild", "snapshot"]
+Plan: TypeAlias = Literal["continue", "rebuild", "snapshot", "rewind"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -92,6 +92,8 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     """Seconds in which the device replays one coefficient; 0 where it does not know."""
     link_bytes_per_s: Rate = 0.0
     """Speed of its last download; 0 where it does not know."""
+    base_round: RoundNumber = 0
+    """The earliest round that it can go back to by itself."""
 
 
 class Snapshot(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -115,9 +117,12 @@ class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
     settings: RunSettings
     plan: Plan
     """`continue`: add what CatchUp brings; `rebuild`: drop the journal and start at the base shard; `snapshot`: drop
-    it and start at the snapshot."""
+    it and start at the snapshot; `rewind`: take back the rounds after `rewind_to`. Whatever the plan,
+    the device is in the Welcome's epoch from here on."""
     snapshot: Snapshot | None = None
     """Where the plan is `snapshot`."""
+    rewind_to: RoundNumber = 0
+    """Where the plan is `rewind`: the last round to keep, as the cloud lost those after it."""
 
 
 class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):

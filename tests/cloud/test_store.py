@@ -138,14 +138,47 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
     assert path.read_bytes() == before
 
 
-def test_runs_that_a_crash_left_open_are_marked(store: Store, tmp_path: Path) -> None:
-    for name, state in (("run-2", "running"), ("run-3", "completed"), ("run-4", "stopped")):
+def test_runs_that_a_crash_left_open_are_found(store: Store, tmp_path: Path) -> None:
+    for name, state in (("run-2", "running"), ("run-3", "completed"), ("run-4", "stopped"), ("run-5", "paused")):
         store.create_run(name, tmp_path, "5" * 64, CONFIG)
         store.set_state(name, state)
-    assert sorted(store.end_interrupted_runs()) == ["run-1", "run-2"]
-    states = {run: store.run(run).state for run in store.run_ids()}
-    assert states == {"run-1": "failed", "run-2": "failed", "run-3": "completed", "run-4": "stopped"}
-    assert store.end_interrupted_runs() == []
+    assert store.unfinished_runs() == ["run-1", "run-2", "run-5"]
+
+
+def test_a_cut_begins_an_epoch_and_keeps_what_it_drops_as_superseded(store: Store) -> None:
+    for round_ in range(1, 8):
+        add_round(store, round_)
+    store.add_evaluation("run-1", 0, Evaluation(4, 0.5, 3, 4))
+    store.add_evaluation("run-1", 0, Evaluation(6, 0.5, 3, 4))
+    assert store.lowest_cut("run-1", 0) is None
+    assert store.cut_run("run-1", 5) == 1
+    assert [update.round for update in store.updates("run-1", 1, 100)] == [1, 2, 3, 4, 5]
+    assert [row.round for row in store.rounds("run-1")] == [1, 2, 3, 4, 5]
+    assert [evaluation.round for evaluation in store.evaluations("run-1")] == [4]
+    assert (store.run("run-1").epoch, store.run("run-1").round) == (1, 5)
+    store.add_round("run-1", 1, UpdateRecord(6, np.zeros(2, np.float32), 0.0), seconds=1.0, loss=0.5, devices=["a"])
+    assert [update.round for update in store.updates("run-1", 1, 100)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_cut_that_drops_nothing_stays_in_its_epoch(store: Store) -> None:
+    add_round(store, 1)
+    assert store.cut_run("run-1", 1) == 0
+    assert store.lowest_cut("run-1", 0) is None
+
+
+def test_the_lowest_cut_since_an_epoch_decides(store: Store) -> None:
+    for epoch, (last, cut) in enumerate([(10, 8), (9, 3), (6, 5)]):
+        for round_ in range(store.run("run-1").round + 1, last + 1):
+            update = UpdateRecord(round_, np.zeros(2, np.float32), 0.0)
+            store.add_round("run-1", epoch, update, seconds=1.0, loss=0.5, devices=["a"])
+        assert store.cut_run("run-1", cut) == epoch + 1
+    assert [store.lowest_cut("run-1", epoch) for epoch in range(4)] == [3, 3, 5, None]
+
+
+def test_the_roster_of_a_strict_run_is_kept(store: Store, tmp_path: Path) -> None:
+    assert store.roster("run-1") == []
+    store.set_roster("run-1", ["a", "b"])
+    assert store.roster("run-1") == ["a", "b"]
 
 
 def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> None:

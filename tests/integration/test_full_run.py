@@ -244,7 +244,7 @@ def kill_and_restart_a_device(here: Site, damage: Callable[[Path], object]) -> s
     again = here.start_device("pi-1", data=here.folder / "pi-1-train.jsonl")
     here.wait_until(lambda status: status["devices"].get("pi-1", {}).get("is_ready"))
     here.wait_for_round(here.status()["round"] + 5)
-    cloud.send_signal(signal.SIGTERM)
+    cloud.send_signal(signal.SIGINT)
     text = here.finish(cloud, ExitCode.INTERRUPTED)
     ends = [here.summary(device) for device in (again, second)]
     assert ends[0]["rounds"] == ends[1]["rounds"] > 10
@@ -306,7 +306,7 @@ def test_a_stopped_service_tells_its_devices(site: Callable[[str], Site]) -> Non
     cloud = here.start_cloud(settings("ho-sfl", rounds=10**6, learning_rate=1e-6))
     devices = [here.start_device(name) for name in ("pi-1", "pi-2")]
     here.wait_for_round(2)
-    cloud.send_signal(signal.SIGTERM)
+    cloud.send_signal(signal.SIGINT)
     text = here.finish(cloud, ExitCode.INTERRUPTED)
     assert f"run {here.run} stopped" in text
     assert {here.summary(device)["outcome"] for device in devices} == {"stopped"}

@@ -176,10 +176,12 @@ FIELDS = {
         "software": sentences, "device": sentences, "shard_digest": digests, "data_digest": digests,
         "run": st.none() | names, "epoch": counts, "applied_round": rounds,
         "weights_digest": st.just("") | digests, "protocol": counts, "replay_s": numbers, "link_bytes_per_s": numbers,
+        "base_round": rounds,
     },
     Welcome: {
         "run": names, "epoch": counts, "round": rounds, "width": counts, "protocol": counts,
-        "settings": st.builds(make_run_settings), "plan": st.sampled_from(["continue", "rebuild", "snapshot"]),
+        "settings": st.builds(make_run_settings),
+        "plan": st.sampled_from(["continue", "rebuild", "snapshot", "rewind"]), "rewind_to": rounds,
         "snapshot": st.none() | st.builds(Snapshot, round=rounds, size_bytes=counts, sha256=digests),
     },
     CatchUp: {"run": names, "epoch": counts, "first_round": rounds, "last": booleans},

@@ -1,0 +1,145 @@
+"""Which run a restarted service goes on with, and from which checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from hosl_cloud.admission import _plan
+from hosl_cloud.checkpoint import list_checkpoints, save_checkpoint
+from hosl_cloud.resume import Cut, cut, find_unfinished
+from hosl_cloud.run import Run
+from hosl_cloud.store import Store
+from hosl_protocol import Hello, UpdateRecord
+
+
+class Site:
+    """A store with one run that was cut off, and its checkpoints."""
+
+    def __init__(self, bundle: Any, folder: Path) -> None:
+        self.bundle, self.folder = bundle, folder / "run-1"
+        self.trainer = bundle.trainer()
+        self.config = self.trainer.config
+        self.store = Store(folder / "hosl.sqlite")
+        self.store.create_run("run-1", bundle.path, bundle.manifest.shard_digest, self.config)
+        self.store.set_state("run-1", "running")
+        self.said: list[str] = []
+
+    def make_rounds(self, last: int, epoch: int = 0, checkpoints: tuple[int, ...] = ()) -> None:
+        for round_ in range(self.store.run("run-1").round + 1, last + 1):
+            update = UpdateRecord(round_, np.ones(2, np.float32), 0.0)
+            self.store.add_round("run-1", epoch, update, seconds=1.0, loss=1.0, devices=["a"])
+            if round_ in checkpoints:
+                save_checkpoint(self.folder, round_, epoch, self.trainer, self.config)
+
+    def cut(self) -> Cut:
+        return cut(self.store, self.store.run("run-1"), self.folder, self.said.append)
+
+    def in_force(self) -> list[int]:
+        return [update.round for update in self.store.updates("run-1", 1, 1000)]
+
+
+@pytest.fixture
+def site(bundle: Any, tmp_path: Path) -> Site:
+    return Site(bundle, tmp_path)
+
+
+def test_the_newest_checkpoint_decides(site: Site) -> None:
+    site.make_rounds(11, checkpoints=(4, 8))
+    found = site.cut()
+    assert found.checkpoint is not None
+    assert (found.round, found.epoch, found.dropped) == (8, 1, 3)
+    assert found.checkpoint.info.round == 8
+    assert site.in_force() == list(range(1, 9))
+
+
+def test_without_a_checkpoint_the_run_begins_again_at_the_bundle(site: Site) -> None:
+    site.make_rounds(5)
+    assert site.cut() == Cut(0, 1, 5, None)
+    assert site.in_force() == []
+
+
+def test_a_checkpoint_at_the_last_round_drops_nothing(site: Site) -> None:
+    site.make_rounds(4, checkpoints=(4,))
+    found = site.cut()
+    assert (found.round, found.epoch, found.dropped) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(site: Site, damage: str) -> None:
+    site.make_rounds(11, checkpoints=(4, 8))
+    path = site.folder / "epoch-0000-round-000008.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-7])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.with_suffix(".json").write_text("{", encoding="ascii")
+    found = site.cut()
+    assert (found.round, found.dropped) == (4, 7)
+    if damage != "json":
+        assert "epoch-0000-round-000008" in site.said[0]
+        assert [each.info.round for each in list_checkpoints(site.folder)] == [4]
+
+
+def test_a_checkpoint_of_rounds_that_were_dropped_is_not_used_again(site: Site) -> None:
+    site.make_rounds(11, checkpoints=(4, 8))
+    later = site.folder / "epoch-0000-round-000008.safetensors"
+    good = later.read_bytes()
+    later.write_bytes(good[:-1])
+    assert site.cut().round == 4
+    for path in site.folder.glob("*.aside"):  # somebody puts the old files back
+        path.replace(path.with_name(path.name.removesuffix(".aside")))
+    later.write_bytes(good)
+    site.make_rounds(6, epoch=1)
+    found = site.cut()
+    assert (found.round, found.epoch, found.dropped) == (4, 2, 2)
+
+
+def test_a_run_of_other_settings_or_another_bundle_is_not_gone_on_with(site: Site) -> None:
+    manifest = site.bundle.manifest
+    found = find_unfinished(site.store, manifest, site.config)
+    assert found is not None
+    assert found.id == "run-1"
+    assert find_unfinished(site.store, manifest, msgspec.structs.replace(site.config, seed=99)) is None
+    other = msgspec.structs.replace(manifest, tensors=(), split=2, files=())
+    assert (find_unfinished(site.store, other, site.config) is None) == (other.shard_digest != manifest.shard_digest)
+    site.store.set_state("run-1", "completed")
+    assert find_unfinished(site.store, manifest, site.config) is None
+
+
+def hello(**more: Any) -> Hello:
+    return Hello(software="t", device="a", shard_digest="0" * 64, data_digest="0" * 64, **more)
+
+
+@pytest.mark.parametrize(
+    ("journal", "cut_round", "expected"),
+    [
+        ({}, None, ("continue", 0)),
+        ({"run": "run-1", "epoch": 2, "applied_round": 7}, None, ("continue", 7)),
+        ({"run": "run-1", "epoch": 2, "applied_round": 11}, None, ("rebuild", 0)),  # ahead, with no cut to explain it
+        ({"run": "run-1", "epoch": 3, "applied_round": 1}, None, ("rebuild", 0)),
+        ({"run": "other", "epoch": 2, "applied_round": 1}, None, ("rebuild", 0)),
+        ({"run": "run-1", "epoch": 1, "applied_round": 5}, 5, ("continue", 5)),
+        ({"run": "run-1", "epoch": 1, "applied_round": 9}, 5, ("rewind", 5)),
+        ({"run": "run-1", "epoch": 0, "applied_round": 99}, 3, ("rewind", 3)),
+        ({"run": "run-1", "epoch": 0, "applied_round": 99, "base_round": 3}, 3, ("rewind", 3)),
+        ({"run": "run-1", "epoch": 0, "applied_round": 99, "base_round": 4}, 3, ("rebuild", 0)),
+    ],
+)
+def test_a_device_goes_back_to_the_lowest_cut_since_its_epoch(
+    make_bundle: Callable[..., Any], tmp_path: Path, journal: dict[str, Any], cut_round: int | None, expected: Any
+) -> None:
+    bundle = make_bundle()
+    store = Store(tmp_path / "hosl.sqlite")
+    run = Run("run-1", bundle.config(), bundle.manifest, bundle.path, tmp_path, store, epoch=2, round=10)
+    assert _plan(run, hello(**journal), cut_round) == expected
