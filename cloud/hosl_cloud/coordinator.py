@@ -83,7 +83,7 @@ class Coordinator:
     async def train(self) -> Ending:
         """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        await self._set_state("pending")
+        self.store.set_state(run.id, "pending")  # nobody is there yet who would have to wait
         await self._wait_for_devices(self.config.devices.start_with, timeout_s=None)
         self._roster = self.fleet.ready_names()
         await self._set_state("running")
