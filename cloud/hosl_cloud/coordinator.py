@@ -119,7 +119,7 @@ class Coordinator:
 
     async def _begin(self) -> None:
         """Wait for the devices to start with, and measure where the run begins."""
-        await self._set_state("pending")
+        self.store.set_state(self.run.id, "pending")  # nobody is there yet who would have to wait
         enough = max(self.config.devices.start_with, len(self._roster))
         await self._wait_for_devices(enough, timeout_s=None)
         if not self._roster and not self._is_stopping:

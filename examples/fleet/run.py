@@ -21,9 +21,8 @@ METHODS: dict[str, list[str]] = {
     "first-order": ["--baseline", "first-order"],
     "HO-SFL": [],
     "frozen client": ["--set", "algorithm=frozen"],
-    "zeroth-order": ["--baseline", "zeroth-order", "--set", "tail.learning_rate=5e-4"],
 }
-COLORS = {"first-order": "tab:blue", "HO-SFL": "tab:red", "frozen client": "tab:gray", "zeroth-order": "tab:olive"}
+COLORS = {"first-order": "tab:blue", "HO-SFL": "tab:red", "frozen client": "tab:gray"}
 
 
 def main() -> int:
