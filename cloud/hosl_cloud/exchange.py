@@ -129,8 +129,9 @@ class RoundContext:
 
     def start(self) -> Generator[Tell, None, None]:
         """Open the round for every participant."""
+        limit_s = 0.0 if self.config.strict else self.config.devices.round_deadline_s
         for device in self.devices:
-            yield Tell(device, RoundStart(**self.name(0), deadline_s=self.config.devices.round_deadline_s))
+            yield Tell(device, RoundStart(**self.name(0), deadline_s=limit_s))
 
     def combine(self, values: Mapping[str, Doubles], weights: Mapping[str, float]) -> Doubles:
         """The run's average over devices of numbers [P]; zeros where no device has any."""

@@ -15,6 +15,7 @@ from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.fetch import fetch_bundle
 from hosl_edge.memory import keep_heap_small, read_memory
+from hosl_edge.network import NetworkWatch
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings, read_token
 from hosl_protocol import Complete, ProtocolError
@@ -49,6 +50,7 @@ async def run_agent(settings: EdgeSettings) -> Summary:
     display, progress = Display(settings.name), Progress()
     software = f"hosl-edge {importlib.metadata.version('hosl')}"
     device: Device | None = None
+    network = NetworkWatch()
     attempt = 0
     try:
         while True:
@@ -65,8 +67,10 @@ async def run_agent(settings: EdgeSettings) -> Summary:
                 attempt = 1 if device is not None and progress.sent_bytes > sent + 65536 else attempt + 1
                 pause = backoff_s(attempt)
                 display.say(f"{error}; next try in {pause:.1f} s")
-                await asyncio.sleep(pause)
+                if await network.pause(pause):
+                    display.say("the network has changed; trying at once")
     finally:
+        network.close()
         if device is not None:
             device.close()
 

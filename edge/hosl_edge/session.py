@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0
 """A peer that answers no ping for this long, after as long a silence, is gone."""
 
+PATIENCE = 3
+"""Deadlines of a stage for which a device waits for a reply of a cloud that still answers pings."""
+
 T = TypeVar("T")
 
 
@@ -321,7 +324,9 @@ class Session:
         batch = await _in_thread(lambda: train.training_batch(indices, settings, start.round, name))
         steps = step.ROUNDS[settings.algorithm](context, batch)
         began = time.monotonic()
-        interruption = await self._drive(steps, context)
+        # λ may wait for the slowest Anchor and for all that the tail computes before it.
+        patience_s = PATIENCE * start.deadline_s or None
+        interruption = await self._drive(steps, context, patience_s)
         self.progress.step_seconds = time.monotonic() - began
         return interruption
 
@@ -360,8 +365,13 @@ class Session:
             held_sets=device.held_sets,
         )
 
-    async def _drive(self, steps: step.Step, context: step.RoundContext) -> Frame | None:
-        """Run a step to its end, computing in a thread; what the cloud sent instead of a reply, if it did."""
+    async def _drive(
+        self, steps: step.Step, context: step.RoundContext, patience_s: float | None = None
+    ) -> Frame | None:
+        """Run a step to its end, computing in a thread; what the cloud sent instead of a reply, if it did.
+
+        A reply that does not come within `patience_s` ends the device's part.
+        """
         reply: Frame | None = None
         try:
             while True:
@@ -372,7 +382,12 @@ class Session:
                 if isinstance(action, step.Send):
                     self._send(action.message, action.tensors)
                 else:
-                    reply = await self._reply(action.kind, context)
+                    reply = await asyncio.wait_for(self._reply(action.kind, context), patience_s)
+        except asyncio.TimeoutError:
+            self.display.say(
+                f"no answer in round {context.round} for {patience_s:.0f} s; it goes on without this device"
+            )
+            return None
         except _Superseded as superseded:
             log.info("the cloud sent %s during a step", name_of(superseded.frame.message))
             return superseded.frame

@@ -154,7 +154,7 @@ class RoundStart(_RoundMessage, kw_only=True, frozen=True, tag="round-start"):
     """cloud -> edge: take part in this round."""
 
     deadline_s: Seconds
-    """Seconds from now in which the whole round should be answered."""
+    """Seconds in which each stage of the round should be answered; 0 where the cloud waits for ever."""
 
 
 class Probe(_RoundMessage, kw_only=True, frozen=True, tag="probe"):
