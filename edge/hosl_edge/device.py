@@ -27,6 +27,7 @@ from hosl_edge.shard import Shard
 from hosl_edge.snapshot import check_offer, drop_others, read_snapshot, snapshot_path
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
+    BundleError,
     ClientState,
     ClientWeights,
     HoslError,
@@ -246,7 +247,7 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
-        tokenizer = Tokenizer.from_file(str(self._folder / SHARD_TOKENIZER))
+        tokenizer = _load_tokenizer(self._folder / SHARD_TOKENIZER)
         paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
         return {
             split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest.pad_token_id)
@@ -317,6 +318,13 @@ class Device:
             self._journal.close()
         if self.weights is not None:
             self.weights.close()
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing finer
+        raise BundleError(f"{path} cannot be used ({error}): delete it and start again to fetch it") from error
 
 
 def _lock(folder: Path) -> TextIO:
