@@ -16,8 +16,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hypothesis.stateful import RuleBasedStateMachine
 
 GROWTH_MB = 64
 """Most that fuzzing may add to the process's peak of resident memory."""
@@ -79,36 +85,35 @@ def fuzz_frames(count: int, seed: int) -> Row:
     return row
 
 
-def fuzz_sequences(count: int) -> list[Row]:
-    """Every machine of tests/machines.py, `count` sequences between them."""
+def fuzz_sequences(machine: type[RuleBasedStateMachine], count: int) -> Row:
+    """`count` sequences of a machine of tests/machines.py."""
     from hypothesis import HealthCheck, settings
     from hypothesis.stateful import run_state_machine_as_test
 
     import machines
 
-    rows = []
-    for machine in machines.MACHINES:
-        row = Row(f"sequences, {machine.__name__}", count=-(-count // len(machines.MACHINES)))
-        chosen = settings(
-            max_examples=row.count,
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        machines.REACHED.clear()
-        began, before = time.monotonic(), peak_mb()
-        try:
+    row = Row(f"sequences, {machine.__name__}")
+    machines.REACHED.clear()
+    began, before = time.monotonic(), peak_mb()
+    try:
+        while row.count < count:
+            # hypothesis remembers every sequence of a run, so a run has few.
+            chosen = settings(
+                max_examples=min(200, count - row.count),
+                stateful_step_count=40,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
             run_state_machine_as_test(machine, settings=chosen)
-        except Exception as error:
-            row.escapes += 1
-            row.outcomes[f"ESCAPED {type(error).__name__}"] += 1
-            traceback.print_exc()
-        row.seconds, row.peak_mb, row.growth_mb = time.monotonic() - began, peak_mb(), peak_mb() - before
-        # hypothesis runs some sequences more than it was asked for, where it drops one on the way.
-        row.outcomes += Counter({f"ended {phase.value}": times for phase, times in machines.REACHED.items()})
-        rows.append(row)
-    return rows
+            row.count += chosen.max_examples
+    except Exception as error:
+        row.escapes += 1
+        row.outcomes[f"ESCAPED {type(error).__name__}"] += 1
+        traceback.print_exc()
+    row.seconds, row.peak_mb, row.growth_mb = time.monotonic() - began, peak_mb(), peak_mb() - before
+    row.outcomes += Counter({f"ended {phase.value}": times for phase, times in machines.REACHED.items()})
+    return row
 
 
 def fuzz_by_coverage(count: int) -> Row | None:
@@ -183,14 +188,21 @@ def main() -> int:
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else time.time_ns() // 10**6 << 32
     print(f"seed {seed}, Python {sys.version.split()[0]}")
-    rows = [fuzz_frames(options.frames, seed), fuzz_by_coverage(options.frames), *fuzz_sequences(options.sequences)]
-    print(
-        "\n| what | count | s | per s | escapes | peak MB | growth MB | outcomes |\n|---|---|---|---|---|---|---|---|"
-    )
-    done = [row for row in rows if row is not None]
-    for row in done:
-        print(row.line())
-    return 0 if all(row.is_good for row in done) else 1
+    from machines import MACHINES
+
+    kinds: list[Callable[[], Row | None]] = []
+    if options.frames:
+        kinds += [partial(fuzz_frames, options.frames, seed), partial(fuzz_by_coverage, options.frames)]
+    if options.sequences:
+        kinds += [partial(fuzz_sequences, machine, -(-options.sequences // len(MACHINES))) for machine in MACHINES]
+    print("\n| what | count | s | per s | escapes | peak MB | growth MB | outcomes |\n|" + "---|" * 8, flush=True)
+    is_good = True
+    for kind in kinds:
+        row = kind()
+        if row is not None:
+            print(row.line(), flush=True)
+            is_good &= row.is_good
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":

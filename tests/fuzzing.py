@@ -43,6 +43,7 @@ from hosl_protocol import (
     Role,
     RoundStart,
     RunSettings,
+    Snapshot,
     Update,
     Welcome,
     convert,
@@ -89,6 +90,18 @@ MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
     ],
     Role.CLOUD: [
         (Welcome(run="r1", epoch=0, round=6, width=WIDTH, settings=SETTINGS, plan="continue"), {}),
+        (
+            Welcome(
+                run="r1",
+                epoch=0,
+                round=6,
+                width=WIDTH,
+                settings=SETTINGS,
+                plan="snapshot",
+                snapshot=Snapshot(round=5, size_bytes=2**40, sha256=DIGEST),
+            ),
+            {},
+        ),
         (
             CatchUp(run="r1", epoch=0, first_round=5, last=True),
             {"coefficients": np.ones((2, DIRECTIONS), np.float32), "learning_rates": np.ones(2)},
