@@ -71,7 +71,11 @@ class Device:
         """What the data is tokenized for, and the micro-batches are chosen for."""
         self._takes_snapshots = True
         self._pace = Pace(link_bytes_per_s=load_link(self._state))
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def _data_paths(self) -> tuple[Path, Path | None]:
@@ -157,14 +161,16 @@ class Device:
             settings=welcome.settings,
             width=welcome.width,
         )
+        is_loaded = self._loaded_for == welcome.settings
+        if not is_loaded:
+            self._load_data(welcome.settings)  # first: data that cannot be used must not cost the journal
         if welcome.plan == "snapshot":
             self._rebase(header, welcome.snapshot, fetch)
         elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._restart(header)
         elif welcome.plan == "rewind" or self.header.epoch != header.epoch:
             self._rewind(header.rebased(self.header), welcome)
-        if self._loaded_for != welcome.settings:
-            self._load_data(welcome.settings)
+        if not is_loaded:
             self._open_shard(welcome.settings)
             self._loaded_for = welcome.settings
 
