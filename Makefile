@@ -1,15 +1,18 @@
 # make demo     the whole way: export, train from two devices, merge, compare
 # make test     format check, lint, types, tests; what CI runs
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
+# make fuzz     damaged frames and sequences for the protocol, as many as FRAMES= and SEQUENCES= say; a table
 # make bench    speed and memory, as tables
 # make lint     format check, lint, types
 # make format   format the code
 
 PYTHON ?= python3
+FRAMES ?= 200000
+SEQUENCES ?= 3000
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-hosl test test-aarch64 bench lint format clean
+.PHONY: demo demo-hosl test test-aarch64 fuzz bench lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +30,10 @@ test: lint
 
 test-aarch64: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/aarch64.sh
+
+fuzz: $(VENV)/installed
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo "no wheel of atheris here"
+	$(BIN)/python tests/fuzz.py --frames $(FRAMES) --sequences $(SEQUENCES)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

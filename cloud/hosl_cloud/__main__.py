@@ -23,7 +23,7 @@ from hosl_cloud.listen import Listen
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
 from hosl_cloud.tokens import load_or_make_token
-from hosl_protocol import BundleError, ExitCode, Manifest, SettingsError, load_manifest
+from hosl_protocol import BundleError, ExitCode, Manifest, SettingsError, check_files, load_manifest
 from hosl_protocol.terminal import add_common_options, run_command
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = load_config(options.config, manifest)
     if config.baseline:
         raise SettingsError("baseline", config.baseline, "baselines are for hosl-cloud simulate: remove it")
+    check_files(options.bundle, manifest)
     options.data_dir.mkdir(parents=True, exist_ok=True)
     ending = asyncio.run(_serve_run(options, listen, manifest, config))
     return int(ExitCode.INTERRUPTED if ending in ("stopped", "paused") else ExitCode.OK)
@@ -228,6 +229,7 @@ def _merge(options: argparse.Namespace) -> int:
         manifest = load_manifest(bundle)
         if manifest.shard_digest != run.shard_digest:
             raise BundleError(f"{bundle} is not the bundle of run {run.id}: name the right one with --bundle")
+        check_files(bundle, manifest)
         checkpoint = find_checkpoint(_run_folder(options.data_dir, run.id), options.checkpoint)
         client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
     finally:
@@ -255,6 +257,7 @@ def _simulate(options: argparse.Namespace) -> int:
     baseline = [f"baseline={options.baseline}"] if options.baseline else []
     config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
     options.data_dir.mkdir(parents=True, exist_ok=True)
+    check_files(options.bundle, manifest)
     threads = options.threads or len(os.sched_getaffinity(0))
     lock, store = _lock(options.data_dir), Store(options.data_dir / DATABASE)
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,8 @@ class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
     """None where the checkpoint was not evaluated."""
     config: RunConfig
     """The run's effective settings."""
+    checksum: int = 0
+    """CRC-32 of the JSON as it is written, with 0 for this number; 0 in what was written before there was one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def save_checkpoint(
     Once this returns, the checkpoint survives a power cut. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"epoch-{epoch:04}-round-{round_:06}.safetensors"
+    path = folder / _file_name(epoch, round_)
     # Without its JSON an older file of this name stops counting before it is replaced.
     _info_path(path).unlink(missing_ok=True)
     part = path.with_name(path.name + _PART)
@@ -88,6 +92,10 @@ def save_checkpoint(
     return path
 
 
+def _file_name(epoch: int, round_: int) -> str:
+    return f"epoch-{epoch:04}-round-{round_:06}.safetensors"
+
+
 def record_metrics(path: Path, metrics: Metrics) -> None:
     """Write down what an existing checkpoint scored. Raises CheckpointMissing and CheckpointDamaged."""
     _write_info(path, msgspec.structs.replace(read_info(path), metrics=metrics))
@@ -96,8 +104,12 @@ def record_metrics(path: Path, metrics: Metrics) -> None:
 def _write_info(path: Path, info: CheckpointInfo) -> None:
     target = _info_path(path)
     part = target.with_name(target.name + _PART)
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(info), indent=1) + b"\n")
+    text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(info, checksum=0)), indent=1) + b"\n"
+    part.write_bytes(_CHECKSUM.sub(b'"checksum": %d' % zlib.crc32(text), text))
     _put(part, target)
+
+
+_CHECKSUM = re.compile(rb'"checksum": \d+(?=\s*}\s*\Z)')
 
 
 def _info_path(path: Path) -> Path:
@@ -121,12 +133,21 @@ def _sync(path: Path) -> None:
 
 def read_info(path: Path) -> CheckpointInfo:
     """The JSON of a checkpoint. Raises CheckpointMissing and CheckpointDamaged."""
+    where = _info_path(path)
     try:
-        return msgspec.json.decode(_info_path(path).read_bytes(), type=CheckpointInfo)
+        data = where.read_bytes()
+        info = msgspec.json.decode(data, type=CheckpointInfo)
     except FileNotFoundError:
         raise CheckpointMissing(path, "there is none of this name") from None
-    except msgspec.DecodeError as error:
-        raise CheckpointDamaged(_info_path(path), str(error)) from error
+    except OSError as error:
+        raise CheckpointDamaged(where, error.strerror or str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointDamaged(where, str(error)) from error
+    if info.checksum and zlib.crc32(_CHECKSUM.sub(b'"checksum": 0', data)) != info.checksum:
+        raise CheckpointDamaged(where, f"its checksum is not {info.checksum}")
+    if path.name != _file_name(info.epoch, info.round):
+        raise CheckpointDamaged(where, f"it is of epoch {info.epoch}, round {info.round}")
+    return info
 
 
 def verify(path: Path) -> CheckpointInfo:
@@ -134,7 +155,10 @@ def verify(path: Path) -> CheckpointInfo:
     info = read_info(path)
     if not path.is_file():
         raise CheckpointMissing(path, "the file is gone")
-    digest = sha256_of_file(path)
+    try:
+        digest = sha256_of_file(path)
+    except OSError as error:
+        raise CheckpointDamaged(path, error.strerror or str(error)) from error
     if digest != info.sha256:
         raise CheckpointDamaged(path, f"SHA-256 is {digest}, expected {info.sha256}")
     return info

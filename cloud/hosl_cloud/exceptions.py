@@ -84,6 +84,9 @@ class CheckpointMissing(CheckpointError):
 class CheckpointDamaged(CheckpointError):
     """The file differs from the one that was written."""
 
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, f"{reason}; take another with --checkpoint, or remove this one and the next best counts")
+
 
 class CheckpointMismatch(CheckpointError):
     """The checkpoint's tensors are not those that this tail trains."""

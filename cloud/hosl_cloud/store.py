@@ -6,8 +6,10 @@ Updates that a resume drops are marked superseded, never deleted.
 from __future__ import annotations
 
 import sqlite3
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -83,6 +85,7 @@ _MIGRATIONS = (
     "ALTER TABLE evaluations ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0;"
     "CREATE TABLE cuts (run TEXT NOT NULL REFERENCES runs (id), epoch INTEGER NOT NULL, round INTEGER NOT NULL, "
     "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
+    "ALTER TABLE rounds ADD COLUMN checksum INTEGER;",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -146,6 +149,7 @@ class Store:
             self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
             try:
                 self._database.row_factory = sqlite3.Row
+                self._check_file()
                 self._database.execute("PRAGMA journal_mode = WAL")
                 self._database.execute("PRAGMA synchronous = FULL")
                 self._database.execute("PRAGMA foreign_keys = ON")
@@ -158,8 +162,27 @@ class Store:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"{self._path}: {error}: check that it is a file, may be written, and has room") from error
         except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise self._damaged(str(error)) from error
             raise StoreError(f"{self._path}: {error}") from error
+
+    def _damaged(self, problem: str) -> StoreError:
+        remedy = "restore it from a copy, or begin anew in another --data-dir"
+        return StoreError(f"{self._path} is damaged ({problem}): {remedy}; it was left as it is")
+
+    def _check_file(self) -> None:
+        """Refuse, before anything is written, what is damaged or is not ours."""
+        names = {row["name"] for row in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if names and "runs" not in names:
+            raise StoreError(f"{self._path} is a database of something else: choose another --data-dir")
+        if not names and any((self._path.parent / "runs").glob("*/epoch-*")):
+            raise self._damaged("it is empty, and there are checkpoints of runs beside it")
+        (verdict,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise self._damaged(" ".join(verdict.split()))
 
     def _migrate(self, path: Path) -> None:
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -201,7 +224,10 @@ class Store:
         if not rows:
             raise RunNotFound(run, self.run_ids())
         row = rows[0]
-        config = msgspec.json.decode(row["config"], type=RunConfig)
+        try:
+            config = msgspec.json.decode(row["config"], type=RunConfig)
+        except (msgspec.DecodeError, TypeError) as error:
+            raise self._damaged(f"settings of run {run}: {error}") from error
         bundle = Path(row["bundle"])
         return RunRow(row["id"], bundle, row["shard_digest"], config, row["state"], row["epoch"], row["round"])
 
@@ -275,7 +301,7 @@ class Store:
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
-                "learning_rate, wire_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "learning_rate, wire_bytes, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     run,
                     epoch,
@@ -287,17 +313,22 @@ class Store:
                     coefficients,
                     update.learning_rate,
                     wire_bytes,
+                    _checksum(update.round, update.learning_rate, coefficients),
                 ),
             )
             database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
 
     def updates(self, run: str, first: int, last: int) -> list[UpdateRecord]:
-        """The updates in force of rounds `first` to `last`."""
+        """The updates in force of rounds `first` to `last`. Raises StoreError for one that is not as it was written."""
         rows = self._query(
-            "SELECT round, coefficients, learning_rate FROM rounds "
+            "SELECT round, coefficients, learning_rate, checksum FROM rounds "
             "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded ORDER BY round",
             (run, first, last),
         )
+        for round_, coefficients, rate, checksum in rows:
+            # Updates that were written before there were checksums have none.
+            if checksum is not None and _checksum(round_, rate, coefficients) != checksum:
+                raise self._damaged(f"the update of round {round_}")
         return [
             UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
         ]
@@ -384,3 +415,8 @@ class Store:
     def devices(self, run: str) -> list[dict[str, Any]]:
         """The run's devices with their newest figures."""
         return [dict(row) for row in self._query("SELECT * FROM devices WHERE run = ? ORDER BY name", (run,))]
+
+
+def _checksum(round_: int, learning_rate: float, coefficients: bytes) -> int:
+    """CRC-32 of an update: SQLite would not notice a bit that has changed on disk."""
+    return zlib.crc32(coefficients, zlib.crc32(struct.pack("<qd", round_, learning_rate)))

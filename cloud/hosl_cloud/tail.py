@@ -16,7 +16,7 @@ from hosl_cloud.settings import RunConfig
 from hosl_export.families import Family
 from hosl_export.halves import Tail, load_tail
 from hosl_export.lora import inject_lora, plain_name
-from hosl_protocol import LoraEntry, Manifest, SettingsError, Task
+from hosl_protocol import BundleError, LoraEntry, Manifest, SettingsError, Task
 from hosl_protocol.manifest import SHARD_TOKENIZER
 
 
@@ -57,7 +57,10 @@ def language_head(tail: Tail) -> nn.Linear | None:
 
 def verbalizer_rows(task: Task, tokenizer_path: Path) -> tuple[int, ...]:
     """The token of each class's verbalizer. Raises VerbalizerError where one is not exactly one token of its own."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    except Exception as error:  # tokenizers raises nothing finer
+        raise BundleError(f"{tokenizer_path} cannot be used ({error}): export the bundle again") from error
     rows: list[int] = []
     for verbalizer in task.verbalizers:
         encoding = tokenizer.encode(verbalizer, add_special_tokens=False)

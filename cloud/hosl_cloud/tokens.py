@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -17,10 +18,13 @@ def load_or_make_token(data_dir: Path) -> tuple[str, Path]:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
+        try:
+            token = path.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise ServiceError(f"{path} cannot be read: {error.strerror}: mend or delete it") from None
         if path.stat().st_mode & 0o077:
             raise ServiceError(f"{path} can be read by others: run chmod 600 {path}") from None
-        token = path.read_text(encoding="utf-8", errors="replace").strip()
-        if len(token) < 32 or not token.isascii() or any(character.isspace() for character in token):
+        if not re.fullmatch(r"[!-~]{32,}", token):
             raise ServiceError(f"{path} holds no token: delete it, and a new one is made") from None
         return token, path
     token = secrets.token_urlsafe(32)

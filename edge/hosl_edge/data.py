@@ -196,6 +196,8 @@ def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, 
             example = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(path, line, f"is not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, line, "is JSON with a number too long, or nested too deeply, to be read") from error
         if not isinstance(example, dict):
             raise DataError(path, line, "should be a JSON object")
         yield line, example
@@ -214,9 +216,13 @@ def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
     try:
-        return render(task, example)
+        text = render(task, example)
+        text.encode()
+        return text
     except KeyError as error:
         raise _missing(error, example, path, line) from None
+    except UnicodeEncodeError:
+        raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
     except TypeError as error:
         raise DataError(path, line, str(error)) from None
 

@@ -27,6 +27,7 @@ from hosl_edge.shard import Shard
 from hosl_edge.snapshot import check_offer, drop_others, read_snapshot, snapshot_path
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
+    BundleError,
     ClientState,
     ClientWeights,
     HoslError,
@@ -70,7 +71,11 @@ class Device:
         """What the data is tokenized for, and the micro-batches are chosen for."""
         self._takes_snapshots = True
         self._pace = Pace(link_bytes_per_s=load_link(self._state))
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def _data_paths(self) -> tuple[Path, Path | None]:
@@ -156,14 +161,16 @@ class Device:
             settings=welcome.settings,
             width=welcome.width,
         )
+        is_loaded = self._loaded_for == welcome.settings
+        if not is_loaded:
+            self._load_data(welcome.settings)  # first: data that cannot be used must not cost the journal
         if welcome.plan == "snapshot":
             self._rebase(header, welcome.snapshot, fetch)
         elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._restart(header)
         elif welcome.plan == "rewind" or self.header.epoch != header.epoch:
             self._rewind(header.rebased(self.header), welcome)
-        if self._loaded_for != welcome.settings:
-            self._load_data(welcome.settings)
+        if not is_loaded:
             self._open_shard(welcome.settings)
             self._loaded_for = welcome.settings
 
@@ -246,7 +253,7 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
-        tokenizer = Tokenizer.from_file(str(self._folder / SHARD_TOKENIZER))
+        tokenizer = _load_tokenizer(self._folder / SHARD_TOKENIZER)
         paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
         return {
             split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest.pad_token_id)
@@ -317,6 +324,13 @@ class Device:
             self._journal.close()
         if self.weights is not None:
             self.weights.close()
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing finer
+        raise BundleError(f"{path} cannot be used ({error}): delete it and start again to fetch it") from error
 
 
 def _lock(folder: Path) -> TextIO:

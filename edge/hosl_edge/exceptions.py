@@ -15,6 +15,7 @@ class EdgeError(HoslError):
     ├── ConsentError        the run asks for more than the device allows: decide
     ├── MemoryBudgetError   the shard does not fit: raise the budget, or export another split
     ├── NoSpaceError        the disk is too small for what is to be fetched: make room
+    ├── JournalError        the journal cannot be read: mend its permissions, or delete it
     ├── SnapshotError       a snapshot cannot be used: start at the base shard, and replay
     ├── RefusedError        the cloud says no: see its reason
     └── ConnectionLost      the cloud is away: try again later
@@ -55,6 +56,16 @@ class NoSpaceError(EdgeError):
     """The disk cannot hold what is to be fetched."""
 
     exit_code = ExitCode.RESOURCES
+
+
+class JournalError(EdgeError):
+    """The journal is there and cannot be read. Stores its path."""
+
+    exit_code = ExitCode.DATA
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"journal {path}: {problem}; mend it, or delete it and its updates come again from the cloud")
 
 
 class SnapshotError(EdgeError):

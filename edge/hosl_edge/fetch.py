@@ -57,7 +57,6 @@ def fetch_bundle(
         raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = decode_manifest(data, base + MANIFEST)
     folder = cache / "shards" / manifest.shard_digest
-    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         for entry in manifest.shard_files:
             target = folder / entry.path
@@ -89,10 +88,18 @@ def _address(server: str, path: str) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Agents that share a cache take turns: the second finds what the first has fetched."""
-    with (folder / ".lock").open("w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Agents that share a cache take turns: the second finds what the first has fetched.
+
+    What the disk refuses is a BundleError that names the file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        problem = f"{error.filename or folder} cannot be used: {error.strerror or error}"
+        raise BundleError(f"{problem}; mend it, or delete it from the cache and it is fetched again") from error
 
 
 def _fetch_file(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,8 +208,16 @@ def _read_array(path: Path, name: str) -> npt.NDArray[Any]:
         raise DataError(path, None, f"has no array named {name!r}") from None
     except OSError as error:
         raise DataError(path, None, error.strerror or "cannot be read") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
-        raise DataError(path, None, f"cannot be read as .npz: {error}") from error
+    except _UNREADABLE as error:
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(path, None, f"cannot be read as .npz: {problem}") from error
+
+
+_UNREADABLE = (
+    *(ValueError, TypeError, EOFError, SyntaxError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(NotImplementedError, RuntimeError),  # from zipfile, where flags or versions say what it cannot do
+)
 
 
 def _start(path: Path, member: zipfile.ZipInfo) -> int:
@@ -236,7 +245,7 @@ class PictureFiles:
         try:
             with pillow.open(path) as picture:
                 return np.asarray(picture.convert(self.mode))
-        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders has its own kinds
             raise DataError(path, None, f"cannot be decoded: {error}") from error
 
 

@@ -7,17 +7,23 @@ Layout: a header record (JSON), then update records; each is length u32, CRC-32 
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import struct
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from hosl_edge.exceptions import JournalError
 from hosl_protocol import RunSettings, UpdateRecord
+
+log = logging.getLogger(__name__)
 
 SYNC_INTERVAL_S = 30.0
 """Longest time in which updates may be only in the kernel's memory; newer ones come again from the cloud."""
@@ -99,23 +105,45 @@ def read_updates(folder: Path) -> list[UpdateRecord]:
 
 
 def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:
-    """The journal in `folder` and its updates, its torn tail cut off; None where there is none that can be used."""
+    """The journal in `folder` and its updates, its torn tail cut off; None where there is none that can be used.
+
+    One that is damaged, and not only torn, is kept as `journal.damaged`: nothing of it is needed, for the cloud has it
+    all. Raises JournalError where it cannot be read.
+    """
     path = journal_path(folder)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise JournalError(path, error.strerror or str(error)) from error
     records = list(_records(data))
-    if not records:
+    header = _decode_header(records[0][1]) if records else None
+    if header is None:
+        _keep_damaged(path, "no readable header")
         return None
-    try:
-        header = msgspec.json.decode(records[0][1], type=JournalHeader)
-    except msgspec.DecodeError:
-        return None
-    good_bytes = records[-1][0]
+    update_bytes = _UPDATE.size + 4 * header.settings.coefficients
+    updates = list(takewhile(lambda record: len(record[1]) == update_bytes, records[1:]))
+    good_bytes = (updates or records)[-1 if updates else 0][0]
+    if len(data[good_bytes:].rstrip(b"\0")) > _FRAME.size + update_bytes:
+        _keep_damaged(path, f"a damaged record after update {len(updates)}")
     if good_bytes < len(data):
         os.truncate(path, good_bytes)
-    return Journal(path, header), [_decode_update(payload) for _, payload in records[1:]]
+    return Journal(path, header), [_decode_update(payload) for _, payload in updates]
+
+
+def _decode_header(payload: bytes) -> JournalHeader | None:
+    try:
+        return msgspec.json.decode(payload, type=JournalHeader)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _keep_damaged(path: Path, problem: str) -> None:
+    """A copy of what is about to be cut or replaced."""
+    kept = path.with_suffix(".damaged")
+    shutil.copyfile(path, kept)
+    log.warning("%s has %s; it is kept as %s, and what is missing comes again from the cloud", path, problem, kept.name)
 
 
 def journal_path(folder: Path) -> Path:
@@ -133,7 +161,8 @@ def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
     while place + _FRAME.size <= len(data):
         length, checksum = _FRAME.unpack_from(data, place)
         payload = data[place + _FRAME.size : place + _FRAME.size + length]
-        if len(payload) < length or zlib.crc32(payload) != checksum:
+        # Zeros, which a power cut may leave at the end, would be records without payload.
+        if not length or len(payload) < length or zlib.crc32(payload) != checksum:
             return
         place += _FRAME.size + length
         yield place, payload

@@ -36,6 +36,7 @@ from hosl_protocol import (
     Late,
     Message,
     Phase,
+    ProtocolError,
     Ready,
     Refusal,
     Report,
@@ -142,6 +143,9 @@ class Session:
             error = broken
         except (ConnectionClosed, OSError) as broken:
             error = ConnectionLost(f"the connection broke: {broken}")
+        except Exception as broken:
+            log.exception("reading failed")
+            error = ConnectionLost(f"reading failed: {broken}")
         self._incoming.put_nowait(error)
 
     async def _write(self, socket: ClientConnection) -> None:
@@ -216,6 +220,8 @@ class Session:
         return None
 
     async def _join(self, welcome: Welcome) -> Frame | None:
+        if welcome.width != self.device.manifest.width:
+            raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
         self._welcome = welcome
         self.progress.rounds = welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
@@ -336,7 +342,8 @@ class Session:
         def on_result(loss: float, correct: int, scored: int) -> None:
             totals[:] += (correct, scored)
 
-        assert self.device.eval is not None
+        if self.device.eval is None:
+            raise ProtocolError("eval-start, and this device has no held-out data")
         await self._drain()
         context = self._context(start.round)
         interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)

@@ -104,6 +104,8 @@ def read_token(path: Path) -> str:
         token = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
-    if not token or not token.isascii() or any(character.isspace() for character in token):
-        raise SettingsError("token_file", str(path), "it should hold one token and nothing else")
+    except UnicodeDecodeError:
+        token = ""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError("token_file", str(path), "it should hold one token and nothing else: copy it again")
     return token

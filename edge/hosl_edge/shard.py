@@ -6,7 +6,7 @@ Shapes: B examples, L padded length, T tokens without padding or positions of im
 
 from __future__ import annotations
 
-import json
+import contextlib
 import mmap
 import os
 import struct
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
@@ -24,6 +25,9 @@ from hosl_protocol import BundleError, Manifest, TensorEntry
 from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS
 
 Weights = dict[str, npt.NDArray[np.float32]]
+
+MAX_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, as the format has it."""
 
 
 class MappedWeights:
@@ -35,14 +39,14 @@ class MappedWeights:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         layout, start = _read_layout(path)
-        with path.open("rb") as file:
+        with _usable(path), path.open("rb") as file:
             self._frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.all: Weights = {}
         self._base: Weights = {}
         for entry in manifest.tensors:
             _check_entry(path, layout, entry, len(self._frozen) - start)
-            first = start + layout[entry.name]["data_offsets"][0]
+            first = start + layout[entry.name].data_offsets[0]
             frozen = _view(self._frozen, first, entry.shape)
             self.all[entry.name] = _view(self._private, first, entry.shape) if entry.trainable else frozen
             if entry.trainable:
@@ -54,11 +58,20 @@ class MappedWeights:
             self.all[name][...] = base
 
 
-def _check_entry(path: Path, layout: dict[str, Any], entry: TensorEntry, data_bytes: int) -> None:
-    found = layout.get(entry.name, {})
-    if found.get("dtype") != "F32" or tuple(found["shape"]) != entry.shape:
+class _Place(msgspec.Struct):
+    """Of a tensor in a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+    """From the end of the header."""
+
+
+def _check_entry(path: Path, layout: dict[str, _Place], entry: TensorEntry, data_bytes: int) -> None:
+    found = layout.get(entry.name)
+    if found is None or found.dtype != "F32" or found.shape != entry.shape:
         raise BundleError(f"{path} does not hold {entry.name} as float32 of shape {list(entry.shape)}")
-    first, end = found["data_offsets"]
+    first, end = found.data_offsets
     if not 0 <= first <= end <= data_bytes or end - first != 4 * int(np.prod(entry.shape)):
         raise BundleError(f"{path} is cut short, or its header is wrong, at {entry.name}")
 
@@ -79,7 +92,7 @@ class TokenTable:
         self.name = entry.name
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
-        self._first = start + layout[entry.name]["data_offsets"][0]
+        self._first = start + layout[entry.name].data_offsets[0]
         self._width = int(np.prod(entry.shape[1:]))
         self._rows = np.empty((0, self._width), np.float32)
 
@@ -94,12 +107,23 @@ class TokenTable:
         return renumbered.reshape(ids.shape).astype(np.int64, copy=False), self._rows[: distinct.size]
 
 
-def _read_layout(path: Path) -> tuple[dict[str, Any], int]:
-    with path.open("rb") as file:
+def _read_layout(path: Path) -> tuple[dict[str, _Place], int]:
+    with _usable(path), path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        layout: dict[str, Any] = json.loads(file.read(length))
-    layout.pop("__metadata__", None)
-    return layout, 8 + length
+        entries = msgspec.json.decode(file.read(min(length, MAX_HEADER_BYTES)), type=dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        return {name: msgspec.json.decode(raw, type=_Place) for name, raw in entries.items()}, 8 + length
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """What reading a damaged file raises becomes a BundleError that names it."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's have no common root
+        problem = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        sentence = f"{path} cannot be used ({problem or type(error).__name__})"
+        raise BundleError(f"{sentence}: delete it and start again to fetch it, or export the bundle again") from error
 
 
 def _session_options(threads: int) -> ort.SessionOptions:
@@ -144,11 +168,12 @@ class Shard:
         self._session = self._binding = None
         # From bytes, so that a graph can't name files to read.
         options = _session_options(self._threads)
-        self._session = ort.InferenceSession(self._graph.read_bytes(), options, ["CPUExecutionProvider"])
-        self._binding = self._session.io_binding()
-        for entry in self.manifest.tensors:
-            if not entry.constant and (self._table is None or entry.name != self._table.name):
-                self._bind(entry.name, self.weights[entry.name])
+        with _usable(self._graph):
+            self._session = ort.InferenceSession(self._graph.read_bytes(), options, ["CPUExecutionProvider"])
+            self._binding = self._session.io_binding()
+            for entry in self.manifest.tensors:
+                if not entry.constant and (self._table is None or entry.name != self._table.name):
+                    self._bind(entry.name, self.weights[entry.name])
 
     def reset(self) -> None:
         """Put the trainable weights back to the base shard."""

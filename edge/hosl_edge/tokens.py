@@ -53,10 +53,11 @@ def _load(path: Path, key: str, pad_token_id: int) -> Splits | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:
         log.warning("%s cannot be used (%s); tokenizing again", path, error)
         return None
-    if arrays.pop("digest").tobytes() != _digest(arrays):
+    digest = arrays.pop("digest", None)
+    if digest is None or digest.tobytes() != _digest(arrays):
         log.warning("%s is damaged; tokenizing again", path)
         return None
     return {

@@ -23,6 +23,8 @@ from hosl_protocol.settings import WireDtype
 
 PIECE_BYTES = 256 * 1024
 MAX_HEADER_BYTES = 64 * 1024
+MAX_FRAME_BYTES = 2**34
+"""Most tensor bytes in a frame, whatever a run's bounds come to."""
 MESSAGE_KEY = "hosl"
 
 Array = npt.NDArray[Any]
@@ -190,8 +192,11 @@ class FrameReader:
         message, layout = decode_header(piece, self._decoder)
         self._admit(message)
         total = check_layout(message, layout, self.bounds)
+        try:
+            self._buffer, self._filled = np.empty(total, np.uint8), 0
+        except MemoryError as error:
+            raise FrameError(f"{name_of(message)} of {total} bytes does not fit into memory") from error
         self._message, self._layout = message, layout
-        self._buffer, self._filled = np.empty(total, np.uint8), 0
 
     def _fill(self, piece: bytes | bytearray | memoryview) -> None:
         end = self._filled + len(piece)
@@ -248,6 +253,8 @@ def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bo
         if info.data_offsets != expected:
             raise FrameError(f"{what}.{name} has offsets {list(info.data_offsets)}, expected {list(expected)}")
         end = expected[1]
+    if end > MAX_FRAME_BYTES:
+        raise LimitError(f"tensor bytes of {what}", end, MAX_FRAME_BYTES)
     return end
 
 

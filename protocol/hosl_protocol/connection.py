@@ -69,6 +69,9 @@ class Connection:
         self.role = role
         self.phase = Phase.HELLO
         self.settings: RunSettings | None = None
+        self._refused: ProtocolError | None = None
+        """Why nothing more is taken from the peer."""
+        self._was_greeted = False
         self._peer = Role.CLOUD if role is Role.EDGE else Role.EDGE
         self._reader = FrameReader(
             m.FromCloud if role is Role.EDGE else m.FromEdge, admit=lambda message: self._check(self._peer, message)
@@ -85,9 +88,21 @@ class Connection:
         self._reader.bounds = bounds_for(settings, width)
 
     def receive(self, piece: bytes | bytearray | memoryview) -> Frame | None:
-        """Take one websocket message; a frame when it is whole. Raises ProtocolError: end the connection then."""
+        """Take one websocket message; a frame when it is whole. Raises ProtocolError: end the connection then.
+
+        After that nothing more is taken, whatever comes; a last message can still be sent.
+        """
         if self.phase is Phase.CLOSED:
             raise ProtocolError("data after the end of the connection")
+        if self._refused is not None:
+            raise ProtocolError(f"data after a refusal: {self._refused}")
+        try:
+            return self._receive(piece)
+        except ProtocolError as error:
+            self._refused = error
+            raise
+
+    def _receive(self, piece: bytes | bytearray | memoryview) -> Frame | None:
         frame = self._reader.feed(piece)
         if frame is None:
             return None
@@ -112,11 +127,14 @@ class Connection:
 
     def _check(self, sender: Role, message: Message) -> None:
         allowed = _ALLOWED.get((sender, self.phase), ())
+        if self._was_greeted:
+            allowed = tuple(kind for kind in allowed if kind is not m.Hello)
         if not isinstance(message, allowed):
             expected = " or ".join(name_of(kind) for kind in allowed) or "nothing"
             raise UnexpectedMessage(f"{expected} from the {sender.value} while {self.phase.value}", name_of(message))
 
     def _advance(self, message: Message) -> None:
+        self._was_greeted |= isinstance(message, m.Hello)
         if isinstance(message, (m.Complete, m.Refusal, m.Goodbye)):
             self.phase = Phase.CLOSED
         elif isinstance(message, m.Welcome) and self.phase is Phase.HELLO:

@@ -163,8 +163,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
     """Parse and check a manifest. Raises BundleError."""
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{where} is not a manifest: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{where} is not a manifest: {error}; export the bundle again, or copy it again") from error
     for field, expected in (("format_version", FORMAT_VERSION), ("rng_version", RNG_VERSION)):
         got = getattr(manifest, field)
         if got != expected:
@@ -184,7 +184,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         if repeated is not None:
             raise BundleError(f"{where} lists {what} {repeated} twice")
     for file in manifest.files:
-        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts:
+        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\0" in file.path:
             raise BundleError(f"{where} names a file outside the bundle: {file.path!r}")
     return manifest
 
@@ -211,6 +211,21 @@ def load_manifest(bundle: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"no bundle at {bundle}: {error.strerror or error} ({MANIFEST})") from error
     return decode_manifest(data, str(path))
+
+
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Read every file of a bundle and compare digests. Raises BundleError for the first that differs."""
+    for entry in manifest.files:
+        path, remedy = bundle / entry.path, "export the bundle again, or copy it again"
+        try:
+            size = path.stat().st_size
+            digest = sha256_of_file(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
+        if digest != entry.sha256:
+            what = f"has {size} bytes" if size != entry.size_bytes else f"has digest {digest}"
+            expected = entry.size_bytes if size != entry.size_bytes else entry.sha256
+            raise BundleError(f"{path} is damaged: it {what}, the manifest says {expected}; {remedy}")
 
 
 def describe_file(bundle: Path, relative: str) -> FileEntry:

@@ -39,11 +39,21 @@ def run_command(
     except MemoryError:
         return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options.debug)
     except OSError as error:
-        return _fail(parser.prog, str(error), ExitCode.RESOURCES, options.debug)
+        return _fail(parser.prog, _sentence_of(error), _code_of(error), options.debug)
+
+
+def _sentence_of(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _code_of(error: OSError) -> ExitCode:
+    """A file that is not as it should be is for somebody to mend; what the machine lacks is another matter."""
+    about_a_file = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return ExitCode.SETTINGS if isinstance(error, about_a_file) else ExitCode.RESOURCES
 
 
 def _fail(program: str, sentence: str, code: ExitCode, debug: bool) -> int:
     if debug:
         logging.getLogger("hosl").exception("%s failed", program)
-    print(f"{program}: error: {sentence}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(sentence.split())}", file=sys.stderr)
     return int(code)

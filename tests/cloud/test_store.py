@@ -133,7 +133,7 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
     path = tmp_path / "hosl.sqlite"
     path.write_text("something else entirely, and long enough\n" * 100, encoding="ascii")
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"hosl.sqlite: file is not a database"):
+    with pytest.raises(StoreError, match=r"hosl.sqlite is damaged \(file is not a database\)"):
         reopen(tmp_path)
     assert path.read_bytes() == before
 
