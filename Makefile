@@ -26,7 +26,7 @@ demo-hosl: $(VENV)/installed
 	$(BIN)/python examples/reviews/demo.py --config examples/reviews/hosl.toml
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 test-aarch64: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/aarch64.sh

@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", metavar="NAME", help="name of this device (default: the host name)")
     add("--fields", metavar="A,B", type=_split, help="fields of the data that a run may use")
     add("--share-text", action="store_true", help="allow tasks whose labels are the text itself")
+    add(
+        "--sync-interval-s", metavar="S", type=float, help="seconds between writes of the journal to disk (default: 30)"
+    )
     add("--state-dir", metavar="DIR", help="where the journal lives (default: ~/.local/state/hosl)")
     add("--cache-dir", metavar="DIR", help="where fetched shards live (default: ~/.cache/hosl)")
     add("--insecure", action="store_true", help="allow ws:// to another machine")

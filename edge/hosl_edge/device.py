@@ -121,7 +121,7 @@ class Device:
             log.warning("the journal in %s is of another shard; starting at the base shard", self._state)
             journal.close()
             return
-        self._journal = journal
+        self._keep(journal)
         self.weights = self._new_weights(header.settings)
         try:
             if header.base_sha256:
@@ -214,7 +214,7 @@ class Device:
             self._reset(header)
             self.weights.apply(kept)
         self._journal.close()
-        self._journal = create_journal(self._state, msgspec.structs.replace(header, epoch=welcome.epoch), kept)
+        self._keep(create_journal(self._state, msgspec.structs.replace(header, epoch=welcome.epoch), kept))
 
     def _reset(self, header: JournalHeader) -> None:
         """Weights as the journal's base has them."""
@@ -225,13 +225,19 @@ class Device:
         if header.base_sha256:
             self.weights.load_state(self._read_snapshot(header))
 
+    def _keep(self, journal: Journal) -> None:
+        """Go on with this journal."""
+        journal.sync_interval_s = self.settings.sync_interval_s
+        self._journal = journal
+
     def _restart(self, header: JournalHeader, state: ClientState | None = None) -> None:
         """An empty journal, and the weights of the base shard or of a snapshot."""
         self._forget()
         weights = self._new_weights(header.settings)
         if state is not None:
             weights.load_state(state)
-        self._journal, self.weights = create_journal(self._state, header), weights
+        self._keep(create_journal(self._state, header))
+        self.weights = weights
         self._pace.replay_s = 0.0  # of another run
         drop_others(self._state, snapshot_path(self._state, header.base_sha256))
 

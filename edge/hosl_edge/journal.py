@@ -63,14 +63,15 @@ class Journal:
     def __init__(self, path: Path, header: JournalHeader) -> None:
         self.path = path
         self.header = header
+        self.sync_interval_s = SYNC_INTERVAL_S
         self._file = path.open("ab")
         self._synced_at = time.monotonic()
 
     def append(self, updates: Sequence[UpdateRecord]) -> None:
-        """Add updates; synced to disk at most SYNC_INTERVAL_S later."""
+        """Add updates; synced to disk at most `sync_interval_s` later."""
         self._file.write(b"".join(_record(_encode_update(update)) for update in updates))
         self._file.flush()
-        if time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+        if time.monotonic() - self._synced_at >= self.sync_interval_s:
             self.sync()
 
     def sync(self) -> None:

@@ -47,6 +47,9 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Allow tasks (`lm`) whose labels are the text itself."""
     state_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
     """Where the journal lives."""
+    sync_interval_s: float = 30.0
+    """Seconds for which updates may be in the kernel's memory only; what a power cut takes comes again from the cloud.
+    Twice as long writes half as much to the disk."""
     cache_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"))
     """Where fetched shards live."""
     insecure: bool = False
@@ -94,6 +97,8 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
     if settings.threads < 0:
         raise SettingsError("threads", settings.threads, "use 0 (all) or more")
+    if not 0.0 <= settings.sync_interval_s < 1e9:
+        raise SettingsError("sync_interval_s", settings.sync_interval_s, "use a number of seconds from 0 on")
     if settings.memory_budget is not None:
         parse_bytes(settings.memory_budget)
 
