@@ -18,7 +18,7 @@ def damage(path: Path, how: str, *, swap: bytes = _OTHER, bit: int | None = None
     """Damage a file; `bit` is the one that is flipped, else the highest of the byte in the middle."""
     good = path.read_bytes()
     if how == "truncated":
-        path.write_bytes(good[: len(good) // 2])
+        path.write_bytes(good[: len(good) // 2 - 3])  # within a line
     elif how == "flipped":
         place = len(good) // 2 * 8 + 7 if bit is None else bit
         changed = bytearray(good)
