@@ -90,7 +90,7 @@ class Coordinator:
         """Stop the compute thread."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def request_stop(self, *, pause: bool) -> None:
+    async def request_stop(self, *, pause: bool = False) -> None:
         """End the run after the round that is under way, or `pause` it, so that a later service goes on with it."""
         self._is_stopping, self._is_pausing = True, pause
         await self.fleet.notify()

@@ -109,4 +109,5 @@ def test_a_journal_belongs_to_its_run_wherever_it_begins() -> None:
     rebased = msgspec.structs.replace(HEADER, base_round=7, base_sha256="0" * 64)
     assert rebased.belongs_with(HEADER)
     assert HEADER.belongs_with(rebased)
-    assert not rebased.belongs_with(msgspec.structs.replace(HEADER, epoch=1))
+    assert rebased.belongs_with(msgspec.structs.replace(HEADER, epoch=1))
+    assert not rebased.belongs_with(msgspec.structs.replace(HEADER, data_digest="other"))
