@@ -68,6 +68,8 @@ device = "cpu"
 threads = 1
 [evaluation]
 every = 5
+[checkpoints]
+every = 3
 [devices]
 start_with = {len(DEVICES)}
 per_round = {self.per_round}
@@ -115,13 +117,16 @@ class Worker:
         try:
             while True:
                 code = await self._run_once()
-                is_killed = code == -signal.SIGKILL or (code == ExitCode.INTERRUPTED and self._is_told_to_leave)
-                if not is_killed or self.is_over():
-                    return code
+                has_left = self._is_told_to_leave and code in (ExitCode.INTERRUPTED, -signal.SIGTERM)
                 self._is_told_to_leave = False
+                if not (code == -signal.SIGKILL or has_left) or self.is_over():
+                    return code
                 await asyncio.sleep(self.generator.uniform(0.0, LONGEST_OUTAGE_S))
         finally:
-            self.send(signal.SIGKILL)
+            if self.is_running:
+                assert self._process is not None
+                self._process.kill()
+                await self._process.communicate()
 
     async def _run_once(self) -> int:
         launch = [sys.executable, str(Path(__file__).with_name("launch.py")), str(self.order)]

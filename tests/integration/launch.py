@@ -35,12 +35,15 @@ POINTS = {
     "hosl_edge": {
         "journal-append": "hosl_edge.journal.Journal.append",
         "journal-create": "hosl_edge.device.create_journal",
+        "rewind": "hosl_edge.device.Device._rewind",
         "journal-open": "hosl_edge.device.open_journal",
         "weights-apply": "hosl_edge.device.Device._replay",
         "join": "hosl_edge.device.Device.join",
         "batch": "hosl_edge.session.batch_indices",
     },
     "hosl_cloud": {
+        "store-roster": "hosl_cloud.store.Store.set_roster",
+        "store-cut": "hosl_cloud.store.Store.cut_run",
         "store-round": "hosl_cloud.store.Store.add_round",
         "store-evaluation": "hosl_cloud.store.Store.add_evaluation",
         "store-state": "hosl_cloud.store.Store.set_state",
