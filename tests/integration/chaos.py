@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import shutil
 import statistics
@@ -190,6 +191,7 @@ def main() -> int:
     parser.add_argument("--ordinary", action="store_true", help="runs that are not strict")
     parser.add_argument("--spare-cloud", action="store_true", help="nothing happens to the cloud")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     options.work.mkdir(parents=True, exist_ok=True)
     bundle = _make_bundle(options.work.resolve())
     first, _, last = options.seeds.partition("-")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import sqlite3
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from hosl_cloud.tokens import load_or_make_token
 from hosl_protocol import ExitCode
+from integration import launch
 from integration.proxy import Proxy
 from support import TASK, write_reviews
 
@@ -29,6 +31,9 @@ LAST_WORD_S = 8.0
 LONGEST_OUTAGE_S = 1.5
 """Before a killed process is started again."""
 DATABASE = "hosl.sqlite"
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(launch.PRELOADED)
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,12 @@ class Worker:
     is_over: Callable[[], bool] = lambda: False
     """Whether there is nothing to start it again for."""
     starts: list[float] = field(default_factory=list)
-    output: list[str] = field(default_factory=list)
-    _process: asyncio.subprocess.Process | None = None
+    _process: BaseProcess | None = None
     _is_told_to_leave: bool = False
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._process is not None and self._process.exitcode is None
 
     @property
     def order(self) -> Path:
@@ -103,6 +107,7 @@ class Worker:
 
     @property
     def log(self) -> Path:
+        """All that it printed."""
         return self.folder / f"{self.name}.log"
 
     def send(self, number: signal.Signals) -> None:
@@ -110,7 +115,8 @@ class Worker:
         self._is_told_to_leave |= number == signal.SIGTERM
         if self.is_running:
             assert self._process is not None
-            self._process.send_signal(number)
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
 
     async def attend(self) -> int:
         """Run until it ends by itself; its exit code."""
@@ -126,25 +132,24 @@ class Worker:
             if self.is_running:
                 assert self._process is not None
                 self._process.kill()
-                await self._process.communicate()
+                self._process.join()
 
     async def _run_once(self) -> int:
-        launch = [sys.executable, str(Path(__file__).with_name("launch.py")), str(self.order)]
-        with self.log.open("ab") as errors:
-            self._process = await asyncio.create_subprocess_exec(
-                *launch,
-                *self.command,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=errors,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        module, *arguments = self.command
+        self._process = _FORKS.Process(
+            target=launch.run, args=(self.order, self.log, module, arguments), name=self.name, daemon=True
+        )
+        self._process.start()
         self.starts.append(time.monotonic())
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
-            self.output.append(line.decode().rstrip())
-            with self.log.open("ab") as log:
-                log.write(line)
-        return await self._process.wait()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
 
 @dataclass
@@ -256,7 +261,7 @@ class Site:
 
     def summary(self, name: str) -> dict[str, Any] | None:
         """What a device printed at its end; None where it was away then."""
-        lines = self.workers[name].output
+        lines = self.workers[name].log.read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
 
 

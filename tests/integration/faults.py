@@ -88,7 +88,7 @@ def _draw(generator: random.Random, settings: Settings, targets: tuple[str, ...]
         stage=stage,
         round=round_,
         delay_s=generator.uniform(0.0, 2.0) if not stage else generator.choice([0.0, generator.uniform(0.0, 0.1)]),
-        seconds=generator.choice([0.2, 1.0, 5.0]) * generator.uniform(0.5, 1.5),
+        seconds=generator.choice([0.2, 1.0, 3.0]) * generator.uniform(0.5, 1.5),
         direction=generator.choice(["up", "down"]),
         bytes=int(10 ** generator.uniform(0.0, 4.5)),
         order=f"{point} {generator.choice(whens)} {generator.choice([0, 0, 1, 3])}",

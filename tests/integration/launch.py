@@ -1,9 +1,8 @@
-"""Starts a command as its users do, but with shorter waits, and with points at which it can be told to die.
+"""What runs in a process of the chaos test: a command, with shorter waits, and points at which it can be told to die.
 
-python launch.py ORDER_FILE hosl_cloud serve ...
-
-ORDER_FILE, looked for whenever a point is passed, holds "POINT before|half|after SKIP": the process kills itself
-(kill -9) there, when it has passed SKIP times. It deletes the order first, so that the next start gets through.
+A fork server that has torch imported starts it, for that takes seconds each time. The order file, looked for
+whenever a point is passed, holds "POINT before|half|after SKIP": the process kills itself (kill -9) there, when it has
+passed SKIP times. It deletes the order first, so that the next start gets through.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Any
 SHORTER = {
     "hosl_edge": {
         "hosl_edge.agent.LONGEST_PAUSE_S": 1.0,  # 20
-        "hosl_edge.session.HEARTBEAT_S": 3.0,  # 15
+        "hosl_edge.session.HEARTBEAT_S": 2.0,  # 15
         "hosl_edge.fetch.TIMEOUT_S": 3.0,  # 30
     },
     "hosl_cloud": {
-        "hosl_cloud.service.HEARTBEAT_S": 3.0,  # 15
+        "hosl_cloud.service.HEARTBEAT_S": 2.0,  # 15
         "hosl_cloud.admission.JOIN_DEADLINE_S": 20.0,  # 600
     },
 }
@@ -57,9 +56,18 @@ POINTS = {
 """Where a process can be told to die."""
 
 
-def main() -> int:
-    """Change the module, then run its command."""
-    order, module = Path(sys.argv[1]), sys.argv[2]
+PRELOADED = [
+    *("hosl_cloud.__main__", "hosl_cloud.service", "hosl_cloud.resume", "hosl_edge.agent"),
+    *("torch._dynamo", "transformers.models.llama.modeling_llama"),
+]
+"""What the fork server imports."""
+
+
+def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:
+    """Run `python -m module arguments` as this process; it prints to `log`."""
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     faulthandler.register(signal.SIGUSR1)
     for place, value in SHORTER[module].items():
         owner, name = _find(place)
@@ -68,9 +76,7 @@ def main() -> int:
     for point, place in POINTS[module].items():
         owner, name = _find(place)
         setattr(owner, name, _mortal(point, getattr(owner, name), order))
-    if module == "hosl_cloud":
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return int(importlib.import_module(f"{module}.__main__").main(sys.argv[3:]))
+    sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
 
 
 def _find(place: str) -> tuple[Any, str]:
@@ -125,7 +131,3 @@ def _tear(journal: Any, updates: Any) -> None:
     data = b"".join(_record(_encode_update(update)) for update in updates)
     journal._file.write(data[: len(data) // 2])
     journal._file.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
