@@ -131,9 +131,11 @@ async def _order(site: Site, fault: Fault, done: Counter[str]) -> None:
     new = path.with_suffix(f".{id(fault)}")
     new.write_text(fault.order, encoding="ascii")
     new.replace(path)
-    while path.exists():
-        await asyncio.sleep(0.01)
-    done["crash"] += 1
+    try:
+        while path.exists():
+            await asyncio.sleep(0.01)
+    finally:  # the run may end by it
+        done["crash"] += not path.exists()
 
 
 async def _disturb(site: Site, fault: Fault, done: Counter[str]) -> None:
