@@ -2,6 +2,7 @@
 # make test     format check, lint, types, tests; what CI runs
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
 # make fuzz     damaged frames and sequences for the protocol, as many as FRAMES= and SEQUENCES= say; a table
+# make chaos    runs whose processes and connections are broken at random, SEEDS=1-20; they must end with the same bits
 # make bench    speed and memory, as tables
 # make lint     format check, lint, types
 # make format   format the code
@@ -9,10 +10,12 @@
 PYTHON ?= python3
 FRAMES ?= 200000
 SEQUENCES ?= 3000
+SEEDS ?= 1-20
+CHAOS ?= --work .cache/chaos
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-hosl test test-aarch64 fuzz bench lint format clean
+.PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +37,9 @@ test-aarch64: $(VENV)/installed
 fuzz: $(VENV)/installed
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo "no wheel of atheris here"
 	$(BIN)/python tests/fuzz.py --frames $(FRAMES) --sequences $(SEQUENCES)
+
+chaos: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m integration.chaos --seeds $(SEEDS) $(CHAOS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

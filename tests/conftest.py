@@ -48,19 +48,23 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 blocks, width 32, random weights, with a word-level tokenizer, as a Hugging Face folder."""
+def save_tiny_llama(folder: Path) -> Path:
+    """Write a Llama of 4 blocks, width 32, random weights, with a word-level tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     words = save_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         config = LlamaConfig(**SIZES, **words, num_key_value_heads=2, tie_word_embeddings=True)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama's folder."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hosl_cloud.exceptions import StoreError
-from hosl_cloud.fleet import Fleet
+from hosl_cloud.fleet import Fleet, Participant
 from hosl_cloud.peer import Peer
 from hosl_cloud.run import Run
 from hosl_cloud.snapshots import Snapshots
@@ -76,8 +76,8 @@ class Admission:
             peer.end(refusal)
             return False
         peer.name = hello.device
-        if self.run.ending is not None:
-            peer.end(Complete(run=self.run.id, reason=self.run.ending, round=self.run.round))
+        if self.run.ending is not None and hello.run != self.run.id:
+            self.complete(peer)  # it has no part in the run
             return False
         former = self.fleet.peers.get(peer.name)
         if former is not None:
@@ -86,6 +86,11 @@ class Admission:
         await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name, hello.data_digest)
         peer.connection.agree(self.run.settings, self.run.manifest.width)
         return await self._bring_up(peer, hello)
+
+    def complete(self, peer: Participant) -> None:
+        """Tell a device that the run has ended."""
+        assert self.run.ending is not None
+        peer.end(Complete(run=self.run.id, reason=self.run.ending, round=self.run.round))
 
     def _objection(self, hello: Hello) -> Refusal | None:
         if hello.protocol != PROTOCOL_VERSION:
@@ -120,6 +125,8 @@ class Admission:
             ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
             if ready.weights_digest == run.digests.get(ready.applied_round):
                 await self._make_ready(peer, ready)
+                if run.ending is not None:
+                    self.complete(peer)
                 return True
             log.warning("device %s: digest differs at round %d", peer.name, ready.applied_round)
         peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))

@@ -15,7 +15,15 @@ import numpy as np
 
 from hosl_cloud import metrics
 from hosl_cloud.admission import Admission, aside
-from hosl_cloud.checkpoint import Metrics, load_checkpoint, prune_checkpoints, rank, save_checkpoint
+from hosl_cloud.checkpoint import (
+    Metrics,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    rank,
+    record_metrics,
+    save_checkpoint,
+)
 from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
 from hosl_cloud.exchange import Exchange, Fault, RoundContext
@@ -26,7 +34,7 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import Complete, Manifest, Refusal, Update, UpdateRecord, sample_devices
+from hosl_protocol import Manifest, Refusal, Update, UpdateRecord, sample_devices
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +110,23 @@ class Coordinator:
         if run.round == 0:
             await self._begin()
         await self._set_state("running")
+        if run.round and self._is_evaluation_due():
+            if not self._is_evaluated():  # the service stopped before it could
+                await self._wait_for_quorum()
+                await self._evaluate()
+            if self._is_overdue():
+                return await self._finish("stopped-early")
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
                 continue
-            is_due = self.config.evaluation.every and run.round % self.config.evaluation.every == 0
-            if is_due or run.round == rounds:
+            if self._is_evaluation_due():
                 await self._evaluate()
-                if self._is_overdue() and run.round < rounds:
+                if self._is_overdue():
                     return await self._finish("stopped-early")
             if self._is_checkpoint_due or self._is_checkpoint_time():
                 await self._checkpoint(None)
                 self._is_checkpoint_due = False
-        if run.round == rounds:
+        if run.round == rounds and (self._is_evaluated() or not self._is_pausing):
             return await self._finish("completed")
         return await self._pause() if self._is_pausing else await self._finish("stopped")
 
@@ -168,12 +181,16 @@ class Coordinator:
             chosen = sample_devices(self.config.seed, round_, self._roster, devices.per_round)
             await self.fleet.wait_until(lambda: self._is_stopping or self._is_complete(chosen), timeout_s=None)
             return chosen
-        limit_s = devices.rejoin_deadline_s
+        await self._wait_for_quorum()
+        return sample_devices(self.config.seed, round_, self.fleet.ready_names(), devices.per_round)
+
+    async def _wait_for_quorum(self) -> None:
+        """Wait for as many devices as a round needs. Raises NoDevicesError."""
+        limit_s = self.config.devices.rejoin_deadline_s
         try:
-            await self._wait_for_devices(devices.quorum, timeout_s=limit_s)
+            await self._wait_for_devices(self.config.devices.quorum, timeout_s=limit_s)
         except asyncio.TimeoutError:
             raise NoDevicesError(self.run.id, self.run.round, limit_s) from None
-        return sample_devices(self.config.seed, round_, self.fleet.ready_names(), devices.per_round)
 
     def _count_fruitless(self, context: RoundContext) -> None:
         """Raise RoundsFailedError where round after round failed though nobody left."""
@@ -267,6 +284,13 @@ class Coordinator:
         self._note_rank(evaluation)
         await self._checkpoint(evaluation)
 
+    def _is_evaluation_due(self) -> bool:
+        every, round_ = self.config.evaluation.every, self.run.round
+        return round_ == self.config.rounds or (bool(every) and round_ % every == 0)
+
+    def _is_evaluated(self) -> bool:
+        return any(evaluation.round == self.run.round for evaluation in self.store.evaluations(self.run.id))
+
     async def _score(self) -> Evaluation | None:
         """What the devices' held-out data scores; a strict run asks all its devices until they have all answered."""
         while True:
@@ -277,8 +301,10 @@ class Coordinator:
                 devices = [name for name in devices if name in self._roster]
             if not devices or self._is_stopping:
                 return None
+            peers = [self.fleet.peers[name] for name in devices]
             evaluation = await self._drive(evaluate(self._context(self.run.round, devices)))
-            if not self.config.strict or self._is_complete(self._roster):
+            # One that has come back since it left has not answered everything.
+            if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
                 return evaluation
 
     def _is_complete(self, devices: Collection[str]) -> bool:
@@ -294,15 +320,18 @@ class Coordinator:
 
     def _is_overdue(self) -> bool:
         patience = self.config.evaluation.patience
-        return bool(patience) and self._since_best >= patience
+        return bool(patience) and self._since_best >= patience and self.run.round < self.config.rounds
 
     async def _checkpoint(self, evaluation: Evaluation | None) -> None:
         """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
-        if self._checkpointed == self.run.round:
-            return
         keep = self.config.checkpoints.keep
         scores = None if evaluation is None else _metrics(evaluation)
         run = self.run
+        if self._checkpointed == run.round:
+            if run.round and scores is not None:
+                path = find_checkpoint(run.folder, run.round).path
+                await self._durably(lambda: record_metrics(path, scores))
+            return
         await self._durably(
             lambda: save_checkpoint(run.folder, run.round, run.epoch, self.trainer, self.config, scores)
         )
@@ -340,12 +369,13 @@ class Coordinator:
         return ending
 
     async def end(self, ending: Ending) -> None:
-        """Tell every device, and the store."""
+        """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
         self.run.ending = ending
-        await self._set_state("completed" if ending == "stopped-early" else ending)
         await self._await_reports()
-        for peer in list(self.fleet.peers.values()):
-            peer.end(Complete(run=self.run.id, reason=ending, round=self.run.round))
+        # Those that are about to join first catch up: admission tells them.
+        for name in self.fleet.ready_names():
+            self.admission.complete(self.fleet.peers[name])
+        await self._set_state("completed" if ending == "stopped-early" else ending)
 
     async def _await_reports(self) -> None:
         """Give devices a moment to report on the last round; their figures are the run's record."""

@@ -78,6 +78,20 @@ def test_a_token_is_made_once_in_a_file_for_its_owner_alone(tmp_path: Path) -> N
     assert load_or_make_token(tmp_path) == (token, path)
 
 
+def test_a_service_that_dies_while_it_makes_its_token_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*names: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", die)
+        with pytest.raises(KeyboardInterrupt):
+            load_or_make_token(tmp_path)
+    assert not (tmp_path / "join-token").exists()
+    assert load_or_make_token(tmp_path) == load_or_make_token(tmp_path)
+
+
 def test_every_service_has_a_token_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

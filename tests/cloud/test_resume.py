@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from hosl_cloud.admission import _plan
 from hosl_cloud.checkpoint import list_checkpoints, save_checkpoint
+from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.resume import Cut, cut, find_unfinished
 from hosl_cloud.run import Run
-from hosl_cloud.store import Store
+from hosl_cloud.store import Evaluation, Store
 from hosl_protocol import Hello, UpdateRecord
 
 
@@ -143,3 +145,30 @@ def test_a_device_goes_back_to_the_lowest_cut_since_its_epoch(
     store = Store(tmp_path / "hosl.sqlite")
     run = Run("run-1", bundle.config(), bundle.manifest, bundle.path, tmp_path, store, epoch=2, round=10)
     assert _plan(run, hello(**journal), cut_round) == expected
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = site.config.rounds
+    scored: list[int] = []
+
+    async def score(self: Coordinator) -> Evaluation:
+        scored.append(self.run.round)
+        return Evaluation(self.run.round, 0.5, 3, 4)
+
+    async def resume() -> None:
+        run = Run("run-1", site.config, site.bundle.manifest, site.bundle.path, site.folder, site.store, round=last)
+        coordinator = Coordinator(run, site.said.append)
+        await coordinator.prepare(list_checkpoints(site.folder)[-1].path)
+        assert await coordinator.train() == "completed"
+        coordinator.close()
+
+    monkeypatch.setattr(Coordinator, "_score", score)
+    monkeypatch.setattr(Run, "load", lambda self: None)
+    monkeypatch.setattr(Coordinator, "_wait_for_quorum", lambda self: asyncio.sleep(0))
+    site.make_rounds(last, checkpoints=(last,))
+    for _ in range(2):
+        asyncio.run(resume())
+    assert scored == [last]
+    metrics = list_checkpoints(site.folder)[-1].info.metrics
+    assert metrics is not None
+    assert (metrics.correct, metrics.scored) == (3, 4)

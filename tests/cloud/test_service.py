@@ -28,6 +28,7 @@ from hosl_protocol import (
     PIECE_BYTES,
     Anchor,
     CatchUp,
+    Complete,
     Connection,
     EvalStart,
     Frame,
@@ -251,6 +252,22 @@ def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Call
                     pass
             assert caught.value.response.status_code == 403
         assert service.coordinator.fleet.peers == {}
+
+    run(test)
+
+
+def test_a_device_that_comes_back_after_the_end_catches_up_before_it_hears_of_it(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        service.coordinator.run.ending = "completed"
+        async with client(service) as stranger:
+            await stranger.send(stranger.hello("stranger"))
+            assert isinstance(await stranger.receive(), Complete)
+        async with client(service) as device:
+            await device.send(device.hello(run="run-1"))
+            assert isinstance(await device.receive(), Welcome)
+            assert isinstance(await device.receive(), CatchUp)
+            await device.send(device.ready())
+            assert isinstance(await device.receive(), Complete)
 
     run(test)
 

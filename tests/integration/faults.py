@@ -1,0 +1,170 @@
+"""What can go wrong with a site's processes and connections, drawn from a seed, and how it is done to them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from integration.chaos_site import DEVICES, ROUNDS, Settings, Site
+from integration.launch import POINTS
+from integration.proxy import Direction
+
+Kind = Literal["kill", "leave", "crash", "freeze", "cut", "hold", "slow"]
+
+KINDS: dict[str, dict[Kind, int]] = {
+    "cloud": {"kill": 3, "leave": 1, "crash": 4, "freeze": 1},
+    "device": {"kill": 3, "leave": 1, "crash": 3, "freeze": 1, "cut": 3, "hold": 2, "slow": 1},
+}
+"""How often each is drawn, in proportion."""
+
+STAGES = {"ho-sfl": ("round-start", "cut-gradient", "update"), "hosl": ("round-start", "probe-loss", "update")}
+"""Messages from the cloud that open, or close, a stage of a round."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something goes wrong once, `delay_s` after the cloud sent a message of type `stage` in round `round`."""
+
+    kind: Kind
+    target: str
+    """`cloud`, or a device's name."""
+    stage: str
+    """Empty: at the start of everything."""
+    round: int
+    delay_s: float
+    seconds: float = 0.0
+    """Of freeze, hold and slow."""
+    direction: Direction = "up"
+    bytes: int = 0
+    """What a cut lets pass before."""
+    order: str = ""
+    """Where to crash; see launch.py."""
+    does_cut: bool = False
+    """Whether a held connection is cut in the end."""
+
+    def __str__(self) -> str:
+        when = f"{self.stage} {self.round}" if self.stage else "the start"
+        more = {
+            "crash": f" at {self.order}",
+            "cut": f" after {self.bytes} bytes {self.direction}",
+            "freeze": f" for {self.seconds:.1f} s",
+            "hold": f" for {self.seconds:.1f} s" + (", then cut" if self.does_cut else ""),
+            "slow": f" for {self.seconds:.1f} s",
+        }.get(self.kind, "")
+        return f"{self.kind} {self.target}{more}, {self.delay_s:.3f} s after {when}"
+
+
+def draw_settings(generator: random.Random, *, strict: bool) -> Settings:
+    """A run's settings."""
+    return Settings(
+        algorithm=generator.choice(["ho-sfl", "ho-sfl", "hosl"]),
+        optimizer=generator.choice(["sgd", "adamw"]),
+        per_round=generator.choice([0, 0, 2]) if strict else 0,
+        strict=strict,
+    )
+
+
+def draw_faults(generator: random.Random, settings: Settings, targets: tuple[str, ...]) -> list[Fault]:
+    """Five to eight faults of some of `targets`, anywhere from the start to the last round."""
+    return [_draw(generator, settings, targets) for _ in range(generator.randint(5, 8))]
+
+
+def _draw(generator: random.Random, settings: Settings, targets: tuple[str, ...]) -> Fault:
+    target = generator.choice(targets)
+    kinds = KINDS["cloud" if target == "cloud" else "device"]
+    (kind,) = generator.choices(list(kinds), list(kinds.values()))
+    round_ = generator.randint(0, ROUNDS)
+    stage = generator.choice(STAGES[settings.algorithm]) if round_ else generator.choice(["", "eval-start"])
+    points = POINTS["hosl_cloud" if target == "cloud" else "hosl_edge"]
+    point = generator.choice(sorted(points))
+    whens = ["before", "after", *(["half"] if point == "journal-append" else [])]
+    return Fault(
+        kind=kind,
+        target=target,
+        stage=stage,
+        round=round_,
+        delay_s=generator.uniform(0.0, 2.0) if not stage else generator.choice([0.0, generator.uniform(0.0, 0.1)]),
+        seconds=generator.choice([0.2, 1.0, 3.0]) * generator.uniform(0.5, 1.5),
+        direction=generator.choice(["up", "down"]),
+        bytes=int(10 ** generator.uniform(0.0, 4.5)),
+        order=f"{point} {generator.choice(whens)} {generator.choice([0, 0, 1, 3])}",
+        does_cut=generator.random() < 0.5,
+    )
+
+
+async def do_faults(site: Site, faults: list[Fault], done: Counter[str]) -> None:
+    """All of them, each at its time; `done` counts those that hit something, and is right at any moment."""
+    await asyncio.gather(*(_do(site, fault, done) for fault in faults))
+
+
+async def _do(site: Site, fault: Fault, done: Counter[str]) -> None:
+    if fault.stage:
+        await site.see(fault.stage, fault.round)
+    await asyncio.sleep(fault.delay_s)
+    worker = site.workers[fault.target]
+    while not worker.is_running:
+        await asyncio.sleep(0.01)
+    if fault.target in site.proxies and fault.kind in ("cut", "hold", "slow"):
+        await _disturb(site, fault, done)
+    elif fault.kind == "crash":
+        await _order(site, fault, done)
+    else:
+        number = {"kill": signal.SIGKILL, "leave": signal.SIGTERM, "freeze": signal.SIGSTOP}[fault.kind]
+        worker.send(number)
+        done[fault.kind] += 1
+        if fault.kind == "freeze":
+            try:
+                await asyncio.sleep(fault.seconds)
+            finally:
+                worker.send(signal.SIGCONT)
+
+
+async def _order(site: Site, fault: Fault, done: Counter[str]) -> None:
+    """Leave the order to crash; the next one waits until it was followed."""
+    path = site.workers[fault.target].order
+    while path.exists():
+        await asyncio.sleep(0.01)
+    new = path.with_suffix(f".{id(fault)}")
+    new.write_text(fault.order, encoding="ascii")
+    new.replace(path)
+    try:
+        while path.exists():
+            await asyncio.sleep(0.01)
+    finally:  # the run may end by it
+        done["crash"] += not path.exists()
+
+
+async def _disturb(site: Site, fault: Fault, done: Counter[str]) -> None:
+    proxy = site.proxies[fault.target]
+    if fault.kind == "cut":
+        reached = asyncio.Event()
+
+        def cut() -> None:
+            proxy.cut()
+            done["cut"] += 1
+            reached.set()
+
+        proxy.after(fault.direction, fault.bytes, cut)
+        await reached.wait()
+        return
+    done[fault.kind] += 1
+    try:
+        if fault.kind == "hold":
+            proxy.hold()
+        else:
+            proxy.delay_s = 0.02
+        await asyncio.sleep(fault.seconds)
+    finally:
+        proxy.delay_s = 0.0
+        if fault.does_cut:
+            proxy.cut()
+        proxy.release()
+
+
+def targets_of(*, with_cloud: bool) -> tuple[str, ...]:
+    """What may be hit: the cloud as often as two devices."""
+    return (*DEVICES, "cloud", "cloud") if with_cloud else DEVICES

@@ -1,0 +1,133 @@
+"""What runs in a process of the chaos test: a command, with shorter waits, and points at which it can be told to die.
+
+A fork server that has torch imported starts it, for that takes seconds each time. The order file, looked for
+whenever a point is passed, holds "POINT before|half|after SKIP": the process kills itself (kill -9) there, when it has
+passed SKIP times. It deletes the order first, so that the next start gets through.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHORTER = {
+    "hosl_edge": {
+        "hosl_edge.agent.LONGEST_PAUSE_S": 1.0,  # 20
+        "hosl_edge.session.HEARTBEAT_S": 2.0,  # 15
+        "hosl_edge.fetch.TIMEOUT_S": 3.0,  # 30
+    },
+    "hosl_cloud": {
+        "hosl_cloud.service.HEARTBEAT_S": 2.0,  # 15
+        "hosl_cloud.admission.JOIN_DEADLINE_S": 20.0,  # 600
+    },
+}
+"""Waits that are constants of the product; what they are there stands behind."""
+
+POINTS = {
+    "hosl_edge": {
+        "journal-append": "hosl_edge.journal.Journal.append",
+        "journal-create": "hosl_edge.device.create_journal",
+        "rewind": "hosl_edge.device.Device._rewind",
+        "journal-open": "hosl_edge.device.open_journal",
+        "weights-apply": "hosl_edge.device.Device._replay",
+        "join": "hosl_edge.device.Device.join",
+        "batch": "hosl_edge.session.batch_indices",
+    },
+    "hosl_cloud": {
+        "store-roster": "hosl_cloud.store.Store.set_roster",
+        "store-cut": "hosl_cloud.store.Store.cut_run",
+        "store-round": "hosl_cloud.store.Store.add_round",
+        "store-evaluation": "hosl_cloud.store.Store.add_evaluation",
+        "store-state": "hosl_cloud.store.Store.set_state",
+        "store-updates": "hosl_cloud.store.Store.updates",
+        "checkpoint-file": "hosl_cloud.checkpoint._put",
+        "checkpoint-prune": "hosl_cloud.coordinator.prune_checkpoints",
+        "tail-step": "hosl_cloud.trainer.TailTrainer.step",
+        "mirror-apply": "hosl_cloud.run.Run.apply",
+    },
+}
+"""Where a process can be told to die."""
+
+
+PRELOADED = [
+    *("hosl_cloud.__main__", "hosl_cloud.service", "hosl_cloud.resume", "hosl_edge.agent"),
+    *("torch._dynamo", "transformers.models.llama.modeling_llama"),
+]
+"""What the fork server imports."""
+
+
+def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:
+    """Run `python -m module arguments` as this process; it prints to `log`."""
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    faulthandler.register(signal.SIGUSR1)
+    for place, value in SHORTER[module].items():
+        owner, name = _find(place)
+        assert hasattr(owner, name), place
+        setattr(owner, name, value)
+    for point, place in POINTS[module].items():
+        owner, name = _find(place)
+        setattr(owner, name, _mortal(point, getattr(owner, name), order))
+    sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
+
+
+def _find(place: str) -> tuple[Any, str]:
+    """What holds a module's, or a class's, name."""
+    path, name = place.rsplit(".", 1)
+    try:
+        return importlib.import_module(path), name
+    except ModuleNotFoundError:
+        module, class_ = path.rsplit(".", 1)
+        return getattr(importlib.import_module(module), class_), name
+
+
+def _mortal(point: str, function: Callable[..., Any], order: Path) -> Callable[..., Any]:
+    passed = {"before": 0, "half": 0, "after": 0}
+
+    def is_due(when: str) -> bool:
+        try:
+            ordered = order.read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            return False
+        if ordered[:2] != [point, when]:
+            return False
+        passed[when] += 1
+        if passed[when] <= int(ordered[2]):
+            return False
+        order.unlink()
+        return True
+
+    def die() -> None:
+        print(f"launch: dies at {point}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @functools.wraps(function)
+    def mortal(*arguments: Any, **named: Any) -> Any:
+        if is_due("before"):
+            die()
+        if is_due("half"):
+            _tear(*arguments)
+            die()
+        result = function(*arguments, **named)
+        if is_due("after"):
+            die()
+        return result
+
+    return mortal
+
+
+def _tear(journal: Any, updates: Any) -> None:
+    """Half of what Journal.append would write."""
+    from hosl_edge.journal import _encode_update, _record
+
+    data = b"".join(_record(_encode_update(update)) for update in updates)
+    journal._file.write(data[: len(data) // 2])
+    journal._file.flush()
