@@ -31,7 +31,7 @@ def test_a_frozen_client_replays_nothing() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_pace_is_near_that_of_a_replay(optimizer: str) -> None:
-    """Within a factor of thirty, on a machine that does other things, too: a wrong formula is off by the tensors' size."""
+    """Within a factor of thirty, on a machine that does other things: a wrong formula is off by a tensor's size."""
     settings = RunSettings(task=TASK, client=ClientOptimizer(optimizer=optimizer))  # type: ignore[arg-type]
     sizes = [300_000, 700] * 15
     tensors = [LatticeTensor(f"w{i}", i, np.zeros(size, np.float32), -24) for i, size in enumerate(sizes)]
