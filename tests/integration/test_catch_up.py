@@ -113,7 +113,7 @@ def run_site(
             site = Site(service)
             site.start("stays")
             await asyncio.wait_for(test(site), DEADLINE_S)
-            await service.coordinator.request_stop()
+            await service.coordinator.request_stop(pause=False)
             summaries = await asyncio.wait_for(asyncio.gather(*site.agents.values()), DEADLINE_S)
             with contextlib.suppress(asyncio.CancelledError):
                 await service.serving
@@ -271,7 +271,7 @@ def test_a_download_is_given_up_when_the_agent_is_stopped_and_when_the_run_ends(
         downloading.clear()
         site.start("late")
         await site.until(downloading.is_set)
-        await site.service.coordinator.request_stop()
+        await site.service.coordinator.request_stop(pause=False)
         assert (await site.agents.pop("late")).outcome == "stopped"
 
     run_site(make_bundle("lora", 2), tmp_path, test)

@@ -85,7 +85,7 @@ class Site:
 
     async def stop(self) -> list[dict[str, Any]]:
         """End the run; how the agents ended."""
-        await self.service.coordinator.request_stop()
+        await self.service.coordinator.request_stop(pause=False)
         assert await self.service.serving == "stopped"
         for group in self.groups:
             assert group.process is not None
