@@ -57,6 +57,10 @@ class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
     """CRC-32 of the JSON as it is written, with 0 for this number; 0 in what was written before there was one."""
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_INFO = msgspec.json.Decoder(CheckpointInfo)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk."""
@@ -136,7 +140,7 @@ def read_info(path: Path) -> CheckpointInfo:
     where = _info_path(path)
     try:
         data = where.read_bytes()
-        info = msgspec.json.decode(data, type=CheckpointInfo)
+        info = _INFO.decode(data)
     except FileNotFoundError:
         raise CheckpointMissing(path, "there is none of this name") from None
     except OSError as error:

@@ -90,6 +90,10 @@ _MIGRATIONS = (
 """What leads from each version to the next, from none at all on."""
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_CONFIG = msgspec.json.Decoder(RunConfig)
+
+
 @dataclass(frozen=True)
 class RunRow:
     """A run as stored."""
@@ -225,7 +229,7 @@ class Store:
             raise RunNotFound(run, self.run_ids())
         row = rows[0]
         try:
-            config = msgspec.json.decode(row["config"], type=RunConfig)
+            config = _CONFIG.decode(row["config"])
         except (msgspec.DecodeError, TypeError) as error:
             raise self._damaged(f"settings of run {run}: {error}") from error
         bundle = Path(row["bundle"])

@@ -57,6 +57,10 @@ class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
         )
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_HEADER = msgspec.json.Decoder(JournalHeader)
+
+
 class Journal:
     """One run's journal, open for appending."""
 
@@ -135,7 +139,7 @@ def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:
 
 def _decode_header(payload: bytes) -> JournalHeader | None:
     try:
-        return msgspec.json.decode(payload, type=JournalHeader)
+        return _HEADER.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 

@@ -26,10 +26,14 @@ class Pace(msgspec.Struct):
     link_bytes_per_s: float = 0.0
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_DECODER = msgspec.json.Decoder(Pace)
+
+
 def load_link(folder: Path) -> float:
     """The speed of the last download, as `save_link` kept it; 0 where it did not."""
     try:
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=Pace).link_bytes_per_s
+        return _DECODER.decode((folder / FILE).read_bytes()).link_bytes_per_s
     except (OSError, msgspec.DecodeError):
         return 0.0
 

@@ -107,12 +107,16 @@ class TokenTable:
         return renumbered.reshape(ids.shape).astype(np.int64, copy=False), self._rows[: distinct.size]
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_PLACE = msgspec.json.Decoder(_Place)
+
+
 def _read_layout(path: Path) -> tuple[dict[str, _Place], int]:
     with _usable(path), path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = msgspec.json.decode(file.read(min(length, MAX_HEADER_BYTES)), type=dict[str, msgspec.Raw])
         entries.pop("__metadata__", None)
-        return {name: msgspec.json.decode(raw, type=_Place) for name, raw in entries.items()}, 8 + length
+        return {name: _PLACE.decode(raw) for name, raw in entries.items()}, 8 + length
 
 
 @contextlib.contextmanager

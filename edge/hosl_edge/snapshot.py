@@ -29,6 +29,10 @@ from hosl_protocol import (
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_HEADER = msgspec.json.Decoder(SnapshotHeader)
+
+
 def snapshot_path(folder: Path, sha256: str) -> Path:
     """Where the snapshot of this digest is kept."""
     return folder / f"snapshot-{sha256}.safetensors"
@@ -72,7 +76,7 @@ def _read_header(mapping: mmap.mmap) -> tuple[SnapshotHeader, dict[str, Any], in
         raise ValueError(f"a header of {length} bytes")
     layout: dict[str, Any] = json.loads(mapping[8 : 8 + length])
     metadata = layout.pop("__metadata__")["hosl"]
-    return msgspec.json.decode(metadata, type=SnapshotHeader), layout, 8 + length
+    return _HEADER.decode(metadata), layout, 8 + length
 
 
 def _view_state(

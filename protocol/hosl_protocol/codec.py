@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hosl_protocol.exceptions import FrameError, LimitError
-from hosl_protocol.messages import FLOATS, Message, TensorSpec, name_of
+from hosl_protocol.messages import FLOATS, FromCloud, FromEdge, Message, TensorSpec, name_of
 from hosl_protocol.settings import WireDtype
 
 PIECE_BYTES = 256 * 1024
@@ -155,10 +154,10 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
 
 
-@lru_cache
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    """Made once: to build one from the types of all messages takes milliseconds."""
-    return msgspec.json.Decoder(type_)
+# Made once, for that takes milliseconds, and on import: threads that first use a type at the same time crash msgspec.
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
+    union: msgspec.json.Decoder(union) for union in (FromEdge, FromCloud)
+}
 
 
 class FrameReader:
@@ -169,7 +168,7 @@ class FrameReader:
     ) -> None:
         self.bounds = bounds or Bounds()
         self._admit = admit  # raises where the message is not due, before memory is taken for its tensors
-        self._decoder = _decoder(union)
+        self._decoder = _DECODERS[union] if union in _DECODERS else msgspec.json.Decoder(union)
         self._message: Message | None = None
         self._layout: dict[str, _TensorInfo] = {}
         self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)

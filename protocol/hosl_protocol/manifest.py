@@ -154,6 +154,10 @@ def _image_line(image: ImageEntry) -> str:
     return " ".join([f"image {image.channels} {image.height} {image.width} {image.resample}", *numbers]) + "\n"
 
 
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_DECODER = msgspec.json.Decoder(Manifest)
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
@@ -162,7 +166,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
     """Parse and check a manifest. Raises BundleError."""
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where} is not a manifest: {error}; export the bundle again, or copy it again") from error
     for field, expected in (("format_version", FORMAT_VERSION), ("rng_version", RNG_VERSION)):

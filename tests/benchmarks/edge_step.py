@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:  # a worker imports nothing that its method does not need
     import numpy as np
@@ -272,7 +273,7 @@ class EdgeClient:
         import numpy as np
 
         from hosl_edge.device import Device
-        from hosl_edge.memory import keep_heap_small, read_memory
+        from hosl_edge.memory import choose_micro_batch, keep_heap_small, read_memory
         from hosl_edge.settings import EdgeSettings
         from hosl_protocol import Welcome, load_manifest
 
@@ -284,12 +285,17 @@ class EdgeClient:
             server="", token_file="", data=str(folder / "data.jsonl"), name=method, state_dir=str(state), cache_dir=""
         )
         self._device = Device(own, folder, manifest)
-        self._device.join(
-            Welcome(run="r", epoch=0, round=0, width=manifest.width, settings=self._settings, plan="rebuild")
-        )
+        welcome = Welcome(run="r", epoch=0, round=0, width=manifest.width, settings=self._settings, plan="rebuild")
+        idle = 0
+
+        def choose(*arguments: Any) -> int:
+            nonlocal idle
+            idle = read_memory().resident  # up to here nothing has read the weights
+            return choose_micro_batch(*arguments)
+
+        with mock.patch("hosl_edge.device.choose_micro_batch", choose):
+            self._device.join(welcome, lambda *_: None)
         self._device.held_sets = 0  # the least memory; what is held only fills the wait for the cloud
-        # Up to here nothing has read the weights.
-        idle = read_memory().resident
         assert self._device.train is not None
         self._batch = self._device.train.batch(np.arange(case.batch))
         set_bytes = 4 * self._batch.tokens * manifest.width
@@ -504,7 +510,7 @@ def export(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     half = make_half(case)
     tensors, _ = put_on_lattice(half, case.train)  # type: ignore[arg-type]
-    bundle.write_shard_graph(folder, half)
+    bundle.write_shard_graph(folder, half, tensors)
     write_tensors(folder / SHARD_WEIGHTS, plain_parameters(half))
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{n}": n for n in range(4, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
