@@ -354,14 +354,11 @@ class Coordinator:
                     raise
                 if self.fleet.waiting is None:
                     self.say(f"the disk is full ({error}); the run goes on when there is room")
-                    await self._set_waiting("room on the disk")
+                    self.fleet.waiting = Waiting("room on the disk", (), time.time())
                 await asyncio.sleep(DISK_PAUSE_S)
             else:
                 self.fleet.waiting = None
                 return
-
-    async def _set_waiting(self, what: str) -> None:
-        self.fleet.waiting = Waiting(what, (), time.time())
 
     async def _finish(self, ending: Ending) -> Ending:
         await self._checkpoint(None)

@@ -122,10 +122,8 @@ class Device:
             journal.close()
             return
         self._keep(journal)
-        self.weights = self._new_weights(header.settings)
         try:
-            if header.base_sha256:
-                self.weights.load_state(self._read_snapshot(header))
+            self._load_base(header)
             self._replay(updates)
         except HoslError as error:
             log.warning("the journal in %s cannot be replayed (%s); starting at the base shard", self._state, error)
@@ -211,16 +209,15 @@ class Device:
         try:
             self.weights.revert(dropped)
         except IrreversibleError:
-            self._reset(header)
+            self.weights.close()
+            self.shard.reset()
+            self._load_base(header)
             self.weights.apply(kept)
         self._journal.close()
         self._keep(create_journal(self._state, msgspec.structs.replace(header, epoch=welcome.epoch), kept))
 
-    def _reset(self, header: JournalHeader) -> None:
-        """Weights as the journal's base has them."""
-        if self.weights is not None:
-            self.weights.close()
-        self.shard.reset()
+    def _load_base(self, header: JournalHeader) -> None:
+        """Weights as the journal's base has them, over those of the shard. Raises SnapshotError."""
         self.weights = self._new_weights(header.settings)
         if header.base_sha256:
             self.weights.load_state(self._read_snapshot(header))

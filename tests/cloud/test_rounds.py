@@ -81,20 +81,26 @@ def make_cloud(bundle: Any) -> Callable[..., Cloud]:
     return lambda *arguments, **more: Cloud(bundle, *arguments, **more)
 
 
-def run(exchange: Exchange[Any], answers: Answers) -> tuple[Any, list[Tell]]:
-    """Drive a round; what it comes to, and what devices were told."""
-    told: list[Tell] = []
+def drive(
+    exchange: Exchange[Any], answers: Answers, choose: Callable[[Sequence[Ask]], Ask] = lambda asks: asks[0]
+) -> tuple[Any, list[Action]]:
+    """Lead a round to its end, where `choose` says whose answer comes first; what it comes to, and all that it does."""
+    seen: list[Action] = []
     answer: Answer | None = None
-    try:
-        while True:
+    while True:
+        try:
             action = exchange.send(answer)
-            answer = None
-            if isinstance(action, Tell):
-                told.append(action)
-            elif isinstance(action, Await):
-                answer = Answer(action.asks[0], answers(action.asks[0]))
-    except StopIteration as stop:
-        return stop.value, told
+        except StopIteration as stop:
+            return stop.value, seen
+        seen.append(action)
+        ask = choose(action.asks) if isinstance(action, Await) else None
+        answer = None if ask is None else Answer(ask, answers(ask))
+
+
+def run(exchange: Exchange[Any], answers: Answers) -> tuple[Any, list[Tell]]:
+    """What a round comes to, and what devices were told."""
+    outcome, seen = drive(exchange, answers)
+    return outcome, [action for action in seen if isinstance(action, Tell)]
 
 
 def projections_of(values: dict[str, Sequence[float]]) -> dict[str, Frame]:
@@ -504,22 +510,6 @@ def replace_devices(cloud: Cloud, **settings: Any) -> None:
     cloud.config = msgspec.structs.replace(cloud.config, devices=devices)
 
 
-def actions_of(exchange: Exchange[Any], answers: Answers, choose: Callable[[Sequence[Ask]], Ask]) -> list[Action]:
-    """Everything a round does, where `choose` says whose answer comes first."""
-    seen: list[Action] = []
-    answer: Answer | None = None
-    try:
-        while True:
-            action = exchange.send(answer)
-            answer = None
-            seen.append(action)
-            if isinstance(action, Await):
-                ask = choose(action.asks)
-                answer = Answer(ask, answers(ask))
-    except StopIteration:
-        return seen
-
-
 @pytest.mark.parametrize("algorithm", ["ho-sfl", "frozen"])
 def test_the_tail_starts_on_the_first_batch_that_arrives(make_cloud: Callable[..., Cloud], algorithm: str) -> None:
     cloud, trained = make_cloud(algorithm), list[int]()
@@ -531,7 +521,7 @@ def test_the_tail_starts_on_the_first_batch_that_arrives(make_cloud: Callable[..
 
     cloud.trainer.forward_backward = note  # type: ignore[method-assign]
     frames = projections_of(VALUES)
-    actions_of(
+    drive(
         rounds.ROUNDS[algorithm](cloud.context()),
         lambda ask: frames[ask.device] if ask.kind is Projections else cloud.anchor(ask.device),
         lambda asks: asks[-1],
@@ -551,31 +541,16 @@ def test_the_order_of_projections_and_probes_does_not_matter_to_a_bit(make_cloud
                 return frames[ask.device] if ask.kind is Projections else prober(ask)
 
             exchange = rounds.ROUNDS[algorithm](cloud.context())
-            outcomes.append(keep(exchange, answers, reverse))
+            outcomes.append(drive(exchange, answers, lambda asks, end=-reverse: asks[end])[0])  # type: ignore[misc]
         first, second = outcomes
         assert first.update.coefficients.tobytes() == second.update.coefficients.tobytes()
         assert (first.loss, first.devices) == (second.loss, second.devices)
 
 
-def keep(exchange: Exchange[Any], answers: Answers, reverse: bool) -> Outcome:
-    """What a round comes to where the first, or the last, of those asked answers first."""
-    answer: Answer | None = None
-    while True:
-        try:
-            action = exchange.send(answer)
-        except StopIteration as stop:
-            outcome: Outcome = stop.value
-            return outcome
-        answer = None
-        if isinstance(action, Await):
-            ask = action.asks[-1 if reverse else 0]
-            answer = Answer(ask, answers(ask))
-
-
 def test_a_strict_round_takes_anchors_in_order(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("frozen")
     cloud.config = msgspec.structs.replace(cloud.config, strict=True)
-    asked = actions_of(rounds.frozen_round(cloud.context()), lambda ask: cloud.anchor(ask.device), lambda asks: asks[0])
+    _, asked = drive(rounds.frozen_round(cloud.context()), lambda ask: cloud.anchor(ask.device), lambda asks: asks[0])
     assert [[ask.device for ask in action.asks] for action in asked if isinstance(action, Await)] == [
         ["a"],
         ["b"],
@@ -635,7 +610,7 @@ def test_a_device_that_lies_does_not_move_a_robust_average(make_cloud: Callable[
 def test_absurd_projections_count_against_their_device(make_cloud: Callable[..., Cloud], bad: float) -> None:
     cloud = make_cloud("ho-sfl")
     frames = projections_of(VALUES | {"a": [1.0, bad]})
-    seen = actions_of(
+    _, seen = drive(
         rounds.ho_sfl_round(cloud.context()),
         lambda ask: frames[ask.device] if ask.kind is Projections else cloud.anchor(ask.device),
         lambda asks: asks[0],
@@ -655,9 +630,9 @@ def test_infinite_activations_count_against_their_device_and_a_tail_that_diverge
             return Frame(Anchor(**NAME), cloud.tensors("b", np.nan))
         return frames[ask.device] if ask.kind is Projections else prober(ask)
 
-    seen = actions_of(rounds.ROUNDS[algorithm](cloud.context()), answers, lambda asks: asks[0])
+    _, seen = drive(rounds.ROUNDS[algorithm](cloud.context()), answers, lambda asks: asks[0])
     assert {action.device for action in seen if isinstance(action, Fault)} == {"b"}
     next(iter(cloud.trainer.parameters.values())).data.fill_(np.nan)
     prober.spoilt = ""
-    seen = actions_of(rounds.ROUNDS[algorithm](cloud.context("ac")), lambda ask: prober(ask), lambda asks: asks[0])
+    _, seen = drive(rounds.ROUNDS[algorithm](cloud.context("ac")), lambda ask: prober(ask), lambda asks: asks[0])
     assert not [action for action in seen if isinstance(action, Fault)]

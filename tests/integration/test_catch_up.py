@@ -267,6 +267,7 @@ def test_a_download_is_given_up_when_the_agent_is_stopped(
         site.let_snapshots_pay("late")
         site.start("late")
         await site.until(downloading.is_set)
-        await site.stop("late")
+        await asyncio.wait_for(site.stop("late"), 20.0)
+        assert site.service.coordinator.fleet.ready_names() == ["also"], "it left while it joined"
 
     run_site(make_bundle("lora", 2), tmp_path, test)
