@@ -268,6 +268,6 @@ def test_a_download_is_given_up_when_the_agent_is_stopped(
         site.start("late")
         await site.until(downloading.is_set)
         await asyncio.wait_for(site.stop("late"), 20.0)
-        assert site.service.coordinator.fleet.ready_names() == ["also"], "it left while it joined"
+        assert "late" not in site.service.coordinator.fleet.ready_names(), "it left while it joined"
 
     run_site(make_bundle("lora", 2), tmp_path, test)
