@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import load_settings
 from hosl_protocol import ExitCode
-from hosl_protocol.terminal import add_common_options, run_command
+from hosl_protocol.terminal import add_common_options, run_command, terminable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,8 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     own = {"config", "json", "debug", "log_level"}
     given = {name: value for name, value in vars(options).items() if name not in own}
     settings = load_settings(given, options.config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    summary = asyncio.run(run_agent(settings))
+    with terminable():
+        summary = asyncio.run(run_agent(settings))
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
     return int(ExitCode.OK)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import get_args
 
 import msgspec
 
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.manifest import TrainMode
-from hosl_protocol.terminal import add_common_options, run_command
+from hosl_protocol.terminal import add_common_options, run_command, terminable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
-    with _terminable():
+    with terminable():
         return run_command(_parser(), _export, arguments)
 
 
@@ -82,20 +80,6 @@ def show_step(name: str) -> Iterator[None]:
         ending = f" {time.monotonic() - start:.1f} s"
     finally:
         print(ending, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that a half-written bundle is removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

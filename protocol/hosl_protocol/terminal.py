@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from hosl_protocol.exceptions import ExitCode, HoslError
 
@@ -40,6 +43,28 @@ def run_command(
         return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options.debug)
     except OSError as error:
         return _fail(parser.prog, _sentence_of(error), _code_of(error), options.debug)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came.
+
+    A plain KeyboardInterrupt that passes through `exec` of a string (torch and transformers generate code) marks the
+    process, and `python -m` then dies by SIGINT instead of returning its exit code, though the exception was caught.
+    """
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what runs within as Ctrl-C does, so that it can tidy up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _sentence_of(error: OSError) -> str:
