@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -71,6 +72,8 @@ class Coordinator:
         self._round = round_ or ROUNDS[run.config.algorithm]
         self._roster: list[str] = []
         """Who was there at the start: the devices of a strict run."""
+        self._attempts = itertools.count()
+        """Numbers the starts of rounds and evaluations."""
         self._fruitless = 0
         """Tries of a round in a row that came to nothing."""
         self._counted_bytes = metrics.total_wire_bytes()
@@ -253,7 +256,8 @@ class Coordinator:
             )
 
     def _context(self, round_: int, devices: list[str]) -> RoundContext:
-        return RoundContext(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices)
+        attempt = next(self._attempts)
+        return RoundContext(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
 
     async def _drive(self, exchange: Exchange[T]) -> T:
         limit_s = math.inf if self.config.strict else self.config.devices.round_deadline_s

@@ -113,10 +113,12 @@ class RoundContext:
     trainer: Trainer
     devices: Sequence[str]
     """Who is to take part, in order."""
+    attempt: int = 0
+    """Grows with every start, so that what is under way of a former one is told from this one's."""
 
     def name(self, id_: int) -> dict[str, Any]:
         """The fields that name a message of this round."""
-        return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
+        return {"run": self.run, "epoch": self.epoch, "round": self.round, "attempt": self.attempt, "id": id_}
 
     def weight(self, batch: BatchArrays) -> float:
         """w_m before it is divided by the sum of all; never more than the run's batch size, which the codec checks."""

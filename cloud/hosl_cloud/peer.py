@@ -69,8 +69,10 @@ class Peer:
         self._on_arrival = on_arrival
         self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._answers: deque[Frame] = deque()
-        self._round: tuple[int, int] | None = None
-        """Epoch and round in which answers are expected."""
+        self._round: tuple[int, int, int] | None = None
+        """Epoch, round and attempt in which answers are expected."""
+        self._answered: set[tuple[type, int]] = set()
+        """Kinds and ids of the answers that have come in it."""
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
         self._waiting_bytes = 0
         self._emptied = asyncio.Event()
@@ -128,10 +130,14 @@ class Peer:
         if isinstance(message, Report):
             self.reports.put_nowait(message)
         elif isinstance(message, _ANSWERS):
-            if (message.epoch, message.round) != self._round:
+            if (message.epoch, message.round, message.attempt) != self._round:
                 self._refuse_late(message)
                 return
+            if (type(message), message.id) in self._answered:
+                log.info("device %s: a repeated %s is dropped", self.name, name_of(message))
+                return
             _check_room(message, len(self._answers))
+            self._answered.add((type(message), message.id))
             self._answers.append(frame)
             self._on_arrival()
         else:
@@ -142,7 +148,8 @@ class Peer:
         kind = name_of(message)
         log.warning("device %s: its %s of round %d is late", self.name, kind, message.round)
         metrics.late_answers.labels(kind).inc()
-        self.tell(Late(run=message.run, epoch=message.epoch, round=message.round, id=message.id, answer=kind))
+        named = {"run": message.run, "epoch": message.epoch, "round": message.round, "attempt": message.attempt}
+        self.tell(Late(**named, id=message.id, answer=kind))
 
     async def _write(self) -> None:
         try:
@@ -186,7 +193,8 @@ class Peer:
             self._cut_off()
             return
         if isinstance(message, (RoundStart, EvalStart)):
-            self._round = message.epoch, message.round
+            self._round = message.epoch, message.round, message.attempt
+            self._answered.clear()
         self._waiting_bytes += _size(tensors)
         self._emptied.clear()
         self._outbox.put_nowait((message, tensors or {}))

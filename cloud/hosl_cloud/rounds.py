@@ -150,7 +150,8 @@ def _evaluate_probe(context: RoundContext, ask: Ask, frame: Frame, probed: _Prob
             yield refuse(ask.device, error)
             return False
     probed.losses[ask.device, ask.direction, ask.sign] = score.loss
-    reply = ProbeLoss(**context.name(0), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
+    assert isinstance(frame.message, Probe)
+    reply = ProbeLoss(**context.name(frame.message.id), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
     yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
     return True
 

@@ -144,6 +144,7 @@ class Site:
             shard=self.shard,
             weights=self.weights,
             held_sets=1 if self.settings.algorithm == "hosl" else self.settings.directions,
+            attempt=message.attempt,
         )
 
 

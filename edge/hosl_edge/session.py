@@ -28,6 +28,8 @@ from hosl_protocol import (
     CatchUp,
     Complete,
     Connection,
+    CutGradient,
+    EvalResult,
     EvalStart,
     Frame,
     Goodbye,
@@ -36,6 +38,7 @@ from hosl_protocol import (
     Late,
     Message,
     Phase,
+    ProbeLoss,
     ProtocolError,
     Ready,
     Refusal,
@@ -57,6 +60,8 @@ HEARTBEAT_S = 15.0
 
 PATIENCE = 3
 """Deadlines of a stage for which a device waits for a reply of a cloud that still answers pings."""
+
+_REPLIES = (CutGradient, ProbeLoss, EvalResult, Late)
 
 T = TypeVar("T")
 
@@ -83,6 +88,8 @@ class Session:
     _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
     _welcome: Welcome | None = None
     _writer: asyncio.Task[None] | None = None
+    _started: RoundStart | EvalStart | None = None
+    """The last round or evaluation that began."""
     _has_warned: bool = False
 
     async def run(self) -> Complete:
@@ -203,7 +210,9 @@ class Session:
     async def _handle(self, frame: Frame) -> Frame | None:
         """Deal with a message outside a step; what interrupted a step comes back to be handled next."""
         message = frame.message
-        if isinstance(message, Welcome):
+        if self._is_repeat(message):
+            log.info("a repeated %s is dropped", name_of(message))
+        elif isinstance(message, Welcome):
             return await self._join(message)
         if isinstance(message, CatchUp):
             await self._catch_up(message, frame)
@@ -218,6 +227,10 @@ class Session:
         else:
             log.info("late %s ignored", name_of(message))
         return None
+
+    def _is_repeat(self, message: Message) -> bool:
+        """Whether this start was the last one on this connection."""
+        return isinstance(message, (RoundStart, EvalStart)) and self._started == message
 
     async def _join(self, welcome: Welcome) -> Frame | None:
         if welcome.width != self.device.manifest.width:
@@ -258,7 +271,8 @@ class Session:
         coefficients = frame.tensors["coefficients"]
         rates = frame.tensors["learning_rates"].tolist()
         updates = [UpdateRecord(message.first_round + row, coefficients[row], rates[row]) for row in range(len(rates))]
-        await _in_thread(lambda: self.device.apply(updates))
+        missing = [update for update in updates if update.round > self.device.applied_round]
+        await _in_thread(lambda: self.device.apply(missing))
         if message.last:
             await self._ready()
 
@@ -326,7 +340,7 @@ class Session:
         await self._drain()
         name = device.settings.name
         indices = batch_indices(settings.seed, start.round, name, len(train), settings.batch_size)
-        context = self._context(start.round)
+        context = self._begin(start)
         batch = await _in_thread(lambda: train.training_batch(indices, settings, start.round, name))
         steps = step.ROUNDS[settings.algorithm](context, batch)
         began = time.monotonic()
@@ -345,7 +359,7 @@ class Session:
         if self.device.eval is None:
             raise ProtocolError("eval-start, and this device has no held-out data")
         await self._drain()
-        context = self._context(start.round)
+        context = self._begin(start)
         interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)
         if interruption is None and totals[1]:
             self.progress.accuracy = float(totals[0] / totals[1])
@@ -359,13 +373,15 @@ class Session:
         await asyncio.wait({emptied, self._writer}, return_when=asyncio.FIRST_COMPLETED)
         emptied.cancel()
 
-    def _context(self, round_: int) -> step.RoundContext:
+    def _begin(self, start: RoundStart | EvalStart) -> step.RoundContext:
+        self._started = start
         device, welcome = self.device, self._joined()
         assert device.weights is not None
         return step.RoundContext(
             run=welcome.run,
             epoch=welcome.epoch,
-            round=round_,
+            round=start.round,
+            attempt=start.attempt,
             settings=welcome.settings,
             shard=device.shard,
             weights=device.weights,
@@ -389,7 +405,7 @@ class Session:
                 if isinstance(action, step.Send):
                     self._send(action.message, action.tensors)
                 else:
-                    reply = await asyncio.wait_for(self._reply(action.kind, context), patience_s)
+                    reply = await asyncio.wait_for(self._reply(action, context), patience_s)
         except asyncio.TimeoutError:
             self.display.say(
                 f"no answer in round {context.round} for {patience_s:.0f} s; it goes on without this device"
@@ -401,16 +417,23 @@ class Session:
         finally:
             await _in_thread(steps.close)
 
-    async def _reply(self, kind: type, context: step.RoundContext) -> Frame:
+    async def _reply(self, expected: step.Receive, context: step.RoundContext) -> Frame:
         while True:
             frame = await self._next()
-            if not isinstance(frame.message, kind):
+            if not isinstance(frame.message, _REPLIES):
+                if self._is_repeat(frame.message):
+                    continue
                 raise _Superseded(frame)
-            message: Any = frame.message
-            named = (message.run, message.epoch, message.round)
-            if named == (context.run, context.epoch, context.round):
+            message = frame.message
+            named = (message.run, message.epoch, message.round, message.attempt)
+            if named != (context.run, context.epoch, context.round, context.attempt):
+                log.info("%s of another attempt is dropped", name_of(message))
+            elif isinstance(message, Late):
+                raise _Superseded(frame)
+            elif (type(message), message.id) == (expected.kind, expected.id):
                 return frame
-            log.info("%s of another round dropped", name_of(frame.message))
+            else:
+                log.info("a repeated %s is dropped", name_of(message))
 
     def _joined(self) -> Welcome:
         assert self._welcome is not None

@@ -44,9 +44,10 @@ class Send:
 
 @dataclass(frozen=True)
 class Receive:
-    """Wait for the next message, which should be of this kind."""
+    """Wait for the reply to the message with this id, which should be of this kind."""
 
     kind: type
+    id: int = 0
 
 
 Step: TypeAlias = Generator["Send | Receive", "Frame | None", None]
@@ -64,10 +65,12 @@ class RoundContext:
     weights: ClientWeights
     held_sets: int
     """Activation sets that the memory budget lets a round hold besides the one it must."""
+    attempt: int = 0
+    """Which start of the round this is."""
 
     def name(self, id_: int) -> dict[str, Any]:
         """The fields that name a message of this round."""
-        return {"run": self.run, "epoch": self.epoch, "round": self.round, "id": id_}
+        return {"run": self.run, "epoch": self.epoch, "round": self.round, "attempt": self.attempt, "id": id_}
 
     def empty_set(self, batch: AnyBatch) -> Activations:
         """Memory for one set of activations [T, D]."""
@@ -171,17 +174,17 @@ def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
     try:
         for id_, point in enumerate(points):
             if id_ and not may_overlap:
-                yield Receive(ProbeLoss)
+                yield Receive(ProbeLoss, id_ - 1)
             context.weights.probe(point)
             set_TD = context.shard.activations(batch, context.empty_set(batch))
             if id_ and may_overlap:  # the cloud evaluated the last probe while this one was computed
-                yield Receive(ProbeLoss)
+                yield Receive(ProbeLoss, id_ - 1)
             yield Send(_hosl_message(context, id_, point), _upload(set_TD, batch))
             del set_TD
     finally:
         context.weights.probe(None)
     if points[-1] is not None:
-        yield Receive(ProbeLoss)
+        yield Receive(ProbeLoss, len(points) - 1)
 
 
 def _hosl_message(context: RoundContext, id_: int, point: ProbePoint | None) -> Probe | Anchor:
@@ -213,7 +216,7 @@ def evaluate(context: RoundContext, dataset: AnyDataset, on_result: Callable[[fl
         clean_TD = context.shard.activations(batch, context.empty_set(batch))
         message = EvalBatch(**context.name(id_), last=id_ == len(starts) - 1)
         yield Send(message, _upload(clean_TD, batch))
-        reply = yield Receive(EvalResult)
+        reply = yield Receive(EvalResult, id_)
         assert reply is not None
         result = reply.message
         assert isinstance(result, EvalResult)

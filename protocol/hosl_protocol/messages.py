@@ -65,8 +65,11 @@ class _RoundMessage(_Message, kw_only=True, frozen=True):
     """Grows by one whenever the cloud drops rounds."""
     round: RoundNumber
     """From 1; 0 only where an evaluation comes before the first round."""
+    attempt: Count = 0
+    """Which start of the round this belongs to, as the cloud counts them; one that came to nothing starts again."""
     id: Count = 0
-    """Place of the message among those its sender sends in this round, from 0."""
+    """Place of the message among those that the device sends in this attempt, from 0; a reply has that of the answered
+    message."""
 
 
 class Hello(_Message, kw_only=True, frozen=True, tag="hello"):

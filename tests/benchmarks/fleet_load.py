@@ -327,6 +327,7 @@ class Device:
         self.is_ready = asyncio.Event()
         self._connection = Connection(Role.EDGE)
         self._probes: list[tuple[int, int]] = []
+        self._attempt = 0
 
     async def run(self) -> None:
         """From Hello to Complete."""
@@ -382,6 +383,7 @@ class Device:
         elif isinstance(message, Update):
             await self._update(message, frame)
         elif isinstance(message, RoundStart):
+            self._attempt = message.attempt
             await self._start(message.round)
         elif isinstance(message, ProbeLoss):
             await self._next_probe(message.round)
@@ -408,7 +410,7 @@ class Device:
             self._probes = [(direction, sign) for direction in range(self.work.directions) for sign in (+1, -1)]
             await self._next_probe(round_)
             return
-        await self._send(Anchor(run=RUN, epoch=0, round=round_), self.group.batch)
+        await self._send(Anchor(**self._named(round_)), self.group.batch)
         if self._is_silent_in(round_):
             if self.work.algorithm == "ho-sfl":
                 await self._project(round_)
@@ -423,14 +425,18 @@ class Device:
 
     async def _next_probe(self, round_: int) -> None:
         if not self._probes:
-            await self._send(Anchor(run=RUN, epoch=0, round=round_), self.group.batch)
+            await self._send(Anchor(**self._named(round_, 2 * self.work.directions)), self.group.batch)
             return
         direction, sign = self._probes.pop(0)
-        probe = Probe(run=RUN, epoch=0, round=round_, direction=direction, sign=+1 if sign > 0 else -1)
+        named = self._named(round_, 2 * direction + (sign < 0))
+        probe = Probe(**named, direction=direction, sign=+1 if sign > 0 else -1)
         await self._send(probe, self.group.batch)
 
+    def _named(self, round_: int, id_: int = 0) -> dict[str, Any]:
+        return {"run": RUN, "epoch": 0, "round": round_, "attempt": self._attempt, "id": id_}
+
     async def _project(self, round_: int) -> None:
-        await self._send(Projections(run=RUN, epoch=0, round=round_), {"projections": self.group.projections})
+        await self._send(Projections(**self._named(round_, 1)), {"projections": self.group.projections})
 
 
 def _host_and_port(url: str) -> tuple[str, int]:

@@ -528,7 +528,7 @@ def test_a_device_whose_numbers_are_absurd_is_put_aside_for_good(run: Callable[.
                 start = await device.next_round()
                 one = np.ones(1, np.int32)
                 tensors = {"activations": np.full((1, 32), np.nan, np.float32), "lengths": one, "labels": one}
-                await device.send(Anchor(run="run-1", epoch=0, round=start.round), tensors)
+                await device.send(Anchor(run="run-1", epoch=0, round=start.round, attempt=start.attempt), tensors)
             refusal = await device.refusal()
             assert (refusal.code, refusal.retry) == ("device", False)
             assert "put aside: 2 of its answers" in refusal.reason

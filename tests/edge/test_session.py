@@ -6,45 +6,78 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from hosl_edge import step
 from hosl_edge.display import Progress
 from hosl_edge.session import Session
-from hosl_protocol import CutGradient, Frame
+from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late
+
+Reply = CutGradient | EvalStart | EvalResult | Late
 
 
-def drive(patience_s: float | None, answer_after_s: float) -> tuple[list[object], list[str]]:
-    """What a step got for a reply, and what the device said."""
+def drive(patience_s: float | None, answer_after_s: float, *answers: Reply) -> tuple[list[object], list[str], object]:
+    """What a step got for a reply, what the device said, and what came in between."""
     got: list[object] = []
     said: list[str] = []
 
     def steps() -> step.Step:
         try:
-            got.append((yield step.Receive(CutGradient)))
+            got.append((yield step.Receive(CutGradient, 2)))
         finally:
             got.append("closed")
 
-    async def main() -> None:
+    async def main() -> object:
         display: Any = SimpleNamespace(say=said.append)
         device: Any = None
         session = Session(device, display, Progress(), "test", "ws://nowhere", "token")
-        context: Any = SimpleNamespace(run="r", epoch=0, round=3)
-        frame = Frame(CutGradient(run="r", epoch=0, round=3))
+        session._started = EVALUATION
+        context: Any = SimpleNamespace(run="r", epoch=0, round=3, attempt=1)
         driving = asyncio.create_task(session._drive(steps(), context, patience_s))
         await asyncio.sleep(answer_after_s)
-        session._incoming.put_nowait(frame)
-        assert await driving is None
+        for answer in answers:
+            session._incoming.put_nowait(Frame(answer))
+        return await driving
 
-    asyncio.run(main())
-    return got, said
+    return got, said, asyncio.run(main())
+
+
+NAMED: dict[str, Any] = {"run": "r", "epoch": 0, "round": 3, "attempt": 1}
+EVALUATION = EvalStart(**NAMED)
+ANSWER = CutGradient(**NAMED, id=2)
 
 
 def test_a_reply_that_does_not_come_ends_the_devices_part_of_the_round() -> None:
-    got, said = drive(patience_s=0.05, answer_after_s=0.3)
+    got, said, _ = drive(0.05, 0.3, ANSWER)
     assert got == ["closed"]
     assert said == ["no answer in round 3 for 0 s; it goes on without this device"]
 
 
 def test_without_a_deadline_a_device_waits() -> None:
-    got, said = drive(patience_s=None, answer_after_s=0.3)
-    assert isinstance(got[0], Frame)
+    got, said, _ = drive(None, 0.3, ANSWER)
+    assert got == [Frame(ANSWER), "closed"]
     assert said == []
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        CutGradient(**NAMED, id=1),
+        CutGradient(**{**NAMED, "attempt": 0}, id=2),
+        EvalResult(**NAMED, id=2, correct=1, scored=1),
+        Late(**{**NAMED, "attempt": 0}, answer="anchor"),
+        EVALUATION,
+    ],
+    ids=["repeated reply", "former attempt", "another kind", "former attempt's lateness", "repeated start"],
+)
+def test_repeats_and_what_belongs_to_a_former_attempt_are_dropped(stray: Reply) -> None:
+    got, _, between = drive(None, 0.0, stray, ANSWER)
+    assert got == [Frame(ANSWER), "closed"]
+    assert between is None
+
+
+@pytest.mark.parametrize("message", [EvalStart(**{**NAMED, "attempt": 2}), Late(**NAMED, answer="anchor")])
+def test_another_attempt_or_lateness_ends_a_step(message: Reply) -> None:
+    got, _, between = drive(None, 0.0, message, ANSWER)
+    assert got == ["closed"]
+    assert between == Frame(message)

@@ -4,9 +4,10 @@ make chaos SEEDS=1-20
 make chaos SEEDS=1-20 CHAOS="--work DIR --ordinary"
 
 Every seed is a run of real processes (chaos_site.py) that five to eight faults are drawn for (faults.py); those that
-find nothing to hit are not counted. Finished seeds are kept in DIR/results-*.jsonl and skipped; the folder of a seed
-that failed stays. In an ordinary run, which is not strict, only the digests must agree at the end. --spare-cloud spares
-the cloud. A device is "away" that was not told of the end: its journal must hold rounds that were.
+find nothing to hit are not counted. Finished seeds are kept in DIR/results-*.jsonl and skipped, what is printed is in
+DIR/table-*.txt, too; the folder of a seed that failed stays. In an ordinary run, which is not strict, only the digests
+must agree at the end. --spare-cloud spares the cloud. A device is "away" that was not told of the end: its journal must
+hold rounds that were.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Result:
     is_good: bool
     seconds: float
     recoveries: dict[str, list[float]]
+    snapshots: int = 0
+    """That devices took to catch up."""
 
 
 def run_seed(seed: int, bundle: Path, work: Path, *, strict: bool = True, with_cloud: bool = True) -> Result:
@@ -78,7 +81,14 @@ def run_seed(seed: int, bundle: Path, work: Path, *, strict: bool = True, with_c
     except AssertionError as error:
         outcome, is_good = str(error), False
     result = Result(
-        seed, str(settings), dict(done), outcome, is_good, round(time.monotonic() - began, 1), site.recoveries
+        seed,
+        str(settings),
+        dict(done),
+        outcome,
+        is_good,
+        round(time.monotonic() - began, 1),
+        site.recoveries,
+        site.snapshots(),
     )
     if is_good:
         shutil.rmtree(folder)
@@ -198,7 +208,12 @@ def main() -> int:
     table = options.work / f"results-{mode}.jsonl"
     lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     results = {result.seed: result for result in (Result(**json.loads(line)) for line in lines)}
-    seeds = range(int(first), int(last or first) + 1)
+    seeds, printed = range(int(first), int(last or first) + 1), (options.work / f"table-{mode}.txt").open("w")
+
+    def show(text: str) -> None:
+        for file in (sys.stdout, printed):
+            print(text, file=file, flush=True)
+
     for seed in seeds:
         if seed not in results or not results[seed].is_good:
             result = results[seed] = run_seed(
@@ -206,9 +221,10 @@ def main() -> int:
             )
             with table.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")
-        print(_row(results[seed]), flush=True)
+        show(_row(results[seed]))
     chosen = [results[seed] for seed in seeds]
-    print(_summary(chosen))
+    show(_summary(chosen))
+    printed.close()
     return 0 if all(result.is_good for result in chosen) else 1
 
 
@@ -226,7 +242,7 @@ def _make_bundle(work: Path) -> Path:
 
 def _row(result: Result) -> str:
     faults = " ".join(f"{kind} {count}" for kind, count in sorted(result.faults.items()))
-    return f"{result.seed:5}  {result.settings:24}  {result.seconds:6.1f} s  {faults:48}  {result.outcome}"
+    return f"{result.seed:5}  {result.settings:34}  {result.seconds:6.1f} s  {faults:48}  {result.outcome}"
 
 
 def _summary(results: list[Result]) -> str:
@@ -236,6 +252,7 @@ def _summary(results: list[Result]) -> str:
     good = sum(result.is_good for result in results)
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items()))
     lines = [f"{good} of {len(results)} runs are good; {sum(faults.values())} faults: {kinds}"]
+    lines.append(f"{sum(result.snapshots for result in results)} times a device took a snapshot to catch up")
     for name in ("device", "cloud"):
         times = sorted(time for result in results for time in result.recoveries[name])
         if times:

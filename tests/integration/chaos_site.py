@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_cloud.tokens import load_or_make_token
+from hosl_edge.pace import save_link
 from hosl_protocol import ExitCode
 from integration import launch
 from integration.proxy import Proxy
@@ -31,6 +32,8 @@ LAST_WORD_S = 8.0
 LONGEST_OUTAGE_S = 1.5
 """Before a killed process is started again."""
 DATABASE = "hosl.sqlite"
+LINK_BYTES_PER_S = 1e9
+"""What a device that takes snapshots believes; one that does not know its link replays."""
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(launch.PRELOADED)
@@ -45,10 +48,12 @@ class Settings:
     per_round: int
     """Devices sampled each round; 0 takes all."""
     strict: bool
+    snapshots: bool = False
+    """Devices believe that a download beats a replay, and take snapshots to catch up."""
 
     def __str__(self) -> str:
         sampled = f", {self.per_round} of {len(DEVICES)}" if self.per_round else ""
-        return f"{self.algorithm}, {self.optimizer}{sampled}" + ("" if self.strict else ", ordinary")
+        return f"{self.algorithm}, {self.optimizer}{sampled}" + (", snapshots" if self.snapshots else "")
 
     @property
     def toml(self) -> str:
@@ -191,6 +196,9 @@ class Site:
         held_out = write_reviews(self.folder / f"{name}-eval.jsonl", 10, 400 + 10 * number)
         _, token = load_or_make_token(self.folder / "cloud")
         where = ["--server", f"ws://127.0.0.1:{port}", "--token-file", token, "--data", data, "--eval", held_out]
+        if self.settings.snapshots:
+            (self.folder / "state" / name).mkdir(parents=True)
+            save_link(self.folder / "state" / name, LINK_BYTES_PER_S)
         folders = ["--state-dir", self.folder / "state", "--cache-dir", self.folder / "cache" / name]
         return ["hosl_edge", *where, *folders, "--name", name, "--threads", "1", "--json"]
 
@@ -254,6 +262,11 @@ class Site:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
+
+    def snapshots(self) -> int:
+        """How often a device began to download one."""
+        logs = [self.workers[name].log for name in self.proxies]
+        return sum(log.read_text(encoding="utf-8").count("downloads a snapshot") for log in logs if log.exists())
 
     def close(self) -> None:
         for proxy in self.proxies.values():

@@ -13,11 +13,11 @@ from integration.chaos_site import DEVICES, ROUNDS, Settings, Site
 from integration.launch import POINTS
 from integration.proxy import Direction
 
-Kind = Literal["kill", "leave", "crash", "freeze", "cut", "hold", "slow"]
+Kind = Literal["kill", "leave", "crash", "freeze", "cut", "hold", "slow", "repeat"]
 
 KINDS: dict[str, dict[Kind, int]] = {
     "cloud": {"kill": 3, "leave": 1, "crash": 4, "freeze": 1},
-    "device": {"kill": 3, "leave": 1, "crash": 3, "freeze": 1, "cut": 3, "hold": 2, "slow": 1},
+    "device": {"kill": 3, "leave": 1, "crash": 3, "freeze": 1, "cut": 3, "hold": 2, "slow": 1, "repeat": 3},
 }
 """How often each is drawn, in proportion."""
 
@@ -54,6 +54,7 @@ class Fault:
             "freeze": f" for {self.seconds:.1f} s",
             "hold": f" for {self.seconds:.1f} s" + (", then cut" if self.does_cut else ""),
             "slow": f" for {self.seconds:.1f} s",
+            "repeat": f" of a message {self.direction}",
         }.get(self.kind, "")
         return f"{self.kind} {self.target}{more}, {self.delay_s:.3f} s after {when}"
 
@@ -65,6 +66,7 @@ def draw_settings(generator: random.Random, *, strict: bool) -> Settings:
         optimizer=generator.choice(["sgd", "adamw"]),
         per_round=generator.choice([0, 0, 2]) if strict else 0,
         strict=strict,
+        snapshots=generator.random() < 0.4,
     )
 
 
@@ -108,7 +110,7 @@ async def _do(site: Site, fault: Fault, done: Counter[str]) -> None:
     worker = site.workers[fault.target]
     while not worker.is_running:
         await asyncio.sleep(0.01)
-    if fault.target in site.proxies and fault.kind in ("cut", "hold", "slow"):
+    if fault.target in site.proxies and fault.kind in ("cut", "hold", "slow", "repeat"):
         await _disturb(site, fault, done)
     elif fault.kind == "crash":
         await _order(site, fault, done)
@@ -140,15 +142,19 @@ async def _order(site: Site, fault: Fault, done: Counter[str]) -> None:
 
 async def _disturb(site: Site, fault: Fault, done: Counter[str]) -> None:
     proxy = site.proxies[fault.target]
-    if fault.kind == "cut":
+    if fault.kind in ("cut", "repeat"):
         reached = asyncio.Event()
 
-        def cut() -> None:
-            proxy.cut()
-            done["cut"] += 1
+        def reach() -> None:
+            if fault.kind == "cut":
+                proxy.cut()
+            done[fault.kind] += 1
             reached.set()
 
-        proxy.after(fault.direction, fault.bytes, cut)
+        if fault.kind == "cut":
+            proxy.after(fault.direction, fault.bytes, reach)
+        else:
+            proxy.repeat(fault.direction, reach)
         await reached.wait()
         return
     done[fault.kind] += 1

@@ -22,6 +22,7 @@ SHORTER = {
         "hosl_edge.agent.LONGEST_PAUSE_S": 1.0,  # 20
         "hosl_edge.session.HEARTBEAT_S": 2.0,  # 15
         "hosl_edge.fetch.TIMEOUT_S": 3.0,  # 30
+        "hosl_edge.device.measure_replay_s": lambda *_: 1.0,  # beside a known link: a snapshot is always faster
     },
     "hosl_cloud": {
         "hosl_cloud.service.HEARTBEAT_S": 2.0,  # 15
@@ -39,6 +40,8 @@ POINTS = {
         "weights-apply": "hosl_edge.device.Device._replay",
         "join": "hosl_edge.device.Device.join",
         "batch": "hosl_edge.session.batch_indices",
+        "snapshot-fetch": "hosl_edge.session.fetch_snapshot",
+        "snapshot-read": "hosl_edge.device.read_snapshot",
     },
     "hosl_cloud": {
         "store-roster": "hosl_cloud.store.Store.set_roster",
@@ -51,6 +54,7 @@ POINTS = {
         "checkpoint-prune": "hosl_cloud.coordinator.prune_checkpoints",
         "tail-step": "hosl_cloud.trainer.TailTrainer.step",
         "mirror-apply": "hosl_cloud.run.Run.apply",
+        "snapshot-write": "hosl_cloud.snapshots.write_snapshot",
     },
 }
 """Where a process can be told to die."""

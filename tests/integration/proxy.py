@@ -1,4 +1,4 @@
-"""A device's way to the cloud, for tests that want it bad: it can be cut in the middle of a frame, held, or slowed.
+"""A device's way to the cloud, for tests that want it bad: cut in the middle of a frame, held, slowed, or repeating.
 
 It outlives the cloud, whose port is fixed, and sees which messages the cloud sends, for their JSON travels unmasked.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +19,86 @@ _MESSAGE = re.compile(rb'\\"type\\":\\"([a-z-]+)\\"[^{}]{0,200}?\\"round\\":(\d+
 _LONGEST_MESSAGE = 400
 
 
+class _Messages:
+    """Follows hosl's messages in one direction of a websocket, to tell where they end; other HTTP has none."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._is_open = False
+        """Past the handshake."""
+        self._is_http = False
+        self._message = b""
+        """What came of the message under way, as it was on the wire."""
+        self._left = 0
+        """Bytes of tensors that it lacks."""
+
+    def take(self, data: bytes) -> list[tuple[int, bytes]]:
+        """The messages that end in `data`: how far into it, and the message as it was on the wire."""
+        if self._is_http:
+            return []
+        self._buffer += data
+        if not self._is_open and not self._has_opened():
+            return []
+        found = []
+        while (size := self._size()) and len(self._buffer) >= size:
+            frame = bytes(self._buffer[:size])
+            del self._buffer[:size]
+            if frame[0] & 0x0F >= 8:  # a ping or the like
+                continue
+            payload = _payload(frame)
+            self._left = self._left - len(payload) if self._message else _tensor_bytes(payload)
+            self._message += frame
+            if self._left <= 0:
+                found.append((len(data) - len(self._buffer), self._message))
+                self._message = b""
+        return found
+
+    def _has_opened(self) -> bool:
+        head, end, _ = self._buffer.partition(b"\r\n\r\n")
+        if end:
+            self._is_http = b"upgrade: websocket" not in head.lower()
+            self._is_open = not self._is_http
+            del self._buffer[: len(head) + len(end)]
+        return self._is_open
+
+    def _size(self) -> int:
+        """Of the websocket frame (RFC 6455, 5.2) that the buffer begins with; 0 where its header is not whole yet."""
+        if len(self._buffer) < 2:
+            return 0
+        start, length = _layout(self._buffer)
+        return start + length if len(self._buffer) >= start else 0
+
+
+def _layout(frame: bytes | bytearray) -> tuple[int, int]:
+    """Where a websocket frame's payload begins, and its length."""
+    mask, length = 4 * (frame[1] >> 7), frame[1] & 0x7F
+    more = {126: 2, 127: 8}.get(length, 0)
+    if more:
+        length = int.from_bytes(frame[2 : 2 + more], "big")
+    return 2 + more + mask, length
+
+
+def _payload(frame: bytes) -> bytes:
+    start, _ = _layout(frame)
+    if not frame[1] >> 7:
+        return frame[start:]
+    mask = frame[start - 4 : start]
+    return bytes(byte ^ mask[index % 4] for index, byte in enumerate(frame[start:]))
+
+
+def _tensor_bytes(header: bytes) -> int:
+    """How many bytes follow a message's header."""
+    layout = json.loads(header[8:])
+    return max((entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__"), default=0)
+
+
 @dataclass(eq=False)
 class _Link:
     """One connection: the writers to both of its ends, and the end of what came down, where a message may go on."""
 
     writers: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     seen: bytes = b""
+    messages: dict[Direction, _Messages] = field(default_factory=lambda: {"up": _Messages(), "down": _Messages()})
 
     def cut(self) -> None:
         for writer in self.writers:
@@ -52,6 +127,7 @@ class Proxy:
     _server: asyncio.Server | None = None
     _links: set[_Link] = field(default_factory=set)
     _counts: list[_Count] = field(default_factory=list)
+    _repeats: dict[Direction, list[Callable[[], None]]] = field(default_factory=lambda: {"up": [], "down": []})
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
@@ -83,6 +159,10 @@ class Proxy:
     def after(self, direction: Direction, count: int, action: Callable[[], None]) -> None:
         """Do something between two bytes: when `count` more have passed, and before the next."""
         self._counts.append(_Count(direction, count, action))
+
+    def repeat(self, direction: Direction, action: Callable[[], None]) -> None:
+        """Send the next message twice, and do something."""
+        self._repeats[direction].append(action)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # asyncio would print it
@@ -116,11 +196,20 @@ class Proxy:
                 await self._flowing.wait()
                 if direction == "down":
                     self._look(link, data)
-                await self._write(direction, data, writer)
+                await self._write(direction, self._with_repeats(link, direction, data), writer)
             if not writer.transport.is_closing():
                 writer.write_eof()
             return
         link.cut()
+
+    def _with_repeats(self, link: _Link, direction: Direction, data: bytes) -> bytes:
+        passed, actions, out = 0, self._repeats[direction], b""
+        for end, message in link.messages[direction].take(data):
+            out, passed = out + data[passed:end], end
+            if actions:
+                out += message
+                actions.pop(0)()
+        return out + data[passed:]
 
     async def _write(self, direction: Direction, data: bytes, writer: asyncio.StreamWriter) -> None:
         """Pass `data` on, stopping where something is to be done between two bytes."""

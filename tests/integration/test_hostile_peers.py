@@ -149,7 +149,7 @@ async def half_a_frame_then_silence(peer: Hostile) -> None:
     await peer.join()
     start = await peer.hear(RoundStart)
     if isinstance(start, RoundStart):
-        anchor = Anchor(run=start.run, epoch=start.epoch, round=start.round)
+        anchor = Anchor(run=start.run, epoch=start.epoch, round=start.round, attempt=start.attempt)
         one = np.ones(1, np.int32)
         tensors = {"activations": np.ones((5, 32), np.float32), "lengths": one * 5, "labels": one}
         header, payload = encode(anchor, tensors)

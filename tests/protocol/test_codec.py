@@ -68,7 +68,7 @@ GOLDEN_FRAMES = {
         Projections(run="r1", epoch=0, round=7, id=1),
         {"projections": np.array([0.5, -2.0], np.float32)},
         "float32",
-        r'{"__metadata__":{"hosl":"{\"type\":\"projections\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"id\":1}"},'
+        r'{"__metadata__":{"hosl":"{\"type\":\"projections\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":1}"},'
         r'"projections":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         "0000003f 000000c0",
     ),
@@ -80,7 +80,7 @@ GOLDEN_FRAMES = {
             "labels": np.array([1], np.int32),
         },
         "float16",
-        r'{"__metadata__":{"hosl":"{\"type\":\"anchor\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"id\":0}"},'
+        r'{"__metadata__":{"hosl":"{\"type\":\"anchor\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":0}"},'
         r'"activations":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},'
         r'"lengths":{"dtype":"I32","shape":[1],"data_offsets":[12,16]},'
         r'"labels":{"dtype":"I32","shape":[1],"data_offsets":[16,20]}}',
@@ -90,7 +90,7 @@ GOLDEN_FRAMES = {
         CutGradient(run="r1", epoch=0, round=7),
         {"lambda": np.array([[1.0, -0.1, 70000.0]], np.float32), "loss": np.float32(0.75)},
         "bfloat16",
-        r'{"__metadata__":{"hosl":"{\"type\":\"cut-gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"id\":0,\"exponent\":0}"},'
+        r'{"__metadata__":{"hosl":"{\"type\":\"cut-gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":0,\"exponent\":0}"},'
         r'"lambda":{"dtype":"BF16","shape":[1,3],"data_offsets":[0,6]},'
         r'"loss":{"dtype":"F32","shape":[],"data_offsets":[6,10]}}',
         "803f cdbd 8947 0000403f",
@@ -169,7 +169,7 @@ sentences = st.text(max_size=40)
 numbers = st.floats(0.0, 1e300)
 booleans = st.booleans()
 signs = st.sampled_from([-1, 1])
-round_fields = {"run": names, "epoch": counts, "round": rounds, "id": counts}
+round_fields = {"run": names, "epoch": counts, "round": rounds, "attempt": counts, "id": counts}
 standing = {"run": names, "epoch": counts, "applied_round": rounds, "weights_digest": digests}
 FIELDS = {
     Hello: {

@@ -31,7 +31,7 @@ from hosl_protocol.client import MAX_COARSENING
 
 README = Path(__file__).parents[2] / "protocol" / "README.md"
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
-ROUND_FIELDS = {"run", "epoch", "round", "id"}
+ROUND_FIELDS = {"run", "epoch", "round", "attempt", "id"}
 
 
 def section(title):
