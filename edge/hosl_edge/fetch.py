@@ -51,7 +51,9 @@ def fetch_bundle(
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionLost(f"download of {base + MANIFEST} broke off: {error}") from error
         expected = response.headers.get("Content-Length")
-    if expected is not None and len(data) < min(int(expected), MAX_MANIFEST_BYTES):
+    if expected is None:  # the service always says it: the head was cut off, which http.client takes for its end
+        raise ConnectionLost(f"download of {base + MANIFEST} broke off before its length came")
+    if len(data) < min(int(expected), MAX_MANIFEST_BYTES):
         raise ConnectionLost(f"download of {base + MANIFEST} ended at {len(data)} of {expected} bytes")
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")

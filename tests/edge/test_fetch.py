@@ -33,7 +33,7 @@ class Cloud:
     files: dict[str, bytes] = field(default_factory=dict)
     knows_ranges: bool = True
     cuts: dict[str, int] = field(default_factory=dict)
-    """Bytes after which the next answer for a path breaks off, once."""
+    """Bytes after which the next answer for a path breaks off, once; below zero in its head."""
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     """(path, Range header) of every request."""
 
@@ -58,6 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.cloud.files[path]
         start = int(re.findall(r"\d+", wanted)[0]) if wanted and self.cloud.knows_ranges else 0
         self.send_response(206 if start else 200)
+        if self.cloud.cuts.get(path, 0) < 0:
+            self.flush_headers()
+            self.cloud.cuts.pop(path)
+            return
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         self.wfile.write(body[start : self.cloud.cuts.pop(path, None)])
@@ -183,6 +187,13 @@ def test_a_manifest_that_breaks_off_is_tried_again(cloud: Cloud, tmp_path: Path)
     with pytest.raises(ConnectionLost, match=MANIFEST):
         fetch(cloud, tmp_path)
     assert_whole(fetch(cloud, tmp_path))
+
+
+def test_a_manifest_whose_head_breaks_off_is_tried_again(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.cuts[MANIFEST] = -1
+    with pytest.raises(ConnectionLost, match="before its length came"):
+        fetch(cloud, tmp_path)
+    fetch(cloud, tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"not json"])

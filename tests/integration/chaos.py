@@ -8,6 +8,9 @@ find nothing to hit are not counted. Finished seeds are kept in DIR/results-*.js
 DIR/table-*.txt, too; the folder of a seed that failed stays. In an ordinary run, which is not strict, only the digests
 must agree at the end. --spare-cloud spares the cloud. A device is "away" that was not told of the end: its journal must
 hold rounds that were.
+
+--bundle runs another model than the tiny one, and --cold starts each process as an operator would, instead of forking
+it from one that has torch imported: together they measure how long recovery takes.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from integration.faults import do_faults, draw_faults, draw_settings, targets_of
 
 LIMIT_S = 180.0
 """Of a run; one takes a quarter of a minute where nothing else runs."""
+LIMIT_OF_ANOTHER_S = 1200.0
+"""Of a run with another model than the tiny one."""
 
 
 @dataclasses.dataclass
@@ -57,19 +62,28 @@ class Result:
     """That devices took to catch up."""
 
 
-def run_seed(seed: int, bundle: Path, work: Path, *, strict: bool = True, with_cloud: bool = True) -> Result:
+def run_seed(
+    seed: int,
+    bundle: Path,
+    work: Path,
+    *,
+    strict: bool = True,
+    with_cloud: bool = True,
+    limit_s: float = LIMIT_S,
+    is_cold: bool = False,
+) -> Result:
     """One run with faults, and its comparison with the unbroken one."""
     generator = random.Random(seed)
     settings = draw_settings(generator, strict=strict)
     faults = draw_faults(generator, settings, targets_of(with_cloud=with_cloud))
-    expected = _unbroken(settings, bundle, work) if strict else None
+    expected = _unbroken(settings, bundle, work, limit_s) if strict else None
     folder = work / f"{'strict' if strict else 'ordinary'}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    site = Site(folder, bundle, settings, generator)
+    site = Site(folder, bundle, settings, generator, is_cold)
     done: Counter[str] = Counter()
     began = time.monotonic()
     try:
-        away = asyncio.run(_run(site, faults, done))
+        away = asyncio.run(_run(site, faults, done, limit_s))
         end = _end_of(site, away)
         outcome = _compare(end, expected) if expected is not None else ""
         outcome = outcome or ("same bits" if strict else "digests agree") + (
@@ -77,7 +91,7 @@ def run_seed(seed: int, bundle: Path, work: Path, *, strict: bool = True, with_c
         )
         is_good = expected is None or _compare(end, expected) == ""
     except asyncio.TimeoutError:
-        outcome, is_good = f"did not end in {LIMIT_S:.0f} s", False
+        outcome, is_good = f"did not end in {limit_s:.0f} s", False
     except AssertionError as error:
         outcome, is_good = str(error), False
     result = Result(
@@ -97,25 +111,26 @@ def run_seed(seed: int, bundle: Path, work: Path, *, strict: bool = True, with_c
     return result
 
 
-async def _run(site: Site, faults: list[Any], done: Counter[str]) -> list[str]:
+async def _run(site: Site, faults: list[Any], done: Counter[str], limit_s: float) -> list[str]:
     await site.open()
     breaking = asyncio.create_task(do_faults(site, faults, done))
     try:
-        return await site.run(LIMIT_S)
+        return await site.run(limit_s)
     finally:
         breaking.cancel()
         await asyncio.gather(breaking, return_exceptions=True)
         site.close()
 
 
-def _unbroken(settings: Settings, bundle: Path, work: Path) -> dict[str, Any]:
+def _unbroken(settings: Settings, bundle: Path, work: Path, limit_s: float) -> dict[str, Any]:
     """How the run ends that nothing happens to; computed once for each settings."""
-    name = "unbroken-" + hashlib.sha256(settings.toml.encode()).hexdigest()[:16]
+    shard = load_manifest(bundle).shard_digest
+    name = "unbroken-" + hashlib.sha256((settings.toml + shard).encode()).hexdigest()[:16]
     cached = work / f"{name}.json"
     if not cached.exists():
         shutil.rmtree(work / name, ignore_errors=True)
         site = Site(work / name, bundle, settings, random.Random(0))
-        away = asyncio.run(_run(site, [], Counter()))
+        away = asyncio.run(_run(site, [], Counter(), limit_s))
         assert not away, away
         cached.write_text(json.dumps(_end_of(site, away)), encoding="utf-8")
         shutil.rmtree(work / name)
@@ -199,10 +214,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(".cache/chaos"), metavar="DIR")
     parser.add_argument("--ordinary", action="store_true", help="runs that are not strict")
     parser.add_argument("--spare-cloud", action="store_true", help="nothing happens to the cloud")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="another bundle than that of the tiny model")
+    parser.add_argument("--cold", action="store_true", help="start processes anew instead of forking them")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     options.work.mkdir(parents=True, exist_ok=True)
-    bundle = _make_bundle(options.work.resolve())
+    bundle = options.bundle.resolve() if options.bundle else _make_bundle(options.work.resolve())
+    limit_s = LIMIT_OF_ANOTHER_S if options.bundle else LIMIT_S
     first, _, last = options.seeds.partition("-")
     mode = ("ordinary" if options.ordinary else "strict") + ("-spared" if options.spare_cloud else "")
     table = options.work / f"results-{mode}.jsonl"
@@ -217,7 +235,13 @@ def main() -> int:
     for seed in seeds:
         if seed not in results or not results[seed].is_good:
             result = results[seed] = run_seed(
-                seed, bundle, options.work.resolve(), strict=not options.ordinary, with_cloud=not options.spare_cloud
+                seed,
+                bundle,
+                options.work.resolve(),
+                strict=not options.ordinary,
+                with_cloud=not options.spare_cloud,
+                limit_s=limit_s,
+                is_cold=options.cold,
             )
             with table.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")

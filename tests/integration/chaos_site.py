@@ -35,7 +35,7 @@ DATABASE = "hosl.sqlite"
 LINK_BYTES_PER_S = 1e9
 """What a device that takes snapshots believes; one that does not know its link replays."""
 
-_FORKS = multiprocessing.get_context("forkserver")
+_FORKS, _SPAWNS = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
 _FORKS.set_forkserver_preload(launch.PRELOADED)
 
 
@@ -97,6 +97,8 @@ class Worker:
     generator: random.Random
     is_over: Callable[[], bool] = lambda: False
     """Whether there is nothing to start it again for."""
+    is_cold: bool = False
+    """Whether it imports everything anew."""
     starts: list[float] = field(default_factory=list)
     _process: BaseProcess | None = None
     _is_told_to_leave: bool = False
@@ -141,7 +143,7 @@ class Worker:
 
     async def _run_once(self) -> int:
         module, *arguments = self.command
-        self._process = _FORKS.Process(
+        self._process = (_SPAWNS if self.is_cold else _FORKS).Process(
             target=launch.run, args=(self.order, self.log, module, arguments), name=self.name, daemon=True
         )
         self._process.start()
@@ -165,6 +167,7 @@ class Site:
     bundle: Path
     settings: Settings
     generator: random.Random
+    is_cold: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
     proxies: dict[str, Proxy] = field(default_factory=dict)
     recoveries: dict[str, list[float]] = field(default_factory=lambda: {"device": [], "cloud": []})
@@ -189,7 +192,7 @@ class Site:
             self._add(name, self._device(name, number, proxy.port))
 
     def _add(self, name: str, command: list[object], is_over: Callable[[], bool] = lambda: False) -> None:
-        self.workers[name] = Worker(name, self.folder, list(map(str, command)), self.generator, is_over)
+        self.workers[name] = Worker(name, self.folder, list(map(str, command)), self.generator, is_over, self.is_cold)
 
     def _device(self, name: str, number: int, port: int) -> list[object]:
         data = write_reviews(self.folder / f"{name}-train.jsonl", 20, 20 * number)
