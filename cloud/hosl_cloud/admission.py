@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hosl_cloud.access import is_device_name
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet, Participant
 from hosl_cloud.peer import Peer
@@ -72,6 +72,10 @@ class Admission:
         hello = (await peer.next(JOIN_DEADLINE_S)).message
         assert isinstance(hello, Hello)
         refusal = await asyncio.to_thread(self._objection, hello)
+        # No await from here until the fleet knows it: a token that is revoked meanwhile would be missed.
+        if refusal is None and not peer.may_be(hello.device):
+            reason = f"its token is not one of device {hello.device}: give it the right --name, or token"
+            refusal = Refusal(code="device", reason=reason, retry=False)
         if refusal is not None:
             peer.end(refusal)
             return False
@@ -96,7 +100,7 @@ class Admission:
         if hello.protocol != PROTOCOL_VERSION:
             reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
             return Refusal(code="protocol", reason=reason, retry=False)
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", hello.device):
+        if not is_device_name(hello.device):
             return Refusal(code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-", retry=False)
         if hello.shard_digest != self.run.manifest.shard_digest:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)

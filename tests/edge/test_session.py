@@ -9,6 +9,7 @@ from typing import Any
 from hosl_edge import step
 from hosl_edge.display import Progress
 from hosl_edge.session import Session
+from hosl_edge.trust import Cloud, Token
 from hosl_protocol import CutGradient, Frame
 
 
@@ -26,7 +27,7 @@ def drive(patience_s: float | None, answer_after_s: float) -> tuple[list[object]
     async def main() -> None:
         display: Any = SimpleNamespace(say=said.append)
         device: Any = None
-        session = Session(device, display, Progress(), "test", "ws://nowhere", "token")
+        session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
         context: Any = SimpleNamespace(run="r", epoch=0, round=3)
         frame = Frame(CutGradient(run="r", epoch=0, round=3))
         driving = asyncio.create_task(session._drive(steps(), context, patience_s))
