@@ -168,6 +168,12 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
         self._unwatch()
 
+    def on_response_complete(self) -> None:
+        """What is answered before its body came is over: nobody waits for the rest."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
+
     def _watch_head(self) -> None:
         """A head is awaited while the client's side is idle; between requests uvicorn's own limit holds."""
         if self.conn.their_state is not h11.IDLE or self.timeout_keep_alive_task is not None:
