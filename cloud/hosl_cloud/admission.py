@@ -71,11 +71,9 @@ class Admission:
     async def _admit(self, peer: Peer) -> bool:
         hello = (await peer.next(JOIN_DEADLINE_S)).message
         assert isinstance(hello, Hello)
-        refusal = await asyncio.to_thread(self._objection, hello)
-        # No await from here until the fleet knows it: a token that is revoked meanwhile would be missed.
-        if refusal is None and not peer.may_be(hello.device):
-            reason = f"its token is not one of device {hello.device}: give it the right --name, or token"
-            refusal = Refusal(code="device", reason=reason, retry=False)
+        refusal = _stranger(peer, hello) or await asyncio.to_thread(self._objection, hello)
+        # Once more, and no await until the fleet knows it: its token may have been revoked meanwhile.
+        refusal = refusal or _stranger(peer, hello)
         if refusal is not None:
             peer.end(refusal)
             return False
@@ -216,6 +214,14 @@ class Admission:
                 await asyncio.to_thread(self.run.store.set_reports, reports)
             except StoreError:
                 log.exception("the reports of %d devices are lost", len(reports))
+
+
+def _stranger(peer: Peer, hello: Hello) -> Refusal | None:
+    """What a device is told whose token is not that of the device it says it is."""
+    if peer.may_be(hello.device):
+        return None
+    reason = f"its token is not one of device {hello.device[:64]}: give it the right --name, or token"
+    return Refusal(code="device", reason=reason, retry=False)
 
 
 def aside(strikes: int, limit: int) -> Refusal | None:
