@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hosl_cloud import rounds
+from hosl_cloud.access import Access, Guard
 from hosl_cloud.exchange import Answer, Await, Exchange, Tell
 from hosl_cloud.listen import Listen
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.store import Store
-from hosl_cloud.tokens import load_or_make_token
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_edge import step
 from hosl_edge.data import Batch
 from hosl_edge.shard import Shard
@@ -140,7 +141,9 @@ class Service:
     """A running service in this process."""
 
     coordinator: Coordinator
+    guard: Guard
     token: str
+    admin_token: str
     folder: Path
     address: str
     """`ws://127.0.0.1:port`."""
@@ -155,14 +158,19 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> AsyncIterator[Service]:
+async def serving(
+    bundle: Path, folder: Path, settings: dict[str, Any], listen: Listen | None = None
+) -> AsyncIterator[Service]:
     """The service with everything real, on a free port; stopped at the end where its run goes on."""
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
     from hosl_cloud.service import serve
 
-    folder.mkdir()
-    token, _ = load_or_make_token(folder)
+    folder.mkdir(exist_ok=True)
+    listen = listen or Listen("127.0.0.1", 0)
+    fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
+    token, _ = load_or_make_token(folder, fingerprint)
+    admin_token = load_or_make_secret(folder / ADMIN_TOKEN_FILE)
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
     store, said = Store(folder / "hosl.sqlite"), list[str]()
@@ -170,12 +178,13 @@ async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> Async
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
     store.create_run("run-1", bundle, manifest.shard_digest, config)
+    guard = Guard(Access(store, fingerprint), token, admin_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        serve(coordinator, token, Listen("127.0.0.1", 0), listening.set_result, once=True)  # type: ignore[arg-type]
+        serve(coordinator, guard, listen, listening.set_result, once=True)  # type: ignore[arg-type]
     )
     try:
-        yield Service(coordinator, token, folder, await listening, task, said)
+        yield Service(coordinator, guard, token, admin_token, folder, await listening, task, said)
     finally:
         if not task.done():
             signal.raise_signal(signal.SIGINT)

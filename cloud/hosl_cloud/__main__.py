@@ -1,6 +1,8 @@
 """`hosl-cloud`: the trainer service.
 
+hosl-cloud init --name cloud.example.org
 hosl-cloud serve --bundle bundle/ --config run.toml
+hosl-cloud device add NAME
 hosl-cloud merge RUN --out trained/
 hosl-cloud simulate --bundle bundle/ --config run.toml --data train.jsonl --devices 100 --per-round 10
 """
@@ -18,11 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from hosl_cloud.api_client import SERVICE_FILE
+from hosl_cloud.devices_command import add_data_dir, add_device, add_init
 from hosl_cloud.exceptions import ServiceError
-from hosl_cloud.listen import Listen
+from hosl_cloud.listen import Listen, write_service_file
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
-from hosl_cloud.tokens import load_or_make_token
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_protocol import BundleError, ExitCode, Manifest, SettingsError, check_files, load_manifest
 from hosl_protocol.terminal import add_common_options, run_command
 
@@ -42,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_init(commands.add_parser("init", help="make a CA, a certificate and an admin token"))
     _add_serve(commands.add_parser("serve", help="run the service and one training run"))
+    add_device(commands.add_parser("device", help="make, list and revoke devices' tokens"))
     _add_merge(commands.add_parser("merge", help="join a run's halves into a Hugging Face model"))
     _add_simulate(commands.add_parser("simulate", help="run a whole fleet of virtual devices in this process"))
     return parser
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="what hosl-export wrote")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's settings, run.toml")
-    _add_data_dir(parser)
+    add_data_dir(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8765, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
@@ -72,7 +78,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="the bundle, if it has moved since the run")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
-    _add_data_dir(parser)
+    add_data_dir(parser)
     add_common_options(parser)
     parser.set_defaults(command=_merge)
 
@@ -97,20 +103,15 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a table, one row a round")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
-    _add_data_dir(parser)
+    add_data_dir(parser)
     add_common_options(parser)
     parser.set_defaults(command=_simulate)
 
 
-def _add_data_dir(parser: argparse.ArgumentParser) -> None:
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
-    parser.add_argument(
-        "--data-dir", type=Path, default=home, metavar="DIR", help="database, token, checkpoints (default: %(default)s)"
-    )
-
-
 def _serve(options: argparse.Namespace) -> int:
     listen = Listen(options.host, options.port, options.tls_cert, options.tls_key)
+    if not options.insecure:
+        listen = listen.with_authority(options.data_dir)
     listen.check(insecure=options.insecure)
     manifest = load_manifest(options.bundle)
     config = load_config(options.config, manifest)
@@ -123,11 +124,14 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Manifest, config: RunConfig) -> str:
-    token, token_path = load_or_make_token(options.data_dir)
+    fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
+    token, token_path = load_or_make_token(options.data_dir, fingerprint)
+    admin_token = load_or_make_secret(options.data_dir / ADMIN_TOKEN_FILE)
     lock = _lock(options.data_dir)
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
+    from hosl_cloud.access import Access, Guard
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.service import serve
 
@@ -145,14 +149,17 @@ async def _serve_run(options: argparse.Namespace, listen: Listen, manifest: Mani
         def on_listening(address: str) -> None:
             _say(f"run {run.id}: {config.algorithm}, {_course(run)}")
             _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
+            write_service_file(options.data_dir, listen, address)
 
-        ending = await serve(coordinator, token, listen, on_listening, once=options.once)
+        guard = Guard(Access(store, fingerprint), token, admin_token)
+        ending = await serve(coordinator, guard, listen, on_listening, once=options.once)
         if ending == "paused":
             _say(f"run {run.id} pauses at round {run.round}; the same command goes on with it")
         else:
             _say(f"run {run.id} {ending} at round {run.round}; take it with: hosl-cloud merge {run.id} --out DIR")
         return ending
     finally:
+        (options.data_dir / SERVICE_FILE).unlink(missing_ok=True)
         store.close()
         lock.close()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hosl_cloud.access import is_device_name
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet, Participant
 from hosl_cloud.peer import Peer
@@ -71,7 +71,9 @@ class Admission:
     async def _admit(self, peer: Peer) -> bool:
         hello = (await peer.next(JOIN_DEADLINE_S)).message
         assert isinstance(hello, Hello)
-        refusal = await asyncio.to_thread(self._objection, hello)
+        refusal = _stranger(peer, hello) or await asyncio.to_thread(self._objection, hello)
+        # Once more, and no await until the fleet knows it: its token may have been revoked meanwhile.
+        refusal = refusal or _stranger(peer, hello)
         if refusal is not None:
             peer.end(refusal)
             return False
@@ -96,7 +98,7 @@ class Admission:
         if hello.protocol != PROTOCOL_VERSION:
             reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
             return Refusal(code="protocol", reason=reason, retry=False)
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", hello.device):
+        if not is_device_name(hello.device):
             return Refusal(code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-", retry=False)
         if hello.shard_digest != self.run.manifest.shard_digest:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
@@ -212,6 +214,14 @@ class Admission:
                 await asyncio.to_thread(self.run.store.set_reports, reports)
             except StoreError:
                 log.exception("the reports of %d devices are lost", len(reports))
+
+
+def _stranger(peer: Peer, hello: Hello) -> Refusal | None:
+    """What a device is told whose token is not that of the device it says it is."""
+    if peer.may_be(hello.device):
+        return None
+    reason = f"its token is not one of device {hello.device[:64]}: give it the right --name, or token"
+    return Refusal(code="device", reason=reason, retry=False)
 
 
 def aside(strikes: int, limit: int) -> Refusal | None:

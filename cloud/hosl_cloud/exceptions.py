@@ -25,7 +25,9 @@ class CloudError(HoslError):
     ├── RoundsFailedError      round after round came to nothing: read the log
     ├── NoDevicesError         every device is gone: bring one back and start again
     ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
+    ├── AccessError            a device's token cannot be made or revoked: choose another name
     └── ServiceError           the service cannot listen as asked: change the address
+        └── RequestError       the service is away, or does not do what it was asked: see its reason
     """
 
 
@@ -130,6 +132,26 @@ class ServiceError(CloudError):
     """The service can't listen where it was told to."""
 
     exit_code = ExitCode.SETTINGS
+
+
+class RequestError(ServiceError):
+    """The service can't be reached, or refuses a request. Stores the HTTP status, 0 where there was no answer."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+        super().__init__(reason)
+
+
+class AccessError(CloudError):
+    """What is asked of the devices' tokens can't be done. Stores the HTTP status that says so."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+        super().__init__(reason)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import logging
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from hosl_cloud.api_client import SERVICE_FILE
 from hosl_cloud.exceptions import ServiceError
+
+if TYPE_CHECKING:
+    from hosl_cloud.authority import Authority
+
+log = logging.getLogger(__name__)
+
+FEW_DAYS = 30
+"""A certificate that ends sooner is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,19 @@ class Listen:
     """0 takes a free one."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    authority: Authority | None = None
+    """The service's own CA, where its certificate is of that."""
+
+    def with_authority(self, data_dir: Path) -> Listen:
+        """With the certificate of the data folder's own CA, where there is one and no other was given."""
+        from hosl_cloud.authority import find_authority
+
+        authority = None if self.tls_cert or self.tls_key else find_authority(data_dir)
+        if authority is None:
+            return self
+        if (days := authority.days_left()) < FEW_DAYS:
+            log.warning("the certificate ends in %.0f days: run hosl-cloud init --renew", days)
+        return replace(self, tls_cert=authority.server_cert, tls_key=authority.server_key, authority=authority)
 
     @property
     def scheme(self) -> str:
@@ -42,11 +68,32 @@ class Listen:
         if self.tls_cert is None and not self._is_loopback() and not insecure:
             raise ServiceError(
                 f"--host {self.host} without TLS sends everything as plain text: "
-                "give --tls-cert and --tls-key, or --insecure"
+                "run hosl-cloud init --name HOST once, or give --tls-cert and --tls-key, or --insecure"
             )
+
+    def public_address(self, port: int) -> str:
+        """What devices on other machines call the service."""
+        names = self.authority.names() if self.authority is not None else []
+        return f"{self.scheme}://{_bracketed(names[0] if names else self.host)}:{port}"
+
+    def local_address(self, port: int) -> str:
+        """How this machine reaches it."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+        return f"{self.scheme}://{_bracketed(anywhere.get(self.host, self.host))}:{port}"
 
     def _is_loopback(self) -> bool:
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def write_service_file(data_dir: Path, listen: Listen, address: str) -> None:
+    """Tell the commands on this machine where the service is."""
+    port = urlsplit(address).port or 0
+    found = {"address": listen.local_address(port), "public_address": listen.public_address(port)}
+    (data_dir / SERVICE_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

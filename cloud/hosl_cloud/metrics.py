@@ -16,6 +16,10 @@ devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for 
 wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
 faults = Counter("hosl_device_faults", "Answers with numbers that no working device sends.")
+connections_refused = Counter("hosl_connections_refused", "Connections above the limits, closed as they came.")
+auth_failures = Counter("hosl_auth_failures", "Requests that were denied.", ["reason"])
+for _reason in ("missing", "wrong", "revoked", "remote", "role", "origin", "rate"):
+    auth_failures.labels(_reason)  # a series from the start on
 
 
 @lru_cache

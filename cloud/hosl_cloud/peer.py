@@ -54,9 +54,15 @@ class PeerGone(Exception):
 class Peer:
     """One connection of one device."""
 
-    def __init__(self, socket: WebSocket, on_arrival: Callable[[], None] = lambda: None) -> None:
-        """`on_arrival` hears of every answer, and of the connection's end."""
+    def __init__(
+        self,
+        socket: WebSocket,
+        on_arrival: Callable[[], None] = lambda: None,
+        may_be: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        """`on_arrival` hears of every answer, and of the connection's end; `may_be` judges the name in its Hello."""
         self.name = "?"
+        self.may_be = may_be
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
         self.eval_examples = 0

@@ -6,28 +6,32 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import hmac
 import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from hosl_cloud import metrics
+from hosl_cloud import limits, metrics
+from hosl_cloud.access import Denied, Guard
 from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.devices_api import device_routes
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
-from hosl_protocol import PIECE_BYTES
+from hosl_protocol import PIECE_BYTES, Refusal
 from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -40,17 +44,24 @@ GOODBYE_S = 5.0
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(coordinator: Coordinator, token: str) -> Starlette:
-    """All routes. `/healthz` is open; the rest needs the join token."""
+def make_app(coordinator: Coordinator, guard: Guard, ca: Path | None = None) -> Starlette:
+    """All routes. `/healthz` and the CA's certificate are open; the rest needs a token."""
 
     def guarded(endpoint: Endpoint) -> Endpoint:
         async def checked(request: Request) -> Response:
-            return await endpoint(request) if is_authorized(request, token) else Response(status_code=401)
+            try:
+                guard.identify(request)
+            except Denied as denied:
+                return Response(status_code=denied.status, headers=denied.headers)
+            return await endpoint(request)
 
         return checked
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
+
+    async def ca_certificate(request: Request) -> Response:
+        return Response(status_code=404) if ca is None else FileResponse(ca, media_type="application/x-pem-file")
 
     async def figures(request: Request) -> Response:
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
@@ -67,16 +78,25 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
         return JSONResponse(_status(coordinator))
 
     async def device(socket: WebSocket) -> None:
-        # A browser sends an Origin; nothing but our agent has business here.
-        if not is_authorized(socket, token) or "origin" in socket.headers:
-            await socket.close()
+        try:
+            caller = guard.admit(socket)
+        except Denied as denied:
+            await socket.send_denial_response(Response(status_code=denied.status, headers=denied.headers))
             return
         await socket.accept()
-        await _attend(coordinator, Peer(socket, coordinator.fleet.on_arrival))
+        await _attend(coordinator, Peer(socket, coordinator.fleet.on_arrival, partial(guard.may_be, caller)))
+
+    def disconnect(name: str, reason: str) -> None:
+        peer = coordinator.fleet.peers.get(name)
+        if peer is not None:
+            peer.is_ready = False
+            peer.end(Refusal(code="device", reason=reason, retry=False))
 
     return Starlette(
         routes=[
             Route("/healthz", healthz),
+            Route("/v1/ca.pem", ca_certificate),
+            *device_routes(guard, disconnect),
             Route("/metrics", guarded(figures)),
             Route("/v1/run", guarded(run_status)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
@@ -84,12 +104,6 @@ def make_app(coordinator: Coordinator, token: str) -> Starlette:
             WebSocketRoute("/v1/device", device),
         ]
     )
-
-
-def is_authorized(connection: HTTPConnection, token: str) -> bool:
-    """Whether the request bears the token; compared in constant time."""
-    given = connection.headers.get("authorization", "")
-    return hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
 
 def _bundle_file(coordinator: Coordinator, path: str) -> Response:
@@ -131,6 +145,15 @@ async def _attend(coordinator: Coordinator, peer: Peer) -> None:
 class _DeviceSocket(WebSocketsSansIOProtocol):
     """Ends a connection whose last bytes nobody takes; uvicorn would keep it, and tell nobody, until TCP gives up."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.conn.debug = False  # its log has every header, tokens too
+
+    async def send(self, message: Any) -> None:
+        """A refusal is an answer, too; uvicorn would log that none was given."""
+        await super().send(message)
+        self.handshake_complete |= self.initial_response is not None
+
     def keepalive_timeout(self) -> None:
         """A device that went without a word."""
         super().keepalive_timeout()
@@ -152,11 +175,12 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    coordinator: Coordinator, token: str, listen: Listen, on_listening: Callable[[str], None], *, once: bool
+    coordinator: Coordinator, guard: Guard, listen: Listen, on_listening: Callable[[str], None], *, once: bool
 ) -> Ending | Paused:
     """Run the service until a signal, or with `once` until the run has ended. Raises what ended the run."""
-    listener = _bind(listen)
-    server = _Server(_uvicorn_config(make_app(coordinator, token), listen))
+    listener = _bind(listen, guard.limits)
+    app = make_app(coordinator, guard, listen.authority.ca_cert if listen.authority is not None else None)
+    server = _Server(_uvicorn_config(app, listen))
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
@@ -177,6 +201,9 @@ async def serve(
 def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=limits.HttpProtocol,
+        h11_max_incomplete_event_size=limits.MAX_HEAD_BYTES,
+        proxy_headers=False,
         ws=_DeviceSocket,
         ws_max_size=PIECE_BYTES,
         ws_ping_interval=HEARTBEAT_S,
@@ -192,12 +219,12 @@ def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     )
 
 
-def _bind(listen: Listen) -> socket.socket:
+def _bind(listen: Listen, most: limits.Limits) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = limits.Listener(family, kind, protocol, most)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(2048)
@@ -207,9 +234,7 @@ def _bind(listen: Listen) -> socket.socket:
 
 
 def _address(listener: socket.socket, listen: Listen) -> str:
-    port = listener.getsockname()[1]
-    host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    return f"{listen.scheme}://{host}:{port}"
+    return listen.local_address(listener.getsockname()[1])
 
 
 async def _train_until(

@@ -5,6 +5,7 @@ Updates that a resume drops are marked superseded, never deleted.
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import struct
 import threading
@@ -23,7 +24,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -86,6 +87,7 @@ _MIGRATIONS = (
     "CREATE TABLE cuts (run TEXT NOT NULL REFERENCES runs (id), epoch INTEGER NOT NULL, round INTEGER NOT NULL, "
     "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
     "ALTER TABLE rounds ADD COLUMN checksum INTEGER;",
+    "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL, created_at REAL NOT NULL, revoked_at REAL);",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -116,6 +118,18 @@ class RoundRow:
     seconds: float
     wire_bytes: int
     """On the wire, both ways, since the round before."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A device's own token."""
+
+    name: str
+    digest: bytes
+    """SHA-256 of its secret."""
+    created_at: float
+    revoked_at: float | None
+    """Unix times."""
 
 
 @dataclass(frozen=True)
@@ -379,6 +393,15 @@ class Store:
         """A device that has joined the run; None for a new one."""
         rows = self._query("SELECT data_digest, strikes FROM devices WHERE run = ? AND name = ?", (run, name))
         return DeviceRow(**dict(rows[0])) if rows else None
+
+    def set_token(self, row: TokenRow) -> None:
+        """A device's token, in place of the one before."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?)", dataclasses.astuple(row))
+
+    def tokens(self) -> list[TokenRow]:
+        """Every token, also the revoked ones."""
+        return [TokenRow(**dict(row)) for row in self._query("SELECT * FROM tokens ORDER BY name")]
 
     def add_strike(self, run: str, name: str) -> int:
         """Count a fault against a device; how many there are now."""

@@ -32,12 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     # Settings that are not given stay absent, so that the --config file shows through.
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--server", metavar="URL", help="address of hosl-cloud, wss://host:port (ws:// on this machine only)")
-    add("--token-file", metavar="FILE", help="file with the join token that hosl-cloud wrote")
+    add("--token-file", metavar="FILE", help="file with the token that hosl-cloud device add made")
     add("--data", metavar="FILE", help="training data, .jsonl or .csv; of images .npz or a folder")
     add("--eval", metavar="FILE", help="held-out data of the same form")
     add("--memory-budget", metavar="SIZE", help="most anonymous memory to take, such as 400M")
     add("--threads", metavar="N", type=int, help="compute threads (default: all CPUs)")
-    add("--name", metavar="NAME", help="name of this device (default: the host name)")
+    add("--name", metavar="NAME", help="name of this device (default: its token's name)")
     add("--fields", metavar="A,B", type=_split, help="fields of the data that a run may use")
     add("--share-text", action="store_true", help="allow tasks whose labels are the text itself")
     add(

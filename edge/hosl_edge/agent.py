@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, RefusedError
@@ -17,7 +19,8 @@ from hosl_edge.fetch import fetch_bundle
 from hosl_edge.memory import keep_heap_small, read_memory
 from hosl_edge.network import NetworkWatch
 from hosl_edge.session import Session
-from hosl_edge.settings import EdgeSettings, read_token
+from hosl_edge.settings import EdgeSettings, device_name, read_token
+from hosl_edge.trust import Cloud, connect_securely
 from hosl_protocol import Complete, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -47,18 +50,22 @@ async def run_agent(settings: EdgeSettings) -> Summary:
     """Take part in the cloud's run until it ends; reconnects for ever."""
     keep_heap_small()
     token = read_token(Path(settings.token_file))
+    settings = msgspec.structs.replace(settings, name=device_name(settings, token))
     display, progress = Display(settings.name), Progress()
     software = f"hosl-edge {importlib.metadata.version('hosl')}"
     device: Device | None = None
+    cloud: Cloud | None = None
     network = NetworkWatch()
     attempt = 0
     try:
         while True:
             try:
+                if cloud is None:
+                    cloud = await asyncio.to_thread(connect_securely, settings.server, token, Path(settings.cache_dir))
                 if device is None:
-                    device = await _prepare(settings, token, display)
+                    device = await _prepare(settings, cloud, display)
                 sent = progress.sent_bytes
-                complete = await Session(device, display, progress, software, settings.server, token).run()
+                complete = await Session(device, display, progress, software, cloud).run()
                 return _summarize(device, complete, progress, display)
             except (ConnectionLost, ProtocolError, RefusedError) as error:
                 if isinstance(error, RefusedError) and not error.retry:
@@ -81,12 +88,12 @@ def backoff_s(attempt: int) -> float:
     return longest * random.uniform(0.5, 1.0)
 
 
-async def _prepare(settings: EdgeSettings, token: str, display: Display) -> Device:
+async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display) -> Device:
     on_progress = partial(display.show_download, "shard")
 
     def work() -> Device:
         rates: list[float] = []
-        folder, manifest = fetch_bundle(settings.server, token, Path(settings.cache_dir), on_progress, rates.append)
+        folder, manifest = fetch_bundle(cloud, Path(settings.cache_dir), on_progress, rates.append)
         device = Device(settings, folder, manifest)
         for rate in rates[-1:]:
             device.note_link(rate)

@@ -18,6 +18,7 @@ class EdgeError(HoslError):
     ├── JournalError        the journal cannot be read: mend its permissions, or delete it
     ├── SnapshotError       a snapshot cannot be used: start at the base shard, and replay
     ├── RefusedError        the cloud says no: see its reason
+    ├── TrustError          the cloud is not the one that the token is for: check address and token
     └── ConnectionLost      the cloud is away: try again later
     """
 
@@ -86,6 +87,19 @@ class RefusedError(EdgeError):
     def __init__(self, reason: str, *, retry: bool) -> None:
         self.reason, self.retry = reason, retry
         super().__init__(f"the cloud refused this device: {reason}")
+
+
+class TrustError(EdgeError):
+    """The service shows another CA than the token names. Stores both fingerprints."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, server: str, expected: str, got: str) -> None:
+        self.server, self.expected, self.got = server, expected, got
+        super().__init__(
+            f"{server} is not the service that this token is for: its CA has the fingerprint {got}, "
+            f"expected {expected}; check --server, or make a new token with hosl-cloud device add"
+        )
 
 
 class ConnectionLost(EdgeError):

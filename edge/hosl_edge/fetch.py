@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_edge.exceptions import ConnectionLost, NoSpaceError, RefusedError
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 
@@ -38,14 +39,14 @@ OnRate = Callable[[float], None]
 
 
 def fetch_bundle(
-    server: str, token: str, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None
+    cloud: Cloud, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
     Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
-    base = _address(server, "bundle/")
-    with _open(base + MANIFEST, token) as response:
+    base = cloud.url("bundle/")
+    with _open(cloud, base + MANIFEST) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -64,28 +65,22 @@ def fetch_bundle(
             target = folder / entry.path
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
-            _fetch_file(base + entry.path, token, target, entry.size_bytes, entry.sha256, on_progress, on_rate)
+            _fetch_file(cloud, base + entry.path, target, entry.size_bytes, entry.sha256, on_progress, on_rate)
     return folder, manifest
 
 
-def fetch_snapshot(
-    server: str, token: str, snapshot: Snapshot, target: Path, on_progress: OnProgress, on_rate: OnRate
-) -> None:
+def fetch_snapshot(cloud: Cloud, snapshot: Snapshot, target: Path, on_progress: OnProgress, on_rate: OnRate) -> None:
     """Download a snapshot to `target`, or what is missing of it. Raises as `fetch_bundle` does.
 
     One that the cloud has replaced since it was offered is ConnectionLost: the next Welcome offers another.
     """
-    url = _address(server, f"snapshot/{snapshot.round}")
-    _fetch_file(url, token, target, snapshot.size_bytes, snapshot.sha256, on_progress, on_rate)
+    url = cloud.url(f"snapshot/{snapshot.round}")
+    _fetch_file(cloud, url, target, snapshot.size_bytes, snapshot.sha256, on_progress, on_rate)
 
 
 def part_of(target: Path) -> Path:
     """Where a download is until it is whole."""
     return target.with_name(target.name + ".part")
-
-
-def _address(server: str, path: str) -> str:
-    return server.replace("ws", "http", 1).rstrip("/") + "/v1/" + path
 
 
 @contextlib.contextmanager
@@ -105,7 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _fetch_file(
-    url: str, token: str, target: Path, size: int, sha256: str, on_progress: OnProgress, on_rate: OnRate
+    cloud: Cloud, url: str, target: Path, size: int, sha256: str, on_progress: OnProgress, on_rate: OnRate
 ) -> None:
     if target.exists():
         if target.stat().st_size == size and sha256_of_file(target) == sha256:
@@ -122,7 +117,7 @@ def _fetch_file(
     if free < size - have:
         raise NoSpaceError(f"{target.parent} has {free} bytes free, {target.name} needs {size - have} more")
     if have < size:
-        _download(url, token, part, have, size, on_progress, on_rate)
+        _download(cloud, url, part, have, size, on_progress, on_rate)
     digest = sha256_of_file(part)
     if digest != sha256:
         part.unlink()
@@ -132,9 +127,11 @@ def _fetch_file(
     part.replace(target)
 
 
-def _download(url: str, token: str, part: Path, have: int, size: int, on_progress: OnProgress, on_rate: OnRate) -> None:
+def _download(
+    cloud: Cloud, url: str, part: Path, have: int, size: int, on_progress: OnProgress, on_rate: OnRate
+) -> None:
     began = time.monotonic()
-    with _open(url, token, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
+    with _open(cloud, url, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
         first = done = have if response.status == 206 else 0
         try:
             while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
@@ -153,16 +150,16 @@ def _download(url: str, token: str, part: Path, have: int, size: int, on_progres
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
 
 
-def _open(url: str, token: str, have: int = 0) -> Any:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+def _open(cloud: Cloud, url: str, have: int = 0) -> Any:
+    request = urllib.request.Request(url, headers=cloud.headers)
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        return cloud.open(request, TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (401, 403):
-            raise RefusedError("it does not know the join token", retry=False) from error
+            raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)

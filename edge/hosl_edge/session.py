@@ -23,6 +23,7 @@ from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, DataError, RefusedError, SnapshotError
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.memory import read_memory
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
 from hosl_protocol import (
     PIECE_BYTES,
     CatchUp,
@@ -66,6 +67,21 @@ _REPLIES = (CutGradient, ProbeLoss, EvalResult, Late)
 T = TypeVar("T")
 
 
+class _Connect(connect):
+    """Follows no redirect: the cloud may not send a device, with its token, anywhere else."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        """The redirect is an error."""
+        return exc
+
+
+def _quiet_logger() -> logging.Logger:
+    """For websockets, whose debug lines show every header, and so the token."""
+    quiet = logging.getLogger("hosl_edge.websocket")
+    quiet.setLevel(logging.INFO)
+    return quiet
+
+
 class _Superseded(Exception):
     """The cloud has moved on while a step waited; carries what came instead."""
 
@@ -81,8 +97,7 @@ class Session:
     display: Display
     progress: Progress
     software: str
-    server: str
-    token: str
+    cloud: Cloud
     _connection: Connection = field(default_factory=lambda: Connection(Role.EDGE))
     _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
     _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
@@ -94,11 +109,13 @@ class Session:
 
     async def run(self) -> Complete:
         """Take part until the run ends. Raises ConnectionLost, RefusedError, or what the device's data deserves."""
-        url = self.server
+        url = self.cloud.address
         try:
-            async with connect(
+            async with _Connect(
                 url.rstrip("/") + "/v1/device",
-                additional_headers={"Authorization": f"Bearer {self.token}"},
+                additional_headers=self.cloud.headers,
+                ssl=self.cloud.context,
+                logger=_quiet_logger(),
                 compression=None,
                 max_size=PIECE_BYTES,
                 ping_interval=HEARTBEAT_S,
@@ -108,7 +125,7 @@ class Session:
         except InvalidStatus as error:
             code = error.response.status_code
             if code in (401, 403):
-                raise RefusedError("it does not know the join token", retry=False) from error
+                raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
             raise ConnectionLost(f"{url} answered {code}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
             raise ConnectionLost(f"cannot talk to {url}: {error}") from error
@@ -259,7 +276,7 @@ class Session:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
             self.display.show_download("snapshot", done, size)
 
-        fetch_snapshot(self.server, self.token, snapshot, path, on_progress, self.device.note_link)
+        fetch_snapshot(self.cloud, snapshot, path, on_progress, self.device.note_link)
 
     async def _last_word(self) -> Frame:
         """The Complete that ended the connection; raises what a Refusal says."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from hosl_edge.trust import Token, parse_token
 from hosl_protocol import SettingsError, convert, read_toml
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -30,7 +31,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     server: str
     """Address of the cloud, `wss://host:port` or `ws://host:port`."""
     token_file: str
-    """File that holds the join token."""
+    """File that holds the device's token, or on the cloud's own machine the join token."""
     data: str
     """Training data: `.jsonl` or `.csv`; of images a `.npz` file, or a folder with a folder for each class."""
     eval: str | None = None
@@ -39,8 +40,9 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Bytes, or a number with K, M, G, Ki, Mi, Gi: most anonymous memory that the agent may take."""
     threads: int = 0
     """Compute threads; 0 takes one per CPU that the process may use."""
-    name: str = msgspec.field(default_factory=_default_name)
-    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`; a device keeps it for life."""
+    name: str = ""
+    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`, which it keeps for life; empty takes the name of its
+    token, or with a service's join token the host name."""
     fields: tuple[str, ...] | None = None
     """Fields of the data that a run may use; default: those that the shipped task of the same name reads."""
     share_text: bool = False
@@ -93,7 +95,7 @@ def _check(settings: EdgeSettings) -> None:
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if url.scheme == "ws" and not is_loopback and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
+    if settings.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
     if settings.threads < 0:
         raise SettingsError("threads", settings.threads, "use 0 (all) or more")
@@ -103,14 +105,20 @@ def _check(settings: EdgeSettings) -> None:
         parse_bytes(settings.memory_budget)
 
 
-def read_token(path: Path) -> str:
-    """The join token in a file. Raises SettingsError."""
+def read_token(path: Path) -> Token:
+    """The token in a file. Raises SettingsError."""
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
     except UnicodeDecodeError:
-        token = ""
-    if not re.fullmatch(r"[!-~]+", token):
+        text = ""
+    token = parse_token(text) if re.fullmatch(r"[!-~]+", text) else None
+    if token is None:
         raise SettingsError("token_file", str(path), "it should hold one token and nothing else: copy it again")
     return token
+
+
+def device_name(settings: EdgeSettings, token: Token) -> str:
+    """What the device is called."""
+    return settings.name or token.name or _default_name()

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from hosl_edge.data import AnyBatch
+from hosl_edge.graph import check_graph
 from hosl_protocol import BundleError, Manifest, TensorEntry
 from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS
 
@@ -170,10 +171,11 @@ class Shard:
         Separate, because a tokenizer may still fill memory before.
         """
         self._session = self._binding = None
-        # From bytes, so that a graph can't name files to read.
         options = _session_options(self._threads)
         with _usable(self._graph):
-            self._session = ort.InferenceSession(self._graph.read_bytes(), options, ["CPUExecutionProvider"])
+            graph = self._graph.read_bytes()
+            check_graph(graph)
+            self._session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
             self._binding = self._session.io_binding()
             for entry in self.manifest.tensors:
                 if not entry.constant and (self._table is None or entry.name != self._table.name):

@@ -225,6 +225,7 @@ def serve_main(pipe: Pipe, folder: Path, work: Work) -> None:
 
 
 async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
+    from hosl_cloud.access import Access, Guard
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.listen import Listen
     from hosl_cloud.metrics import wire_bytes_by_kind
@@ -244,7 +245,7 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     store.create_run(RUN, bundle, manifest.shard_digest, config)
     lags: list[tuple[float, float]] = []
     watch = asyncio.create_task(_watch_loop(lags))
-    await serve(coordinator, "token", Listen("127.0.0.1", 0), pipe.send, once=True)
+    await serve(coordinator, Guard(Access(store), "token", "admin"), Listen("127.0.0.1", 0), pipe.send, once=True)
     watch.cancel()
     first, last = tail.marks[0], tail.marks[-1]
     pipe.send(

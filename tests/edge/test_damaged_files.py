@@ -151,7 +151,7 @@ def test_a_damaged_file_of_the_users_is_named(
     damage(folder / name, how)
     if (name, how) == ("token", "truncated"):
         # Half a token is a token: only the cloud can tell.
-        assert "does not know the join token" in fails(agent, folder, capsys, ExitCode.REFUSED, data)
+        assert "does not know the token" in fails(agent, folder, capsys, ExitCode.REFUSED, data)
         return
     line = fails(agent, folder, capsys, code, data)
     assert name in line or (name, how) == ("edge.toml", "empty"), line

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hosl_edge import trust
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.fetch import NoSpaceError, fetch_bundle, fetch_snapshot
 from hosl_protocol import BundleError, FileEntry, Manifest, Snapshot, describe_file, encode_manifest
@@ -104,8 +105,12 @@ def manifest(files: tuple[FileEntry, ...]) -> Manifest:
     )
 
 
+def hosl(cloud: Cloud, token: str = TOKEN) -> trust.Cloud:
+    return trust.Cloud(cloud.address, trust.Token("", token))
+
+
 def fetch(cloud: Cloud, cache: Path, token: str = TOKEN) -> Path:
-    folder, got = fetch_bundle(cloud.address, token, cache, lambda done, size: None)
+    folder, got = fetch_bundle(hosl(cloud, token), cache, lambda done, size: None)
     assert encode_manifest(got) == cloud.files[MANIFEST]
     return folder
 
@@ -118,7 +123,7 @@ def assert_whole(folder: Path) -> None:
 
 def test_a_shard_is_fetched_whole_and_kept_by_its_digest(cloud: Cloud, tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    folder, got = fetch_bundle(cloud.address, TOKEN, tmp_path / "cache", lambda *pair: heard.append(pair))
+    folder, got = fetch_bundle(hosl(cloud), tmp_path / "cache", lambda *pair: heard.append(pair))
     assert_whole(folder)
     assert folder == tmp_path / "cache" / "shards" / got.shard_digest
     size = len(CONTENT[SHARD_WEIGHTS])
@@ -164,7 +169,7 @@ def test_a_file_of_another_length_is_never_taken(cloud: Cloud, tmp_path: Path, c
 
 
 def test_an_unknown_token_is_not_tried_again(cloud: Cloud, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="does not know the join token") as caught:
+    with pytest.raises(RefusedError, match="does not know the token") as caught:
         fetch(cloud, tmp_path, "wrong")
     assert not caught.value.retry
 
@@ -251,10 +256,10 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(
 
 def test_only_a_download_of_a_megabyte_tells_the_links_speed(cloud: Cloud, tmp_path: Path) -> None:
     rates: list[float] = []
-    fetch_bundle(cloud.address, TOKEN, tmp_path, lambda done, size: None, rates.append)
+    fetch_bundle(hosl(cloud), tmp_path, lambda done, size: None, rates.append)
     assert len(rates) == 1, "of the weights, not of the graph"
     assert rates[0] > 0
-    fetch_bundle(cloud.address, TOKEN, tmp_path, lambda done, size: None, rates.append)
+    fetch_bundle(hosl(cloud), tmp_path, lambda done, size: None, rates.append)
     assert len(rates) == 1, "what is cached was not downloaded"
 
 
@@ -268,7 +273,7 @@ def test_a_snapshot_is_fetched_in_parts_and_checked(cloud: Cloud, tmp_path: Path
     rates: list[float] = []
 
     def fetch_it() -> None:
-        fetch_snapshot(cloud.address, TOKEN, snapshot_of(data), target, lambda done, size: None, rates.append)
+        fetch_snapshot(hosl(cloud), snapshot_of(data), target, lambda done, size: None, rates.append)
 
     with pytest.raises(ConnectionLost, match="at 1500000 of 3072000 bytes"):
         fetch_it()
@@ -283,4 +288,4 @@ def test_a_snapshot_is_fetched_in_parts_and_checked(cloud: Cloud, tmp_path: Path
 
 def test_a_snapshot_that_is_gone_is_asked_for_by_connecting_again(cloud: Cloud, tmp_path: Path) -> None:
     with pytest.raises(ConnectionLost, match="snapshot/7 answered 404"):
-        fetch_snapshot(cloud.address, TOKEN, snapshot_of(b"x"), tmp_path / "s", lambda *pair: None, lambda rate: None)
+        fetch_snapshot(hosl(cloud), snapshot_of(b"x"), tmp_path / "s", lambda *pair: None, lambda rate: None)

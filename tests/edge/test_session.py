@@ -11,6 +11,7 @@ import pytest
 from hosl_edge import step
 from hosl_edge.display import Progress
 from hosl_edge.session import Session
+from hosl_edge.trust import Cloud, Token
 from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late
 
 Reply = CutGradient | EvalStart | EvalResult | Late
@@ -30,7 +31,7 @@ def drive(patience_s: float | None, answer_after_s: float, *answers: Reply) -> t
     async def main() -> object:
         display: Any = SimpleNamespace(say=said.append)
         device: Any = None
-        session = Session(device, display, Progress(), "test", "ws://nowhere", "token")
+        session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
         session._started = EVALUATION
         context: Any = SimpleNamespace(run="r", epoch=0, round=3, attempt=1)
         driving = asyncio.create_task(session._drive(steps(), context, patience_s))

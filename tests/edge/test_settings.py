@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hosl_edge.settings import load_settings, parse_bytes, read_token
+from hosl_edge.trust import Token
 from hosl_protocol import SettingsError
 
 GIVEN = {"server": "wss://host:8765", "token_file": "t", "data": "d.jsonl"}
@@ -70,7 +71,7 @@ def test_a_config_file_that_is_none_is_named(tmp_path: Path) -> None:
 def test_a_token_file_holds_one_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("abc\n", encoding="utf-8")
-    assert read_token(path) == "abc"
+    assert read_token(path) == Token("", "abc")
     path.write_text("abc def\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="one token"):
         read_token(path)

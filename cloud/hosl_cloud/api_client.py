@@ -1,0 +1,129 @@
+"""How the commands talk to a running service: where it is, whom to trust, the admin's token, and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import ssl
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hosl_cloud.exceptions import RequestError, ServiceError
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, read_secret
+
+TIMEOUT_S = 30.0
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+SERVICE_FILE = "service.json"
+"""In the data folder, while the service runs: where it is."""
+
+_REASONS = {
+    401: "it does not know the admin token: copy the file admin-token of its data folder again",
+    403: "this token may not do that: the admin's may",
+    404: "it has no such thing",
+    429: "too many requests from this address: try again later",
+}
+
+
+@dataclass(frozen=True)
+class ApiClient:
+    """A service's HTTP API."""
+
+    address: str
+    """`wss://host:port`, as devices are given it, or `https://`."""
+    admin_token: str = field(repr=False)
+    ca: Path | None = None
+    """The CA that vouches for the service; None trusts the system's."""
+
+    def request(self, method: str, path: str, body: object = None) -> Any:
+        """The decoded answer. Raises RequestError."""
+        url = self.address.replace("ws", "http", 1).rstrip("/") + path
+        headers = {"Authorization": f"Bearer {self.admin_token}"}
+        data = None
+        if body is not None:
+            data = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        request = urllib.request.Request(url, data, headers, method=method)
+        try:
+            with self._opener(url).open(request, timeout=TIMEOUT_S) as response:
+                return json.loads(response.read(MAX_ANSWER_BYTES) or b"null")
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RequestError(error.code, f"{self.address} refused: {_reason(error)}") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise RequestError(0, f"cannot reach {url}: {reason}; is the service running?") from error
+        except ValueError as error:
+            raise RequestError(0, f"{url} answered with what is not JSON: is it a hosl service?") from error
+
+    def _opener(self, url: str) -> urllib.request.OpenerDirector:
+        handlers: list[urllib.request.BaseHandler] = [NoRedirects()]
+        if url.startswith("https:"):
+            cafile = None if self.ca is None else str(self.ca)
+            handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=cafile)))
+        return urllib.request.build_opener(*handlers)
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A token goes nowhere but where it was meant to."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """Follow none."""
+
+
+def add_client_options(parser: argparse.ArgumentParser) -> None:
+    """Where the service is; beside `--data-dir`."""
+    parser.add_argument(
+        "--server", metavar="URL", help="the service's address (default: $HOSL_SERVER, or that of --data-dir)"
+    )
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="its CA's certificate (default: that of --data-dir)")
+    parser.add_argument(
+        "--admin-token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the admin token (default: $HOSL_ADMIN_TOKEN, or that of --data-dir)",
+    )
+
+
+def client_of(options: argparse.Namespace) -> ApiClient:
+    """The client that the options describe. Raises ServiceError."""
+    address = options.server or os.environ.get("HOSL_SERVER") or service_file(options.data_dir)["address"]
+    if not address.startswith(("ws://", "wss://", "http://", "https://")):
+        raise ServiceError(f"--server {address}: use wss://host:port, as hosl-cloud serve prints it")
+    ca = options.ca or options.data_dir / "tls" / "ca.pem"
+    if options.ca is not None and not ca.is_file():
+        raise ServiceError(f"--ca {ca} does not exist")
+    return ApiClient(address, _admin_token(options), ca if ca.is_file() else None)
+
+
+def service_file(data_dir: Path) -> dict[str, str]:
+    """Where the data folder's service is: `address`, and `public_address` for devices elsewhere."""
+    path = data_dir / SERVICE_FILE
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ServiceError(
+            f"no service runs in {data_dir}: start hosl-cloud serve, or name one with --server"
+        ) from None
+    except ValueError as error:
+        raise ServiceError(f"{path} is damaged: start the service again") from error
+    return found
+
+
+def _admin_token(options: argparse.Namespace) -> str:
+    if options.admin_token_file is None and (token := os.environ.get("HOSL_ADMIN_TOKEN")):
+        return token
+    return read_secret(options.admin_token_file or options.data_dir / ADMIN_TOKEN_FILE)
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the service says; else what the status means."""
+    try:
+        said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        said = _REASONS.get(error.code, f"{error.code} {error.reason}")
+    return " ".join(str(said).split())[:1000]

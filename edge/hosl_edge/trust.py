@@ -1,0 +1,165 @@
+"""Whom the device trusts: the system's certificate authorities, or the one whose fingerprint is in its token."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import logging
+import os
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hosl_edge.exceptions import ConnectionLost, TrustError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 30.0
+UNKNOWN_TOKEN = "it does not know the token, or has revoked it, or takes it on its own machine only"
+_MAX_CA_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Token:
+    """What the device shows, and what it knows of whom it shows it to."""
+
+    name: str
+    """The device whose token it is; empty for a service's join token."""
+    bearer: str = field(repr=False)
+    """What is sent."""
+    fingerprint: str = ""
+    """SHA-256 of the certificate of the service's own CA, base64url without padding; empty where it has none."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The cloud as a device reaches it."""
+
+    address: str
+    """`wss://host:port` or `ws://host:port`."""
+    token: Token
+    context: ssl.SSLContext | None = None
+    """None without TLS."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of every request."""
+        return {"Authorization": f"Bearer {self.token.bearer}"}
+
+    def url(self, path: str) -> str:
+        """Of what is fetched over HTTP."""
+        return http_address(self.address) + "/v1/" + path
+
+    def open(self, request: urllib.request.Request, timeout_s: float) -> Any:
+        """The response; raises as urllib does."""
+        return _opener(self.context).open(request, timeout=timeout_s)
+
+
+def parse_token(text: str) -> Token | None:
+    """`NAME~SECRET`, `NAME~SECRET~FINGERPRINT`, or a bare join token; None for anything else."""
+    parts = text.split("~")
+    if len(parts) > 3 or not all(parts[1:]):
+        return None
+    if len(parts) == 1:
+        return Token("", text)
+    name, secret = parts[:2]
+    return Token(name, f"{name}~{secret}" if name else secret, parts[2] if len(parts) == 3 else "")
+
+
+def connect_securely(server: str, token: Token, cache: Path) -> Cloud:
+    """How to reach the cloud; its CA is fetched where the token names one and `cache` lacks it.
+
+    Raises ConnectionLost (try again), TrustError (it is not the service that the token is for).
+    """
+    return Cloud(server, token, ssl_context(server, token, cache))
+
+
+def ssl_context(server: str, token: Token, cache: Path) -> ssl.SSLContext | None:
+    """What checks the cloud's certificate and its name; None for `ws://`. Raises as `connect_securely` does."""
+    if not server.startswith("wss:"):
+        return None
+    if not token.fingerprint:
+        return ssl.create_default_context()
+    # These bytes alone are trusted: nothing else that the cloud may have sent along with them.
+    return ssl.create_default_context(cadata=_ca_certificate(server, token.fingerprint, cache / "ca"))
+
+
+def http_address(server: str) -> str:
+    """Where what is fetched over HTTP is."""
+    return server.replace("ws", "http", 1).rstrip("/")
+
+
+def _ca_certificate(server: str, fingerprint: str, folder: Path) -> bytes:
+    """The CA's certificate, DER."""
+    path = folder / f"{fingerprint}.pem"
+    try:
+        certificate = _der(path.read_bytes())
+        if _fingerprint(certificate) == fingerprint:
+            return certificate
+        log.warning("%s is damaged; it is fetched again", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be used (%s); it is fetched again", path, error)
+    certificate = _fetch(server, fingerprint)
+    _keep(path, certificate)
+    return certificate
+
+
+def _fetch(server: str, fingerprint: str) -> bytes:
+    """Fetched from nobody knows whom, and worth nothing before its fingerprint is checked."""
+    url = http_address(server) + "/v1/ca.pem"
+    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unchecked.check_hostname = False
+    unchecked.verify_mode = ssl.CERT_NONE
+    try:
+        with _opener(unchecked).open(url, timeout=TIMEOUT_S) as response:
+            certificate = _der(response.read(_MAX_CA_BYTES))
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ConnectionLost(f"{url} answered {error.code}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionLost(f"cannot reach {url}: {getattr(error, 'reason', error)}") from error
+    except ValueError:
+        raise TrustError(server, fingerprint, "no certificate") from None
+    if (found := _fingerprint(certificate)) != fingerprint:
+        raise TrustError(server, fingerprint, found)
+    return certificate
+
+
+def _der(pem: bytes) -> bytes:
+    """The one certificate. Raises ValueError where it is none."""
+    return ssl.PEM_cert_to_DER_cert(pem.decode("ascii").strip())
+
+
+def _fingerprint(certificate: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(certificate).digest()).rstrip(b"=").decode()
+
+
+def _keep(path: Path, certificate: bytes) -> None:
+    """For the next start; without it the certificate is fetched and checked again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(ssl.DER_cert_to_PEM_cert(certificate))
+        Path(name).replace(path)
+    except OSError as error:
+        log.warning("%s cannot be kept: %s", path, error)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The cloud may not send a device anywhere else, least of all with its token."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """Follow none."""
+
+
+def _opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    secure = [urllib.request.HTTPSHandler(context=context)] if context is not None else []
+    return urllib.request.build_opener(_NoRedirects(), *secure)
