@@ -162,9 +162,10 @@ async def serving(
     bundle: Path, folder: Path, settings: dict[str, Any], listen: Listen | None = None
 ) -> AsyncIterator[Service]:
     """The service with everything real, on a free port; stopped at the end where its run goes on."""
+    from hosl_cloud import service
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
-    from hosl_cloud.service import serve
+    from hosl_cloud.runs import Runs
 
     folder.mkdir(exist_ok=True)
     listen = listen or Listen("127.0.0.1", 0)
@@ -178,10 +179,15 @@ async def serving(
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
     store.create_run("run-1", bundle, manifest.shard_digest, config)
+    runs = Runs(store, folder, said.append)
+    runs.adopt(coordinator)
     guard = Guard(Access(store, fingerprint), token, admin_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        serve(coordinator, guard, listen, listening.set_result, once=True)  # type: ignore[arg-type]
+        service.serve(
+            service.Service(runs, guard, listen, bundle.parent, until="run-1", ends_on_interrupt="run-1"),
+            listening.set_result,
+        )
     )
     try:
         yield Service(coordinator, guard, token, admin_token, folder, await listening, task, said)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 from hosl_cloud import metrics
-from hosl_cloud.exceptions import AccessError
+from hosl_cloud.exceptions import ApiError
 from hosl_cloud.limits import Limits
 from hosl_cloud.store import Store, TokenRow
 from hosl_cloud.tokens import SEPARATOR, token_text
@@ -44,13 +44,13 @@ class Access:
         self._tokens = {row.name: row for row in store.tokens()}
 
     def add(self, name: str) -> str:
-        """A token for a device, which is not kept. Raises AccessError where the name has one, or is none."""
+        """A token for a device, which is not kept. Raises ApiError where the name has one, or is none."""
         if not is_device_name(name):
-            raise AccessError(422, f"name is {name[:80]!r}: use 1 to 64 characters of A-Za-z0-9._-, no dot first")
+            raise ApiError(422, f"name is {name[:80]!r}: use 1 to 64 characters of A-Za-z0-9._-, no dot first")
         secret = secrets.token_urlsafe(32)
         with self._lock:
             if (known := self._tokens.get(name)) is not None and known.revoked_at is None:
-                raise AccessError(409, f"device {name} has a token: revoke it first, or choose another name")
+                raise ApiError(409, f"device {name} has a token: revoke it first, or choose another name")
             self._save(TokenRow(name, _digest(secret), time.time(), None))
         return token_text(name, secret, self._fingerprint)
 
@@ -59,11 +59,11 @@ class Access:
         return sorted(self._tokens.values(), key=lambda row: row.name)
 
     def revoke(self, name: str) -> TokenRow:
-        """A device's token is worth nothing from here on. Raises AccessError where it has none."""
+        """A device's token is worth nothing from here on. Raises ApiError where it has none."""
         with self._lock:
             known = self._tokens.get(name)
             if known is None:
-                raise AccessError(404, f"no device {name[:80]!r} has a token")
+                raise ApiError(404, f"no device {name[:80]!r} has a token")
             if known.revoked_at is None:
                 self._save(known := replace(known, revoked_at=time.time()))
         return known
@@ -103,6 +103,13 @@ class Denied(Exception):
     def __init__(self, status: int, retry_after_s: float = 0.0) -> None:
         self.status, self.retry_after_s = status, retry_after_s
         super().__init__(f"status {status}")
+
+    @property
+    def reason(self) -> str:
+        """One line for who asked."""
+        return {401: "no token, or not a right one", 403: "this token may not do that"}.get(
+            self.status, f"too many requests from this address: try again in {self.retry_after_s:.0f} s"
+        )
 
     @property
     def headers(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hosl_cloud import metrics
 from hosl_cloud.access import is_device_name
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet, Participant
@@ -52,12 +53,15 @@ class Admission:
     _unsaved: dict[str, Report] = field(default_factory=dict)
     """Newest reports by device that are not in the store yet."""
     _saving: asyncio.Task[None] | None = None
+    _largest_rss: int = 0
 
-    async def attend(self, peer: Peer) -> None:
-        """A connection from Hello to its end."""
+    async def attend(self, peer: Peer, hello: Hello) -> None:
+        """A connection from its Hello to its end."""
+        self.fleet.tally.wire_bytes += peer.tally.wire_bytes
+        peer.on_arrival, peer.tally = self.fleet.on_arrival, self.fleet.tally
         reports = asyncio.create_task(self._take_reports(peer))
         try:
-            if await self._admit(peer):
+            if await self._admit(peer, hello):
                 await peer.gone.wait()
         except asyncio.TimeoutError:
             peer.end(Refusal(code="late", reason="no answer in time while joining", retry=True))
@@ -68,9 +72,7 @@ class Admission:
                 self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
             await self.fleet.notify()
 
-    async def _admit(self, peer: Peer) -> bool:
-        hello = (await peer.next(JOIN_DEADLINE_S)).message
-        assert isinstance(hello, Hello)
+    async def _admit(self, peer: Peer, hello: Hello) -> bool:
         refusal = _stranger(peer, hello) or await asyncio.to_thread(self._objection, hello)
         # Once more, and no await until the fleet knows it: its token may have been revoked meanwhile.
         refusal = refusal or _stranger(peer, hello)
@@ -85,7 +87,9 @@ class Admission:
         if former is not None:
             former.end(Refusal(code="device", reason="the device has connected again", retry=False))
         self.fleet.peers[peer.name] = peer
-        await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name, hello.data_digest)
+        connections = await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name, hello.data_digest)
+        if connections > 1:
+            metrics.device_reconnects.labels(self.run.bundle.name).inc()
         peer.connection.agree(self.run.settings, self.run.manifest.width)
         return await self._bring_up(peer, hello)
 
@@ -118,6 +122,7 @@ class Admission:
         run = self.run
         cut = await asyncio.to_thread(run.store.lowest_cut, run.id, hello.epoch)
         plan, applied = _plan(run, hello, cut)
+        metrics.catchup_rounds.labels(run.bundle.name).inc(max(run.round - applied, 0))
         snapshot = await self.snapshots.offer(hello, applied)
         if snapshot is not None:
             plan, applied = "snapshot", snapshot.round
@@ -192,6 +197,8 @@ class Admission:
         while True:
             report: Report = await peer.reports.get()
             self._unsaved[peer.name] = report
+            self._largest_rss = max(self._largest_rss, report.peak_rss_bytes)
+            metrics.edge_peak_rss.labels(self.run.bundle.name).set(self._largest_rss)
             if self._saving is None or self._saving.done():
                 self._saving = asyncio.create_task(self._save_reports())
             expected = self.run.digests.get(report.applied_round)

@@ -6,15 +6,19 @@ import argparse
 import http.client
 import json
 import os
+import shutil
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, read_secret
+
+T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -41,6 +45,25 @@ class ApiClient:
 
     def request(self, method: str, path: str, body: object = None) -> Any:
         """The decoded answer. Raises RequestError."""
+        return self._ask(method, path, body, lambda response: json.loads(response.read(MAX_ANSWER_BYTES) or b"null"))
+
+    def download(self, path: str, target: Path) -> None:
+        """Fetch a file; `target` appears when it is whole. Raises RequestError."""
+        part = target.with_name(target.name + ".part")
+
+        def save(response: Any) -> None:
+            with part.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            if part.stat().st_size != int(response.headers["Content-Length"]):
+                raise http.client.IncompleteRead(b"")
+            part.replace(target)
+
+        try:
+            self._ask("GET", path, None, save)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _ask(self, method: str, path: str, body: object, read: Callable[[Any], T]) -> T:
         url = self.address.replace("ws", "http", 1).rstrip("/") + path
         headers = {"Authorization": f"Bearer {self.admin_token}"}
         data = None
@@ -50,7 +73,7 @@ class ApiClient:
         request = urllib.request.Request(url, data, headers, method=method)
         try:
             with self._opener(url).open(request, timeout=TIMEOUT_S) as response:
-                return json.loads(response.read(MAX_ANSWER_BYTES) or b"null")
+                return read(response)
         except urllib.error.HTTPError as error:
             with error:
                 raise RequestError(error.code, f"{self.address} refused: {_reason(error)}") from None
@@ -121,9 +144,9 @@ def _admin_token(options: argparse.Namespace) -> str:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the service says; else what the status means."""
+    """What the service says, or what the status means."""
     try:
-        said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
+        said = _REASONS[error.code] if error.code in (401, 403) else json.loads(error.read(MAX_ANSWER_BYTES))["error"]
     except (OSError, ValueError, KeyError, TypeError):
         said = _REASONS.get(error.code, f"{error.code} {error.reason}")
     return " ".join(str(said).split())[:1000]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hosl_cloud import metrics
 from hosl_cloud.evaluation import evaluate_batch
-from hosl_cloud.exchange import Ask, Doubles, Exchange, RoundContext, Tell, batch_of, first
+from hosl_cloud.exchange import Ask, Doubles, Exchange, RoundContext, Tally, Tell, batch_of, first
 from hosl_cloud.rounds import Outcome
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.trainer import TailTrainer
@@ -62,6 +62,7 @@ class FirstOrderClient:
         self.parameters = [value for value in half.model.parameters() if value.requires_grad]
         self.optimizer = _make_optimizer(self.parameters, config)
         self._total = 0.0
+        self.tally = Tally()
 
     def round(self, context: step.RoundContext, batch: AnyBatch) -> step.Step:
         """HO-SFL step 3 with the true gradient: activations up, λ down, and numbers that move nothing up."""
@@ -89,6 +90,7 @@ class FirstOrderClient:
         size = sum(4 * parameter.numel() for parameter in self.parameters)
         metrics.wire_bytes.labels("received", "client-gradient").inc(size)
         metrics.wire_bytes.labels("sent", "client-gradient").inc(size)
+        self.tally.wire_bytes += 2 * size
 
     def apply(self, update: UpdateRecord) -> None:
         """One optimizer step on the average over the round's devices."""

@@ -45,6 +45,9 @@ MAX_FRUITLESS = 5
 DISK_PAUSE_S = 5.0
 """Between tries to write to a full disk."""
 
+ROOM = "room on the disk"
+"""What a run waits for whose disk is full."""
+
 T = TypeVar("T")
 
 
@@ -61,7 +64,7 @@ class Coordinator:
         """`say` tells a person how the run goes; `round_` stands for the algorithm's own round."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
         self._make_tail = make_tail
-        self.fleet = Fleet(self._compute, self._strike)
+        self.fleet = Fleet(self._compute, self._strike, run.bundle.name)
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
@@ -76,7 +79,7 @@ class Coordinator:
         """Numbers the starts of rounds and evaluations."""
         self._fruitless = 0
         """Tries of a round in a row that came to nothing."""
-        self._counted_bytes = metrics.total_wire_bytes()
+        self._counted_bytes = 0
         self._is_checkpoint_due = False
         self._checkpointed_at = time.monotonic()
         self._is_stopping = self._is_pausing = False
@@ -100,6 +103,11 @@ class Coordinator:
     def close(self) -> None:
         """Stop the compute thread."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether the disk is full."""
+        return self.fleet.waiting is not None and self.fleet.waiting.what == ROOM
 
     async def request_stop(self, *, pause: bool = False) -> None:
         """End the run after the round that is under way, or `pause` it, so that a later service goes on with it."""
@@ -235,7 +243,7 @@ class Coordinator:
 
     def _count_bytes(self) -> int:
         """Bytes on the wire since the last call."""
-        before, self._counted_bytes = self._counted_bytes, metrics.total_wire_bytes()
+        before, self._counted_bytes = self._counted_bytes, self.fleet.tally.wire_bytes
         return self._counted_bytes - before
 
     def _bounded(self, update: UpdateRecord) -> UpdateRecord:
@@ -246,9 +254,10 @@ class Coordinator:
         return UpdateRecord(update.round, np.zeros_like(update.coefficients), update.learning_rate)
 
     def _observe(self, outcome: Outcome, seconds: float) -> None:
-        metrics.rounds.inc()
-        metrics.round_seconds.observe(seconds)
-        metrics.train_loss.set(outcome.loss)
+        bundle = self.run.bundle.name
+        metrics.rounds.labels(bundle).inc()
+        metrics.round_seconds.labels(bundle).observe(seconds)
+        metrics.train_loss.labels(bundle).set(outcome.loss)
         if self.run.round % self.config.report_every == 0 or self.run.round in (1, self.config.rounds):
             self.say(
                 f"round {self.run.round}/{self.config.rounds}: loss {outcome.loss:.4f}, {seconds:.2f} s, "
@@ -280,7 +289,7 @@ class Coordinator:
             await self._checkpoint(None)
             return
         await self._durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
-        metrics.eval_accuracy.set(evaluation.accuracy)
+        metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
@@ -341,6 +350,7 @@ class Coordinator:
         )
         await self._compute(lambda: prune_checkpoints(run.folder, keep))
         self._checkpointed, self._checkpointed_at = run.round, time.monotonic()
+        metrics.checkpoint_time.labels(run.bundle.name).set_to_current_time()
 
     def _is_checkpoint_time(self) -> bool:
         settings = self.config.checkpoints
@@ -356,9 +366,9 @@ class Coordinator:
             except (OSError, StoreError) as error:
                 if not is_disk_full(error):
                     raise
-                if self.fleet.waiting is None:
+                if not self.is_waiting_for_room:
                     self.say(f"the disk is full ({error}); the run goes on when there is room")
-                    self.fleet.waiting = Waiting("room on the disk", (), time.time())
+                    self.fleet.waiting = Waiting(ROOM, (), time.time())
                 await asyncio.sleep(DISK_PAUSE_S)
             else:
                 self.fleet.waiting = None

@@ -1,19 +1,14 @@
-"""The devices' tokens over HTTP, for the admin: GET and POST /v1/devices, DELETE /v1/devices/{name}."""
+"""The devices' tokens over HTTP, for the admin."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from hosl_cloud.access import Access, Denied, Guard
-from hosl_cloud.exceptions import AccessError
-from hosl_cloud.limits import read_body
+from hosl_cloud.access import Access
+from hosl_cloud.operations import Call, Operation
 from hosl_cloud.store import TokenRow
 
 Disconnect = Callable[[str, str], None]
@@ -21,82 +16,57 @@ Disconnect = Callable[[str, str], None]
 
 
 class NewDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of POST /v1/devices."""
+    """The device that is to have a token."""
 
     name: str
 
 
-_NEW_DEVICE = msgspec.json.Decoder(NewDevice)
+class DeviceToken(msgspec.Struct, frozen=True):
+    """A device's token; it is in this answer and nowhere else."""
+
+    name: str
+    token: str
 
 
-def list_devices(access: Access) -> dict[str, Any]:
+class Device(msgspec.Struct, frozen=True):
+    """A device that has, or had, a token."""
+
+    name: str
+    created_at: float
+    """Unix time."""
+    revoked_at: float | None
+
+
+class DeviceList(msgspec.Struct, frozen=True):
     """All devices that have, or had, a token."""
-    return {"devices": [_as_data(row) for row in access.list()]}
+
+    devices: list[Device]
 
 
-async def add_device(access: Access, name: str, disconnect: Disconnect) -> dict[str, Any]:
-    """Make a device's token; it is in this answer and nowhere else. Raises AccessError."""
-    token = await asyncio.to_thread(access.add, name)
-    disconnect(name, "the name belongs to a token of its own now")
-    return {"name": name, "token": token}
+def device_operations(access: Access, disconnect: Disconnect) -> list[Operation]:
+    """All of them."""
 
+    async def listing(call: Call) -> DeviceList:
+        return DeviceList([_describe(row) for row in access.list()])
 
-async def revoke_device(access: Access, name: str, disconnect: Disconnect) -> dict[str, Any]:
-    """Make a device's token worthless, and end its connection. Raises AccessError."""
-    row = await asyncio.to_thread(access.revoke, name)
-    disconnect(name, "its token was revoked")
-    return _as_data(row)
+    async def add(call: Call) -> DeviceToken:
+        name = call.body.name
+        token = await asyncio.to_thread(access.add, name)
+        disconnect(name, "the name belongs to a token of its own now")
+        return DeviceToken(name, token)
 
-
-def device_routes(guard: Guard, disconnect: Disconnect) -> list[Route]:
-    """The routes; all are the admin's."""
-    access = guard.access
-
-    async def devices(request: Request) -> Response:
-        if request.method == "POST":
-            name = (await read_json(request, _NEW_DEVICE)).name
-            made = await add_device(access, name, disconnect)
-            return JSONResponse(made, 201, headers={"Cache-Control": "no-store"})
-        return JSONResponse(list_devices(access))
-
-    async def device(request: Request) -> Response:
-        return JSONResponse(await revoke_device(access, request.path_params["name"], disconnect))
+    async def revoke(call: Call) -> Device:
+        name = call.path["name"]
+        row = await asyncio.to_thread(access.revoke, name)
+        disconnect(name, "its token was revoked")
+        return _describe(row)
 
     return [
-        Route("/v1/devices", for_admin(guard, devices), methods=["GET", "POST"]),
-        Route("/v1/devices/{name}", for_admin(guard, device), methods=["DELETE"]),
+        Operation("GET", "/v1/devices", "The devices that have tokens.", listing, DeviceList),
+        Operation("POST", "/v1/devices", "Make a device's token.", add, DeviceToken, NewDevice, 201, (), (409,)),
+        Operation("DELETE", "/v1/devices/{name}", "Make a device's token worthless.", revoke, Device),
     ]
 
 
-def for_admin(
-    guard: Guard, endpoint: Callable[[Request], Awaitable[Response]]
-) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that answers the admin alone; what is wrong with a request is one line of JSON."""
-
-    async def checked(request: Request) -> Response:
-        try:
-            guard.check_admin(request)
-            return await endpoint(request)
-        except Denied as denied:
-            return Response(status_code=denied.status, headers=denied.headers)
-        except AccessError as error:
-            return JSONResponse({"error": error.reason}, error.status)
-
-    return checked
-
-
-async def read_json(request: Request, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """The body of a request. Raises AccessError: a form of another site's page cannot send this content type."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise AccessError(415, "send the body as application/json")
-    body = await read_body(request)
-    if body is None:
-        raise AccessError(413, "the body is too long, or came too slowly")
-    try:
-        return decoder.decode(body)
-    except msgspec.DecodeError as error:
-        raise AccessError(422, f"the body cannot be used: {error}") from error
-
-
-def _as_data(row: TokenRow) -> dict[str, Any]:
-    return {"name": row.name, "created_at": row.created_at, "revoked_at": row.revoked_at}
+def _describe(row: TokenRow) -> Device:
+    return Device(row.name, row.created_at, row.revoked_at)

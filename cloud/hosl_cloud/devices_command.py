@@ -11,20 +11,13 @@ from typing import Any
 from urllib.parse import quote
 
 from hosl_cloud.api_client import add_client_options, client_of, service_file
+from hosl_cloud.data_folder import add_data_dir
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options
 
 Parser = argparse.ArgumentParser
-
-
-def add_data_dir(parser: Parser) -> None:
-    """`--data-dir`."""
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
-    parser.add_argument(
-        "--data-dir", type=Path, default=home, metavar="DIR", help="database, token, checkpoints (default: %(default)s)"
-    )
 
 
 def add_init(parser: Parser) -> None:

@@ -25,7 +25,7 @@ class CloudError(HoslError):
     ├── RoundsFailedError      round after round came to nothing: read the log
     ├── NoDevicesError         every device is gone: bring one back and start again
     ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
-    ├── AccessError            a device's token cannot be made or revoked: choose another name
+    ├── ApiError            a device's token cannot be made or revoked: choose another name
     └── ServiceError           the service cannot listen as asked: change the address
         └── RequestError       the service is away, or does not do what it was asked: see its reason
     """
@@ -144,8 +144,8 @@ class RequestError(ServiceError):
         super().__init__(reason)
 
 
-class AccessError(CloudError):
-    """What is asked of the devices' tokens can't be done. Stores the HTTP status that says so."""
+class ApiError(CloudError):
+    """What is asked of the service can't be done. Stores the HTTP status that says so."""
 
     exit_code = ExitCode.SETTINGS
 

@@ -42,6 +42,13 @@ class Shared(dict[str, npt.NDArray[Any]]):
     """The frame, once somebody has made it."""
 
 
+@dataclass
+class Tally:
+    """What went over the wire of a run, both ways."""
+
+    wire_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Ask:
     """A message that is wanted of a device."""

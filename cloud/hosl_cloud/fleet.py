@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from hosl_cloud import metrics
-from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Shared, Tell
+from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Shared, Tally, Tell
 from hosl_protocol import Frame, Message, Refusal, name_of
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,11 @@ class Fleet:
 
     compute: Callable[[Callable[[], Any]], Awaitable[Any]]
     on_fault: Callable[[Fault], Awaitable[None]]
+    bundle: str = ""
+    """Its name, for the figures."""
     peers: dict[str, Participant] = field(default_factory=dict)
     waiting: Waiting | None = None
+    tally: Tally = field(default_factory=Tally)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -71,7 +74,7 @@ class Fleet:
 
     async def notify(self) -> None:
         """Wake who waits for devices: one came or went, or the run is to stop."""
-        metrics.devices_connected.set(len(self.ready_names()))
+        metrics.devices_connected.labels(self.bundle).set(len(self.ready_names()))
         async with self._changed:
             self._changed.notify_all()
 

@@ -1,18 +1,31 @@
-"""Figures for Prometheus, served at /metrics."""
+"""Figures for Prometheus, served at /metrics. The label `bundle` has as many values as the service has bundles."""
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Mapping
 from functools import lru_cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
-rounds = Counter("hosl_rounds", "Finished rounds.")
+build_info = Gauge("hosl_build_info", "Always 1.", ["version"])
+build_info.labels(importlib.metadata.version("hosl")).set(1)
+rounds = Counter("hosl_rounds", "Finished rounds.", ["bundle"])
 round_seconds = Histogram(
-    "hosl_round_duration_seconds", "Duration of a round.", buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    "hosl_round_duration_seconds",
+    "Duration of a round.",
+    ["bundle"],
+    buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
-train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.")
-eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.")
-devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.")
+train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.", ["bundle"])
+eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.", ["bundle"])
+devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.", ["bundle"])
+device_reconnects = Counter("hosl_device_reconnects", "Connections of devices that were in the run before.", ["bundle"])
+catchup_rounds = Counter("hosl_catchup_rounds", "Rounds that devices had missed when they came.", ["bundle"])
+checkpoint_time = Gauge(
+    "hosl_checkpoint_last_success_timestamp_seconds", "When the newest checkpoint was written.", ["bundle"]
+)
+edge_peak_rss = Gauge("hosl_edge_peak_rss_bytes", "Largest peak of resident memory that a device reported.", ["bundle"])
 wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
 faults = Counter("hosl_device_faults", "Answers with numbers that no working device sends.")
@@ -20,6 +33,14 @@ connections_refused = Counter("hosl_connections_refused", "Connections above the
 auth_failures = Counter("hosl_auth_failures", "Requests that were denied.", ["reason"])
 for _reason in ("missing", "wrong", "revoked", "remote", "role", "origin", "rate"):
     auth_failures.labels(_reason)  # a series from the start on
+runs = Gauge("hosl_runs", "Runs by state.", ["state"])
+STATES = ("pending", "running", "paused", "completed", "failed", "stopped")
+
+
+def count_runs(states: Mapping[str, int]) -> None:
+    """How many runs are in each state."""
+    for state in STATES:
+        runs.labels(state).set(states.get(state, 0))
 
 
 @lru_cache
@@ -36,8 +57,3 @@ def wire_bytes_by_kind() -> dict[str, dict[str, int]]:
             if sample.name.endswith("_total"):
                 table.setdefault(sample.labels["direction"], {})[sample.labels["kind"]] = int(sample.value)
     return table
-
-
-def total_wire_bytes() -> int:
-    """Bytes since the service started, both ways."""
-    return sum(sum(kinds.values()) for kinds in wire_bytes_by_kind().values())

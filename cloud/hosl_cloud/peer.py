@@ -11,7 +11,7 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hosl_cloud import metrics
-from hosl_cloud.exchange import Ask, Shared
+from hosl_cloud.exchange import Ask, Shared, Tally
 from hosl_protocol import (
     Anchor,
     Connection,
@@ -57,10 +57,11 @@ class Peer:
     def __init__(
         self,
         socket: WebSocket,
-        on_arrival: Callable[[], None] = lambda: None,
         may_be: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        """`on_arrival` hears of every answer, and of the connection's end; `may_be` judges the name in its Hello."""
+        """`may_be` judges the name in its Hello."""
+        self.tally = Tally()
+        """Counts its bytes; its fleet's, once it has one."""
         self.name = "?"
         self.may_be = may_be
         self.is_ready = False
@@ -72,7 +73,8 @@ class Peer:
         self.connection = Connection(Role.CLOUD)
         self.gone = asyncio.Event()
         self._socket = socket
-        self._on_arrival = on_arrival
+        self.on_arrival: Callable[[], None] = lambda: None
+        """Hears of every answer, and of the connection's end."""
         self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._answers: deque[Frame] = deque()
         self._round: tuple[int, int, int] | None = None
@@ -106,7 +108,7 @@ class Peer:
 
     def _set_gone(self) -> None:
         self.gone.set()
-        self._on_arrival()
+        self.on_arrival()
 
     async def _read(self) -> None:
         frame_bytes = 0
@@ -124,6 +126,7 @@ class Peer:
             if frame is None:
                 continue
             metrics.wire_counter("received", name_of(frame.message)).inc(frame_bytes)
+            self.tally.wire_bytes += frame_bytes
             frame_bytes = 0
             if isinstance(frame.message, Goodbye):
                 self.farewell = frame.message.reason[:200]
@@ -145,7 +148,7 @@ class Peer:
             _check_room(message, len(self._answers))
             self._answered.add((type(message), message.id))
             self._answers.append(frame)
-            self._on_arrival()
+            self.on_arrival()
         else:
             _check_room(message, self._inbox.qsize())
             self._inbox.put_nowait(frame)
@@ -184,6 +187,7 @@ class Peer:
             await self._socket.send({"type": "websocket.send", "bytes": piece})
             sent += len(piece)
         metrics.wire_counter("sent", name_of(message)).inc(sent)
+        self.tally.wire_bytes += sent
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
         """Queue a message; dropped where the connection has ended. What nobody takes away ends it."""

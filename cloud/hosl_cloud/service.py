@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,36 @@ import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from hosl_cloud import limits, metrics
 from hosl_cloud.access import Denied, Guard
+from hosl_cloud.api import Api
 from hosl_cloud.coordinator import Coordinator
-from hosl_cloud.devices_api import device_routes
+from hosl_cloud.devices_api import device_operations
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
+from hosl_cloud.operations import BYTES, Operation, make_routes
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
-from hosl_protocol import PIECE_BYTES, Refusal
+from hosl_cloud.runs import GOODBYE_S, Runs, Slot
+from hosl_protocol import PIECE_BYTES, Hello, Refusal
 from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
-BYTES = "application/octet-stream"
 HEARTBEAT_S = 15.0
-GOODBYE_S = 5.0
-"""Longest wait for devices to hang up at the end."""
+HELLO_DEADLINE_S = 30.0
+"""Longest wait for a device's first word; before it knows its weights' digest it reads them."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(coordinator: Coordinator, guard: Guard, ca: Path | None = None) -> Starlette:
-    """All routes. `/healthz` and the CA's certificate are open; the rest needs a token."""
+def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path | None = None) -> Starlette:
+    """All routes. Health and the CA's certificate are open; the rest needs a token."""
 
     def guarded(endpoint: Endpoint) -> Endpoint:
         async def checked(request: Request) -> Response:
@@ -60,22 +62,29 @@ def make_app(coordinator: Coordinator, guard: Guard, ca: Path | None = None) -> 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
+    async def readyz(request: Request) -> Response:
+        reasons = await asyncio.to_thread(runs.troubles)
+        return PlainTextResponse("".join(f"{reason}\n" for reason in reasons) or "ok\n", 503 if reasons else 200)
+
     async def ca_certificate(request: Request) -> Response:
         return Response(status_code=404) if ca is None else FileResponse(ca, media_type="application/x-pem-file")
 
     async def figures(request: Request) -> Response:
+        metrics.count_runs(runs.store.states())
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
-        return _bundle_file(coordinator, request.path_params["path"])
+        slot = runs.current()
+        if slot is None:
+            return PlainTextResponse("there is no run at present\n", 503, {"Retry-After": "10"})
+        return _bundle_file(slot, request.path_params["path"])
 
     async def snapshot(request: Request) -> Response:
-        path = coordinator.snapshots.path(request.path_params["round"])
+        slot = runs.slot_of(request.path_params["run"])
+        coordinator = slot.coordinator if slot is not None else None
+        path = coordinator.snapshots.path(request.path_params["round"]) if coordinator is not None else None
         # One that was replaced since the Welcome is gone: the device connects again and is offered a newer one.
         return Response(status_code=404) if path is None else FileResponse(path, media_type=BYTES)
-
-    async def run_status(request: Request) -> Response:
-        return JSONResponse(_status(coordinator))
 
     async def device(socket: WebSocket) -> None:
         try:
@@ -84,54 +93,32 @@ def make_app(coordinator: Coordinator, guard: Guard, ca: Path | None = None) -> 
             await socket.send_denial_response(Response(status_code=denied.status, headers=denied.headers))
             return
         await socket.accept()
-        await _attend(coordinator, Peer(socket, coordinator.fleet.on_arrival, partial(guard.may_be, caller)))
-
-    def disconnect(name: str, reason: str) -> None:
-        peer = coordinator.fleet.peers.get(name)
-        if peer is not None:
-            peer.is_ready = False
-            peer.end(Refusal(code="device", reason=reason, retry=False))
+        await _attend(runs, Peer(socket, partial(guard.may_be, caller)))
 
     return Starlette(
         routes=[
             Route("/healthz", healthz),
+            Route("/readyz", readyz),
             Route("/v1/ca.pem", ca_certificate),
-            *device_routes(guard, disconnect),
+            *make_routes(operations, guard),
             Route("/metrics", guarded(figures)),
-            Route("/v1/run", guarded(run_status)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
-            Route("/v1/snapshot/{round:int}", guarded(snapshot)),
+            Route("/v1/snapshot/{run}/{round:int}", guarded(snapshot)),
             WebSocketRoute("/v1/device", device),
         ]
     )
 
 
-def _bundle_file(coordinator: Coordinator, path: str) -> Response:
+def _bundle_file(slot: Slot, path: str) -> Response:
     """The manifest or a file of the shard, by the names in the manifest only; ranges are honoured."""
-    allowed = {entry.path for entry in coordinator.run.manifest.shard_files} | {MANIFEST}
+    allowed = {entry.path for entry in slot.manifest.shard_files} | {MANIFEST}
     if path not in allowed:
         return Response(status_code=404)
-    return FileResponse(coordinator.run.bundle / path, media_type=BYTES)
+    return FileResponse(slot.bundle / path, media_type=BYTES)
 
 
-def _status(coordinator: Coordinator) -> dict[str, object]:
-    run, fleet = coordinator.run, coordinator.fleet
-    waiting = fleet.waiting
-    return {
-        "run": run.id,
-        "state": run.ending or ("running" if run.round else "pending"),
-        "algorithm": run.config.algorithm,
-        "epoch": run.epoch,
-        "round": run.round,
-        "rounds": run.config.rounds,
-        "waits_for": None if waiting is None else dataclasses.asdict(waiting),
-        "devices": {name: {"is_ready": peer.is_ready} for name, peer in fleet.peers.items()},
-        "wire_bytes": metrics.wire_bytes_by_kind(),
-    }
-
-
-async def _attend(coordinator: Coordinator, peer: Peer) -> None:
-    attending = asyncio.create_task(coordinator.admission.attend(peer))
+async def _attend(runs: Runs, peer: Peer) -> None:
+    attending = asyncio.create_task(_admit(runs, peer))
     attending.add_done_callback(lambda _: peer.hang_up())
     await peer.serve()
     try:
@@ -140,6 +127,21 @@ async def _attend(coordinator: Coordinator, peer: Peer) -> None:
         pass
     except Exception:
         log.exception("device %s: its connection is ended", peer.name)
+
+
+async def _admit(runs: Runs, peer: Peer) -> None:
+    """Bring a device to its run, by its Hello."""
+    try:
+        hello = (await peer.next(HELLO_DEADLINE_S)).message
+    except asyncio.TimeoutError:
+        peer.end(Refusal(code="late", reason=f"no hello in {HELLO_DEADLINE_S:.0f} s", retry=True))
+        return
+    assert isinstance(hello, Hello)
+    place = runs.route(hello)
+    if isinstance(place, Coordinator):
+        await place.admission.attend(peer, hello)
+    else:
+        peer.end(place)
 
 
 class _DeviceSocket(WebSocketsSansIOProtocol):
@@ -174,28 +176,74 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(
-    coordinator: Coordinator, guard: Guard, listen: Listen, on_listening: Callable[[str], None], *, once: bool
-) -> Ending | Paused:
-    """Run the service until a signal, or with `once` until the run has ended. Raises what ended the run."""
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how."""
+
+    runs: Runs
+    guard: Guard
+    listen: Listen
+    bundles: Path
+    """Where the bundles of new runs are."""
+    until: str | None = None
+    """The run with whose end the service leaves; None stays."""
+    ends_on_interrupt: str | None = None
+    """The run that Ctrl-C ends; all others are paused."""
+    drain_s: float | None = None
+    """What a run may take to end its round; None: two deadlines of a stage."""
+
+
+async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending | Paused | None:
+    """Serve until a signal, a request to drain, or the end of a run; how that run ended. Raises what ended it."""
+    runs, guard, listen = service.runs, service.guard, service.listen
+    leave = asyncio.Event()
+
+    def disconnect(name: str, reason: str) -> None:
+        for slot in runs.slots():
+            peer = slot.coordinator.fleet.peers.get(name) if slot.coordinator is not None else None
+            if peer is not None:
+                peer.is_ready = False
+                peer.end(Refusal(code="device", reason=reason, retry=False))
+
+    operations = [*Api(runs, service.bundles, leave).operations(), *device_operations(guard.access, disconnect)]
+    app = make_app(runs, guard, operations, listen.authority.ca_cert if listen.authority is not None else None)
     listener = _bind(listen, guard.limits)
-    app = make_app(coordinator, guard, listen.authority.ca_cert if listen.authority is not None else None)
     server = _Server(_uvicorn_config(app, listen))
-    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    signals: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        signals.append(number)
+        leave.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    working = asyncio.create_task(runs.work())
     # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
     gc.freeze()
     try:
         on_listening(_address(listener, listen))
-        return await _train_until(coordinator, signals, once=once)
+        await _until(runs, service.until, leave)
+        interrupted = service.ends_on_interrupt if signal.SIGINT in signals else None
+        await runs.drain(service.drain_s, stops=interrupted)
+        return runs.outcome(service.until or service.ends_on_interrupt)
     finally:
-        await _hang_up(coordinator)
+        working.cancel()
+        await runs.close()
         server.should_exit = True
         with contextlib.suppress(SystemExit):
             await serving
         gc.unfreeze()
+
+
+async def _until(runs: Runs, run: str | None, leave: asyncio.Event) -> None:
+    """Wait until the service is to leave."""
+    waits: list[asyncio.Task[Any]] = [asyncio.create_task(leave.wait())]
+    if run is not None:
+        waits.append(asyncio.create_task(runs.wait(run)))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
@@ -235,46 +283,3 @@ def _bind(listen: Listen, most: limits.Limits) -> socket.socket:
 
 def _address(listener: socket.socket, listen: Listen) -> str:
     return listen.local_address(listener.getsockname()[1])
-
-
-async def _train_until(
-    coordinator: Coordinator, signals: asyncio.Queue[signal.Signals], *, once: bool
-) -> Ending | Paused:
-    """SIGTERM pauses the run, which a later service resumes; SIGINT ends it."""
-    training = asyncio.create_task(coordinator.train())
-    signalled = asyncio.create_task(signals.get())
-    await asyncio.wait({training, signalled}, return_when=asyncio.FIRST_COMPLETED)
-    if not training.done():
-        pause = signalled.result() == signal.SIGTERM
-        await coordinator.request_stop(pause=pause)
-        await asyncio.wait({training}, timeout=2 * coordinator.run.config.devices.round_deadline_s)
-        while not training.done():
-            # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
-            training.cancel()
-            await asyncio.wait({training}, timeout=0.5)
-        if training.cancelled():
-            await (coordinator.pause() if pause else coordinator.end("stopped"))
-            return "paused" if pause else "stopped"
-    try:
-        ending = training.result()
-    except Exception:
-        signalled.cancel()
-        with contextlib.suppress(Exception):
-            await coordinator.end("failed")
-        raise
-    if not once and ending != "paused":
-        await signalled
-    signalled.cancel()
-    return ending
-
-
-async def _hang_up(coordinator: Coordinator) -> None:
-    """Let devices take their last message."""
-    peers = list(coordinator.fleet.peers.values())
-    waits = [asyncio.create_task(peer.gone.wait()) for peer in peers]
-    if waits:
-        _, late = await asyncio.wait(waits, timeout=GOODBYE_S)
-        for task in late:
-            task.cancel()
-    await coordinator.admission.flush()
-    coordinator.close()

@@ -156,10 +156,15 @@ def load_config(path: Path | None, manifest: Manifest, overrides: Sequence[str] 
 
     Raises SettingsError.
     """
+    return parse_config(read_config(path, overrides), manifest, where=str(path or "run.toml"))
+
+
+def read_config(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """`run.toml` (none: empty) with `KEY=VALUE` overrides, not checked yet. Raises SettingsError."""
     data = {} if path is None else read_toml(path, "--config")
     for override in overrides:
         _merge(data, _parse_override(override))
-    return parse_config(data, manifest, where=str(path or "run.toml"))
+    return data
 
 
 def _parse_override(text: str) -> dict[str, Any]:

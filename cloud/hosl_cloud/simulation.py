@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from hosl_cloud import metrics
 from hosl_cloud.baselines import FirstOrderClient, share_weights, zeroth_order_round
 from hosl_cloud.coordinator import Coordinator
-from hosl_cloud.exchange import Ask
+from hosl_cloud.exchange import Ask, Tally
 from hosl_cloud.partition import Partition, Places
 from hosl_cloud.run import Ending, Run
 from hosl_edge import step
@@ -60,6 +60,7 @@ async def simulate(run: Run, data: Path, held_out: Path | None, partition: Parti
     coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
     try:
         await coordinator.prepare()
+        coordinator.fleet.tally = site.tally
         for device in make_devices(site, partition, run.config.devices.start_with):
             coordinator.fleet.peers[device.name] = device
         ending = await coordinator.train()
@@ -84,7 +85,7 @@ def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site
     shard.rows = preferred_rows(settings, manifest.image)
     if run.config.baseline == "first-order":
         client = _load_first_order(run, shard)
-        return Site(settings, shard, weights, train, evaluated, client.round, client.apply)
+        return Site(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
     take_step = step.ROUNDS[settings.algorithm]
     return Site(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
 
@@ -126,6 +127,7 @@ class Site:
     """A device's part of a round."""
     update: Callable[[UpdateRecord], None]
     """A round's step of the client's weights."""
+    tally: Tally = field(default_factory=Tally)
     round: int = 0
 
     def apply(self, update: UpdateRecord) -> None:
@@ -208,6 +210,7 @@ class VirtualDevice:
         frame = None
         for piece in encode(message, tensors, self._site.settings.wire_dtype):
             count.inc(len(piece))
+            self._site.tally.wire_bytes += len(piece)
             frame = reader.feed(piece)
         assert frame is not None
         return frame

@@ -24,7 +24,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -88,6 +88,14 @@ _MIGRATIONS = (
     "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
     "ALTER TABLE rounds ADD COLUMN checksum INTEGER;",
     "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL, created_at REAL NOT NULL, revoked_at REAL);",
+    "ALTER TABLE runs ADD COLUMN reason TEXT NOT NULL DEFAULT '';"
+    "ALTER TABLE runs ADD COLUMN queued_at REAL NOT NULL DEFAULT 0;"
+    "UPDATE runs SET queued_at = created_at;"
+    "ALTER TABLE devices ADD COLUMN last_seen REAL NOT NULL DEFAULT 0;"
+    "UPDATE devices SET last_seen = joined_at;"
+    "CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, "
+    "level TEXT NOT NULL, text TEXT NOT NULL);"
+    "CREATE INDEX events_of_run ON events (run, id);",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -107,6 +115,10 @@ class RunRow:
     state: str
     epoch: int
     round: int
+    reason: str = ""
+    """Why it failed, or could not go on."""
+    created_at: float = 0.0
+    """Unix time."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,19 @@ class RoundRow:
     seconds: float
     wire_bytes: int
     """On the wire, both ways, since the round before."""
+    finished_at: float
+    """Unix time."""
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """A sentence of a run's log."""
+
+    id: int
+    at: float
+    """Unix time."""
+    level: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -231,9 +256,11 @@ class Store:
     def create_run(self, run: str, bundle: Path, shard_digest: str, config: RunConfig) -> None:
         """Add a pending run."""
         with self._transaction() as database:
+            now, text = time.time(), msgspec.json.encode(config).decode()
             database.execute(
-                "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)",
-                (run, time.time(), str(bundle), shard_digest, msgspec.json.encode(config).decode(), "pending"),
+                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, 'pending')",
+                (run, now, now, str(bundle), shard_digest, text),
             )
 
     def run(self, run: str) -> RunRow:
@@ -246,22 +273,64 @@ class Store:
             config = _CONFIG.decode(row["config"])
         except (msgspec.DecodeError, TypeError) as error:
             raise self._damaged(f"settings of run {run}: {error}") from error
-        bundle = Path(row["bundle"])
-        return RunRow(row["id"], bundle, row["shard_digest"], config, row["state"], row["epoch"], row["round"])
+        return RunRow(
+            id=row["id"],
+            bundle=Path(row["bundle"]),
+            shard_digest=row["shard_digest"],
+            config=config,
+            state=row["state"],
+            epoch=row["epoch"],
+            round=row["round"],
+            reason=row["reason"],
+            created_at=row["created_at"],
+        )
 
     def run_ids(self) -> list[str]:
         """All runs, oldest first."""
         return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
 
-    def set_state(self, run: str, state: str) -> None:
+    def set_state(self, run: str, state: str, reason: str = "") -> None:
         """pending, running, paused, completed, failed or stopped."""
         with self._transaction() as database:
-            database.execute("UPDATE runs SET state = ? WHERE id = ?", (state, run))
+            database.execute("UPDATE runs SET state = ?, reason = ? WHERE id = ?", (state, reason, run))
+
+    def queue_run(self, run: str) -> None:
+        """Put a run that has stopped at the end of the line."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE runs SET state = 'pending', reason = '', queued_at = ? WHERE id = ?", (time.time(), run)
+            )
+
+    def remove_run(self, run: str) -> None:
+        """Delete a run and all that is known of it."""
+        with self._transaction() as database:
+            for table in ("events", "cuts", "evaluations", "rounds", "devices"):
+                database.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+            database.execute("DELETE FROM runs WHERE id = ?", (run,))
+
+    def add_event(self, run: str, level: str, text: str) -> None:
+        """A sentence for the run's log."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO events (run, at, level, text) VALUES (?, ?, ?, ?)", (run, time.time(), level, text)
+            )
+
+    def events(self, run: str, after: int = 0, most: int = 1000) -> list[EventRow]:
+        """The run's log after an event's id, `most` sentences of it."""
+        rows = self._query(
+            "SELECT id, at, level, text FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?", (run, after, most)
+        )
+        return [EventRow(**dict(row)) for row in rows]
+
+    def states(self) -> dict[str, int]:
+        """How many runs are in each state."""
+        rows = self._query("SELECT state, count(*) AS count FROM runs GROUP BY state")
+        return {row["state"]: row["count"] for row in rows}
 
     def unfinished_runs(self) -> list[str]:
         """Runs that a service left open when it stopped, oldest first."""
         rows = self._query(
-            "SELECT id FROM runs WHERE state IN ('pending', 'running', 'paused') ORDER BY created_at, rowid"
+            "SELECT id FROM runs WHERE state IN ('pending', 'running', 'paused') ORDER BY queued_at, rowid"
         )
         return [row["id"] for row in rows]
 
@@ -351,11 +420,12 @@ class Store:
             UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
         ]
 
-    def rounds(self, run: str) -> list[RoundRow]:
-        """Every round in force."""
+    def rounds(self, run: str, after: int = 0, most: int = -1) -> list[RoundRow]:
+        """The rounds in force after a round; `most` of them, below zero all."""
         rows = self._query(
-            "SELECT round, loss, seconds, wire_bytes FROM rounds WHERE run = ? AND NOT superseded ORDER BY round",
-            (run,),
+            "SELECT round, loss, seconds, wire_bytes, finished_at FROM rounds "
+            "WHERE run = ? AND round > ? AND NOT superseded ORDER BY round LIMIT ?",
+            (run, after, most),
         )
         return [RoundRow(**dict(row)) for row in rows]
 
@@ -380,14 +450,17 @@ class Store:
         )
         return [Evaluation(**row) for row in map(dict, rows)]
 
-    def add_device(self, run: str, name: str, data_digest: str) -> None:
-        """A device says Hello: note it, and count the connection."""
+    def add_device(self, run: str, name: str, data_digest: str) -> int:
+        """A device says Hello: note it; how many connections it has made."""
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO devices (run, name, data_digest, joined_at, connections) VALUES (?, ?, ?, ?, 1) "
-                "ON CONFLICT (run, name) DO UPDATE SET connections = connections + 1",
-                (run, name, data_digest, time.time()),
+                "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
+                "VALUES (:run, :name, :digest, :now, :now, 1) ON CONFLICT (run, name) "
+                "DO UPDATE SET connections = connections + 1, last_seen = :now",
+                {"run": run, "name": name, "digest": data_digest, "now": time.time()},
             )
+            row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
+        return int(row["connections"])
 
     def device(self, run: str, name: str) -> DeviceRow | None:
         """A device that has joined the run; None for a new one."""
@@ -423,7 +496,7 @@ class Store:
         with self._transaction() as database:
             database.executemany(
                 "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
-                "sent_bytes = ?, received_bytes = ? WHERE run = ? AND name = ?",
+                "sent_bytes = ?, received_bytes = ?, last_seen = ? WHERE run = ? AND name = ?",
                 [
                     (
                         report.applied_round,
@@ -432,6 +505,7 @@ class Store:
                         report.anonymous_bytes,
                         report.sent_bytes,
                         report.received_bytes,
+                        time.time(),
                         report.run,
                         name,
                     )

@@ -69,12 +69,14 @@ def fetch_bundle(
     return folder, manifest
 
 
-def fetch_snapshot(cloud: Cloud, snapshot: Snapshot, target: Path, on_progress: OnProgress, on_rate: OnRate) -> None:
+def fetch_snapshot(
+    cloud: Cloud, run: str, snapshot: Snapshot, target: Path, on_progress: OnProgress, on_rate: OnRate
+) -> None:
     """Download a snapshot to `target`, or what is missing of it. Raises as `fetch_bundle` does.
 
     One that the cloud has replaced since it was offered is ConnectionLost: the next Welcome offers another.
     """
-    url = cloud.url(f"snapshot/{snapshot.round}")
+    url = cloud.url(f"snapshot/{run}/{snapshot.round}")
     _fetch_file(cloud, url, target, snapshot.size_bytes, snapshot.sha256, on_progress, on_rate)
 
 

@@ -276,7 +276,7 @@ class Session:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
             self.display.show_download("snapshot", done, size)
 
-        fetch_snapshot(self.cloud, snapshot, path, on_progress, self.device.note_link)
+        fetch_snapshot(self.cloud, self._joined().run, snapshot, path, on_progress, self.device.note_link)
 
     async def _last_word(self) -> Frame:
         """The Complete that ended the connection; raises what a Refusal says."""

@@ -100,7 +100,7 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
 
 
 class Snapshot(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A file with the trainable weights after `round`, to be fetched from `/v1/snapshot/{round}`."""
+    """A file with the trainable weights after `round`, to be fetched from `/v1/snapshot/{run}/{round}`."""
 
     round: RoundNumber
     size_bytes: Count

@@ -230,7 +230,8 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     from hosl_cloud.listen import Listen
     from hosl_cloud.metrics import wire_bytes_by_kind
     from hosl_cloud.run import Run
-    from hosl_cloud.service import serve
+    from hosl_cloud.runs import Runs
+    from hosl_cloud.service import Service, serve
     from hosl_cloud.settings import parse_config
     from hosl_cloud.store import Store
 
@@ -245,7 +246,10 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     store.create_run(RUN, bundle, manifest.shard_digest, config)
     lags: list[tuple[float, float]] = []
     watch = asyncio.create_task(_watch_loop(lags))
-    await serve(coordinator, Guard(Access(store), "token", "admin"), Listen("127.0.0.1", 0), pipe.send, once=True)
+    runs = Runs(store, folder, lambda sentence: None)
+    runs.adopt(coordinator)
+    guard = Guard(Access(store), "token", "admin")
+    await serve(Service(runs, guard, Listen("127.0.0.1", 0), folder, until=RUN), pipe.send)
     watch.cancel()
     first, last = tail.marks[0], tail.marks[-1]
     pipe.send(

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from starlette.requests import HTTPConnection
 
 from hosl_cloud.access import Access, Caller, Denied, Guard, is_cross_site, is_local
-from hosl_cloud.exceptions import AccessError
+from hosl_cloud.exceptions import ApiError
 from hosl_cloud.limits import Buckets, Limits
 from hosl_cloud.store import Store
 
@@ -110,13 +110,13 @@ def test_a_revoked_device_may_get_a_new_token_and_the_old_one_stays_worthless(ac
 
 def test_what_cannot_be_made_or_revoked_is_named(access: Access) -> None:
     access.add("pi")
-    with pytest.raises(AccessError, match="device pi has a token: revoke it first") as taken:
+    with pytest.raises(ApiError, match="device pi has a token: revoke it first") as taken:
         access.add("pi")
-    with pytest.raises(AccessError, match="no device 'nobody' has a token") as unknown:
+    with pytest.raises(ApiError, match="no device 'nobody' has a token") as unknown:
         access.revoke("nobody")
     assert (taken.value.status, unknown.value.status) == (409, 404)
     for name in ("", ".", "..", "a b", "a/b", "a~b", "é", "n" * 65, "a\n"):
-        with pytest.raises(AccessError, match="use 1 to 64 characters") as bad:
+        with pytest.raises(ApiError, match="use 1 to 64 characters") as bad:
             access.add(name)
         assert bad.value.status == 422
 

@@ -156,7 +156,12 @@ async def get(service: Service, path: str, **headers: str) -> tuple[int, bytes]:
     return await asyncio.to_thread(ask)
 
 
-CLOSED_PATHS = ("/v1/run", "/metrics", f"/v1/bundle/{MANIFEST}", f"/v1/bundle/{SHARD_WEIGHTS}")
+async def status_of(service: Service) -> Any:
+    """The run, as the admin sees it."""
+    return json.loads((await get(service, "/v1/runs/run-1", Authorization=f"Bearer {service.admin_token}"))[1])
+
+
+CLOSED_PATHS = ("/metrics", f"/v1/bundle/{MANIFEST}", f"/v1/bundle/{SHARD_WEIGHTS}")
 
 
 def test_every_route_but_health_wants_the_token(run: Callable[..., None], bundle: Path) -> None:
@@ -165,12 +170,13 @@ def test_every_route_but_health_wants_the_token(run: Callable[..., None], bundle
         wrong = ["", "Bearer", "Bearer wrong", service.token, f"Basic {service.token}", f"Bearer {service.token}x"]
         wrong += [f"Bearer {service.token[:-1]}", "Bearer \xe9"]
         for given in wrong:
-            assert (await get(service, "/v1/run", Authorization=given))[0] == 401, given
+            assert (await get(service, "/metrics", Authorization=given))[0] == 401, given
         for path in CLOSED_PATHS:
             assert (await get(service, path))[0] == 401
             assert (await get(service, path, Authorization=f"Bearer {service.token}"))[0] == 200
-        status = json.loads((await get(service, "/v1/run", Authorization=f"Bearer {service.token}"))[1])
-        assert (status["run"], status["state"], status["round"], status["devices"]) == ("run-1", "pending", 0, {})
+        assert (await get(service, "/v1/runs/run-1", Authorization=f"Bearer {service.token}"))[0] == 403
+        status = await status_of(service)
+        assert (status["id"], status["state"], status["round"], status["members"]) == ("run-1", "pending", 0, [])
 
     run(test)
 
@@ -209,12 +215,17 @@ def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_
             offered = welcome.snapshot
             assert offered is not None
             assert offered.round == 20
-            path = "/v1/snapshot/20"
+            path = "/v1/snapshot/run-1/20"
             status, body = await get(service, path, Authorization=token)
             assert (status, len(body), hashlib.sha256(body).hexdigest()) == (200, offered.size_bytes, offered.sha256)
             assert await get(service, path, Authorization=token, Range="bytes=100-") == (206, body[100:])
             assert (await get(service, path))[0] == (await get(service, path, Authorization="Bearer wrong"))[0] == 401
-            for absent in ("/v1/snapshot/19", "/v1/snapshot/", "/v1/snapshot/../run", "/v1/snapshot/x"):
+            for absent in (
+                "/v1/snapshot/run-1/19",
+                "/v1/snapshot/run-2/20",
+                "/v1/snapshot/run-1/",
+                "/v1/snapshot/run-1/x",
+            ):
                 assert (await get(service, absent, Authorization=token))[0] == 404, absent
 
     run(test)
@@ -505,10 +516,8 @@ def test_the_manifest_that_is_served_is_the_bundles(run: Callable[..., None], bu
 
 def test_the_status_says_what_is_waited_for_and_since_when(run: Callable[..., None]) -> None:
     async def test(service: Service) -> None:
-        token = f"Bearer {service.token}"
-
         async def waits_for() -> Any:
-            return json.loads((await get(service, "/v1/run", Authorization=token))[1])["waits_for"]
+            return (await status_of(service))["waits_for"]
 
         assert (await waits_for())["what"] == "devices"
         async with client(service) as device:

@@ -269,23 +269,23 @@ def snapshot_of(data: bytes) -> Snapshot:
 
 def test_a_snapshot_is_fetched_in_parts_and_checked(cloud: Cloud, tmp_path: Path) -> None:
     data, target = CONTENT[SHARD_WEIGHTS], tmp_path / "snapshot-x"
-    cloud.files["snapshot/7"], cloud.cuts["snapshot/7"] = data, 1_500_000
+    cloud.files["snapshot/run-1/7"], cloud.cuts["snapshot/run-1/7"] = data, 1_500_000
     rates: list[float] = []
 
     def fetch_it() -> None:
-        fetch_snapshot(hosl(cloud), snapshot_of(data), target, lambda done, size: None, rates.append)
+        fetch_snapshot(hosl(cloud), "run-1", snapshot_of(data), target, lambda done, size: None, rates.append)
 
     with pytest.raises(ConnectionLost, match="at 1500000 of 3072000 bytes"):
         fetch_it()
     assert len(rates) == 1, "what broke off tells the link's speed, too"
     fetch_it()
     assert target.read_bytes() == data
-    assert ("snapshot/7", "bytes=1500000-") in cloud.asked
+    assert ("snapshot/run-1/7", "bytes=1500000-") in cloud.asked
     assert len(rates) == 2
     fetch_it()
-    assert cloud.count("snapshot/7") == 2, "what is there is not fetched again"
+    assert cloud.count("snapshot/run-1/7") == 2, "what is there is not fetched again"
 
 
 def test_a_snapshot_that_is_gone_is_asked_for_by_connecting_again(cloud: Cloud, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionLost, match="snapshot/7 answered 404"):
-        fetch_snapshot(hosl(cloud), snapshot_of(b"x"), tmp_path / "s", lambda *pair: None, lambda rate: None)
+    with pytest.raises(ConnectionLost, match="snapshot/run-1/7 answered 404"):
+        fetch_snapshot(hosl(cloud), "run-1", snapshot_of(b"x"), tmp_path / "s", lambda *pair: None, lambda rate: None)

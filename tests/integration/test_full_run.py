@@ -94,7 +94,10 @@ class Site:
                 return error.code, error.read()
 
     def status(self) -> dict[str, Any]:
-        code, body = self.get("/v1/run", self.token_file.read_text(encoding="ascii").strip())
+        token = (self.folder / "cloud" / "admin-token").read_text(encoding="ascii").strip()
+        code, body = self.get("/v1/runs", token)
+        assert code == 200
+        code, body = self.get(f"/v1/runs/{json.loads(body)['runs'][-1]['id']}", token)
         assert code == 200
         return json.loads(body)  # type: ignore[no-any-return]
 
@@ -242,7 +245,7 @@ def kill_and_restart_a_device(here: Site, damage: Callable[[Path], object]) -> s
     here.wait_for_round(10)
     damage(here.folder / "state" / "pi-1" / "journal")
     again = here.start_device("pi-1", data=here.folder / "pi-1-train.jsonl")
-    here.wait_until(lambda status: status["devices"].get("pi-1", {}).get("is_ready"))
+    here.wait_until(lambda status: any(each["name"] == "pi-1" and each["is_ready"] for each in status["members"]))
     here.wait_for_round(here.status()["round"] + 5)
     cloud.send_signal(signal.SIGINT)
     text = here.finish(cloud, ExitCode.INTERRUPTED)
@@ -257,7 +260,7 @@ def test_strangers_are_refused(site: Callable[[str], Site], tmp_path: Path) -> N
     here.start_cloud(settings("ho-sfl"))
     assert here.token_file.stat().st_mode & 0o777 == 0o600
     token = here.token_file.read_text(encoding="ascii").strip()
-    for path in ("/v1/run", "/metrics", "/v1/bundle/manifest.json", "/v1/bundle/shard/shard.onnx"):
+    for path in ("/metrics", "/v1/bundle/manifest.json", "/v1/bundle/shard/shard.onnx"):
         assert here.get(path)[0] == 401
         assert here.get(path, "wrong")[0] == 401
         assert here.get(path, token)[0] == 200

@@ -1,0 +1,51 @@
+"""What is where in a service's data folder, and the lock that keeps others out."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TextIO
+
+from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.store import Store
+
+DATABASE = "hosl.sqlite"
+BUNDLES = "bundles"
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """`--data-dir`."""
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=home,
+        metavar="DIR",
+        help="database, tokens, checkpoints (default: %(default)s)",
+    )
+
+
+def run_folder(data_dir: Path, run: str) -> Path:
+    """Where a run's checkpoints are."""
+    return data_dir / "runs" / run
+
+
+def new_run_id(name: str, store: Store) -> str:
+    """A name that no run has."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    known = set(store.run_ids())
+    return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
+
+
+def lock(data_dir: Path) -> TextIO:
+    """Only one service may use a data folder; the lock is held as long as the file is open. Raises ServiceError."""
+    file = (data_dir / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ServiceError(f"another hosl-cloud uses {data_dir}: stop it, or choose another --data-dir") from error
+    return file

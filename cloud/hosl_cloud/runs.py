@@ -1,0 +1,326 @@
+"""The service's runs: of each bundle one at a time, while the others wait in line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.data_folder import new_run_id, run_folder
+from hosl_cloud.exceptions import ApiError
+from hosl_cloud.resume import cut
+from hosl_cloud.run import Ending, Paused, Run
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.store import RunRow, Store
+from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 5.0
+"""Longest wait for devices to hang up at the end of a run."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Slot:
+    """The run that a bundle's devices take part in: from before it is loaded until another takes its place."""
+
+    run: str
+    bundle: Path
+    manifest: Manifest
+    coordinator: Coordinator | None = None
+    """None while the run is loaded."""
+    task: asyncio.Task[Ending | Paused] | None = None
+    """None until the service has begun."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another run may take its place."""
+        return self.task is not None and self.task.done()
+
+
+class Runs:
+    """Begins, stops and resumes runs. Its methods run on the event loop.
+
+    Raises ApiError for what cannot be done in a run's present state.
+    """
+
+    def __init__(self, store: Store, data_dir: Path, say: Say) -> None:
+        """`say` tells a person how it goes."""
+        self.store, self.data_dir = store, data_dir
+        self._tell = say
+        self._slots: dict[str, Slot] = {}
+        """By the shard's digest."""
+        self._failed_to_load: set[str] = set()
+        """Runs that stay as they are until they are resumed by hand, or the service starts again."""
+        self._changed = asyncio.Event()
+        self._is_draining = False
+
+    def folder(self, run: str) -> Path:
+        """Where a run's checkpoints are."""
+        return run_folder(self.data_dir, run)
+
+    def say(self, sentence: str, run: str = "", level: str = "info") -> None:
+        """Tell a person, and the run's log."""
+        self._tell(sentence)
+        if run:
+            with contextlib.suppress(HoslError):  # a full disk takes no log
+                self.store.add_event(run, level, sentence)
+
+    def submit(self, bundle: Path, config: RunConfig) -> str:
+        """Put a new run in line; its id. Raises BundleError."""
+        bundle = bundle.resolve()
+        id_ = new_run_id(config.name, self.store)
+        self.store.create_run(id_, bundle, load_manifest(bundle).shard_digest, config)
+        self._changed.set()
+        return id_
+
+    async def open(self, run: str) -> Coordinator:
+        """Load a run now, so that it begins with the service. Raises what is wrong with it."""
+        slot = self._reserve(self.store.run(run))
+        try:
+            await self._load(slot)
+        except Exception as error:
+            self._fail_to_load(self.store.run(run), error)
+            raise
+        assert slot.coordinator is not None
+        return slot.coordinator
+
+    def adopt(self, coordinator: Coordinator) -> None:
+        """Take a coordinator that is loaded already."""
+        run = coordinator.run
+        self._slots[run.manifest.shard_digest] = Slot(run.id, run.bundle, run.manifest, coordinator)
+
+    async def work(self) -> None:
+        """Train what is loaded, and then what waits, for ever."""
+        while True:
+            self._changed.clear()
+            for slot in self._slots.values():
+                if slot.task is None:
+                    self._start(slot)
+            if not self._is_draining:
+                self._begin_waiting()
+            await self._changed.wait()
+
+    def _begin_waiting(self) -> None:
+        for row in map(self.store.run, self.store.unfinished_runs()):
+            slot = self._slots.get(row.shard_digest)
+            if (slot is None or slot.is_over) and row.id not in self._failed_to_load:
+                try:
+                    self._start(self._reserve(row))
+                except HoslError as error:
+                    self._fail_to_load(row, error)
+
+    def _reserve(self, row: RunRow) -> Slot:
+        """The bundle's place, for this run. Raises BundleError."""
+        manifest = load_manifest(row.bundle)
+        former = self._slots.get(row.shard_digest)
+        if former is not None:
+            self._retire(former)
+        slot = self._slots[row.shard_digest] = Slot(row.id, row.bundle, manifest)
+        return slot
+
+    def _start(self, slot: Slot) -> None:
+        slot.task = asyncio.create_task(self._course(slot), name=slot.run)
+        slot.task.add_done_callback(lambda _: self._changed.set())
+
+    async def _course(self, slot: Slot) -> Ending | Paused:
+        if slot.coordinator is None:
+            try:
+                await self._load(slot)
+            except Exception as error:
+                self._fail_to_load(self.store.run(slot.run), error)
+                raise
+        assert slot.coordinator is not None
+        try:
+            ending = await slot.coordinator.train()
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                await slot.coordinator.end("failed")
+            self._fail(slot.run, error)
+            raise
+        self.say(f"run {slot.run} {ending} at round {slot.coordinator.run.round}", slot.run)
+        return ending
+
+    async def _load(self, slot: Slot) -> None:
+        await asyncio.to_thread(check_files, slot.bundle, slot.manifest)
+        row = self.store.run(slot.run)
+
+        def say(sentence: str) -> None:
+            self.say(sentence, row.id)
+
+        found = await asyncio.to_thread(cut, self.store, row, self.folder(row.id), say)
+        if row.state != "pending" or row.round:
+            again = f"; {found.dropped} rounds after it are made again" if found.dropped else ""
+            say(f"run {row.id} resumes after round {found.round}{again}")
+        run = Run(
+            row.id,
+            row.config,
+            slot.manifest,
+            slot.bundle,
+            self.folder(row.id),
+            self.store,
+            epoch=found.epoch,
+            round=found.round,
+        )
+        coordinator = Coordinator(run, say)
+        try:
+            await coordinator.prepare(None if found.checkpoint is None else found.checkpoint.path)
+        except BaseException:
+            coordinator.close()
+            raise
+        slot.coordinator = coordinator
+
+    def _fail_to_load(self, row: RunRow, error: Exception) -> None:
+        """One that never began is not to go on; another may once what is wrong with it has been mended."""
+        self._failed_to_load.add(row.id)
+        self._fail(row.id, error, "paused" if row.round else "failed")
+
+    def _fail(self, run: str, error: Exception, state: str = "failed") -> None:
+        log.info("run %s", run, exc_info=error)
+        self.say(f"run {run} {state}: {error}", run, "error")
+        with contextlib.suppress(HoslError):
+            self.store.set_state(run, state, f"{error}")
+
+    def slot_of(self, run: str) -> Slot | None:
+        """Where a run takes place, or took place last; None for one that waits, or is history."""
+        return next((slot for slot in self._slots.values() if slot.run == run), None)
+
+    def slots(self) -> list[Slot]:
+        """What takes place, or took place last, in the order in which it began."""
+        return list(self._slots.values())
+
+    def current(self) -> Slot | None:
+        """Whose shard a device is given: that of the oldest run under way, or else of the last one."""
+        slots = self.slots()
+        return next((slot for slot in slots if not slot.is_over), slots[-1] if slots else None)
+
+    def route(self, hello: Hello) -> Coordinator | Refusal | Complete:
+        """Where a device belongs that says this, or what it is told instead."""
+        slot = self._slots.get(hello.shard_digest)
+        if slot is not None and slot.coordinator is not None:
+            return slot.coordinator
+        if slot is not None:
+            return Refusal(code="run", reason=f"run {slot.run} is being loaded", retry=True)
+        row = self.store.run(hello.run) if hello.run in self.store.run_ids() else None
+        if row is not None and row.state in ("completed", "stopped", "failed"):
+            return Complete(run=row.id, reason=row.state, round=row.round)  # type: ignore[arg-type]
+        if any(not slot.is_over for slot in self.slots()):
+            return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
+        return Refusal(code="run", reason="there is no run at present", retry=True)
+
+    async def stop(self, run: str) -> None:
+        """End a run after the round under way; it can be resumed."""
+        row, slot = self.store.run(run), self.slot_of(run)
+        if row.state not in ("pending", "running", "paused"):
+            raise ApiError(409, f"run {run} is {row.state}: there is nothing to stop")
+        if slot is None or slot.is_over:
+            self.store.set_state(run, "stopped")
+            return
+        limit_s = 2 * row.config.devices.round_deadline_s
+        await self._halt(slot, limit_s, pause=False)
+
+    def resume(self, run: str) -> None:
+        """Put a stopped, paused or failed run in line again."""
+        row, slot = self.store.run(run), self.slot_of(run)
+        is_active = slot is not None and not slot.is_over
+        if row.state == "completed" or is_active or (row.state == "pending" and run not in self._failed_to_load):
+            raise ApiError(409, f"run {run} is {row.state}: only one that is stopped, paused or failed goes on")
+        self._failed_to_load.discard(run)
+        self.store.queue_run(run)
+        self._changed.set()
+
+    def remove(self, run: str) -> None:
+        """Delete a run with its checkpoints."""
+        row, slot = self.store.run(run), self.slot_of(run)
+        if slot is not None and not slot.is_over:
+            raise ApiError(409, f"run {run} is {row.state}: stop it first")
+        if slot is not None:
+            self._retire(slot)
+        self.store.remove_run(run)
+        shutil.rmtree(self.folder(run), ignore_errors=True)
+        self.say(f"run {run} is removed")
+
+    async def drain(self, limit_s: float | None, stops: str | None = None) -> None:
+        """Pause all runs, so that a later service goes on with them, but for one that is to end.
+
+        Each may end the round under way, for `limit_s` at most, or by default for two of its stages' deadlines.
+        """
+        self._is_draining = True
+        slots = [slot for slot in self.slots() if slot.task is not None and not slot.is_over]
+        await asyncio.gather(*(self._halt(slot, limit_s, pause=slot.run != stops) for slot in slots))
+
+    async def wait(self, run: str) -> None:
+        """Wait until a run is over."""
+        while (slot := self.slot_of(run)) is None or slot.task is None:
+            await asyncio.sleep(0.01)
+        await asyncio.wait({slot.task})
+
+    def outcome(self, run: str | None) -> Ending | Paused | None:
+        """How a run ended that took place here; None for no run. Raises what ended it."""
+        slot = self.slot_of(run) if run is not None else None
+        if slot is None or slot.task is None:
+            return None
+        if slot.task.cancelled():
+            return "paused" if self.store.run(slot.run).state == "paused" else "stopped"
+        return slot.task.result()
+
+    def troubles(self) -> list[str]:
+        """Why the service cannot do all of its work now."""
+        found = [f"run {run} cannot be loaded" for run in sorted(self._failed_to_load)]
+        found += ["the service is leaving"] if self._is_draining else []
+        try:
+            self.store.states()
+        except HoslError as error:
+            found.append(str(error))
+        full = [slot for slot in self.slots() if slot.coordinator and slot.coordinator.is_waiting_for_room]
+        return found + [f"run {slot.run} waits for room on the disk" for slot in full]
+
+    async def _halt(self, slot: Slot, limit_s: float | None, *, pause: bool) -> None:
+        coordinator, task = slot.coordinator, slot.task
+        assert task is not None
+        if coordinator is not None:
+            await coordinator.request_stop(pause=pause)
+            most_s = 2 * coordinator.run.config.devices.round_deadline_s if limit_s is None else limit_s
+            await asyncio.wait({task}, timeout=most_s)
+        while not task.done():
+            # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.5)
+        if not task.cancelled():
+            return
+        if coordinator is None:
+            self.store.set_state(slot.run, "paused" if pause else "stopped")
+        else:
+            await (coordinator.pause() if pause else coordinator.end("stopped"))
+        self.say(f"run {slot.run} {'paused' if pause else 'stopped'}: its round was cut off", slot.run)
+
+    def _retire(self, slot: Slot) -> None:
+        """Free what a run took; devices that are still there come back."""
+        for shard, each in list(self._slots.items()):
+            if each is slot:
+                del self._slots[shard]
+        if slot.coordinator is None:
+            return
+        for peer in list(slot.coordinator.fleet.peers.values()):
+            peer.end(Refusal(code="run", reason=f"run {slot.run} is over", retry=True))
+        slot.coordinator.close()
+
+    async def close(self) -> None:
+        """Let devices take their last message, and free everything."""
+        coordinators = [slot.coordinator for slot in self.slots() if slot.coordinator is not None]
+        peers = [peer for each in coordinators for peer in each.fleet.peers.values()]
+        waits = [asyncio.create_task(peer.gone.wait()) for peer in peers]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=GOODBYE_S)
+            for task in late:
+                task.cancel()
+        for coordinator in coordinators:
+            await coordinator.admission.flush()
+            coordinator.close()

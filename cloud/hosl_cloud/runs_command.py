@@ -1,0 +1,177 @@
+"""`hosl-cloud run`, `log`, `checkpoint` and `drain`: what an operator does to a running service, by its HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from hosl_cloud.api_client import ApiClient, add_client_options, client_of
+from hosl_cloud.data_folder import add_data_dir
+from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.settings import read_config
+from hosl_protocol import ExitCode
+from hosl_protocol.terminal import add_common_options
+
+FOLLOW_S = 1.0
+"""Between questions for more of a log."""
+
+Parser = argparse.ArgumentParser
+Command = Callable[[ApiClient, argparse.Namespace], Any]
+
+
+def add_run(parser: Parser) -> None:
+    """Options of `hosl-cloud run`."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    start = _add(commands, "start", "put a new run in line", _start, _show_run)
+    start.add_argument("--bundle", required=True, metavar="NAME", help="a bundle in the service's folder of bundles")
+    start.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
+    start.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
+    )
+    _add(commands, "list", "show all runs", lambda client, _: client.request("GET", "/v1/runs"), _show_runs)
+    for name, method, path, text in (
+        ("show", "GET", "", "show a run and its devices"),
+        ("stop", "POST", "/stop", "end a run after its round; it can go on later"),
+        ("resume", "POST", "/resume", "go on with a run that has stopped"),
+        ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
+    ):
+        command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
+        command.add_argument("run", metavar="RUN")
+
+
+def add_log(parser: Parser) -> None:
+    """Options of `hosl-cloud log`."""
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as more is said, until the run is over")
+    _finish(parser, _log)
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """Options of `hosl-cloud checkpoint`."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = _add(commands, "list", "show a run's checkpoints", _on_run("GET", "/checkpoints"), _show_checkpoints)
+    listing.add_argument("run", metavar="RUN")
+    export = commands.add_parser("export", help="copy a checkpoint of the tail to a file")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--round", type=int, metavar="N", help="of which round (default: the newest)")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file; must not exist")
+    _finish(export, _export)
+
+
+def add_drain(parser: Parser) -> None:
+    """Options of `hosl-cloud drain`."""
+
+    def drain(options: argparse.Namespace) -> int:
+        answer = client_of(options).request("POST", "/v1/drain")
+        if options.json:
+            print(json.dumps(answer))
+        else:
+            print(f"the service pauses {', '.join(answer['runs']) or 'nothing, for there is no run'}, and leaves")
+        return int(ExitCode.OK)
+
+    _finish(parser, drain)
+
+
+def _add(commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None]) -> Parser:
+    parser: Parser = commands.add_parser(name, help=text)
+
+    def run(options: argparse.Namespace) -> int:
+        answer = command(client_of(options), options)
+        if options.json:
+            print(json.dumps(answer))
+        else:
+            show(answer)
+        return int(ExitCode.OK)
+
+    _finish(parser, run)
+    return parser
+
+
+def _finish(parser: Parser, command: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_client_options(parser)
+    add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=command)
+
+
+def _path(run: str, more: str = "") -> str:
+    return f"/v1/runs/{quote(run, safe='')}{more}"
+
+
+def _on_run(method: str, more: str) -> Command:
+    return lambda client, options: client.request(method, _path(options.run, more))
+
+
+def _start(client: ApiClient, options: argparse.Namespace) -> Any:
+    body = {"bundle": options.bundle, "config": read_config(options.config, options.overrides)}
+    return client.request("POST", "/v1/runs", body)
+
+
+def _log(options: argparse.Namespace) -> int:
+    client, last = client_of(options), 0
+    while True:
+        is_over = client.request("GET", _path(options.run))["state"] in ("completed", "failed", "stopped")
+        while events := client.request("GET", _path(options.run, f"/log?after={last}"))["events"]:
+            for event in events:
+                at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
+                print(json.dumps(event) if options.json else f"{at} {event['level']} {event['text']}", flush=True)
+            last = events[-1]["id"]
+        if is_over or not options.follow:
+            return int(ExitCode.OK)
+        time.sleep(FOLLOW_S)
+
+
+def _export(options: argparse.Namespace) -> int:
+    client, out = client_of(options), options.out
+    if out.exists():
+        raise ServiceError(f"{out} exists: choose another --out, or delete it")
+    known = client.request("GET", _path(options.run, "/checkpoints"))["checkpoints"]
+    if not known:
+        raise ServiceError(f"run {options.run} has no checkpoint yet")
+    round_ = known[-1]["round"] if options.round is None else options.round
+    client.download(_path(options.run, f"/checkpoints/{round_}"), out)
+    print(json.dumps({"round": round_, "out": str(out)}) if options.json else f"the tail at round {round_} is in {out}")
+    return int(ExitCode.OK)
+
+
+def _show_nothing(answer: Any) -> None:
+    print("it is deleted")
+
+
+def _show_runs(answer: dict[str, Any]) -> None:
+    for run in answer["runs"]:
+        print(_line(run))
+
+
+def _line(run: dict[str, Any]) -> str:
+    loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
+    accuracy = "" if run["accuracy"] is None else f"  accuracy {100 * run['accuracy']:.1f} %"
+    progress = f"round {run['round']}/{run['rounds']}"
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{accuracy}"
+
+
+def _show_run(run: dict[str, Any]) -> None:
+    print(_line(run))
+    if run["reason"]:
+        print(f"  {run['reason']}")
+    if run["waits_for"] is not None:
+        waits = run["waits_for"]
+        since_s, of = time.time() - waits["since"], f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
+        print(f"  waits for {waits['what']}{of} since {since_s:.0f} s")
+    for device in run["members"]:
+        state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
+        peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"
+        seen_s = time.time() - device["last_seen"]
+        print(f"  {device['name']:<32} {state:<10} round {device['applied_round']}{peak}, last seen {seen_s:.0f} s ago")
+
+
+def _show_checkpoints(answer: dict[str, Any]) -> None:
+    for each in answer["checkpoints"]:
+        score = "" if each["accuracy"] is None else f"  accuracy {100 * each['accuracy']:.1f} %"
+        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{score}")

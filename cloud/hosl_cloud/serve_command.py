@@ -1,0 +1,140 @@
+"""`hosl-cloud serve`: the service, with one run that it begins with, or none."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hosl_cloud.api_client import SERVICE_FILE
+from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, lock
+from hosl_cloud.listen import Listen, write_service_file
+from hosl_cloud.settings import RunConfig, load_config
+from hosl_cloud.store import Store
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret, load_or_make_token
+from hosl_protocol import ExitCode, Manifest, SettingsError, check_files, load_manifest
+from hosl_protocol.terminal import add_common_options
+
+if TYPE_CHECKING:
+    from hosl_cloud.runs import Runs
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Options of `hosl-cloud serve`."""
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="begin with a run of this bundle, and of --config")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="that run's settings, run.toml")
+    parser.add_argument(
+        "--bundles", type=Path, metavar="DIR", help="folder of the bundles of later runs (default: that of --data-dir)"
+    )
+    add_data_dir(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8765, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
+    parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
+    parser.add_argument("--once", action="store_true", help="leave when the run of --config has ended")
+    parser.add_argument("--new", action="store_true", help="begin a new run, even where an unfinished one could go on")
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        metavar="S",
+        help="longest time to end a round before it leaves (default: two stages)",
+    )
+    add_common_options(parser)
+    parser.set_defaults(command=serve_command)
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    """Run the service; its exit code."""
+    listen = Listen(options.host, options.port, options.tls_cert, options.tls_key)
+    if not options.insecure:
+        listen = listen.with_authority(options.data_dir)
+    listen.check(insecure=options.insecure)
+    if (options.bundle is None) != (options.config is None):
+        raise SettingsError("--bundle", options.bundle and str(options.bundle), "it belongs with --config: give both")
+    if options.once and options.bundle is None:
+        raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
+    first = _read_first(options) if options.bundle is not None else None
+    options.data_dir.mkdir(parents=True, exist_ok=True)
+    ending = asyncio.run(_serve(options, listen, first))
+    return int(ExitCode.INTERRUPTED if ending in ("stopped", "paused") else ExitCode.OK)
+
+
+def _read_first(options: argparse.Namespace) -> tuple[Manifest, RunConfig]:
+    manifest = load_manifest(options.bundle)
+    config = load_config(options.config, manifest)
+    if config.baseline:
+        raise SettingsError("baseline", config.baseline, "baselines are for hosl-cloud simulate: remove it")
+    check_files(options.bundle, manifest)
+    return manifest, config
+
+
+async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manifest, RunConfig] | None) -> str | None:
+    data_dir: Path = options.data_dir
+    fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
+    token, token_path = load_or_make_token(data_dir, fingerprint)
+    admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
+    locked = lock(data_dir)
+    # OpenMP threads that spin while they wait take the cores from everything else on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # These import torch, which takes seconds; what can be refused is refused before.
+    from hosl_cloud.access import Access, Guard
+    from hosl_cloud.runs import Runs
+    from hosl_cloud.service import Service, serve
+
+    store = Store(data_dir / DATABASE)
+    try:
+        runs = Runs(store, data_dir, _say)
+        run = None
+        if first is not None:
+            run = _choose_first(runs, options, *first)
+            await runs.open(run)
+        guard = Guard(Access(store, fingerprint), token, admin_token)
+        bundles: Path = options.bundles or data_dir / BUNDLES
+        bundles.mkdir(parents=True, exist_ok=True)
+        service = Service(runs, guard, listen, bundles, run if options.once else None, run, options.drain_s)
+
+        def on_listening(address: str) -> None:
+            write_service_file(data_dir, listen, address)
+            if run is None:
+                _say(f"listens on {address}; begin a run with: hosl-cloud run start --bundle NAME --config FILE")
+                return
+            _say(f"run {run}: {_course(store, run)}")
+            _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
+
+        ending = await serve(service, on_listening)
+        if run is not None and ending == "paused":
+            _say(f"run {run} pauses at round {store.run(run).round}; the same command goes on with it")
+        elif run is not None:
+            _say(f"take it with: hosl-cloud merge {run} --out DIR")
+        return ending
+    finally:
+        (data_dir / SERVICE_FILE).unlink(missing_ok=True)
+        store.close()
+        locked.close()
+
+
+def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str:
+    """The unfinished run of these settings, or a new one; others of the bundle are stopped."""
+    from hosl_cloud.resume import find_unfinished
+
+    row = None if options.new else find_unfinished(runs.store, manifest, config)
+    for other in map(runs.store.run, runs.store.unfinished_runs()):
+        if other.shard_digest == manifest.shard_digest and (row is None or other.id != row.id):
+            runs.store.set_state(other.id, "stopped")
+            runs.say(f"run {other.id} has other settings, or --new was given: it stays as it is, stopped", other.id)
+    return runs.submit(options.bundle, config) if row is None else row.id
+
+
+def _course(store: Store, run: str) -> str:
+    row = store.run(run)
+    if row.round:
+        return f"{row.config.algorithm}, rounds {row.round + 1} to {row.config.rounds}"
+    count = row.config.devices.start_with
+    return f"{row.config.algorithm}, {row.config.rounds} rounds, waits for {count} device{'s' if count > 1 else ''}"
+
+
+def _say(sentence: str) -> None:
+    print(f"hosl-cloud: {sentence}", flush=True)
