@@ -264,7 +264,7 @@ NO_REQUESTS = (
     b"GET /v1/device HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20000,
     b"GET /" + b"a" * 100_000,
     b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-    b"POST /v1/devices HTTP/1.1\r\nConnection: close\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: x\r\nSec-WebSocket-Version: 99\r\n\r\n\xff\xff\xff",
@@ -549,7 +549,7 @@ def test_no_secret_is_printed_or_logged_by_anybody(
     assert not (data / "service.json").exists(), "it says where a service is that runs"
 
 
-FORBIDDEN = (r"\bpickle\b", r"torch\.load\b", r"\beval\(", r"\bexec\(", r"shell=True", r"\bmarshal\b", r"yaml\.load\b",
+FORBIDDEN = (r"\bpickle\b", r"torch\.load\b", r"(?<!\.)\beval\(", r"(?<!\.)\bexec\(", r"shell=True", r"\bmarshal\b", r"yaml\.load\b",
              r"os\.system", r"allow_pickle=True", r"trust_remote_code=True", r"CERT_NONE", r"verify=False")  # fmt: skip
 
 
