@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hosl_cloud.access import Access, Denied, Guard
-from hosl_cloud.exceptions import AccessError
+from hosl_cloud.exceptions import AccessError, StoreError
 from hosl_cloud.limits import read_body
 from hosl_cloud.store import TokenRow
 
@@ -81,6 +81,8 @@ def for_admin(
             return Response(status_code=denied.status, headers=denied.headers)
         except AccessError as error:
             return JSONResponse({"error": error.reason}, error.status)
+        except StoreError as error:
+            return JSONResponse({"error": str(error)}, 503)
 
     return checked
 
