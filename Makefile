@@ -4,6 +4,7 @@
 # make fuzz     damaged frames and sequences for the protocol, as many as FRAMES= and SEQUENCES= say; a table
 # make chaos    runs whose processes and connections are broken at random, SEEDS=1-20; they must end with the same bits
 # make bench    speed and memory, as tables
+# make audit    known vulnerabilities of the versions in constraints.txt, as PyPI knows them; needs the internet
 # make lint     format check, lint, types
 # make format   format the code
 
@@ -15,7 +16,7 @@ CHAOS ?= --work .cache/chaos
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench lint format clean
+.PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench audit lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +53,11 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+audit:
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/pip install -qq --disable-pip-version-check pip-audit
+	.cache/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf $(VENV) examples/*/work .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,8 @@ from hosl_cloud import metrics
 
 HEAD_TIMEOUT_S = 10.0
 """Longest time for a TLS handshake, and then for the head of a request."""
+STALL_TIMEOUT_S = 60.0
+"""Longest time for which a client may take nothing of an answer."""
 MAX_HEAD_BYTES = 8192
 BODY_TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 1 << 20
@@ -148,9 +150,10 @@ class _Accepted(socket.socket):
 
 
 class HttpProtocol(H11Protocol):
-    """Drops a connection whose request has no whole head in time: uvicorn itself would wait for ever."""
+    """Drops a client that does not send a whole head, or does not take its answer: uvicorn would wait for ever."""
 
     _head_deadline: asyncio.TimerHandle | None = None
+    _stall_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """TLS stands, where there is any."""
@@ -167,6 +170,17 @@ class HttpProtocol(H11Protocol):
         """The end."""
         super().connection_lost(exc)
         self._unwatch()
+        self._unstall()
+
+    def pause_writing(self) -> None:
+        """The client does not keep up."""
+        super().pause_writing()
+        self._watch_stall()
+
+    def resume_writing(self) -> None:
+        """It has taken something."""
+        super().resume_writing()
+        self._unstall()
 
     def on_response_complete(self) -> None:
         """What is answered before its body came is over: nobody waits for the rest."""
@@ -180,6 +194,22 @@ class HttpProtocol(H11Protocol):
             self._unwatch()
         elif self._head_deadline is None:
             self._head_deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _watch_stall(self) -> None:
+        self._unstall()
+        waiting = self.transport.get_write_buffer_size()
+        self._stall_deadline = self.loop.call_later(STALL_TIMEOUT_S, self._check_stall, waiting)
+
+    def _check_stall(self, waited: int) -> None:
+        if self.transport.get_write_buffer_size() < waited:
+            self._watch_stall()
+        else:
+            self.transport.abort()
+
+    def _unstall(self) -> None:
+        if self._stall_deadline is not None:
+            self._stall_deadline.cancel()
+            self._stall_deadline = None
 
     def _unwatch(self) -> None:
         if self._head_deadline is not None:

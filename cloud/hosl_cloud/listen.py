@@ -73,8 +73,9 @@ class Listen:
 
     def public_address(self, port: int) -> str:
         """What devices on other machines call the service."""
-        names = self.authority.names() if self.authority is not None else []
-        return f"{self.scheme}://{_bracketed(names[0] if names else self.host)}:{port}"
+        if self.authority is None or self._is_loopback():
+            return self.local_address(port)
+        return f"{self.scheme}://{_bracketed(self.authority.names()[0])}:{port}"
 
     def local_address(self, port: int) -> str:
         """How this machine reaches it."""
@@ -92,7 +93,9 @@ def write_service_file(data_dir: Path, listen: Listen, address: str) -> None:
     """Tell the commands on this machine where the service is."""
     port = urlsplit(address).port or 0
     found = {"address": listen.local_address(port), "public_address": listen.public_address(port)}
-    (data_dir / SERVICE_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part = data_dir / (SERVICE_FILE + ".part")
+    part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    part.replace(data_dir / SERVICE_FILE)
 
 
 def _bracketed(host: str) -> str:

@@ -65,7 +65,7 @@ def test_a_device_is_added_listed_and_revoked(
         name, secret, fingerprint = path.read_text().strip().split("~")
         port = service.address.rpartition(":")[2]
         out = capsys.readouterr().out
-        assert f"hosl-edge --server wss://cloud.example.org:{port} --token-file pi.kitchen.token --data FILE" in out
+        assert f"hosl-edge --server wss://127.0.0.1:{port} --token-file pi.kitchen.token --data FILE" in out
         assert secret not in out
         assert path.stat().st_mode & 0o777 == 0o600
         assert (name, fingerprint) == ("pi.kitchen", Listen("", 0).with_authority(service.folder).authority.fingerprint)  # type: ignore[union-attr]

@@ -73,6 +73,9 @@ def test_an_address_of_ipv6_is_its_site(one: str, other: str, is_same: bool) -> 
 async def serving(most: Limits, tls: Path | None = None) -> AsyncIterator[tuple[int, Listener]]:
     """A small service behind the limits: its port and listener."""
 
+    async def much(request: Request) -> Response:
+        return PlainTextResponse("x" * 20_000_000)
+
     async def answer(request: Request) -> Response:
         body = await limits.read_body(request)
         return PlainTextResponse("refused" if body is None else f"{len(body)}")
@@ -80,7 +83,7 @@ async def serving(most: Limits, tls: Path | None = None) -> AsyncIterator[tuple[
     listener = Listener(socket.AF_INET, socket.SOCK_STREAM, 0, most)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
-        Starlette(routes=[Route("/x", answer, methods=["GET", "POST"])]),
+        Starlette(routes=[Route("/x", answer, methods=["GET", "POST"]), Route("/much", much)]),
         http=HttpProtocol,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ssl_certfile=tls and tls / "server.pem",
@@ -226,6 +229,32 @@ def test_a_tls_handshake_that_does_not_end_is_dropped(monkeypatch: pytest.Monkey
         writer.close()
 
     run(test, tls=authority.folder)
+
+
+MUCH = b"GET /much HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def test_a_client_that_takes_nothing_is_dropped_and_a_slow_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "STALL_TIMEOUT_S", 0.5)
+
+    async def test(port: int, listener: Listener) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        writer.write(MUCH)
+        while listener.connections == 0:
+            await asyncio.sleep(0.01)
+        while listener.connections:
+            await asyncio.sleep(0.01)
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(MUCH)
+        size = 0
+        while data := await reader.read(1_000_000):
+            size += len(data)
+            await asyncio.sleep(0.01)
+        assert size > 20_000_000
+        writer.close()
+
+    run(test)
 
 
 def test_a_head_has_its_size() -> None:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+import shutil
 import socket
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx
 import psutil
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hosl_cloud import limits
-from hosl_cloud.authority import make_authority
+from hosl_cloud.api_client import ApiClient
+from hosl_cloud.authority import find_authority, make_authority
 from hosl_cloud.listen import Listen
 from hosl_edge.agent import Summary, run_agent
+from hosl_edge.exceptions import ConsentError, RefusedError, TrustError
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import (
+    BundleError,
     Connection,
     Frame,
     Hello,
@@ -31,10 +40,13 @@ from hosl_protocol import (
     Refusal,
     Role,
     Welcome,
+    describe_file,
     encode,
+    encode_manifest,
+    load_manifest,
 )
-from hosl_protocol.manifest import MANIFEST
-from support import TASK, Service, serving, write_reviews
+from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH
+from support import TASK, Service, free_port, serving, write_reviews
 
 GROWTH_BYTES = 60 * 2**20
 WAIT_S = 20.0
@@ -246,34 +258,39 @@ async def another_sites_page(target: Target) -> None:
     assert not target.service.guard.access.has("x")
 
 
+NO_REQUESTS = (
+    b"\x00" * 5000,
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /v1/device HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20000,
+    b"GET /" + b"a" * 100_000,
+    b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: x\r\nSec-WebSocket-Version: 99\r\n\r\n\xff\xff\xff",
+)
+
+
 async def what_is_no_request(target: Target) -> None:
-    for raw in (
-        b"\x00" * 5000, b"GET / HTTP/9.9\r\n\r\n", b"GET /v1/device HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20000,
-        b"GET /" + b"a" * 100_000, b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
-        b"GET /v1/device HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: x\r\nSec-WebSocket-Version: 99\r\n\r\n\xff\xff\xff",
-    ):  # fmt: skip
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", target.port, ssl=target.tls, server_hostname="localhost"
-        )
+    async def send(raw: bytes) -> None:
+        reader, writer = await target.open()
         with contextlib.suppress(ConnectionError):
             writer.write(raw)
             answer = await asyncio.wait_for(reader.read(), WAIT_S)
             assert answer == b"" or answer.split(b" ", 2)[1][:1] == b"4", answer[:100]
         writer.close()
-    status, _ = await target.ask("POST /v1/devices", target.bearer(target.service.admin_token),
-                                 "Content-Type: application/json", body=b"[" * 500_000)  # fmt: skip
-    assert status == 422
+
+    await asyncio.gather(*map(send, NO_REQUESTS))
+    admin = target.bearer(target.service.admin_token)
+    deep = await target.ask("POST /v1/devices", admin, "Content-Type: application/json", body=b"[" * 500_000)
+    assert deep[0] == 422
 
 
 async def a_thousand_connections(target: Target) -> None:
     """From another loopback address; most are closed as they come, the rest when their time is over."""
     most = target.service.guard.limits
     most.connections_per_address = 64
-    held: list[socket.socket] = []
-    closed = 0
+    held, closed = list[socket.socket](), 0
     for _ in range(1000):
         attacker = socket.socket()
         attacker.bind(("127.0.0.2", 0))
@@ -290,13 +307,18 @@ async def a_thousand_connections(target: Target) -> None:
                 attacker.send(b"G")
     for attacker in held:
         with contextlib.suppress(BlockingIOError):
-            try:
-                closed += attacker.recv(100) == b""
-            except ConnectionError:
-                closed += 1
+            closed += is_closed(attacker)
         attacker.close()
-    assert closed == 1000
+    assert closed == len(held)
     most.connections_per_address = 512
+
+
+def is_closed(attacker: socket.socket) -> bool:
+    """Raises BlockingIOError where it is open."""
+    try:
+        return attacker.recv(100) == b""
+    except ConnectionError:
+        return True
 
 
 async def guesses(target: Target) -> None:
@@ -378,3 +400,173 @@ def edge_settings(address: str, token_file: Path, folder: Path) -> EdgeSettings:
         state_dir=str(folder / "state"),
         cache_dir=str(folder / "cache"),
     )
+
+
+def test_a_revoked_device_stops_and_one_of_another_services_token_never_begins(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    for name in ("cloud", "other"):
+        (tmp_path / name).mkdir()
+        make_authority(tmp_path / name, ["cloud.example.org"])
+
+    async def main() -> None:
+        listen = Listen("127.0.0.1", 0).with_authority(tmp_path / "cloud")
+        config = {**msgspec.toml.decode(TASK), "batch_size": 4, "max_length": 16, "rounds": 10**6}
+        async with serving(export_bundle(tiny_model, "lora", 2), tmp_path / "cloud", config, listen) as service:
+            token_file = tmp_path / "pi.token"
+            token = service.guard.access.add("pi")
+            token_file.write_text(token)
+            agent = asyncio.create_task(run_agent(edge_settings(service.address, token_file, tmp_path)))
+            while "pi" not in service.coordinator.fleet.ready_names():
+                await asyncio.sleep(0.01)
+            client = ApiClient(service.address, service.admin_token, tmp_path / "cloud" / "tls" / "ca.pem")
+            await asyncio.to_thread(client.request, "DELETE", "/v1/devices/pi")
+            with pytest.raises(RefusedError, match="its token was revoked"):
+                await asyncio.wait_for(agent, WAIT_S)
+            with pytest.raises(RefusedError, match="does not know the token, or has revoked it"):
+                await run_agent(edge_settings(service.address, token_file, tmp_path))
+            other = find_authority(tmp_path / "other")
+            assert other is not None
+            token_file.write_text(token.rpartition("~")[0] + "~" + other.fingerprint)
+            with pytest.raises(TrustError, match="is not the service that this token is for"):
+                await run_agent(edge_settings(service.address, token_file, tmp_path))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("field", ["diary", "text.__class__", "__class__"])
+def test_a_cloud_that_asks_for_more_than_a_device_allows_gets_nothing(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path, field: str
+) -> None:
+    settings = msgspec.toml.decode(TASK) | {"batch_size": 4, "max_length": 16}
+    settings["task"] = settings["task"] | {"template": f"{{text}} {{{field}}}"}
+
+    async def main() -> None:
+        async with serving(export_bundle(tiny_model, "lora", 2), tmp_path / "cloud", settings) as service:
+            with pytest.raises(ConsentError, match=f"reads {re.escape(field)}, this device allows text, label"):
+                await run_agent(edge_settings(service.address, service.token_file, tmp_path))
+            assert service.coordinator.run.round == 0
+
+    asyncio.run(main())
+
+
+def with_graph(bundle: Path, folder: Path, graph: bytes) -> Path:
+    """A copy of a bundle with another graph, and the right digests of it."""
+    shutil.copytree(bundle, folder)
+    (folder / SHARD_GRAPH).write_bytes(graph)
+    manifest = load_manifest(folder)
+    files = tuple(describe_file(folder, entry.path) for entry in manifest.files)
+    (folder / MANIFEST).write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
+    return folder
+
+
+def steal(graph: bytes, path: str) -> bytes:
+    """A graph whose activations are what stands in a file of the device."""
+    model = onnx.load_from_string(graph)
+    stolen = onnx.TensorProto(name="stolen", data_type=onnx.TensorProto.FLOAT, dims=[8])
+    stolen.data_location = onnx.TensorProto.EXTERNAL
+    stolen.external_data.add(key="location", value=path)
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["stolen"], value=stolen))
+    return model.SerializeToString()
+
+
+def foreign(graph: bytes) -> bytes:
+    model = onnx.load_from_string(graph)
+    model.graph.node[0].domain = "evil.ops"
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("how", ["external data", "custom operator"])
+def test_a_graph_that_reaches_beyond_itself_is_refused_by_the_device(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path, how: str
+) -> None:
+    bundle = export_bundle(tiny_model, "lora", 2)
+    good = (bundle / SHARD_GRAPH).read_bytes()
+    graph, problem = {
+        "external data": (steal(good, "train.jsonl"), "has its values in another file"),
+        "custom operator": (foreign(good), "uses operators of the domain b'evil.ops'"),
+    }[how]
+
+    async def main() -> None:
+        hostile = with_graph(bundle, tmp_path / "bundle", graph)
+        config = {**msgspec.toml.decode(TASK), "batch_size": 4, "max_length": 16}
+        async with serving(hostile, tmp_path / "cloud", config) as service:
+            with pytest.raises(BundleError, match=problem):
+                await run_agent(edge_settings(service.address, service.token_file, tmp_path))
+            assert service.coordinator.run.round == 0
+
+    asyncio.run(main())
+
+
+def test_no_secret_is_printed_or_logged_by_anybody(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    data, outputs = tmp_path / "cloud", list[str]()
+    (tmp_path / "run.toml").write_text("rounds = 3\nbatch_size = 4\nmax_length = 16\n" + TASK)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(module: str, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", module, *map(str, arguments), "--log-level", "debug"]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=tmp_path
+        )
+
+    def finish(process: subprocess.Popen[str]) -> str:
+        outputs.append(process.communicate(timeout=60.0)[0])
+        assert process.returncode == 0, outputs[-1]
+        return outputs[-1]
+
+    finish(start("hosl_cloud", "init", "--data-dir", data, "--name", "localhost"))
+    where = ["--bundle", export_bundle(tiny_model, "lora", 2), "--config", tmp_path / "run.toml", "--data-dir", data]
+    port = free_port()
+    cloud = start("hosl_cloud", "serve", *where, "--port", port, "--once")
+    try:
+        while not (data / "service.json").exists():
+            assert cloud.poll() is None, cloud.communicate()[0]
+            time.sleep(0.05)
+        said = finish(start("hosl_cloud", "device", "add", "pi", "--data-dir", data))
+        found = re.search(r"^hosl-edge (--server \S+ --token-file \S+) --data FILE$", said, re.MULTILINE)
+        assert found is not None, said
+        finish(start("hosl_cloud", "device", "list", "--data-dir", data))
+        folders = ["--state-dir", tmp_path / "state", "--cache-dir", tmp_path / "cache"]
+        reviews = write_reviews(tmp_path / "train.jsonl", 16)
+        assert "completed at round 3" in finish(
+            start("hosl_edge", *found.group(1).split(), "--data", reviews, *folders, "--threads", 1)
+        )
+        finish(cloud)
+    finally:
+        cloud.kill()
+        cloud.communicate()
+    texts = [(data / name).read_text() for name in ("join-token", "admin-token")] + [
+        (tmp_path / "pi.token").read_text()
+    ]
+    secrets = [max(text.strip().split("~")[:2], key=len) for text in texts]
+    assert [len(secret) for secret in secrets] == [43, 43, 43]
+    keys = [line for path in data.glob("tls/*.key") for line in path.read_text().splitlines()[1:-1]]
+    printed = "".join(outputs)
+    assert "DEBUG" in printed
+    assert not [secret for secret in (*secrets, *keys) if secret in printed]
+    assert not (data / "service.json").exists(), "it says where a service is that runs"
+
+
+FORBIDDEN = (
+    r"\b(pickle|marshal|shelve)\b",
+    r"torch\.load\b|yaml\.load\b|allow_pickle=True|trust_remote_code=True",
+    r"(?<!\.)\b(eval|exec)\(",
+    r"shell=True|os\.system",
+    r"CERT_NONE|verify=False",
+)
+
+
+def test_the_source_uses_nothing_that_runs_what_it_reads() -> None:
+    root = Path(__file__).parents[2]
+    paths = [path for package in ("cloud", "edge", "export", "protocol") for path in (root / package).rglob("*.py")]
+    assert len(paths) > 60
+    found = {
+        (path.name, pattern)
+        for path in paths
+        for pattern in FORBIDDEN
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+    # The CA's certificate is fetched from anybody, and then its fingerprint is checked.
+    assert found == {("trust.py", FORBIDDEN[-1])}
