@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from hosl_cloud.access import Denied, Guard
-from hosl_cloud.exceptions import ApiError, RunNotFound
+from hosl_cloud.exceptions import ApiError, RunNotFound, StoreError
 from hosl_cloud.limits import read_body
 from hosl_protocol import HoslError
 
@@ -116,6 +116,8 @@ def _respond(operation: Operation, answer: Any) -> Response:
 def _status_of(error: HoslError) -> int:
     if isinstance(error, ApiError):
         return error.status
+    if isinstance(error, StoreError):
+        return 503
     return 404 if isinstance(error, RunNotFound) else 422
 
 
