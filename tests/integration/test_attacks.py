@@ -321,6 +321,17 @@ def is_closed(attacker: socket.socket) -> bool:
         return True
 
 
+async def weak_ciphers(target: Target) -> None:
+    for ciphers, is_taken in (("AES128-SHA:AES128-GCM-SHA256:ECDHE-ECDSA-AES128-SHA", False), ("DEFAULT", True)):
+        context = ssl.create_default_context(cafile=target.service.folder / "tls" / "ca.pem")
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(ciphers)
+        with contextlib.nullcontext() if is_taken else pytest.raises((ssl.SSLError, ConnectionError)):
+            _, writer = await asyncio.open_connection("127.0.0.1", target.port, ssl=context)
+            assert "GCM" in writer.get_extra_info("cipher")[0] or "CHACHA" in writer.get_extra_info("cipher")[0]
+            writer.close()
+
+
 async def guesses(target: Target) -> None:
     target.service.guard.limits.failures = limits.Buckets(burst=5, per_second=0.1)
     statuses = [await target.ask("GET /v1/runs", target.bearer("guess")) for _ in range(8)]
@@ -333,7 +344,7 @@ async def guesses(target: Target) -> None:
 ATTACKS: list[Attack] = [
     nobodys_tokens, anothers_name, the_local_token_for_a_name_with_its_own, a_token_that_is_revoked,
     a_join_that_is_replayed, a_name_that_gets_its_own_token, from_another_machine, path_traversal, another_sites_page,
-    what_is_no_request, a_thousand_connections, guesses,
+    what_is_no_request, a_thousand_connections, weak_ciphers, guesses,
 ]  # fmt: skip
 
 

@@ -271,7 +271,7 @@ def test_strangers_are_refused(site: Callable[[str], Site], tmp_path: Path) -> N
     here.token_file.write_text("wrong\n", encoding="ascii")
     stranger = here.start_device("pi-1")
     here.finish(stranger, ExitCode.REFUSED)
-    assert "does not know the join token" in here.errors(stranger)
+    assert "does not know the token" in here.errors(stranger)
 
 
 def test_data_that_has_changed_since_the_run_began_is_named(site: Callable[[str], Site]) -> None:
