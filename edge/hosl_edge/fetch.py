@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, NoSpaceError, RefusedError
+from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, RefusedError
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 
@@ -161,6 +161,8 @@ def _open(url: str, token: str, have: int = 0) -> Any:
         error.close()
         if error.code in (401, 403):
             raise RefusedError("it does not know the join token", retry=False) from error
+        if error.code == 503:
+            raise NoRun(error.headers.get("Retry-After")) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
