@@ -15,6 +15,9 @@ from typing import ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
 
+SEND_TIMEOUT_S = 0.5
+"""A listener whose queue is full must not hold the agent up."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -27,6 +30,7 @@ def notify(*lines: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(SEND_TIMEOUT_S)
         sender.sendto("\n".join(lines).encode(), address)
 
 

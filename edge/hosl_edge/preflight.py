@@ -126,14 +126,14 @@ def check_server(settings: EdgeSettings, token: str) -> Iterator[Check | Manifes
         found = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)
     except OSError as error:
         remedy = f"mend {url.hostname!r} in server, or this machine's DNS"
-        yield Check("name", FAILED, f"{url.hostname} has no address: {error}", remedy, ExitCode.REFUSED)
+        yield Check("name", FAILED, f"{url.hostname} has no address: {error.strerror}", remedy, ExitCode.REFUSED)
         return
     yield Check("name", OK, f"{url.hostname} is {found[0][4][0]}")
     try:
         date = _server_date(url, port)
     except (OSError, http.client.HTTPException) as error:
         remedy = "start hosl-cloud there, or mend the port, wss:// or ws://, or a firewall on the way"
-        detail = f"{url.hostname}:{port} does not answer: {error}"
+        detail = f"{url.hostname}:{port} does not answer: {getattr(error, 'strerror', None) or error}"
         yield Check("connection", FAILED, detail, remedy, ExitCode.REFUSED)
         return
     yield Check("connection", OK, f"{url.hostname}:{port}")

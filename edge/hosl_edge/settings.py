@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from hosl_protocol import SettingsError, convert, read_toml
+from hosl_protocol.exceptions import MalformedSettings
 
 CONFIG = Path("/etc/hosl/edge.toml")
 """Read where no other file is named."""
@@ -123,7 +124,8 @@ class Resolved:
 
     def effective(self) -> dict[str, Any]:
         """The values, and the defaults of the other fields; fields without either are absent."""
-        return {name: _default(field) for name, field in FIELDS.items() if not field.required} | self.values
+        defaults = {name: _default(field) for name, field in FIELDS.items() if not field.required}
+        return {name: (defaults | self.values)[name] for name in FIELDS if name in defaults or name in self.values}
 
     def settings(self) -> EdgeSettings:
         """The settings, all checked. Raises SettingsError."""
@@ -181,7 +183,7 @@ def _check_names(given: Iterable[str], known: Iterable[str], where: str) -> None
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise SettingsError(name, where, f"no setting has this name; {hint}")
+            raise MalformedSettings(where, name, f"no setting has this name; {hint}")
 
 
 def _parse(field: str, variable: str, text: str) -> Any:
