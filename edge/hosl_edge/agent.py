@@ -20,7 +20,7 @@ from hosl_edge.health import Guard, read_available, read_health
 from hosl_edge.memory import keep_heap_small, read_memory
 from hosl_edge.network import NetworkWatch
 from hosl_edge.session import Session
-from hosl_edge.settings import EdgeSettings, masked, read_token
+from hosl_edge.settings import EdgeSettings, read_token
 from hosl_edge.status import Document, serve_status, status_folder
 from hosl_protocol import Complete, HoslError, ProtocolError
 
@@ -172,7 +172,7 @@ class Agent:
         return {
             "software": self.software,
             "name": self.settings.name,
-            "server": masked(self.settings.server),
+            "server": self.settings.server,
             "state": progress.state,
             "run": progress.run,
             "round": progress.round,

@@ -208,6 +208,8 @@ def _check(settings: EdgeSettings) -> None:
     url = urlsplit(settings.server)
     if url.scheme not in ("ws", "wss") or not url.hostname:
         raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
+    if "@" in url.netloc:
+        raise SettingsError("server", masked(settings.server), "leave out the user: the join token says who this is")
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if url.scheme == "ws" and not is_loopback and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")

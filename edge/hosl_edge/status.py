@@ -30,12 +30,9 @@ def status_folder(state_dir: str) -> Path:
 async def serve_status(folder: Path, name: str, document: Callable[[], Document]) -> AsyncIterator[None]:
     """Answer everyone of this user who connects with the document. Raises SettingsError where another agent does."""
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            writer.write(json.dumps(document()).encode() + b"\n")
-            await writer.drain()
-            writer.close()
-            await writer.wait_closed()
+    def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(document()).encode() + b"\n")
+        writer.close()
 
     folder.mkdir(parents=True, exist_ok=True)
     listener = _bind(folder, name)
@@ -50,7 +47,8 @@ async def serve_status(folder: Path, name: str, document: Callable[[], Document]
 
 def _bind(folder: Path, name: str) -> socket.socket:
     with _address(folder, name) as address:
-        if _connect(address) is not None:
+        if (other := _connect(address)) is not None:
+            other.close()
             raise SettingsError("name", name, "another hosl-edge runs under it; choose another --name")
         with contextlib.suppress(FileNotFoundError):
             Path(address).unlink()  # of an agent that was killed
