@@ -155,8 +155,10 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> AsyncIterator[Service]:
-    """The service with everything real, on a free port; stopped at the end where its run goes on."""
+async def serving(
+    bundle: Path, folder: Path, settings: dict[str, Any], run_id: str = "run-1", port: int = 0
+) -> AsyncIterator[Service]:
+    """The service with everything real, on a free port or this one; stopped at the end where its run goes on."""
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
     from hosl_cloud.service import serve
@@ -166,13 +168,13 @@ async def serving(bundle: Path, folder: Path, settings: dict[str, Any]) -> Async
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
     store, said = Store(folder / "hosl.sqlite"), list[str]()
-    run = Run("run-1", config, manifest, bundle, folder / "runs" / "run-1", store)
+    run = Run(run_id, config, manifest, bundle, folder / "runs" / run_id, store)
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
-    store.create_run("run-1", bundle, manifest.shard_digest, config)
+    store.create_run(run_id, bundle, manifest.shard_digest, config)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        serve(coordinator, token, Listen("127.0.0.1", 0), listening.set_result, once=True)  # type: ignore[arg-type]
+        serve(coordinator, token, Listen("127.0.0.1", port), listening.set_result, once=True)  # type: ignore[arg-type]
     )
     try:
         yield Service(coordinator, token, folder, await listening, task, said)
