@@ -13,7 +13,6 @@ from hosl_edge import EdgeSettings, run_agent
 from hosl_edge.status import Document, read_status
 from support import TASK, free_port, serving, write_reviews
 
-
 TOKEN = "the-token-of-both-services"
 
 
@@ -31,7 +30,7 @@ def test_an_agent_that_stays_takes_part_in_the_next_run(
 ) -> None:
     monkeypatch.setattr("support.load_or_make_token", lambda folder: (TOKEN, folder / "join-token"))
     bundle, state = make_bundle("lora", 2), tmp_path / "state"
-    config = msgspec.toml.decode(f"rounds = 3\nbatch_size = 2\nmax_length = 16\n{TASK}")
+    config = msgspec.toml.decode(f"rounds = 3\nbatch_size = 2\nmax_length = 16\n{TASK}\n[evaluation]\nevery = 0\n")
     port = free_port()
 
     async def attend(run_id: str) -> None:
