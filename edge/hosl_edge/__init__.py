@@ -1,5 +1,6 @@
 """The agent on the device: numpy and ONNX Runtime, forward passes only."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from hosl_edge.exceptions import (
@@ -12,6 +13,9 @@ from hosl_edge.exceptions import (
     RefusedError,
 )
 from hosl_edge.settings import EdgeSettings, load_settings
+
+# From 1.29 on ONNX Runtime reports models and their hashes to its maker, unless this stands here before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from hosl_edge.agent import Summary, run_agent
