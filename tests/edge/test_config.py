@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,6 +136,19 @@ def test_the_unit_does_not_restart_what_a_person_must_mend() -> None:
     codes = re.search(r"RestartPreventExitStatus=(.*)", UNIT.read_text(encoding="utf-8"))
     assert codes is not None
     assert {int(code) for code in codes.group(1).split()} == {ExitCode.USAGE, ExitCode.SETTINGS, ExitCode.DATA}
+
+
+def test_systemd_understands_the_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    assert main(["unit"]) == ExitCode.OK
+    unit = tmp_path / "hosl-edge.service"
+    text = re.sub(r"ExecStart=\S+", f"ExecStart={sys.executable}", capsys.readouterr().out)
+    unit.write_text(text, encoding="utf-8")
+    verify = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    ours = [line for line in verify.stderr.splitlines() if unit.name in line]
+    assert all("RestartSteps" in line or "RestartMaxDelaySec" in line for line in ours), "unknown before systemd 254"
+    assert verify.returncode == 0, verify.stderr
 
 
 def test_what_the_unit_sets_are_settings() -> None:
