@@ -24,7 +24,7 @@ CONFIG = Path("/etc/hosl/edge.toml")
 ENVIRONMENT = "HOSL_EDGE_"
 """Before a field's name in capitals: its variable."""
 CREDENTIAL = "hosl-token"
-"""The join token's name among systemd's credentials."""
+"""The token's name among systemd's credentials."""
 REQUIRED = ("server", "token_file", "data")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -211,7 +211,7 @@ def _check(settings: EdgeSettings) -> None:
     if url.scheme not in ("ws", "wss") or not url.hostname:
         raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
     if "@" in url.netloc:
-        raise SettingsError("server", masked(settings.server), "leave out the user: the join token says who this is")
+        raise SettingsError("server", masked(settings.server), "leave out the user: the token says who this is")
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if url.scheme == "ws" and not is_loopback and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")

@@ -76,9 +76,8 @@ def read_status(folders: list[Path], name: str) -> Document:
         if connection is not None:
             return _receive(connection)
     hint = f"there are: {', '.join(sorted(others))}" if others else "is it running, and with this state_dir?"
-    raise ConnectionLost(
-        f"no hosl-edge {f'named {name} ' if name else ''}answers in {' or '.join(map(str, folders))}; {hint}"
-    )
+    who, where = f"hosl-edge named {name}" if name else "hosl-edge", " or ".join(map(str, folders))
+    raise ConnectionLost(f"no {who} answers in {where}; {hint}")
 
 
 def _receive(connection: socket.socket) -> Document:

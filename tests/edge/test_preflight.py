@@ -114,7 +114,7 @@ def test_a_server_that_is_not_there_ends_the_way(
 @pytest.mark.parametrize(
     ("status", "name", "outcome", "code", "words"),
     [
-        (401, "token", FAILED, ExitCode.REFUSED, "copy the join token again"),
+        (401, "token", FAILED, ExitCode.REFUSED, "copy the token again"),
         (503, "run", WARNING, ExitCode.OK, "start one"),
         (404, "service", FAILED, ExitCode.REFUSED, "hosl-cloud"),
     ],

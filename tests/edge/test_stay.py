@@ -30,14 +30,14 @@ def test_an_agent_that_stays_takes_part_in_the_next_run_and_a_throttled_one_paus
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("support.load_or_make_token", lambda folder: (TOKEN, folder / "join-token"))
+    monkeypatch.setattr("support.load_or_make_token", lambda folder, fingerprint: (TOKEN, folder / "join-token"))
     bundle, state = make_bundle("lora", 2), tmp_path / "state"
     config = msgspec.toml.decode(f"rounds = 2\nbatch_size = 2\nmax_length = 16\n{TASK}\n[evaluation]\nevery = 0\n")
     port = free_port()
     monkeypatch.setattr("hosl_edge.agent.Guard", partial(Guard, read_health=lambda: Health(40.0, ("under-voltage",))))
 
     async def attend(run_id: str) -> None:
-        async with serving(bundle, tmp_path / run_id, config, run_id, port) as service:
+        async with serving(bundle, tmp_path / run_id, config, run_id=run_id, port=port) as service:
             assert await asyncio.wait_for(service.serving, 60.0) == "completed"
 
     async def main() -> None:
