@@ -30,6 +30,7 @@ from hosl_protocol import (
     Snapshot,
     Welcome,
 )
+from hosl_protocol.logs import note_place
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Admission:
             peer.end(refusal)
             return False
         peer.name = hello.device
+        note_place(run=self.run.id, device=peer.name)
         if self.run.ending is not None and hello.run != self.run.id:
             self.complete(peer)  # it has no part in the run
             return False

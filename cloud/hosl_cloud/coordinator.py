@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Manifest, Refusal, Update, UpdateRecord, sample_devices
+from hosl_protocol.logs import note_place
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class Coordinator:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the one thread that owns the tail and the mirror."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, work)
 
     def close(self) -> None:
         """Stop the compute thread."""
@@ -176,6 +178,7 @@ class Coordinator:
         devices = await self._gather()
         if self._is_stopping:
             return False
+        note_place(round=self.run.round + 1)
         context = self._context(self.run.round + 1, devices)
         outcome = await self._drive(self._round(context))
         if outcome is None:
@@ -274,7 +277,8 @@ class Coordinator:
 
     async def _strike(self, fault: Fault) -> None:
         """Count a fault against its device, and put it aside where there were too many."""
-        log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason)
+        extra = {"device": fault.device}
+        log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason, extra=extra)
         metrics.faults.inc()
         strikes = await self._compute(lambda: self.store.add_strike(self.run.id, fault.device))
         refusal, peer = aside(strikes, self.config.devices.strikes), self.fleet.peers.get(fault.device)

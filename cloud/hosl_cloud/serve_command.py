@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ from hosl_protocol.terminal import add_common_options
 
 if TYPE_CHECKING:
     from hosl_cloud.runs import Runs
+
+
+_say = logging.getLogger("hosl-cloud").info
+"""Tells people; see hosl_protocol.logs."""
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +139,3 @@ def _course(store: Store, run: str) -> str:
         return f"{row.config.algorithm}, rounds {row.round + 1} to {row.config.rounds}"
     count = row.config.devices.start_with
     return f"{row.config.algorithm}, {row.config.rounds} rounds, waits for {count} device{'s' if count > 1 else ''}"
-
-
-def _say(sentence: str) -> None:
-    print(f"hosl-cloud: {sentence}", flush=True)

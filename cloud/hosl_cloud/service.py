@@ -35,6 +35,7 @@ from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
 from hosl_cloud.runs import GOODBYE_S, Runs, Slot
 from hosl_protocol import PIECE_BYTES, Hello, Refusal
+from hosl_protocol.logs import log_scope
 from hosl_protocol.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             await socket.send_denial_response(Response(status_code=denied.status, headers=denied.headers))
             return
         await socket.accept()
-        await _attend(runs, Peer(socket, partial(guard.may_be, caller)))
+        with log_scope():
+            await _attend(runs, Peer(socket, partial(guard.may_be, caller)))
 
     return Starlette(
         routes=[

@@ -57,7 +57,7 @@ def _split(text: str) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    own = {"config", "json", "debug", "log_level"}
+    own = {"config", "json", "debug", "log_level", "log_format"}
     given = {name: value for name, value in vars(options).items() if name not in own}
     settings = load_settings(given, options.config)
     with terminable():
