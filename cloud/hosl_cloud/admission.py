@@ -124,7 +124,7 @@ class Admission:
         run = self.run
         cut = await asyncio.to_thread(run.store.lowest_cut, run.id, hello.epoch)
         plan, applied = _plan(run, hello, cut)
-        metrics.catchup_rounds.labels(run.bundle.name).inc(max(run.round - applied, 0))
+        metrics.catchup_rounds.labels(run.bundle.name).observe(max(run.round - applied, 0))
         snapshot = await self.snapshots.offer(hello, applied)
         if snapshot is not None:
             plan, applied = "snapshot", snapshot.round

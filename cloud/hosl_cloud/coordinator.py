@@ -26,6 +26,7 @@ from hosl_cloud.checkpoint import (
     record_metrics,
     save_checkpoint,
 )
+from hosl_cloud.curves import CURVES, Curves
 from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
 from hosl_cloud.exchange import Exchange, Fault, RoundContext
@@ -94,6 +95,7 @@ class Coordinator:
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
+        self._curves = Curves(run.folder / CURVES, run.round + 1)
         self._checkpointed = run.round
         for evaluation in self.store.evaluations(run.id):
             self._note_rank(evaluation)
@@ -162,6 +164,7 @@ class Coordinator:
 
     async def pause(self) -> None:
         """Tell every device to come back, and the store."""
+        await asyncio.to_thread(self._curves.close)
         await self._set_state("paused")
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
@@ -239,6 +242,13 @@ class Coordinator:
         tensors = {"coefficients": update.coefficients, "loss": np.float32(outcome.loss).reshape(())}
         self.fleet.broadcast(message, tensors)
         self._observe(outcome, seconds)
+        figures = {
+            "train/loss": outcome.loss,
+            "round/seconds": seconds,
+            "round/wire_bytes": wire_bytes,
+            "round/devices": len(outcome.devices),
+        }
+        await self._compute(lambda: self._curves.add(update.round, figures))
         for event in self.run.mirror.coarsenings[known:]:
             self.say(f"round {event.round}: {event.tensor} outgrew its lattice, its steps are now {event.spacing:.2g}")
             # The event can't be taken back: a run that resumes must not begin before it.
@@ -294,6 +304,8 @@ class Coordinator:
             return
         await self._durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
+        figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
+        await self._compute(lambda: self._curves.add(self.run.round, figures))
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
@@ -386,6 +398,7 @@ class Coordinator:
     async def end(self, ending: Ending) -> None:
         """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
         self.run.ending = ending
+        await asyncio.to_thread(self._curves.close)
         await self._await_reports()
         # Those that are about to join first catch up: admission tells them.
         for name in self.fleet.ready_names():
