@@ -160,16 +160,21 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def serving(
-    bundle: Path, folder: Path, settings: dict[str, Any], listen: Listen | None = None
+    bundle: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    listen: Listen | None = None,
+    run_id: str = "run-1",
+    port: int = 0,
 ) -> AsyncIterator[Service]:
-    """The service with everything real, on a free port; stopped at the end where its run goes on."""
+    """The service with everything real, on a free port or this one; stopped at the end where its run goes on."""
     from hosl_cloud import service
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
     from hosl_cloud.runs import Runs
 
     folder.mkdir(exist_ok=True)
-    listen = listen or Listen("127.0.0.1", 0)
+    listen = listen or Listen("127.0.0.1", port)
     fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
     token, _ = load_or_make_token(folder, fingerprint)
     admin_token = load_or_make_secret(folder / ADMIN_TOKEN_FILE)
@@ -177,17 +182,17 @@ async def serving(
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
     store, said = Store(folder / "hosl.sqlite"), list[str]()
-    run = Run("run-1", config, manifest, bundle, folder / "runs" / "run-1", store)
+    run = Run(run_id, config, manifest, bundle, folder / "runs" / run_id, store)
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
-    store.create_run("run-1", bundle, manifest.shard_digest, config)
+    store.create_run(run_id, bundle, manifest.shard_digest, config)
     runs = Runs(store, folder, said.append)
     runs.adopt(coordinator)
     guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(
-            service.Service(runs, guard, listen, bundle.parent, until="run-1", ends_on_interrupt="run-1"),
+            service.Service(runs, guard, listen, bundle.parent, until=run_id, ends_on_interrupt=run_id),
             listening.set_result,
         )
     )

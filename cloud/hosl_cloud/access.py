@@ -43,15 +43,18 @@ class Access:
         self._lock = threading.Lock()
         self._tokens = {row.name: row for row in store.tokens()}
 
-    def add(self, name: str) -> str:
-        """A token for a device, which is not kept. Raises ApiError where the name has one, or is none."""
+    def add(self, name: str, bundle: str = "") -> str:
+        """A token for a device, which is not kept. Raises ApiError where the name has one, or is none.
+
+        `bundle` keeps the device to the runs of one bundle.
+        """
         if not is_device_name(name):
             raise ApiError(422, f"name is {name[:80]!r}: use 1 to 64 characters of A-Za-z0-9._-, no dot first")
         secret = secrets.token_urlsafe(32)
         with self._lock:
             if (known := self._tokens.get(name)) is not None and known.revoked_at is None:
                 raise ApiError(409, f"device {name} has a token: revoke it first, or choose another name")
-            self._save(TokenRow(name, _digest(secret), time.time(), None))
+            self._save(TokenRow(name, _digest(secret), time.time(), None, bundle))
         return token_text(name, secret, self._fingerprint)
 
     def list(self) -> list[TokenRow]:
@@ -95,6 +98,11 @@ class Caller:
     role: Literal["device", "local", "metrics", "admin"]
     token: TokenRow | None = None
     """A device's own; None for the others."""
+
+    @property
+    def bundle(self) -> str:
+        """Whose runs are its own; empty: all."""
+        return self.token.bundle if self.token is not None else ""
 
 
 class Denied(Exception):

@@ -19,6 +19,8 @@ class NewDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The device that is to have a token."""
 
     name: str
+    bundle: str = ""
+    """Whose runs it may take part in; empty: all."""
 
 
 class DeviceToken(msgspec.Struct, frozen=True):
@@ -35,6 +37,8 @@ class Device(msgspec.Struct, frozen=True):
     created_at: float
     """Unix time."""
     revoked_at: float | None
+    bundle: str
+    """Whose runs it may take part in; empty: all."""
 
 
 class DeviceList(msgspec.Struct, frozen=True):
@@ -51,7 +55,7 @@ def device_operations(access: Access, disconnect: Disconnect) -> list[Operation]
 
     async def add(call: Call) -> DeviceToken:
         name = call.body.name
-        token = await asyncio.to_thread(access.add, name)
+        token = await asyncio.to_thread(access.add, name, call.body.bundle)
         disconnect(name, "the name belongs to a token of its own now")
         return DeviceToken(name, token)
 
@@ -69,4 +73,4 @@ def device_operations(access: Access, disconnect: Disconnect) -> list[Operation]
 
 
 def _describe(row: TokenRow) -> Device:
-    return Device(row.name, row.created_at, row.revoked_at)
+    return Device(row.name, row.created_at, row.revoked_at, row.bundle)

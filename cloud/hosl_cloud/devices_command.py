@@ -36,6 +36,7 @@ def add_device(parser: Parser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = commands.add_parser("add", help="make a device's token")
     add.add_argument("name", metavar="NAME", help="1 to 64 characters of A-Za-z0-9._-; a device keeps it for life")
+    add.add_argument("--bundle", default="", metavar="NAME", help="keep it to the runs of this bundle (default: all)")
     add.add_argument("--out", metavar="FILE", help="where the token goes (default: NAME.token); - prints it")
     add.set_defaults(command=_add)
     listing = commands.add_parser("list", help="show the devices that have tokens")
@@ -73,7 +74,7 @@ def _add(options: argparse.Namespace) -> int:
     path = Path(options.out or f"{options.name}.token")
     if options.out != "-" and path.exists():
         raise ServiceError(f"{path} exists: choose another --out, or delete it")
-    made = client.request("POST", "/v1/devices", {"name": options.name})
+    made = client.request("POST", "/v1/devices", {"name": options.name, "bundle": options.bundle})
     if options.out == "-":
         print(made["token"])
         return int(ExitCode.OK)
@@ -115,7 +116,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _state_of(device: dict[str, Any]) -> str:
     made, revoked = device["created_at"], device["revoked_at"]
-    return f"made {_date(made)}" + (f", revoked {_date(revoked)}" if revoked is not None else "")
+    ended = f", revoked {_date(revoked)}" if revoked is not None else ""
+    return f"made {_date(made)}{ended}" + (f", for bundle {device['bundle']}" if device["bundle"] else "")
 
 
 def _date(unix: float) -> str:

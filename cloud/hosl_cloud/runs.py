@@ -202,9 +202,12 @@ class Runs:
         """What takes place, or took place last, in the order in which it began."""
         return list(self._slots.values())
 
-    def current(self) -> Slot | None:
-        """Whose shard a device is given: that of the oldest run under way, or else of the last one."""
-        slots = self.slots()
+    def current(self, bundle: str = "") -> Slot | None:
+        """Whose shard a device is given: that of the oldest run under way, or else of the last one.
+
+        A device that is kept to a bundle's runs is given no other.
+        """
+        slots = [slot for slot in self.slots() if bundle in ("", slot.bundle.name)]
         return next((slot for slot in slots if not slot.is_over), slots[-1] if slots else None)
 
     def route(self, hello: Hello) -> Coordinator | Refusal | Complete:

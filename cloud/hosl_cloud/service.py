@@ -55,7 +55,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
     def guarded(endpoint: Endpoint, identify: Callable[[Request], object] = guard.identify) -> Endpoint:
         async def checked(request: Request) -> Response:
             try:
-                identify(request)
+                request.state.caller = identify(request)
             except Denied as denied:
                 return Response(status_code=denied.status, headers=denied.headers)
             return await endpoint(request)
@@ -77,7 +77,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
-        slot = runs.current()
+        slot = runs.current(request.state.caller.bundle)
         if slot is None:
             return PlainTextResponse("there is no run at present\n", 503, {"Retry-After": "10"})
         return _bundle_file(slot, request.path_params["path"])
@@ -97,7 +97,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             return
         await socket.accept()
         with log_scope():
-            await _attend(runs, Peer(socket, partial(guard.may_be, caller)))
+            await _attend(runs, Peer(socket, partial(guard.may_be, caller)), caller.bundle)
 
     return Starlette(
         routes=[
@@ -122,8 +122,8 @@ def _bundle_file(slot: Slot, path: str) -> Response:
     return FileResponse(slot.bundle / path, media_type=BYTES)
 
 
-async def _attend(runs: Runs, peer: Peer) -> None:
-    attending = asyncio.create_task(_admit(runs, peer))
+async def _attend(runs: Runs, peer: Peer, bundle: str) -> None:
+    attending = asyncio.create_task(_admit(runs, peer, bundle))
     attending.add_done_callback(lambda _: peer.hang_up())
     await peer.serve()
     try:
@@ -134,8 +134,8 @@ async def _attend(runs: Runs, peer: Peer) -> None:
         log.exception("device %s: its connection is ended", peer.name)
 
 
-async def _admit(runs: Runs, peer: Peer) -> None:
-    """Bring a device to its run, by its Hello."""
+async def _admit(runs: Runs, peer: Peer, bundle: str) -> None:
+    """Bring a device to its run, by its Hello; with a `bundle` to runs of that one alone."""
     try:
         hello = (await peer.next(HELLO_DEADLINE_S)).message
     except asyncio.TimeoutError:
@@ -143,10 +143,12 @@ async def _admit(runs: Runs, peer: Peer) -> None:
         return
     assert isinstance(hello, Hello)
     place = runs.route(hello)
-    if isinstance(place, Coordinator):
-        await place.admission.attend(peer, hello)
-    else:
+    if not isinstance(place, Coordinator):
         peer.end(place)
+    elif bundle not in ("", place.run.bundle.name):
+        peer.end(Refusal(code="shard", reason=f"its token is for the runs of bundle {bundle}", retry=False))
+    else:
+        await place.admission.attend(peer, hello)
 
 
 class _DeviceSocket(WebSocketsSansIOProtocol):

@@ -87,7 +87,8 @@ _MIGRATIONS = (
     "CREATE TABLE cuts (run TEXT NOT NULL REFERENCES runs (id), epoch INTEGER NOT NULL, round INTEGER NOT NULL, "
     "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
     "ALTER TABLE rounds ADD COLUMN checksum INTEGER;",
-    "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL, created_at REAL NOT NULL, revoked_at REAL);",
+    "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL, created_at REAL NOT NULL, revoked_at REAL, "
+    "bundle TEXT NOT NULL DEFAULT '');",
     "ALTER TABLE runs ADD COLUMN reason TEXT NOT NULL DEFAULT '';"
     "ALTER TABLE runs ADD COLUMN queued_at REAL NOT NULL DEFAULT 0;"
     "UPDATE runs SET queued_at = created_at;"
@@ -155,6 +156,8 @@ class TokenRow:
     created_at: float
     revoked_at: float | None
     """Unix times."""
+    bundle: str = ""
+    """Whose runs the device may take part in; empty: all."""
 
 
 @dataclass(frozen=True)
@@ -470,7 +473,7 @@ class Store:
     def set_token(self, row: TokenRow) -> None:
         """A device's token, in place of the one before."""
         with self._transaction() as database:
-            database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?)", dataclasses.astuple(row))
+            database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", dataclasses.astuple(row))
 
     def tokens(self) -> list[TokenRow]:
         """Every token, also the revoked ones."""

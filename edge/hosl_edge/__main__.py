@@ -10,27 +10,55 @@ import asyncio
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hosl_edge.agent import run_agent
-from hosl_edge.settings import load_settings
+from hosl_edge.notify import WatchedPool, notified
+from hosl_edge.preflight import FAILED, examine
+from hosl_edge.settings import EdgeSettings, Resolved, masked, resolve, split_fields
+from hosl_edge.status import SERVICE_FOLDER, read_status, status_folder
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options, run_command, terminable
 
+if TYPE_CHECKING:
+    from hosl_edge.agent import Summary
+
+FOLDER = Path(__file__).parent
+UNIT, EXAMPLE = FOLDER / "hosl-edge.service", FOLDER / "edge.toml"
+_UNIT_PREFIX = "/opt/hosl"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
-    return run_command(_parser(), _run, arguments)
+    """Entry point; the exit code. Without a command's name it is `run`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given.pop(0) if given and given[0] in COMMANDS else "run"
+    command, description = COMMANDS[name]
+    return run_command(_parser(name, description), command, given)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    is_run = name == "run"
+    commands = "; ".join(f"{other}: {text}" for other, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="hosl-edge", description="Fine-tune the first layers of a model on the data of this device."
+        prog="hosl-edge" if is_run else f"hosl-edge {name}",
+        description=description,
+        epilog=f"Commands, before the options: {commands}." if is_run else None,
     )
-    # Settings that are not given stay absent, so that the --config file shows through.
-    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    if name != "unit":
+        _add_settings(parser)
+        parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file (default: /etc/hosl/edge.toml)")
+        parser.add_argument("--json", action="store_true", help="print JSON on stdout" + " at the end" * is_run)
+    if name == "config":
+        parser.add_argument("--example", action="store_true", help="print a file with every setting, explained")
+    add_common_options(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    # Settings that are not given stay absent, so that environment and file show through.
+    add = partial(parser.add_argument_group("settings").add_argument, default=argparse.SUPPRESS)
     add("--server", metavar="URL", help="address of hosl-cloud, wss://host:port (ws:// on this machine only)")
     add("--token-file", metavar="FILE", help="file with the token that hosl-cloud device add made")
     add("--data", metavar="FILE", help="training data, .jsonl or .csv; of images .npz or a folder")
@@ -38,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory-budget", metavar="SIZE", help="most anonymous memory to take, such as 400M")
     add("--threads", metavar="N", type=int, help="compute threads (default: all CPUs)")
     add("--name", metavar="NAME", help="name of this device (default: its token's name)")
-    add("--fields", metavar="A,B", type=_split, help="fields of the data that a run may use")
+    add("--fields", metavar="A,B", type=split_fields, help="fields of the data that a run may use")
     add("--share-text", action="store_true", help="allow tasks whose labels are the text itself")
     add(
         "--sync-interval-s", metavar="S", type=float, help="seconds between writes of the journal to disk (default: 30)"
@@ -46,25 +74,92 @@ def _parser() -> argparse.ArgumentParser:
     add("--state-dir", metavar="DIR", help="where the journal lives (default: ~/.local/state/hosl)")
     add("--cache-dir", metavar="DIR", help="where fetched shards live (default: ~/.cache/hosl)")
     add("--insecure", action="store_true", help="allow ws:// to another machine")
-    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with any of these settings")
-    parser.add_argument("--json", action="store_true", help="print a summary as JSON at the end")
-    add_common_options(parser)
-    return parser
+    add("--stay", action="store_true", help="after a run's end wait for the next one")
+    add("--max-temperature-c", metavar="C", type=float, help="pause before rounds above it (default: off)")
+    add("--min-available-memory", metavar="SIZE", help="stop where the machine has less left (default: 32M; 0: off)")
+    add("--stall-timeout-s", metavar="S", type=float, help="longest piece of work for the watchdog (default: 1800)")
 
 
-def _split(text: str) -> list[str]:
-    return [field.strip() for field in text.split(",") if field.strip()]
+def _resolve(options: argparse.Namespace) -> Resolved:
+    own = {"config", "json", "example", "debug", "log_level", "log_format"}
+    return resolve({name: value for name, value in vars(options).items() if name not in own}, options.config)
 
 
 def _run(options: argparse.Namespace) -> int:
-    own = {"config", "json", "debug", "log_level", "log_format"}
-    given = {name: value for name, value in vars(options).items() if name not in own}
-    settings = load_settings(given, options.config)
+    settings = _resolve(options).settings()
     with terminable():
-        summary = asyncio.run(run_agent(settings))
+        summary = asyncio.run(_attend(settings))
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
     return int(ExitCode.OK)
+
+
+async def _attend(settings: EdgeSettings) -> Summary:
+    from hosl_edge.agent import run_agent
+
+    pool = WatchedPool()
+    asyncio.get_running_loop().set_default_executor(pool)
+    async with notified(pool, settings.stall_timeout_s):
+        return await run_agent(settings, pool.tick)
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    found = []
+    for check in examine(partial(_resolve, options)):
+        found.append(check)
+        if not options.json:
+            print(check.line(), flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(check) for check in found], indent=2))
+    return next((int(check.code) for check in found if check.outcome == FAILED), int(ExitCode.OK))
+
+
+def _status(options: argparse.Namespace) -> int:
+    settings = _resolve(options).effective()
+    folders = [status_folder(settings["state_dir"]), SERVICE_FOLDER]
+    document = read_status(list(dict.fromkeys(folders)), settings["name"])
+    if options.json:
+        print(json.dumps(document))
+    else:
+        print("\n".join(f"{name:24}{'' if value is None else value}" for name, value in document.items()))
+    return int(ExitCode.OK)
+
+
+def _config(options: argparse.Namespace) -> int:
+    if options.example:
+        print(EXAMPLE.read_text(encoding="utf-8"), end="")
+        return int(ExitCode.OK)
+    resolved = _resolve(options)
+    values = resolved.effective()
+    if "server" in values:
+        values["server"] = masked(str(values["server"]))
+    sources = {name: resolved.sources.get(name, "default") for name in values}
+    if options.json:
+        print(json.dumps({name: {"value": values[name], "source": sources[name]} for name in values}, indent=2))
+    else:
+        print("\n".join(_toml_line(name, values[name], sources[name]) for name in values))
+    resolved.settings()
+    return int(ExitCode.OK)
+
+
+def _toml_line(name: str, value: object, source: str) -> str:
+    if value is None:
+        return f"# {name} is not set"
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}  # {source}"
+
+
+def _unit(options: argparse.Namespace) -> int:
+    print(UNIT.read_text(encoding="utf-8").replace(_UNIT_PREFIX, sys.prefix), end="")
+    return int(ExitCode.OK)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "run": (_run, "fine-tune the first layers of a model on the data of this device"),
+    "preflight": (_preflight, "check this machine and the way to the cloud, with a remedy for what is wrong"),
+    "status": (_status, "what the running agent is doing"),
+    "config": (_config, "the settings, and where each comes from"),
+    "unit": (_unit, "print the systemd unit"),
+}
 
 
 if __name__ == "__main__":

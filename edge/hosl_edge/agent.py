@@ -1,4 +1,4 @@
-"""The agent: fetch the shard, then connect, and connect again, until the run has ended."""
+"""The agent: fetch the shard, then connect, and connect again, until the run has ended; or until the next one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import importlib.metadata
 import logging
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,18 +16,23 @@ import msgspec
 
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
 from hosl_edge.fetch import fetch_bundle
+from hosl_edge.health import Guard, read_available, read_health
 from hosl_edge.memory import keep_heap_small, read_memory
 from hosl_edge.network import NetworkWatch
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings, device_name, read_token
-from hosl_edge.trust import Cloud, connect_securely
-from hosl_protocol import Complete, ProtocolError
+from hosl_edge.status import Document, serve_status, status_folder
+from hosl_edge.trust import Cloud, Token, connect_securely
+from hosl_protocol import Complete, HoslError, ProtocolError
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 20.0
+LONGEST_RETRY_AFTER_S = 600.0
+"""Most of what a cloud without a run may ask for."""
+ENDED_RETRY_S = 300
 
 
 @dataclass(frozen=True)
@@ -46,46 +53,174 @@ class Summary:
     received_bytes: int
 
 
-async def run_agent(settings: EdgeSettings) -> Summary:
-    """Take part in the cloud's run until it ends; reconnects for ever."""
+async def run_agent(settings: EdgeSettings, on_alive: Callable[[], None] = lambda: None) -> Summary:
+    """Take part in the cloud's run until it ends, with `stay` in every run; reconnects for ever.
+
+    `on_alive` is called for each piece of a download.
+    """
     keep_heap_small()
     token = read_token(Path(settings.token_file))
     settings = msgspec.structs.replace(settings, name=device_name(settings, token))
-    display, progress = Display(settings.name), Progress()
-    software = f"hosl-edge {importlib.metadata.version('hosl')}"
-    device: Device | None = None
-    cloud: Cloud | None = None
-    network = NetworkWatch()
-    attempt = 0
-    try:
-        while True:
-            try:
-                if cloud is None:
-                    cloud = await asyncio.to_thread(connect_securely, settings.server, token, Path(settings.cache_dir))
-                if device is None:
-                    device = await _prepare(settings, cloud, display)
-                sent = progress.sent_bytes
-                complete = await Session(device, display, progress, software, cloud).run()
-                return _summarize(device, complete, progress, display)
-            except (ConnectionLost, ProtocolError, RefusedError) as error:
-                if isinstance(error, RefusedError) and not error.retry:
-                    raise
-                # A connection that carried something was a good one: start counting anew.
-                attempt = 1 if device is not None and progress.sent_bytes > sent + 65536 else attempt + 1
-                pause = backoff_s(attempt)
-                display.say(f"{error}; next try in {pause:.1f} s")
-                if await network.pause(pause):
-                    display.say("the network has changed; trying at once")
-    finally:
-        network.close()
-        if device is not None:
-            device.close()
+    agent = Agent(settings, token, Display(settings.name, on_alive))
+    async with serve_status(status_folder(settings.state_dir), settings.name, agent.status):
+        return await agent.run()
 
 
 def backoff_s(attempt: int) -> float:
     """Jittered pause before try `attempt` (from 1): doubles from half a second up to 20 s."""
     longest = min(LONGEST_PAUSE_S, 0.5 * 2.0 ** min(attempt - 1, 10))
     return longest * random.uniform(0.5, 1.0)
+
+
+class Agent:
+    """What outlives connections and runs."""
+
+    def __init__(self, settings: EdgeSettings, token: Token, display: Display) -> None:
+        self.settings, self.token, self.display = settings, token, display
+        self.software = f"hosl-edge {importlib.metadata.version('hosl')}"
+        self.progress = Progress()
+        self._guard = Guard(settings, display)
+        self._cloud: Cloud | None = None
+        self._device: Device | None = None
+        self._network = NetworkWatch()
+        self._attempt = 0
+        self._last_error: str | None = None
+        self._next_try_at: float | None = None
+        self._waits_for_run = False
+        self._ended_run: str | None = None
+
+    async def run(self) -> Summary:
+        """Attend runs, and stop where memory runs out. Raises LowMemoryError."""
+        attending, watching = asyncio.create_task(self._attend()), asyncio.create_task(self._guard.watch())
+        try:
+            await asyncio.wait({attending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            return attending.result()
+        finally:
+            for task in (attending, watching):
+                task.cancel()
+            await asyncio.gather(attending, watching, return_exceptions=True)
+
+    async def _attend(self) -> Summary:
+        try:
+            while True:
+                sent = self.progress.sent_bytes
+                try:
+                    complete = await self._connect()
+                    if not self.settings.stay:
+                        return self._summarize(complete)
+                    self._end_run(complete)
+                except (ConnectionLost, ProtocolError, RefusedError) as error:
+                    if isinstance(error, RefusedError) and not error.retry:
+                        raise
+                    # A connection that carried something was a good one: start counting anew.
+                    if self._device is not None and self.progress.sent_bytes > sent + 65536:
+                        self._attempt = 0
+                    await self._pause(error)
+        finally:
+            self._network.close()
+            self._close_device()
+
+    async def _connect(self) -> Complete:
+        """One connection to its end."""
+        self.progress.state, self._next_try_at = "connecting", None
+        if self._cloud is None:
+            cache = Path(self.settings.cache_dir)
+            self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
+        if self._device is None:
+            self._device = await _prepare(self.settings, self._cloud, self.display)
+        pace = self._guard.pace
+        session = Session(self._device, self.display, self.progress, self.software, self._cloud, pace)
+        complete = await session.run()
+        self._waits_for_run = complete.run == self._ended_run
+        return complete
+
+    async def _pause(self, error: HoslError) -> None:
+        """Wait before the next try."""
+        self._attempt += 1
+        pause = backoff_s(self._attempt)
+        if isinstance(error, NoRun):
+            pause = self._await_run(error, pause)
+        else:
+            self._last_error, self._waits_for_run = str(error), False
+            self.progress.state = "waiting to connect"
+            self.display.say(f"{error}; next try in {pause:.1f} s")
+        self._next_try_at = time.time() + pause
+        if await self._network.pause(pause) and not self._waits_for_run:
+            self.display.say("the network has changed; trying at once")
+
+    def _await_run(self, error: NoRun, pause: float) -> float:
+        """Let go of the last run, for the next one may have another shard; how long to wait."""
+        self._close_device()
+        self.progress.state = "waiting for a run"
+        if not self._waits_for_run:
+            self.display.say(f"{error}; waits for one")
+        self._waits_for_run = True
+        if error.retry_after_s is None:
+            return pause
+        return min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+
+    def _end_run(self, complete: Complete) -> None:
+        """Raise NoRun; a cloud that goes on with a run that has ended is asked seldom."""
+        if complete.run == self._ended_run:
+            raise NoRun(str(ENDED_RETRY_S))
+        self._summarize(complete)
+        self._ended_run, self._attempt = complete.run, 0
+        self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
+        raise NoRun(None)
+
+    def _close_device(self) -> None:
+        if self._device is not None:
+            self._device.close()
+        self._device = None
+
+    def status(self) -> Document:
+        """What `hosl-edge status` shows; null is what is not known."""
+        memory, health, progress = read_memory(), read_health(), self.progress
+        return {
+            "software": self.software,
+            "name": self.settings.name,
+            "server": self.settings.server,
+            "state": progress.state,
+            "run": progress.run,
+            "round": progress.round,
+            "rounds": progress.rounds,
+            "loss": progress.loss,
+            "accuracy": progress.accuracy,
+            "step_seconds": progress.step_seconds,
+            "memory_bytes": memory.resident,
+            "peak_memory_bytes": memory.peak,
+            "anonymous_memory_bytes": memory.anonymous,
+            "available_memory_bytes": read_available(),
+            "temperature_c": health.temperature_c,
+            "throttled": list(health.throttled),
+            "sent_bytes": progress.sent_bytes,
+            "received_bytes": progress.received_bytes,
+            "last_error": self._last_error,
+            "next_try_s": None if self._next_try_at is None else max(0.0, self._next_try_at - time.time()),
+        }
+
+    def _summarize(self, complete: Complete) -> Summary:
+        assert self._device is not None
+        memory, progress = read_memory(), self.progress
+        self.display.say(
+            f"run {complete.run} {complete.reason} at round {complete.round}; peak memory {memory.peak / 1e6:.0f} MB, "
+            f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
+        )
+        return Summary(
+            device=self.settings.name,
+            run=complete.run,
+            outcome=complete.reason,
+            rounds=complete.round,
+            accuracy=progress.accuracy,
+            weights_digest=self._device.digest(),
+            peak_rss_bytes=memory.peak,
+            anonymous_bytes=memory.anonymous,
+            step_seconds=progress.step_seconds,
+            sent_bytes=progress.sent_bytes,
+            received_bytes=progress.received_bytes,
+        )
 
 
 async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display) -> Device:
@@ -100,24 +235,3 @@ async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display) -> De
         return device
 
     return await asyncio.get_running_loop().run_in_executor(None, work)
-
-
-def _summarize(device: Device, complete: Complete, progress: Progress, display: Display) -> Summary:
-    memory = read_memory()
-    display.say(
-        f"run {complete.run} {complete.reason} at round {complete.round}; peak memory {memory.peak / 1e6:.0f} MB, "
-        f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
-    )
-    return Summary(
-        device=device.settings.name,
-        run=complete.run,
-        outcome=complete.reason,
-        rounds=complete.round,
-        accuracy=progress.accuracy,
-        weights_digest=device.digest(),
-        peak_rss_bytes=memory.peak,
-        anonymous_bytes=memory.anonymous,
-        step_seconds=progress.step_seconds,
-        sent_bytes=progress.sent_bytes,
-        received_bytes=progress.received_bytes,
-    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hosl_edge.memory import read_memory
+from hosl_protocol.logs import is_json, sentence_line
+from hosl_protocol.notify import notify
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -15,6 +18,9 @@ PLAIN_INTERVAL_S = 10.0
 class Progress:
     """Figures of the run so far."""
 
+    state: str = "starting"
+    """What the agent is doing, in a word or two."""
+    run: str | None = None
     rounds: int = 0
     round: int = 0
     loss: float | None = None
@@ -41,11 +47,12 @@ class Progress:
 
 
 class Display:
-    """Writes to stderr."""
+    """Writes to stderr, and tells systemd."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_alive: Callable[[], None] = lambda: None) -> None:
         self._name = name
-        self._is_live = sys.stderr.isatty()
+        self._on_alive = on_alive
+        self._is_live = sys.stderr.isatty() and not is_json()
         self._written_at = float("-inf")
         self._last = ""
         self._tenth = -1
@@ -56,16 +63,19 @@ class Display:
             print(f"\r{self._name}: {progress.line()}\x1b[K", end="", file=sys.stderr, flush=True)
             self._last = "\n"
         elif time.monotonic() - self._written_at >= PLAIN_INTERVAL_S:
-            print(f"{self._name}: {progress.line()}", file=sys.stderr, flush=True)
+            print(sentence_line(self._name, progress.line()), file=sys.stderr, flush=True)
+            notify(f"STATUS={progress.line()}")
             self._written_at = time.monotonic()
 
     def say(self, sentence: str) -> None:
         """A line that stays."""
-        print(f"{self._last}{self._name}: {sentence}", file=sys.stderr, flush=True)
+        print(self._last + sentence_line(self._name, sentence), file=sys.stderr, flush=True)
+        notify(f"STATUS={sentence}")
         self._last = ""
 
     def show_download(self, what: str, done: int, size: int) -> None:
         """A line for each tenth of a large download."""
+        self._on_alive()
         tenth = 10 * done // size
         if tenth != self._tenth and size > 1 << 20:
             self._tenth = tenth

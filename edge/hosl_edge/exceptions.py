@@ -17,9 +17,11 @@ class EdgeError(HoslError):
     ├── NoSpaceError        the disk is too small for what is to be fetched: make room
     ├── JournalError        the journal cannot be read: mend its permissions, or delete it
     ├── SnapshotError       a snapshot cannot be used: start at the base shard, and replay
+    ├── LowMemoryError      the machine runs out of memory: give it less to do
     ├── RefusedError        the cloud says no: see its reason
     ├── TrustError          the cloud is not the one that the token is for: check address and token
     └── ConnectionLost      the cloud is away: try again later
+        └── NoRun           it is there, and has no run to join: try again when it says
     """
 
 
@@ -57,6 +59,20 @@ class NoSpaceError(EdgeError):
     """The disk cannot hold what is to be fetched."""
 
     exit_code = ExitCode.RESOURCES
+
+
+class LowMemoryError(EdgeError):
+    """The machine has less memory left than `min_available_memory`; stores both figures in bytes."""
+
+    exit_code = ExitCode.RESOURCES
+
+    def __init__(self, available_bytes: int, lowest_bytes: int) -> None:
+        self.available_bytes, self.lowest_bytes = available_bytes, lowest_bytes
+        super().__init__(
+            f"{available_bytes / 1e6:.0f} MB of memory are left, less than min_available_memory = "
+            f"{lowest_bytes / 1e6:.0f} MB: stopped before the kernel kills something; lower memory_budget, "
+            "or run less beside it"
+        )
 
 
 class JournalError(EdgeError):
@@ -106,3 +122,11 @@ class ConnectionLost(EdgeError):
     """The connection broke, or could not be made."""
 
     exit_code = ExitCode.REFUSED
+
+
+class NoRun(ConnectionLost):
+    """The cloud has no run that goes on; stores how many seconds it wants to be left alone for."""
+
+    def __init__(self, retry_after: str | None) -> None:
+        self.retry_after_s = float(retry_after) if retry_after and retry_after.isdecimal() else None
+        super().__init__("the cloud has no run to join")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, NoSpaceError, RefusedError
+from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, RefusedError
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
@@ -46,7 +46,7 @@ def fetch_bundle(
     Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
-    with _open(cloud, base + MANIFEST) as response:
+    with open_url(cloud, base + MANIFEST) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -133,7 +133,7 @@ def _download(
     cloud: Cloud, url: str, part: Path, have: int, size: int, on_progress: OnProgress, on_rate: OnRate
 ) -> None:
     began = time.monotonic()
-    with _open(cloud, url, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
+    with open_url(cloud, url, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
         first = done = have if response.status == 206 else 0
         try:
             while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
@@ -152,7 +152,8 @@ def _download(
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
 
 
-def _open(cloud: Cloud, url: str, have: int = 0) -> Any:
+def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
+    """The response, from a byte on. Raises ConnectionLost, RefusedError, NoRun."""
     request = urllib.request.Request(url, headers=cloud.headers)
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -162,6 +163,8 @@ def _open(cloud: Cloud, url: str, have: int = 0) -> Any:
         error.close()
         if error.code in (401, 403):
             raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
+        if error.code == 503:
+            raise NoRun(error.headers.get("Retry-After")) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)

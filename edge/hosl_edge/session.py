@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from hosl_edge import step
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, DataError, RefusedError, SnapshotError
+from hosl_edge.exceptions import ConnectionLost, DataError, NoRun, RefusedError, SnapshotError
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.memory import read_memory
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
@@ -64,6 +64,9 @@ PATIENCE = 3
 
 _REPLIES = (CutGradient, ProbeLoss, EvalResult, Late)
 
+STATES = {Welcome: "joining", CatchUp: "catching up", RoundStart: "training", EvalStart: "evaluating"}
+"""What the device is doing while it deals with a message, in the words of its status."""
+
 T = TypeVar("T")
 
 
@@ -82,6 +85,10 @@ def _quiet_logger() -> logging.Logger:
     return quiet
 
 
+async def _at_once(progress: Progress, deadline_s: float) -> None:
+    """No pause."""
+
+
 class _Superseded(Exception):
     """The cloud has moved on while a step waited; carries what came instead."""
 
@@ -98,6 +105,8 @@ class Session:
     progress: Progress
     software: str
     cloud: Cloud
+    pace: Callable[[Progress, float], Awaitable[None]] = _at_once
+    """Awaited before each round's work, with its deadline: a hot device pauses."""
     _connection: Connection = field(default_factory=lambda: Connection(Role.EDGE))
     _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
     _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
@@ -126,6 +135,8 @@ class Session:
             code = error.response.status_code
             if code in (401, 403):
                 raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
+            if code == 503:
+                raise NoRun(error.response.headers.get("Retry-After")) from error
             raise ConnectionLost(f"{url} answered {code}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
             raise ConnectionLost(f"cannot talk to {url}: {error}") from error
@@ -140,7 +151,9 @@ class Session:
                 frame = interruption or await self._next()
                 if isinstance(frame.message, Complete):
                     return frame.message
+                self.progress.state = STATES.get(type(frame.message), self.progress.state)
                 interruption = await self._handle(frame)
+                self.progress.state = "waiting"
         except HoslError as error:
             if not isinstance(error, (ConnectionLost, RefusedError)):
                 await self._leave(type(error).__name__)
@@ -253,7 +266,7 @@ class Session:
         if welcome.width != self.device.manifest.width:
             raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
         self._welcome = welcome
-        self.progress.rounds = welcome.settings.rounds
+        self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
         left = threading.Event()
         try:
@@ -355,6 +368,7 @@ class Session:
         train = device.train
         assert train is not None
         await self._drain()
+        await self.pace(self.progress, start.deadline_s)
         name = device.settings.name
         indices = batch_indices(settings.seed, start.round, name, len(train), settings.batch_size)
         context = self._begin(start)

@@ -1,10 +1,14 @@
-"""The agent's settings: from the command line, from a TOML file, or both (the command line wins)."""
+"""The agent's settings: an option wins over the environment, that over the TOML file, and that over the default."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +17,15 @@ import msgspec
 
 from hosl_edge.trust import Token, parse_token
 from hosl_protocol import SettingsError, convert, read_toml
+from hosl_protocol.exceptions import MalformedSettings
+
+CONFIG = Path("/etc/hosl/edge.toml")
+"""Read where no other file is named."""
+ENVIRONMENT = "HOSL_EDGE_"
+"""Before a field's name in capitals: its variable."""
+CREDENTIAL = "hosl-token"
+"""The token's name among systemd's credentials."""
+REQUIRED = ("server", "token_file", "data")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -56,6 +69,17 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Where fetched shards live."""
     insecure: bool = False
     """Allow plain text (`ws://`) to a host that is not this one."""
+    stay: bool = False
+    """After a run's end, wait for the next one instead of ending."""
+    max_temperature_c: float | None = None
+    """Degrees Celsius above which the agent pauses before each round's work. Off, since only the hardware knows its own
+    limit; where it says that it is throttled, the agent pauses without this setting."""
+    min_available_memory: int | str = "32M"
+    """Bytes, or a number with a unit, of the machine's available memory (or of the control group's) below which the
+    agent stops, before the kernel kills something; 0 never stops."""
+    stall_timeout_s: float = 1800.0
+    """Seconds that one piece of work (a forward, a replay, reading the data) may take before systemd's watchdog is left
+    to starve."""
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -63,35 +87,131 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @property
+    def min_available_bytes(self) -> int:
+        """The least available memory in bytes."""
+        value = self.min_available_memory
+        return 0 if str(value) == "0" else parse_bytes(value, "min_available_memory")
+
+    @property
     def compute_threads(self) -> int:
         """The number of threads to use."""
         return self.threads or len(os.sched_getaffinity(0))
 
 
-def parse_bytes(text: int | str) -> int:
+FIELDS = {field.name: field for field in msgspec.structs.fields(EdgeSettings)}
+
+
+def parse_bytes(text: int | str, field: str = "memory_budget") -> int:
     """`400M` as 400,000,000; `400Mi` as 419,430,400."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(text).strip().upper())
     if not match or not float(match.group(1)):
-        raise SettingsError("memory_budget", text, "use a number of bytes such as 400M or 1.5G")
+        raise SettingsError(field, text, "use a number of bytes such as 400M or 1.5G")
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def split_fields(text: str) -> list[str]:
+    """`a, b` as its names."""
+    return [field.strip() for field in text.split(",") if field.strip()]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What each source says; checked by `settings`."""
+
+    values: dict[str, Any]
+    """By field, where a source says anything."""
+    sources: dict[str, str]
+    """Who said it."""
+    config: Path | None
+
+    def effective(self) -> dict[str, Any]:
+        """The values, and the defaults of the other fields; fields without either are absent."""
+        defaults = {name: _default(field) for name, field in FIELDS.items() if not field.required}
+        return {name: (defaults | self.values)[name] for name in FIELDS if name in defaults or name in self.values}
+
+    def settings(self) -> EdgeSettings:
+        """The settings, all checked. Raises SettingsError."""
+        for required in REQUIRED:
+            if required not in self.values:
+                option, variable = f"--{required.replace('_', '-')}", ENVIRONMENT + required.upper()
+                raise SettingsError(required, None, f"give {option} or {variable}, or set it in the --config file")
+        settings: EdgeSettings = convert(self.values, EdgeSettings, str(self.config or "options"))
+        _check(settings)
+        return settings
+
+
 def load_settings(options: dict[str, Any], config: Path | None) -> EdgeSettings:
-    """Settings from the options that were given, over those in the file. Raises SettingsError."""
-    data = read_toml(config, "--config") if config is not None else {}
-    data |= options
-    for required in ("server", "token_file", "data"):
-        if required not in data:
-            raise SettingsError(required, None, f"give --{required.replace('_', '-')}, or set it in the --config file")
-    settings: EdgeSettings = convert(data, EdgeSettings, str(config) if config else "options")
-    _check(settings)
-    return settings
+    """Settings from the options that were given, over the environment, over the file. Raises SettingsError."""
+    return resolve(options, config).settings()
+
+
+def resolve(options: Mapping[str, Any], config: Path | None, environment: Mapping[str, str] = os.environ) -> Resolved:
+    """What options, environment and file say. Raises SettingsError for a name that is none."""
+    if config is None and CONFIG.exists():
+        config = CONFIG
+    layers = [
+        (str(config), _of_file(config)),
+        ("environment", _of_environment(environment)),
+        ("option", dict(options)),
+    ]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    credential = Path(environment.get("CREDENTIALS_DIRECTORY", "")) / CREDENTIAL
+    if "token_file" not in values and credential.is_absolute() and credential.exists():
+        values["token_file"], sources["token_file"] = str(credential), "systemd credential"
+    return Resolved(values, sources, config)
+
+
+def _of_file(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    data = read_toml(config, "--config")
+    _check_names(data, FIELDS, str(config))
+    return data
+
+
+def _of_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    given = {name: text for name, text in environment.items() if name.startswith(ENVIRONMENT) and text}
+    variables = {ENVIRONMENT + name.upper(): name for name in FIELDS}
+    _check_names(given, variables, "environment")
+    return {variables[variable]: _parse(variables[variable], variable, text) for variable, text in given.items()}
+
+
+def _check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            raise MalformedSettings(where, name, f"no setting has this name; {hint}")
+
+
+def _parse(field: str, variable: str, text: str) -> Any:
+    if field == "fields":
+        return split_fields(text)
+    try:
+        return msgspec.convert(text, typing.get_type_hints(EdgeSettings)[field], strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(variable, text, str(error).lower()) from error
+
+
+def masked(server: str) -> str:
+    """An address without what stands before its host."""
+    return re.sub(r"//[^/]*@", "//***@", server)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def _check(settings: EdgeSettings) -> None:
     url = urlsplit(settings.server)
     if url.scheme not in ("ws", "wss") or not url.hostname:
         raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
+    if "@" in url.netloc:
+        raise SettingsError("server", masked(settings.server), "leave out the user: the token says who this is")
     is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
     if url.scheme == "ws" and not is_loopback and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
@@ -103,6 +223,11 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("sync_interval_s", settings.sync_interval_s, "use a number of seconds from 0 on")
     if settings.memory_budget is not None:
         parse_bytes(settings.memory_budget)
+    assert settings.min_available_bytes >= 0, "reading it checks it"
+    if settings.max_temperature_c is not None and not 0.0 < settings.max_temperature_c < 200.0:
+        raise SettingsError("max_temperature_c", settings.max_temperature_c, "use degrees Celsius, such as 75")
+    if not 1.0 <= settings.stall_timeout_s < 1e9:
+        raise SettingsError("stall_timeout_s", settings.stall_timeout_s, "use a number of seconds from 1 on")
 
 
 def read_token(path: Path) -> Token:

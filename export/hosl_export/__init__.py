@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# From 1.29 on ONNX Runtime reports models and their hashes to its maker, unless this stands here before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from hosl_export.exceptions import ExportError, ModelError, ParityError, SpaceError, UnknownFamily

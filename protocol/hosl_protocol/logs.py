@@ -75,6 +75,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def is_json() -> bool:
+    """Whether the log is lines of JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def sentence_line(device: str, sentence: str) -> str:
+    """What a device says, as a line in the log's format."""
+    if not is_json():
+        return f"{device}: {sentence}"
+    record = {"name": "hosl-edge", "levelname": "INFO", "msg": sentence, "device": device}
+    return JsonFormatter().format(logging.makeLogRecord(record))
+
+
 class _Sentences(logging.StreamHandler[TextIO]):
     """Raises what goes wrong: a command whose reader has left ends."""
 

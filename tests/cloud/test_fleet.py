@@ -49,7 +49,8 @@ class Device(Peer):
     """A real peer whose frames a test puts in by hand; what it is told is kept."""
 
     def __init__(self, fleet: Fleet, name: str) -> None:
-        super().__init__(Silent(), fleet.on_arrival)  # type: ignore[arg-type]
+        super().__init__(Silent())  # type: ignore[arg-type]
+        self.on_arrival = fleet.on_arrival
         self.name, self.is_ready = name, True
         self.told: list[Message] = []
         fleet.peers[name] = self

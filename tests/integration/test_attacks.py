@@ -579,5 +579,5 @@ def test_the_source_uses_nothing_that_runs_what_it_reads() -> None:
         for pattern in FORBIDDEN
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
-    # The CA's certificate is fetched from anybody, and then its fingerprint is checked.
-    assert found == {("trust.py", FORBIDDEN[-1])}
+    # The CA's certificate is fetched from anybody, and then its fingerprint is checked; the clock is asked of anybody.
+    assert found == {("trust.py", FORBIDDEN[-1]), ("preflight.py", FORBIDDEN[-1])}

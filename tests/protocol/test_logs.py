@@ -20,12 +20,14 @@ from hosl_protocol.logs import JsonFormatter, TextFormatter, log_scope, note_pla
 MODULE = """
 import argparse, logging, sys
 from hosl_protocol import SettingsError
-from hosl_protocol.logs import log_scope
+from hosl_protocol.logs import log_scope, sentence_line
 from hosl_protocol.terminal import add_common_options, run_command
 
 def work(options):
     with log_scope(run="run-1"):
         logging.getLogger("work").info("it begins")
+    print(sentence_line("pi", "it waits"))
+    with log_scope(run="run-1"):
         logging.getLogger("hosl.part").warning("%s is\\nlate", "pi", extra={"device": "pi"})
     raise SettingsError("rounds", 0, "use 1 or more")
 
@@ -103,7 +105,9 @@ def test_a_command_says_logs_and_fails_in_json(tmp_path: Path, is_traced: bool) 
     result = run_module(tmp_path, "--log-format", "json", *(["--debug"] if is_traced else []))
     assert result.returncode == ExitCode.SETTINGS
     said, (late, failed) = map(parsed, result.stdout.splitlines()), map(parsed, result.stderr.splitlines())
-    assert [(line["level"], line["message"], line["run"]) for line in said] == [("info", "it begins", "run-1")]
+    begins, waits = said
+    assert (begins["level"], begins["message"], begins["run"]) == ("info", "it begins", "run-1")
+    assert (waits["level"], waits["message"], waits["device"]) == ("info", "it waits", "pi")
     assert (late["message"], late["device"]) == ("pi is\nlate", "pi")
     assert (failed["level"], failed["message"], failed["exit_code"]) == ("error", "rounds is 0: use 1 or more", 3)
     assert ("Traceback" in failed.get("traceback", "")) == is_traced
@@ -111,7 +115,7 @@ def test_a_command_says_logs_and_fails_in_json(tmp_path: Path, is_traced: bool) 
 
 def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
     result = run_module(tmp_path)
-    assert result.stdout == "work: it begins\n"
+    assert result.stdout == "work: it begins\npi: it waits\n"
     assert "WARNING hosl.part run=run-1 device=pi: pi is" in result.stderr
     assert result.stderr.endswith("work: error: rounds is 0: use 1 or more\n")
 

@@ -1,0 +1,261 @@
+"""What can be wrong with a machine and its way to the cloud: one check after another, a remedy for each."""
+
+from __future__ import annotations
+
+import http.client
+import platform
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from math import prod
+from pathlib import Path
+from typing import Literal
+from urllib.parse import SplitResult, urlsplit
+
+from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError, TrustError
+from hosl_edge.fetch import MAX_MANIFEST_BYTES, open_url
+from hosl_edge.health import ROOT, read_available
+from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
+from hosl_edge.trust import Token, connect_securely
+from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, decode_manifest
+from hosl_protocol.manifest import MANIFEST
+
+OK: Literal["ok"] = "ok"
+WARNING: Literal["warning"] = "warning"
+FAILED: Literal["failed"] = "failed"
+
+TIMEOUT_S = 10.0
+CLOCK_S = 60.0
+"""Largest difference to the server's clock that passes."""
+AGENT_BYTES = 70_000_000
+"""Resident memory of an agent after its imports, measured (README.md)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    outcome: Literal["ok", "warning", "failed"]
+    detail: str
+    remedy: str = ""
+    code: ExitCode = ExitCode.OK
+    """What the command ends with where this is the first to fail."""
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.outcome:8}{self.name}: {self.detail}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
+    """All checks, each as soon as it is done; those that need what failed are left out."""
+    yield check_system(platform.machine(), 8 * struct.calcsize("P"))
+    yield check_python(sys.version_info[:2])
+    yield check_onnxruntime()
+    yield check_memory_cgroup()
+    try:
+        settings = resolve().settings()
+        token = read_token(Path(settings.token_file))
+    except HoslError as error:
+        yield Check("settings", FAILED, str(error), code=error.exit_code)
+        return
+    yield Check("settings", OK, f"device {device_name(settings, token)}, {settings.server}")
+    manifest: Manifest | None = None
+    for found in check_server(settings, token):
+        if isinstance(found, Check):
+            yield found
+        else:
+            manifest = found
+    yield check_memory(settings, manifest, read_available())
+    yield check_disk(Path(settings.cache_dir), manifest)
+
+
+def check_system(machine: str, bits: int) -> Check:
+    """64 bits, of the kernel and of the programs."""
+    if bits == 64:
+        return Check("system", OK, f"{machine}, 64-bit")
+    detail = f"32-bit programs on a 64-bit kernel ({machine})" if machine.endswith("64") else f"{machine}, 32-bit"
+    remedy = "install the 64-bit image of the system, for onnxruntime has no 32-bit wheels"
+    return Check("system", FAILED, detail, remedy, ExitCode.RESOURCES)
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    """At least the version that the package asks for."""
+    text = ".".join(map(str, version))
+    if version >= (3, 10):
+        return Check("python", OK, text)
+    return Check("python", FAILED, text, "install Python 3.10 or newer, or a newer release of the system")
+
+
+def check_onnxruntime(python: str = sys.executable) -> Check:
+    """Import it in a process of its own: what was built for another processor dies instead of raising."""
+    command = [python, "-c", "import onnxruntime; print(onnxruntime.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Check("onnxruntime", OK, done.stdout.strip())
+    reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
+    remedy = "pip install --force-reinstall onnxruntime in this environment, or a build for this board"
+    return Check("onnxruntime", FAILED, f"cannot be imported: {reason}", remedy, ExitCode.RESOURCES)
+
+
+def check_memory_cgroup(root: Path = ROOT) -> Check:
+    """Without it systemd's MemoryMax= and a container's limit do nothing, and tell nothing."""
+    name = "memory cgroup"
+    unified = root / "sys/fs/cgroup/cgroup.controllers"
+    if unified.exists():
+        is_on = "memory" in unified.read_text(encoding="ascii").split()
+    else:
+        is_on = (root / "sys/fs/cgroup/memory").exists()
+    if is_on:
+        return Check(name, OK, "on")
+    remedy = "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt and restart the machine"
+    return Check(name, WARNING, "off, so that limits on a service's memory do nothing", remedy)
+
+
+def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest]:
+    """Name, connection, clock, TLS, token, run; at last the manifest, where it could be had."""
+    url = urlsplit(settings.server)
+    port = url.port or (443 if url.scheme == "wss" else 80)
+    try:
+        found = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        remedy = f"mend {url.hostname!r} in server, or this machine's DNS"
+        yield Check("name", FAILED, f"{url.hostname} has no address: {error.strerror}", remedy, ExitCode.REFUSED)
+        return
+    yield Check("name", OK, f"{url.hostname} is {found[0][4][0]}")
+    try:
+        date = _server_date(url, port)
+    except (OSError, http.client.HTTPException) as error:
+        remedy = "start hosl-cloud there, or mend the port, wss:// or ws://, or a firewall on the way"
+        detail = f"{url.hostname}:{port} does not answer: {getattr(error, 'strerror', None) or error}"
+        yield Check("connection", FAILED, detail, remedy, ExitCode.REFUSED)
+        return
+    yield Check("connection", OK, f"{url.hostname}:{port}")
+    yield check_clock(date, time.time(), needs_it=url.scheme == "wss")
+    yield from _check_service(settings, token, has_tls=url.scheme == "wss")
+
+
+def _server_date(url: SplitResult, port: int) -> str | None:
+    """The Date that the server answers. Nothing secret is sent, so that a certificate need not be valid yet."""
+    host = url.hostname or ""
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    if url.scheme == "wss":
+        unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=unverified)
+    try:
+        connection.request("HEAD", "/healthz")
+        return connection.getresponse().headers.get("Date")
+    finally:
+        connection.close()
+
+
+def check_clock(date: str | None, now: float, *, needs_it: bool) -> Check:
+    """This machine's clock against the server's Date; `needs_it` where certificates are checked by it."""
+    try:
+        there = parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return Check("clock", WARNING, "the server does not tell the time", "see that this machine's clock is right")
+    off = now - there
+    if abs(off) <= CLOCK_S:
+        return Check("clock", OK, f"within {CLOCK_S:.0f} s of the server's")
+    detail = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's"
+    remedy = "set it: sudo timedatectl set-ntp true"
+    return Check(
+        "clock", FAILED if needs_it else WARNING, detail, remedy, ExitCode.REFUSED if needs_it else ExitCode.OK
+    )
+
+
+def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest]:
+    error: Exception | None = None
+    manifest: Manifest | None = None
+    try:
+        cloud = connect_securely(settings.server, token, Path(settings.cache_dir))
+        url = cloud.url("bundle/") + MANIFEST
+        with open_url(cloud, url) as response:
+            manifest = decode_manifest(response.read(MAX_MANIFEST_BYTES + 1), url)
+    except (HoslError, OSError, http.client.HTTPException) as caught:
+        error = caught
+    if isinstance(error, TrustError):
+        remedy = "copy the token again; if that does not help, it is another service, or somebody in between"
+        yield Check("tls", FAILED, str(error), remedy, ExitCode.REFUSED)
+        return
+    reason = getattr(error.__cause__, "reason", None) if error is not None else None
+    if isinstance(reason, ssl.SSLError):
+        yield Check("tls", FAILED, str(reason), _tls_remedy(reason), ExitCode.REFUSED)
+        return
+    if has_tls:
+        yield Check("tls", OK, "the certificate is valid")
+    if isinstance(error, RefusedError):
+        remedy = "copy the token again, with nothing around it, or have a new one made: hosl-cloud device add"
+        yield Check("token", FAILED, f"{settings.token_file}: {error.reason}", remedy, ExitCode.REFUSED)
+        return
+    if isinstance(error, ConnectionLost) and not isinstance(error, NoRun):
+        yield Check("service", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
+        return
+    yield Check("token", OK, "accepted")
+    yield _check_run(error, manifest)
+    if manifest is not None:
+        yield manifest
+
+
+def _tls_remedy(error: ssl.SSLError) -> str:
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return "see that the server speaks TLS at this port (wss://), and no proxy stands between"
+    if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+        return "set this machine's clock, or renew the server's certificate"
+    return "use the name that the certificate is for, and let this machine trust who signed it"
+
+
+def _check_run(error: Exception | None, manifest: Manifest | None) -> Check:
+    if manifest is not None:
+        return Check(
+            "run", OK, f"{manifest.model}, split {manifest.split} of {manifest.blocks}, trains {manifest.train}"
+        )
+    if isinstance(error, NoRun):
+        return Check("run", WARNING, str(error), "start one; with stay the agent waits for it")
+    code = error.exit_code if isinstance(error, BundleError) else ExitCode.PROTOCOL
+    return Check("run", FAILED, str(error), "update hosl here or there, so that both are of one version", code)
+
+
+def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: int) -> Check:
+    """What is free, and the budget, against what trains; activations come on top."""
+    if manifest is None:
+        return Check("memory", WARNING, f"{available / 1e6:.0f} MB are free; what the shard needs is not known")
+    trained = 4 * sum(prod(entry.shape) for entry in manifest.trainable)
+    shard = sum(entry.size_bytes for entry in manifest.shard_files)
+    needed, budget = AGENT_BYTES + trained, settings.memory_budget_bytes
+    detail = f"{available / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB the least, without activations"
+    remedy = "use a smaller split, or --train lora, or free memory on this machine"
+    if budget is not None and budget < needed:
+        return Check("memory", FAILED, f"memory_budget is {budget / 1e6:.0f} MB; {detail}", remedy, ExitCode.RESOURCES)
+    if available < needed:
+        return Check("memory", FAILED, detail, remedy, ExitCode.RESOURCES)
+    if available < (budget or 0):
+        return Check("memory", WARNING, f"memory_budget is {(budget or 0) / 1e6:.0f} MB; {detail}", "lower it")
+    if available < AGENT_BYTES + shard:
+        slow = f"the shard has {shard / 1e6:.0f} MB, so that its weights are read from the disk again and again"
+        return Check("memory", WARNING, f"{detail}; {slow}", remedy)
+    return Check("memory", OK, detail)
+
+
+def check_disk(cache: Path, manifest: Manifest | None) -> Check:
+    """What is free where shards are cached, against what is still to be fetched."""
+    folder = next(path for path in (cache, *cache.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    detail = f"{folder} has {free / 1e6:.0f} MB free"
+    if manifest is None:
+        return Check("disk", WARNING, f"{detail}; what the shard needs is not known")
+    shard = cache / "shards" / manifest.shard_digest
+    needed = sum(entry.size_bytes for entry in manifest.shard_files if not (shard / entry.path).exists())
+    detail += f", {needed / 1e6:.0f} MB are to be fetched"
+    if free < needed:
+        return Check("disk", FAILED, detail, "make room, or set cache_dir to a larger disk", ExitCode.RESOURCES)
+    return Check("disk", OK, detail)

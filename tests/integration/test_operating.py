@@ -1,0 +1,179 @@
+"""An operator's day: a service in a process of its own, and the commands against it, while devices train."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from hosl_cloud.__main__ import main
+from hosl_edge.agent import Summary, run_agent
+from hosl_edge.settings import EdgeSettings
+from hosl_protocol import ExitCode
+from support import TASK, write_reviews
+
+MakeBundle = Callable[[str, int], Path]
+WAIT_S = 60.0
+
+
+@dataclass
+class Site:
+    """A data folder, its service, and whoever operates it."""
+
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+    process: subprocess.Popen[str] | None = None
+    address: str = ""
+
+    @property
+    def data_dir(self) -> Path:
+        return self.folder / "cloud"
+
+    def start(self) -> None:
+        arguments = ["serve", "--data-dir", str(self.data_dir), "--port", "0", "--drain-s", "10"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hosl_cloud", *arguments], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        found = re.search(r"listens on (\S+);", self.process.stdout.readline())
+        assert found is not None
+        self.address = found[1]
+
+    def finish(self) -> int:
+        assert self.process is not None
+        self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode
+
+    def run(self, *command: str, code: int = 0) -> str:
+        """What a command prints."""
+        self.capsys.readouterr()
+        assert main([*command, "--data-dir", str(self.data_dir)]) == code
+        captured = self.capsys.readouterr()
+        return captured.out if code == 0 else captured.err
+
+    def ask(self, *command: str) -> Any:
+        return json.loads(self.run(*command, "--json"))
+
+    def begin(self, bundle: str, rounds: int) -> str:
+        config = self.folder / "run.toml"
+        text = f'name = "{bundle}"\nrounds = {rounds}\nbatch_size = 4\nmax_length = 16\nreport_every = 1\n'
+        config.write_text(text + "[evaluation]\nevery = 1000000\n" + TASK, encoding="utf-8")
+        return str(self.ask("run", "start", "--bundle", bundle, "--config", str(config))["id"])
+
+    def wait(self, run: str, is_so: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        deadline = time.monotonic() + WAIT_S
+        while not is_so(shown := self.ask("run", "show", run)):
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.05)
+        return shown  # type: ignore[no-any-return]
+
+    def train(self, name: str, bundle: str = "") -> Callable[[], Summary]:
+        """Start an agent; the function waits for its end."""
+        token = self.folder / f"{name}.token"
+        if not token.exists():
+            self.run("device", "add", name, "--out", str(token), "--bundle", bundle)
+        settings = EdgeSettings(
+            server=self.address,
+            token_file=str(token),
+            data=str(write_reviews(self.folder / "train.jsonl", 16)),
+            eval=str(write_reviews(self.folder / "eval.jsonl", 8, 40)),
+            threads=1,
+            state_dir=str(self.folder / "state"),
+            cache_dir=str(self.folder / "cache"),
+        )
+        summaries: list[Summary] = []
+        thread = threading.Thread(target=lambda: summaries.append(asyncio.run(run_agent(settings))), daemon=True)
+        thread.start()
+
+        def wait() -> Summary:
+            thread.join(WAIT_S)
+            return summaries[0]
+
+        return wait
+
+
+@pytest.fixture
+def site(tmp_path: Path, make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    site = Site(tmp_path, capsys)
+    for name, train in (("one", "lora"), ("two", "norm")):
+        shutil.copytree(make_bundle(train, 2), site.data_dir / "bundles" / name)
+    site.start()
+    yield site
+    if site.process is not None and site.process.poll() is None:
+        site.process.kill()
+        site.process.communicate()
+
+
+def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:
+    endless, second = site.begin("one", 10**6), site.begin("one", 3)
+    other = site.begin("two", 10**6)
+    assert [run["id"] for run in site.ask("run", "list")["runs"]] == [endless, second, other]
+    device = site.train("pi", "one")
+    shown = site.wait(endless, lambda run: run["round"] >= 3)
+    assert [(each["name"], each["is_ready"]) for each in shown["members"]] == [("pi", True)]
+    assert site.ask("run", "show", second)["state"] == "pending", "a bundle has one run at a time"
+    assert site.ask("run", "show", other)["waits_for"]["what"] == "devices", "another bundle's run need not wait"
+    assert "is running: stop it first" in site.run("run", "rm", endless, code=ExitCode.REFUSED)
+
+    stopped = site.ask("run", "stop", endless)
+    assert (stopped["state"], device().outcome) == ("stopped", "stopped")
+    device = site.train("pi")
+    assert site.wait(second, lambda run: run["state"] == "completed")["round"] == 3
+    assert (device().run, device().rounds) == (second, 3)
+
+    site.run("run", "resume", endless)
+    device = site.train("pi")
+    site.wait(endless, lambda run: run["round"] >= stopped["round"] + 2)
+    text = site.run("log", endless)
+    assert f"run {endless} resumes after round {stopped['round']}" in text
+    (newest, *_) = reversed(site.ask("checkpoint", "list", endless)["checkpoints"])
+    site.run("checkpoint", "export", endless, "--out", str(site.folder / "tail.safetensors"))
+    assert load_file(site.folder / "tail.safetensors")
+    assert newest["round"] >= stopped["round"]
+
+    for run in (endless, other):
+        site.run("run", "stop", run)
+        site.run("run", "rm", run)
+    assert [run["id"] for run in site.ask("run", "list")["runs"]] == [second]
+    assert not (site.data_dir / "runs" / endless).exists()
+    assert "no run" in site.run("run", "show", endless, code=ExitCode.REFUSED)
+
+
+def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site) -> None:
+    run = site.begin("one", 10**6)
+    site.train("pi")
+    site.wait(run, lambda shown: shown["round"] >= 2)
+    assert site.ask("drain")["runs"] == [run]
+    assert site.finish() == 0
+    assert "no service runs" in site.run("run", "list", code=ExitCode.SETTINGS)
+    site.start()
+    assert site.ask("run", "show", run)["round"] >= 2
+    site.train("pi-2")
+    reached = site.wait(run, lambda shown: shown["round"] >= 2)["round"]
+    site.wait(run, lambda shown: shown["round"] > reached)
+    assert site.process is not None
+    site.process.send_signal(signal.SIGTERM)
+    assert site.finish() == 0
+
+
+@pytest.mark.parametrize("bundle", ["absent", "../cloud/bundles/one", "/etc", "one/shard", ""])
+def test_a_run_takes_bundles_from_the_services_folder_alone(site: Site, bundle: str) -> None:
+    config = site.folder / "run.toml"
+    config.write_text(TASK, encoding="utf-8")
+    error = site.run("run", "start", "--bundle", bundle, "--config", str(config), code=ExitCode.REFUSED)
+    assert error.count("\n") == 1
+    assert "bundle" in error
+    assert site.ask("run", "list") == {"runs": []}
