@@ -19,7 +19,7 @@ from hosl_cloud.exchange import Answer, Await, Exchange, Tell
 from hosl_cloud.listen import Listen
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.store import Store
-from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret, load_or_make_token
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_edge import step
 from hosl_edge.data import Batch
 from hosl_edge.shard import Shard
@@ -144,6 +144,7 @@ class Service:
     guard: Guard
     token: str
     admin_token: str
+    metrics_token: str
     folder: Path
     address: str
     """`ws://127.0.0.1:port`."""
@@ -177,6 +178,7 @@ async def serving(
     fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
     token, _ = load_or_make_token(folder, fingerprint)
     admin_token = load_or_make_secret(folder / ADMIN_TOKEN_FILE)
+    metrics_token = load_or_make_secret(folder / METRICS_TOKEN_FILE)
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
     store, said = Store(folder / "hosl.sqlite"), list[str]()
@@ -186,7 +188,7 @@ async def serving(
     store.create_run(run_id, bundle, manifest.shard_digest, config)
     runs = Runs(store, folder, said.append)
     runs.adopt(coordinator)
-    guard = Guard(Access(store, fingerprint), token, admin_token)
+    guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(
@@ -195,7 +197,7 @@ async def serving(
         )
     )
     try:
-        yield Service(coordinator, guard, token, admin_token, folder, await listening, task, said)
+        yield Service(coordinator, guard, token, admin_token, metrics_token, folder, await listening, task, said)
     finally:
         if not task.done():
             signal.raise_signal(signal.SIGINT)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from hosl_cloud.settings import load_config
 from hosl_cloud.store import Store
 from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
 from hosl_protocol.terminal import add_common_options, run_command
+
+_say = logging.getLogger("hosl-cloud").info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,10 +157,6 @@ def _simulate(options: argparse.Namespace) -> int:
         store.close()
         locked.close()
     return int(ExitCode.OK)
-
-
-def _say(sentence: str) -> None:
-    print(f"hosl-cloud: {sentence}", flush=True)
 
 
 if __name__ == "__main__":

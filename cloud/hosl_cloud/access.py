@@ -95,7 +95,7 @@ class Access:
 class Caller:
     """Who asks."""
 
-    role: Literal["device", "local", "admin"]
+    role: Literal["device", "local", "metrics", "admin"]
     token: TokenRow | None = None
     """A device's own; None for the others."""
 
@@ -130,15 +130,30 @@ class Denied(Exception):
 class Guard:
     """Decides about every request before anything is done for it."""
 
-    def __init__(self, access: Access, join_token: str, admin_token: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        access: Access,
+        join_token: str,
+        admin_token: str,
+        limits: Limits | None = None,
+        metrics_token: str | None = None,
+    ) -> None:
         self.access, self.limits = access, limits or Limits()
         self._join_digest, self._admin_digest = _digest(join_token), _digest(admin_token)
+        self._metrics_digest = _NOBODY if metrics_token is None else _digest(metrics_token)
 
     def identify(self, connection: HTTPConnection) -> Caller:
         """Who asks. Raises Denied.
 
         A right token always passes: what somebody else fails at from the same address must not shut a device out.
         """
+        caller = self.check_metrics(connection)
+        if caller.role == "metrics":
+            raise self._count(connection, "role", 403)
+        return caller
+
+    def check_metrics(self, connection: HTTPConnection) -> Caller:
+        """Who asks for the figures: also the metrics token's holder, who may do nothing else. Raises Denied."""
         caller, reason = self._recognize(connection)
         if caller is None:
             raise self._count(connection, reason)
@@ -182,6 +197,8 @@ class Guard:
         digest = _digest(bearer)
         if hmac.compare_digest(digest, self._admin_digest):
             return Caller("admin"), ""
+        if hmac.compare_digest(digest, self._metrics_digest):
+            return Caller("metrics"), ""
         if hmac.compare_digest(digest, self._join_digest):
             return (Caller("local"), "") if is_local(connection) else (None, "remote")
         row = self.access.authenticate(bearer)

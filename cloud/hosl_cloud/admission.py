@@ -30,6 +30,7 @@ from hosl_protocol import (
     Snapshot,
     Welcome,
 )
+from hosl_protocol.logs import note_place
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Admission:
             peer.end(refusal)
             return False
         peer.name = hello.device
+        note_place(run=self.run.id, device=peer.name)
         if self.run.ending is not None and hello.run != self.run.id:
             self.complete(peer)  # it has no part in the run
             return False
@@ -122,7 +124,7 @@ class Admission:
         run = self.run
         cut = await asyncio.to_thread(run.store.lowest_cut, run.id, hello.epoch)
         plan, applied = _plan(run, hello, cut)
-        metrics.catchup_rounds.labels(run.bundle.name).inc(max(run.round - applied, 0))
+        metrics.catchup_rounds.labels(run.bundle.name).observe(max(run.round - applied, 0))
         snapshot = await self.snapshots.offer(hello, applied)
         if snapshot is not None:
             plan, applied = "snapshot", snapshot.round

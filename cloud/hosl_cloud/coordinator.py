@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from hosl_cloud.checkpoint import (
     record_metrics,
     save_checkpoint,
 )
+from hosl_cloud.curves import CURVES, Curves
 from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
 from hosl_cloud.exchange import Exchange, Fault, RoundContext
@@ -36,6 +38,7 @@ from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Manifest, Refusal, Update, UpdateRecord, sample_devices
+from hosl_protocol.logs import note_place
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +95,14 @@ class Coordinator:
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
+        self._curves = Curves(run.folder / CURVES, run.round + 1)
         self._checkpointed = run.round
         for evaluation in self.store.evaluations(run.id):
             self._note_rank(evaluation)
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the one thread that owns the tail and the mirror."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, work)
 
     def close(self) -> None:
         """Stop the compute thread."""
@@ -160,6 +164,7 @@ class Coordinator:
 
     async def pause(self) -> None:
         """Tell every device to come back, and the store."""
+        await asyncio.to_thread(self._curves.close)
         await self._set_state("paused")
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
@@ -176,6 +181,7 @@ class Coordinator:
         devices = await self._gather()
         if self._is_stopping:
             return False
+        note_place(round=self.run.round + 1)
         context = self._context(self.run.round + 1, devices)
         outcome = await self._drive(self._round(context))
         if outcome is None:
@@ -236,6 +242,13 @@ class Coordinator:
         tensors = {"coefficients": update.coefficients, "loss": np.float32(outcome.loss).reshape(())}
         self.fleet.broadcast(message, tensors)
         self._observe(outcome, seconds)
+        figures = {
+            "train/loss": outcome.loss,
+            "round/seconds": seconds,
+            "round/wire_bytes": wire_bytes,
+            "round/devices": len(outcome.devices),
+        }
+        await self._compute(lambda: self._curves.add(update.round, figures))
         for event in self.run.mirror.coarsenings[known:]:
             self.say(f"round {event.round}: {event.tensor} outgrew its lattice, its steps are now {event.spacing:.2g}")
             # The event can't be taken back: a run that resumes must not begin before it.
@@ -274,7 +287,8 @@ class Coordinator:
 
     async def _strike(self, fault: Fault) -> None:
         """Count a fault against its device, and put it aside where there were too many."""
-        log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason)
+        extra = {"device": fault.device}
+        log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason, extra=extra)
         metrics.faults.inc()
         strikes = await self._compute(lambda: self.store.add_strike(self.run.id, fault.device))
         refusal, peer = aside(strikes, self.config.devices.strikes), self.fleet.peers.get(fault.device)
@@ -290,6 +304,8 @@ class Coordinator:
             return
         await self._durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
+        figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
+        await self._compute(lambda: self._curves.add(self.run.round, figures))
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
@@ -382,6 +398,7 @@ class Coordinator:
     async def end(self, ending: Ending) -> None:
         """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
         self.run.ending = ending
+        await asyncio.to_thread(self._curves.close)
         await self._await_reports()
         # Those that are about to join first catch up: admission tells them.
         for name in self.fleet.ready_names():

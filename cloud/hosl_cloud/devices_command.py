@@ -62,8 +62,9 @@ def _init(options: argparse.Namespace) -> int:
             raise ServiceError("--name is missing: say what devices call this machine, a host name or an address")
         options.data_dir.mkdir(parents=True, exist_ok=True)
         authority = make_authority(options.data_dir, options.name)
-        load_or_make_secret(options.data_dir / ADMIN_TOKEN_FILE)
-        print(f"a CA and a certificate are in {authority.folder}, the admin token in {options.data_dir}")
+        admin_token = options.data_dir / ADMIN_TOKEN_FILE
+        load_or_make_secret(admin_token)
+        print(f"a CA and a certificate are in {authority.folder}, the admin token in {admin_token}")
     print(f"the certificate is for {', '.join(authority.names())}; it ends in {authority.days_left():.0f} days")
     return int(ExitCode.OK)
 

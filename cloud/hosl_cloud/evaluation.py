@@ -59,7 +59,7 @@ def evaluate_batch(context: RoundContext, device: str, frame: Frame) -> Generato
     try:
         return context.trainer.evaluate(*batch_of(frame))
     except NotFiniteError as error:
-        log.warning("round %d: a batch of %s: %s", context.round, device, error)
+        log.warning("round %d: a batch of %s: %s", context.round, device, error, extra={"device": device})
         yield from blame(device, batch_of(frame))
         return _NotFinite()
     except BatchError as error:

@@ -165,7 +165,7 @@ def blame(device: str, batch: BatchArrays) -> Generator[Fault, None, None]:
 
 
 def refuse(device: str, error: BatchError) -> Tell:
-    log.warning("device %s is refused: %s", device, error)
+    log.warning("device %s is refused: %s", device, error, extra={"device": device})
     return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
 
 

@@ -177,9 +177,11 @@ def _deliver(action: Tell, peers: Mapping[str, Participant]) -> None:
 def _give_up(ask: Ask, peer: Participant | None) -> None:
     what = name_of(ask.kind)
     if peer is None or peer.gone.is_set():
-        log.warning("device %s left before its %s of round %d", ask.device, what, ask.round)
+        log.warning(
+            "device %s left before its %s of round %d", ask.device, what, ask.round, extra={"device": ask.device}
+        )
         return
-    log.warning("device %s sent no %s of round %d in time", ask.device, what, ask.round)
+    log.warning("device %s sent no %s of round %d in time", ask.device, what, ask.round, extra={"device": ask.device})
     peer.leave_round()
 
 

@@ -21,7 +21,12 @@ train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.", ["bundle"]
 eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.", ["bundle"])
 devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.", ["bundle"])
 device_reconnects = Counter("hosl_device_reconnects", "Connections of devices that were in the run before.", ["bundle"])
-catchup_rounds = Counter("hosl_catchup_rounds", "Rounds that devices had missed when they came.", ["bundle"])
+catchup_rounds = Histogram(
+    "hosl_catchup_rounds",
+    "Rounds that a device had missed when it came.",
+    ["bundle"],
+    buckets=(0, 1, 10, 100, 1000, 10_000),
+)
 checkpoint_time = Gauge(
     "hosl_checkpoint_last_success_timestamp_seconds", "When the newest checkpoint was written.", ["bundle"]
 )

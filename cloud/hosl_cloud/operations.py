@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -63,6 +64,12 @@ class Operation:
     queries: tuple[Query, ...] = ()
     refusals: tuple[int, ...] = ()
     """Statuses beside those that every operation may have."""
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """The answer to a path that is not there, or a method that it does not have."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 def make_routes(operations: Sequence[Operation], guard: Guard) -> list[Route]:

@@ -78,7 +78,12 @@ def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, 
     while asks:
         ask, frame = yield from first(asks)
         if frame is None:
-            log.warning("round %d: %s is left out of the average: no projections", context.round, ask.device)
+            log.warning(
+                "round %d: %s is left out of the average: no projections",
+                context.round,
+                ask.device,
+                extra={"device": ask.device},
+            )
             continue
         values = frame.tensors["projections"].astype(np.float64)
         if not np.abs(values).max() < LARGEST_PROJECTION:
@@ -286,12 +291,14 @@ def _backpropagate(
         result = context.trainer.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient)
     except RoundSpoiltError as error:
         # What the devices before this one added is gone too; those after it can still make the step.
-        log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, error)
+        log.warning(
+            "round %d: %s spoilt the gradients so far: %s", context.round, device, error, extra={"device": device}
+        )
         part.weights.clear()
         part.losses.clear()
         return
     except NotFiniteError as error:
-        log.warning("round %d: %s is left out: %s", context.round, device, error)
+        log.warning("round %d: %s is left out: %s", context.round, device, error, extra={"device": device})
         yield from blame(device, batch)
         return
     except BatchError as error:

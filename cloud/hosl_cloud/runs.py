@@ -18,6 +18,7 @@ from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import RunRow, Store
 from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
+from hosl_protocol.logs import log_scope
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Runs:
 
     def say(self, sentence: str, run: str = "", level: str = "info") -> None:
         """Tell a person, and the run's log."""
-        self._tell(sentence)
+        with log_scope(**{"run": run} if run else {}):
+            self._tell(sentence)
         if run:
             with contextlib.suppress(HoslError):  # a full disk takes no log
                 self.store.add_event(run, level, sentence)
@@ -131,6 +133,10 @@ class Runs:
         slot.task.add_done_callback(lambda _: self._changed.set())
 
     async def _course(self, slot: Slot) -> Ending | Paused:
+        with log_scope(run=slot.run):
+            return await self._lead(slot)
+
+    async def _lead(self, slot: Slot) -> Ending | Paused:
         if slot.coordinator is None:
             try:
                 await self._load(slot)

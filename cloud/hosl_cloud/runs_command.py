@@ -147,6 +147,8 @@ def _show_nothing(answer: Any) -> None:
 def _show_runs(answer: dict[str, Any]) -> None:
     for run in answer["runs"]:
         print(_line(run))
+    if not answer["runs"]:
+        print("no run yet; begin one with hosl-cloud run start")
 
 
 def _line(run: dict[str, Any]) -> str:

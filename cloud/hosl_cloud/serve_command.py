@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,16 @@ from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, lock
 from hosl_cloud.listen import Listen, write_service_file
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
-from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret, load_or_make_token
+from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_protocol import ExitCode, Manifest, SettingsError, check_files, load_manifest
 from hosl_protocol.terminal import add_common_options
 
 if TYPE_CHECKING:
     from hosl_cloud.runs import Runs
+
+
+_say = logging.getLogger("hosl-cloud").info
+"""Tells people; see hosl_protocol.logs."""
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +81,7 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
     fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
     token, token_path = load_or_make_token(data_dir, fingerprint)
     admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
+    metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
     locked = lock(data_dir)
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -91,7 +97,7 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
         if first is not None:
             run = _choose_first(runs, options, *first)
             await runs.open(run)
-        guard = Guard(Access(store, fingerprint), token, admin_token)
+        guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
         bundles: Path = options.bundles or data_dir / BUNDLES
         bundles.mkdir(parents=True, exist_ok=True)
         service = Service(runs, guard, listen, bundles, run if options.once else None, run, options.drain_s)
@@ -134,7 +140,3 @@ def _course(store: Store, run: str) -> str:
         return f"{row.config.algorithm}, rounds {row.round + 1} to {row.config.rounds}"
     count = row.config.devices.start_with
     return f"{row.config.algorithm}, {row.config.rounds} rounds, waits for {count} device{'s' if count > 1 else ''}"
-
-
-def _say(sentence: str) -> None:
-    print(f"hosl-cloud: {sentence}", flush=True)

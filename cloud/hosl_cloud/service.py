@@ -17,6 +17,7 @@ from typing import Any
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -30,12 +31,14 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.devices_api import device_operations
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
-from hosl_cloud.operations import BYTES, Operation, make_routes
+from hosl_cloud.operations import BYTES, Operation, make_routes, refuse
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
 from hosl_cloud.runs import GOODBYE_S, Runs, Slot
 from hosl_protocol import PIECE_BYTES, Hello, Refusal
+from hosl_protocol.logs import log_scope
 from hosl_protocol.manifest import MANIFEST
+from hosl_protocol.notify import feed_watchdog, notify
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +52,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path | None = None) -> Starlette:
     """All routes. Health and the CA's certificate are open; the rest needs a token."""
 
-    def guarded(endpoint: Endpoint) -> Endpoint:
+    def guarded(endpoint: Endpoint, identify: Callable[[Request], object] = guard.identify) -> Endpoint:
         async def checked(request: Request) -> Response:
             try:
-                request.state.caller = guard.identify(request)
+                request.state.caller = identify(request)
             except Denied as denied:
                 return Response(status_code=denied.status, headers=denied.headers)
             return await endpoint(request)
@@ -93,7 +96,8 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             await socket.send_denial_response(Response(status_code=denied.status, headers=denied.headers))
             return
         await socket.accept()
-        await _attend(runs, Peer(socket, partial(guard.may_be, caller)), caller.bundle)
+        with log_scope():
+            await _attend(runs, Peer(socket, partial(guard.may_be, caller)), caller.bundle)
 
     return Starlette(
         routes=[
@@ -101,11 +105,12 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             Route("/readyz", readyz),
             Route("/v1/ca.pem", ca_certificate),
             *make_routes(operations, guard),
-            Route("/metrics", guarded(figures)),
+            Route("/metrics", guarded(figures, guard.check_metrics)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
             Route("/v1/snapshot/{run}/{round:int}", guarded(snapshot)),
             WebSocketRoute("/v1/device", device),
-        ]
+        ],
+        exception_handlers={HTTPException: refuse},
     )
 
 
@@ -220,12 +225,14 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    working = asyncio.create_task(runs.work())
+    working, watching = asyncio.create_task(runs.work()), asyncio.create_task(feed_watchdog())
     # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
     gc.freeze()
     try:
         on_listening(_address(listener, listen))
+        notify("READY=1")
         await _until(runs, service.until, leave)
+        notify("STOPPING=1")
         interrupted = service.ends_on_interrupt if signal.SIGINT in signals else None
         await runs.drain(service.drain_s, stops=interrupted)
         return runs.outcome(service.until or service.ends_on_interrupt)
@@ -235,6 +242,7 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         server.should_exit = True
         with contextlib.suppress(SystemExit):
             await serving
+        watching.cancel()
         gc.unfreeze()
 
 

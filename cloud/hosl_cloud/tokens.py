@@ -1,6 +1,7 @@
 """The service's own secrets: made at the first start, kept in files that only their owner can read, never printed.
 
-The join token is for devices on this machine, the admin token for who leads the service.
+The join token is for devices on this machine, the admin token for who leads the service, the metrics token for
+Prometheus.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hosl_cloud.exceptions import ServiceError
 
 TOKEN_FILE = "join-token"
 ADMIN_TOKEN_FILE = "admin-token"
+METRICS_TOKEN_FILE = "metrics-token"
 SEPARATOR = "~"
 """Between the parts of a token: a name, a secret, a fingerprint; none of them can hold it."""
 

@@ -81,7 +81,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _resolve(options: argparse.Namespace) -> Resolved:
-    own = {"config", "json", "example", "debug", "log_level"}
+    own = {"config", "json", "example", "debug", "log_level", "log_format"}
     return resolve({name: value for name, value in vars(options).items() if name not in own}, options.config)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hosl_edge.memory import read_memory
-from hosl_edge.notify import notify
+from hosl_protocol.logs import is_json, sentence_line
+from hosl_protocol.notify import notify
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -51,7 +52,7 @@ class Display:
     def __init__(self, name: str, on_alive: Callable[[], None] = lambda: None) -> None:
         self._name = name
         self._on_alive = on_alive
-        self._is_live = sys.stderr.isatty()
+        self._is_live = sys.stderr.isatty() and not is_json()
         self._written_at = float("-inf")
         self._last = ""
         self._tenth = -1
@@ -62,13 +63,13 @@ class Display:
             print(f"\r{self._name}: {progress.line()}\x1b[K", end="", file=sys.stderr, flush=True)
             self._last = "\n"
         elif time.monotonic() - self._written_at >= PLAIN_INTERVAL_S:
-            print(f"{self._name}: {progress.line()}", file=sys.stderr, flush=True)
+            print(sentence_line(self._name, progress.line()), file=sys.stderr, flush=True)
             notify(f"STATUS={progress.line()}")
             self._written_at = time.monotonic()
 
     def say(self, sentence: str) -> None:
         """A line that stays."""
-        print(f"{self._last}{self._name}: {sentence}", file=sys.stderr, flush=True)
+        print(self._last + sentence_line(self._name, sentence), file=sys.stderr, flush=True)
         notify(f"STATUS={sentence}")
         self._last = ""
 

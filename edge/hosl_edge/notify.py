@@ -5,33 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
+
+from hosl_protocol.notify import feed_watchdog, notify
 
 log = logging.getLogger(__name__)
 
-SEND_TIMEOUT_S = 0.5
-"""A listener whose queue is full must not hold the agent up."""
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def notify(*lines: str) -> None:
-    """Send sd_notify(3) assignments, such as `READY=1`; nothing where nobody listens."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.settimeout(SEND_TIMEOUT_S)
-        sender.sendto("\n".join(lines).encode(), address)
 
 
 class WatchedPool(ThreadPoolExecutor):
@@ -68,7 +54,7 @@ class WatchedPool(ThreadPoolExecutor):
 async def notified(pool: WatchedPool, stall_timeout_s: float) -> AsyncIterator[None]:
     """READY=1, and WATCHDOG=1 as long as this event loop runs and the pool's work comes to something."""
     notify("READY=1")
-    feeding = asyncio.create_task(_feed(pool, stall_timeout_s))
+    feeding = asyncio.create_task(feed_watchdog(partial(_is_well, pool, stall_timeout_s)))
     try:
         yield
     finally:
@@ -76,13 +62,8 @@ async def notified(pool: WatchedPool, stall_timeout_s: float) -> AsyncIterator[N
         notify("STOPPING=1")
 
 
-async def _feed(pool: WatchedPool, stall_timeout_s: float) -> None:
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2
-    while interval_s:
-        if pool.stalled_s() < stall_timeout_s:
-            notify("WATCHDOG=1")
-        else:
-            log.error("a piece of work takes longer than stall_timeout_s; the watchdog is left to starve")
-        await asyncio.sleep(interval_s)
+def _is_well(pool: WatchedPool, stall_timeout_s: float) -> bool:
+    is_well = pool.stalled_s() < stall_timeout_s
+    if not is_well:
+        log.error("a piece of work takes longer than stall_timeout_s; the watchdog is left to starve")
+    return is_well

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from hosl_protocol.exceptions import ExitCode, HoslError
+from hosl_protocol.logs import configure_logs
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """`--debug` and `--log-level`."""
+    """`--debug`, `--log-level` and `--log-format`."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--log-format", default="text", choices=("text", "json"), help="json: a line is an object (default: text)"
     )
 
 
@@ -29,20 +33,20 @@ def run_command(
 ) -> int:
     """Parse, run, and turn errors into a line on stderr and an exit code."""
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(parser.prog, options.log_level, options.log_format)
     try:
         return command(options)
     except HoslError as error:
-        return _fail(parser.prog, str(error), error.exit_code, options.debug)
+        return _fail(parser.prog, str(error), error.exit_code, options)
     except KeyboardInterrupt:
-        return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, debug=False)
+        return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.INTERRUPTED)
     except MemoryError:
-        return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options.debug)
+        return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options)
     except OSError as error:
-        return _fail(parser.prog, _sentence_of(error), _code_of(error), options.debug)
+        return _fail(parser.prog, _sentence_of(error), _code_of(error), options)
 
 
 class Terminated(KeyboardInterrupt):
@@ -77,8 +81,13 @@ def _code_of(error: OSError) -> ExitCode:
     return ExitCode.SETTINGS if isinstance(error, about_a_file) else ExitCode.RESOURCES
 
 
-def _fail(program: str, sentence: str, code: ExitCode, debug: bool) -> int:
-    if debug:
-        logging.getLogger("hosl").exception("%s failed", program)
-    print(f"{program}: error: {' '.join(sentence.split())}", file=sys.stderr)
+def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespace) -> int:
+    sentence, log = " ".join(sentence.split()), logging.getLogger("hosl")
+    is_traced = options.debug and code is not ExitCode.INTERRUPTED
+    if options.log_format == "json":
+        log.error(sentence, exc_info=is_traced, extra={"exit_code": int(code)})
+        return int(code)
+    if is_traced:
+        log.exception("%s failed", program)
+    print(f"{program}: error: {sentence}", file=sys.stderr)
     return int(code)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hosl_edge.display import Display
-from hosl_edge.notify import WatchedPool, notified, notify
+from hosl_edge.notify import WatchedPool, notified
+from hosl_protocol.notify import notify
 
 
 @pytest.fixture

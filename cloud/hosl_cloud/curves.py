@@ -1,0 +1,72 @@
+"""A run's figures as TensorBoard's event files, in the run's folder: tensorboard --logdir DATA/runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+log = logging.getLogger(__name__)
+
+CURVES = "tensorboard"
+"""The folder's name."""
+
+FLUSH_S = 5.0
+"""What a crash may cost of the curves; the store has all figures."""
+
+
+class Curves:
+    """Writes scalars by round. Its methods write to disk: call them off the event loop, from any thread."""
+
+    def __init__(self, folder: Path, first_round: int) -> None:
+        """What an earlier service wrote of `first_round` and later ones is hidden: those rounds are made again."""
+        self._folder, self._first_round = folder, first_round
+        self._lock = threading.Lock()
+        self._writer: EventsWriter | None = None
+        self._flushed_at = 0.0
+        self._is_broken = False
+
+    def add(self, round_: int, figures: Mapping[str, float]) -> None:
+        """Figures of a round by name. A disk that takes none costs the rest of the curves, not the run."""
+        with self._lock:
+            if self._is_broken:
+                return
+            try:
+                self._write(round_, figures)
+            except OSError as error:
+                self._is_broken = True
+                log.warning("%s takes no more figures until the run resumes: %s", self._folder, error)
+
+    def _write(self, round_: int, figures: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in figures.items():
+            self._writer.write_event(Event(wall_time=time.time(), step=round_, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed_at >= FLUSH_S:
+            self._writer.flush()
+            self._flushed_at = time.monotonic()
+
+    def _open(self) -> EventsWriter:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The library names files by the second; one that is there would be overwritten.
+        writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=self._first_round, session_log=start))
+        return writer
+
+    def close(self) -> None:
+        """Write what is left; figures that still come go to another file."""
+        with self._lock:
+            writer, self._writer = self._writer, None
+            if writer is None or self._is_broken:
+                return
+            try:
+                writer.close()
+            except OSError as error:
+                log.warning("%s lacks the last figures: %s", self._folder, error)

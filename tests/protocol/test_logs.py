@@ -1,0 +1,127 @@
+"""Lines of a log: what each is about, as text and as JSON, whichever task or thread it comes from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.logs import JsonFormatter, TextFormatter, log_scope, note_place
+
+MODULE = """
+import argparse, logging, sys
+from hosl_protocol import SettingsError
+from hosl_protocol.logs import log_scope, sentence_line
+from hosl_protocol.terminal import add_common_options, run_command
+
+def work(options):
+    with log_scope(run="run-1"):
+        logging.getLogger("work").info("it begins")
+    print(sentence_line("pi", "it waits"))
+    with log_scope(run="run-1"):
+        logging.getLogger("hosl.part").warning("%s is\\nlate", "pi", extra={"device": "pi"})
+    raise SettingsError("rounds", 0, "use 1 or more")
+
+parser = argparse.ArgumentParser(prog="work")
+add_common_options(parser)
+sys.exit(run_command(parser, work))
+"""
+
+
+def record(message: str, *arguments: Any, **extra: Any) -> logging.LogRecord:
+    return logging.getLogger("hosl.test").makeRecord(
+        "hosl.test", logging.WARNING, __file__, 1, message, arguments, None, extra=extra
+    )
+
+
+def parsed(line: str) -> dict[str, Any]:
+    assert "\n" not in line
+    return json.loads(line)  # type: ignore[no-any-return]
+
+
+def test_a_line_is_an_object_with_what_it_is_about() -> None:
+    with log_scope(run="run-1"):
+        note_place(round=3)
+        line = parsed(JsonFormatter().format(record("%s is\nlate", "it", device="pi")))
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "warning",
+        "logger": "hosl.test",
+        "message": "it is\nlate",
+        "run": "run-1",
+        "round": 3,
+        "device": "pi",
+    }
+    assert "run" not in parsed(JsonFormatter().format(record("outside")))
+
+
+def test_a_text_line_names_what_it_is_about_behind_the_logger() -> None:
+    with log_scope(run="run-1", device="pi"):
+        assert "WARNING hosl.test run=run-1 device=pi: late" in TextFormatter().format(record("late"))
+    assert "WARNING hosl.test: late" in TextFormatter().format(record("late"))
+
+
+def test_what_one_task_learns_of_a_place_its_siblings_say_too_and_strangers_do_not() -> None:
+    def place() -> dict[str, Any]:
+        line = parsed(JsonFormatter().format(record("here")))
+        return {name: line[name] for name in ("run", "device") if name in line}
+
+    async def connection(name: str) -> list[dict[str, Any]]:
+        learnt = asyncio.Event()
+
+        async def sibling() -> dict[str, Any]:
+            await learnt.wait()
+            return place()
+
+        with log_scope():
+            other = asyncio.create_task(sibling())
+            note_place(device=name)
+            learnt.set()
+            thread = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, place)
+            with log_scope(run="run-1"):
+                inner = place()
+            return [await other, await thread, inner]
+
+    async def both() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(connection("a"), connection("b"))
+
+    for name, places in zip("ab", asyncio.run(both()), strict=True):
+        assert places == [{"device": name}, {"device": name}, {"run": "run-1", "device": name}]
+    note_place(device="c")
+    assert place() == {}, "there is no scope here"
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_command_says_logs_and_fails_in_json(tmp_path: Path, is_traced: bool) -> None:
+    result = run_module(tmp_path, "--log-format", "json", *(["--debug"] if is_traced else []))
+    assert result.returncode == ExitCode.SETTINGS
+    said, (late, failed) = map(parsed, result.stdout.splitlines()), map(parsed, result.stderr.splitlines())
+    begins, waits = said
+    assert (begins["level"], begins["message"], begins["run"]) == ("info", "it begins", "run-1")
+    assert (waits["level"], waits["message"], waits["device"]) == ("info", "it waits", "pi")
+    assert (late["message"], late["device"]) == ("pi is\nlate", "pi")
+    assert (failed["level"], failed["message"], failed["exit_code"]) == ("error", "rounds is 0: use 1 or more", 3)
+    assert ("Traceback" in failed.get("traceback", "")) == is_traced
+
+
+def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
+    result = run_module(tmp_path)
+    assert result.stdout == "work: it begins\npi: it waits\n"
+    assert "WARNING hosl.part run=run-1 device=pi: pi is" in result.stderr
+    assert result.stderr.endswith("work: error: rounds is 0: use 1 or more\n")
+
+
+def run_module(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "work.py").write_text(MODULE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    command = [sys.executable, "-m", "work", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
