@@ -159,9 +159,9 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def serving(
-    bundle: Path, folder: Path, settings: dict[str, Any], listen: Listen | None = None
+    bundle: Path, folder: Path, settings: dict[str, Any], listen: Listen | None = None, stays: bool = False
 ) -> AsyncIterator[Service]:
-    """The service with everything real, on a free port; stopped at the end where its run goes on."""
+    """The service with everything real, on a free port; stopped at the end where its run goes on, or where it stays."""
     from hosl_cloud import service
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
@@ -185,7 +185,9 @@ async def serving(
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(
-            service.Service(runs, guard, listen, bundle.parent, until="run-1", ends_on_interrupt="run-1"),
+            service.Service(
+                runs, guard, listen, bundle.parent, until=None if stays else "run-1", ends_on_interrupt="run-1"
+            ),
             listening.set_result,
         )
     )
