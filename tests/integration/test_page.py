@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from html.parser import HTMLParser
@@ -24,6 +22,10 @@ import msgspec
 import pytest
 
 from hosl_cloud import page_routes
+from hosl_cloud.access import Access, Guard
+from hosl_cloud.runs import Runs
+from hosl_cloud.service import make_app
+from hosl_cloud.store import Store
 from support import TASK, Service, serving, write_reviews
 
 ROOT = Path(__file__).parents[2]
@@ -59,27 +61,37 @@ def bundle(make_bundle: Callable[[str, int], Path]) -> Path:
     return make_bundle("lora", 2)
 
 
-def fetch(address: str, path: str) -> tuple[int, dict[str, str], bytes]:
-    try:
-        with urllib.request.urlopen(address.replace("ws", "http", 1) + path, timeout=10) as response:
-            return response.status, dict(response.headers), response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, dict(error.headers), error.read()
+async def ask(app: Any, path: str) -> tuple[int, dict[str, str], bytes]:
+    """What the service answers to GET, the path as it is."""
+    sent: list[dict[str, Any]] = []
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "client": ("::1", 1)}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:])
 
 
-def test_the_page_and_its_files_are_served_with_strict_headers_and_nothing_else_is(
-    bundle: Path, tmp_path: Path
+def test_the_page_and_its_files_are_served_to_everybody_with_strict_headers_and_nothing_else_is(
+    tmp_path: Path,
 ) -> None:
-    async def main() -> list[tuple[int, dict[str, str], bytes]]:
-        async with serving(bundle, tmp_path / "cloud", settings()) as service:
-            return [await asyncio.to_thread(fetch, service.address, path) for path in paths]
-
-    others = ["index.html", "uPlot-LICENSE", "../service.py", "%2e%2e/service.py", "vendor", "", "vendor/../page.js"]
+    store = Store(tmp_path / "hosl.sqlite")
+    app = make_app(Runs(store, tmp_path, print), Guard(Access(store), "join", "admin"), [])
+    others = ["index.html", "uPlot-LICENSE", "../page_routes.py", "vendor", "vendor/", "", "vendor/../page.js"]
     paths = ["/", *(f"/page/{name}" for name in (*page_routes.FILES, *others))]
+
+    async def main() -> list[tuple[int, dict[str, str], bytes]]:
+        return [await ask(app, path) for path in paths]
+
     answers = dict(zip(paths, asyncio.run(main()), strict=True))
+    store.close()
     for path, (status, headers, body) in answers.items():
-        name = path.removeprefix("/page/") if path != "/" else "index.html"
+        name = path.removeprefix("/page/") if path != "/" else page_routes.PAGE
         known = path == "/" or name in page_routes.FILES
         assert (status, bool(body)) == ((200, True) if known else (404, False)), path
         policy = headers["content-security-policy"]
@@ -137,7 +149,7 @@ def test_the_page_parses_no_text_as_html() -> None:
 
 def test_the_build_brought_the_charts_of_their_own_release() -> None:
     charts = build_module("build_charts")
-    assert charts.missing(ROOT / charts.VENDOR) == []
+    assert charts.missing(ROOT / charts.VENDOR) == [], "pip install -e . brings them"
     assert {f"vendor/{name}" for name in charts.FILES} == set(page_routes.VENDOR)
     script = (page_routes.FOLDER / page_routes.VENDOR[0]).read_text(encoding="utf-8")
     assert len(re.findall(r"\w+://", script)) == 1, "its first line names where it comes from"
@@ -228,18 +240,21 @@ async def sign_in(page: Any, service: Service) -> None:
 
 
 async def wait_for_round(page: Any, round_: int) -> None:
-    is_there = "round => Number(document.querySelector('#f-round').textContent.split(' ')[0].replaceAll(',', '')) >= round"
+    is_there = (
+        "round => Number(document.querySelector('#f-round').textContent.split(' ')[0].replaceAll(',', '')) >= round"
+    )
     await page.wait_for_function(is_there, arg=round_)
 
 
-async def take_screenshots(page: Any, name: str) -> None:
+async def take_screenshots(page: Any, name: str, *, whole: bool = True) -> None:
+    """Of the whole page, or of what a screen shows."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)
         for size, (width, height) in SIZES.items():
             await page.set_viewport_size({"width": width, "height": height})
-            await page.wait_for_timeout(100)
-            await page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
+            await page.wait_for_timeout(50)  # charts fit themselves
+            await page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=whole)
 
 
 def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_path: Path) -> None:
@@ -268,7 +283,7 @@ def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_pat
 
 async def numbers_move(page: Any) -> None:
     await wait_for_round(page, 12)
-    await page.wait_for_function("document.querySelector('#f-accuracy').textContent.includes('%')")
+    await page.locator("#f-accuracy", has_text="%").wait_for()
     first = int((await page.locator("#f-round").text_content()).split(" ")[0])
     await wait_for_round(page, first + 3)
     assert await page.locator("#charts canvas").count() == 4
@@ -276,7 +291,7 @@ async def numbers_move(page: Any) -> None:
     row = page.locator("#devices tr", has_text="pi-1")
     assert re.search(r"40 \+ 10.*\d+ MB", await row.text_content())
     assert "anchor" in await page.locator("#wire").text_content()
-    assert await page.locator("#checkpoints tbody tr").count() >= 1
+    await page.locator("#checkpoints tbody tr").first.wait_for()
 
 
 async def a_line_of_the_log_is_text(page: Any, service: Service) -> None:
@@ -298,31 +313,29 @@ async def badge_of(page: Any, device: str) -> str:
 
 async def stop_and_resume(page: Any, service: Service) -> None:
     """By the keyboard alone."""
-    state = page.locator("#run-state")
     await page.get_by_role("button", name="Stop…").focus()
     await page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog", name="Stop run run-1?")
     await dialog.wait_for()
-    await take_screenshots(page, "confirm")
+    await take_screenshots(page, "confirm", whole=False)
     await page.keyboard.press("Escape")
     await dialog.wait_for(state="hidden")
     assert service.coordinator.run.store.run("run-1").state == "running"
     await page.keyboard.press("Enter")
     await dialog.get_by_role("button", name="Stop the run").press("Enter")
-    await page.wait_for_function("document.querySelector('#run-state').textContent === 'stopped'")
+    await page.locator("#run-state", has_text="stopped").wait_for()
     assert service.coordinator.run.store.run("run-1").state == "stopped"
     await page.get_by_role("button", name="Resume…").click()
     await page.get_by_role("button", name="Resume the run").click()
-    await page.wait_for_function("document.querySelector('#run-state').textContent === 'running'")
+    await page.locator("#run-state", has_text="running").wait_for()
     await page.get_by_text(re.compile("Waits for more devices")).wait_for()
-    assert await state.text_content() == "running"
 
 
 async def sign_out(page: Any) -> None:
     await page.get_by_role("button", name="Sign out").click()
     await page.get_by_label("Admin token").wait_for()
     assert await page.evaluate("sessionStorage.length + localStorage.length + document.cookie.length") == 0
-    await take_screenshots(page, "sign-in")
+    await take_screenshots(page, "sign-in", whole=False)
 
 
 def test_the_page_says_what_is_wrong_and_works_without_charts(bundle: Path, tmp_path: Path) -> None:
@@ -340,7 +353,7 @@ def test_the_page_says_what_is_wrong_and_works_without_charts(bundle: Path, tmp_
             await page.get_by_text("Charts are missing").wait_for()
             assert await page.locator("#rounds").is_visible()
             await page.get_by_text(re.compile("Waits for more devices")).wait_for()
-            await take_screenshots(page, "no-charts")
+            await take_screenshots(page, "no-charts", whole=False)
             await context.set_offline(True)
             await page.get_by_text("The service does not answer. Trying again.").wait_for()
             await context.set_offline(False)

@@ -4,6 +4,9 @@ import { element, setText } from "./dom.js";
 
 const HEIGHT = 190;
 
+/** Without the zeros that end a decimal fraction. */
+const shorten = (text) => text.replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
+
 export const hasCharts = typeof window.uPlot === "function";
 
 /** A chart of one or two lines: {name, color (a variable of page.css), points}. `format` makes a number a text. */
@@ -56,13 +59,13 @@ export class Chart {
     return {
       width: this.plot.clientWidth,
       height: HEIGHT,
-      padding: [10, 10, 0, 0],
+      padding: [10, 16, 0, 0],
       legend: { show: false },
       cursor: { drag: { x: false, y: false }, y: false, sync: { key: "rounds" } },
       scales: { x: { time: false, range: (_, low, high) => [low ?? 0, Math.max(high ?? 1, (low ?? 0) + 1)] }, y: { range } },
       axes: [
         { ...axis, size: 28, gap: 4, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000] },
-        { ...axis, size: 62, space: 34, values: (_, ticks) => ticks.map((tick) => this.format(tick)) },
+        { ...axis, size: 62, space: 34, values: (_, ticks) => ticks.map((tick) => shorten(this.format(tick))) },
       ],
       series: [{}, ...this.lines.map((line) => this.#series(line, color))],
       hooks: { setCursor: [(plot) => this.#read(plot.cursor.idx)] },

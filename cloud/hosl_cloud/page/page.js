@@ -19,11 +19,12 @@ let timer;
 let charts = [];
 
 function blank(id) {
-  return { id, epoch: null, rounds: [], evaluations: new Map(), events: [], checkpoints: [], checkpointsAt: 0 };
+  return { id, epoch: null, rounds: [], evaluations: new Map(), events: [], checkpoints: [], checkpointsAt: 0, evaluationsThen: 0 };
 }
 
 async function poll() {
   clearTimeout(timer);
+  if (!token.get()) return;
   const mine = ++turn;
   let pauseMs = document.hidden ? HIDDEN_POLL_MS : POLL_MS;
   try {
@@ -69,7 +70,6 @@ async function askRun(run) {
   const [histories, logs] = await Promise.all([
     getAll(runPath(run.id, "/history"), "rounds", run.rounds.at(-1)?.round ?? 0, (round) => round.round),
     getAll(runPath(run.id, "/log"), "events", run.events.at(-1)?.id ?? 0, (event) => event.id),
-    askCheckpoints(run),
   ]);
   const known = run.rounds.at(-1)?.round ?? 0;
   run.rounds.push(...histories.flatMap((part) => part.rounds).filter((round) => round.round > known));
@@ -77,12 +77,14 @@ async function askRun(run) {
   const last = run.events.at(-1)?.id ?? 0;
   const events = logs.flatMap((part) => part.events).filter((event) => event.id > last);
   run.events = [...run.events, ...events].slice(-LOG_LINES);
+  await askCheckpoints(run);
   return status;
 }
 
+/** An evaluation makes a checkpoint; others are made now and then. */
 async function askCheckpoints(run) {
-  if (now() - run.checkpointsAt < CHECKPOINTS_S) return;
-  run.checkpointsAt = now();
+  if (run.evaluations.size === run.evaluationsThen && now() - run.checkpointsAt < CHECKPOINTS_S) return;
+  Object.assign(run, { evaluationsThen: run.evaluations.size, checkpointsAt: now() });
   run.checkpoints = (await get(runPath(run.id, "/checkpoints"))).checkpoints;
 }
 
@@ -222,8 +224,8 @@ function start() {
   $("stop").addEventListener("click", () => confirm("stop"));
   $("resume").addEventListener("click", () => confirm("resume"));
   $("confirm-no").addEventListener("click", () => $("confirm").close());
-  addEventListener("hashchange", () => token.get() && poll());
-  document.addEventListener("visibilitychange", () => !document.hidden && token.get() && poll());
+  addEventListener("hashchange", poll);
+  document.addEventListener("visibilitychange", () => !document.hidden && poll());
   if (token.get()) poll();
   else leave();
 }

@@ -5,6 +5,7 @@ import { $, element, fillTable, keep, setText } from "./dom.js";
 import { ago, bytes, clock, count, day, duration, loss, percent } from "./text.js";
 
 const NEWEST_ROUNDS = 20;
+const MOST_NAMES = 5;
 const CAN_STOP = new Set(["pending", "running", "paused"]);
 const CAN_RESUME = new Set(["stopped", "paused", "failed"]);
 
@@ -38,7 +39,7 @@ function makeRun() {
   const progress = element("td", "progress");
   progress.append(element("progress"), element("span"));
   row.append(name, state, progress);
-  for (const className of ["number", "number", "number wide", "wide", "wide"]) row.append(element("td", className));
+  for (const className of ["number wide", "number", "number wide", "wide", "wide"]) row.append(element("td", className));
   return row;
 }
 
@@ -77,21 +78,29 @@ function secondsLeft(run, rounds) {
 
 function waitingFor({ waits_for: waiting, state }) {
   if (waiting === null) return state === "pending" ? "The run waits for its turn." : "";
-  const since = `since ${clock(waiting.since)}, ${duration(Math.max(0, Math.round(now() - waiting.since)))}`;
-  if (waiting.devices.length) return `Waits for ${waiting.what} of ${waiting.devices.join(", ")}, ${since}.`;
-  return `Waits for ${waiting.what === "devices" ? "more devices" : waiting.what}, ${since}.`;
+  const { what, devices, since } = waiting;
+  const named = devices.length > MOST_NAMES + 1 ? [...devices.slice(0, MOST_NAMES), `${devices.length - MOST_NAMES} more`] : devices;
+  const subject = what === "devices" ? "more devices" : what;
+  const whose = named.length ? ` of ${named.join(", ")}` : "";
+  return `Waits for ${subject}${whose}${isLong(waiting) ? `, since ${clock(since)}, for ${waited(waiting)}` : ""}.`;
 }
+
+const waited = (waiting) => duration(Math.round(now() - waiting.since));
+
+/** Whether a wait is worth a number: most are over before it is read. */
+const isLong = (waiting) => now() - waiting.since >= 2;
 
 function showDevices({ members, waits_for: waiting }) {
   $("no-devices").hidden = members.length > 0;
   $("devices").hidden = !members.length;
   const awaited = new Set(waiting?.devices);
+  const awaitedText = waiting && isLong(waiting) ? `${waiting.what}, ${waited(waiting)}` : waiting?.what;
   fillTable(
     $("devices"),
     members.map((device) => [
       device.name,
       { text: stateOf(device), className: `badge ${stateOf(device)}` },
-      awaited.has(device.name) ? `${waiting.what}, ${duration(Math.max(0, Math.round(now() - waiting.since)))}` : "–",
+      awaited.has(device.name) ? awaitedText : "–",
       ago(now() - device.last_seen),
       count(device.applied_round),
       `${count(device.train_examples)} + ${count(device.eval_examples)}`,

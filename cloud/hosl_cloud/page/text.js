@@ -16,7 +16,7 @@ export function bytes(value) {
   if (!isNumber(value)) return NOTHING;
   let unit = 0;
   for (; value >= 1000 && unit < 4; unit++) value /= 1000;
-  return `${value.toFixed(unit && value < 100 ? 1 : 0)} ${["B", "KB", "MB", "GB", "TB"][unit]}`;
+  return `${Number(value.toFixed(unit && value < 100 ? 1 : 0))} ${["B", "KB", "MB", "GB", "TB"][unit]}`;
 }
 
 /** How long something takes. */
