@@ -18,11 +18,9 @@ FILES = {
     "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
 }
 """Of uPlot 1.6.31, by their SHA-256. Its licence is beside the page, in uPlot-LICENSE."""
-CARRIERS = {
-    "pip": (sys.executable, *"-m pip download -qq --no-deps --only-binary :all: --retries 1 --timeout 20".split())
-    + ("youplot==1.0.0",),
-    "npm": ("npm", *"pack --silent --fetch-retries=1 --fetch-timeout=20000".split(), "uplot@1.6.31"),
-}
+PIP = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
+NPM = ["npm", "pack", "--silent", "--fetch-retries=1", "--fetch-timeout=20000"]
+CARRIERS = {"pip": [*PIP, "--timeout", "20", "youplot==1.0.0"], "npm": [*NPM, "uplot@1.6.31"]}
 """What downloads an archive that has the files into the working folder. The first is there wherever hosl is built."""
 DEADLINE_S = 60.0
 
@@ -47,7 +45,7 @@ def missing(vendor: Path) -> list[str]:
     return [name for name, digest in FILES.items() if _digest(vendor / name) != digest]
 
 
-def _download(folder: Path, command: tuple[str, ...]) -> str:
+def _download(folder: Path, command: list[str]) -> str:
     """Download and unpack; what went wrong, or an empty string."""
     try:
         outcome = subprocess.run(

@@ -67,7 +67,8 @@ async def ask(app: Any, path: str) -> tuple[int, dict[str, str], bytes]:
     scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "client": ("::1", 1)}
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request"}
+        never: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        return await never  # the client stays, and has no more to say
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -159,7 +160,7 @@ def test_a_carrier_that_fails_or_brings_something_else_leaves_no_charts(tmp_path
     charts = build_module("build_charts")
     (tmp_path / charts.VENDOR).parent.mkdir(parents=True)
     other = "import zipfile; zipfile.ZipFile('a.whl', 'w').writestr('uPlot.min.css', 'other')"
-    charts.CARRIERS = {"pip": ("false",), "npm": (sys.executable, "-c", other), "none": ("no-such-command",)}
+    charts.CARRIERS = {"pip": ["false"], "npm": [sys.executable, "-c", other], "none": ["no-such-command"]}
     problem = charts.fetch_charts(tmp_path)
     assert "pip: exit code 1" in problem
     assert "npm: uPlot.iife.min.js has another digest, or is missing" in problem
