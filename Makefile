@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench audit lint format clean
 
-$(VENV)/installed: pyproject.toml constraints.txt build_kernel.py protocol/hosl_protocol/kernel.c
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Build hook of hatchling: compiles the pass over the weights where there is a C compiler.
+"""Compiles the pass over the weights where there is a C compiler.
 
 Without one the wheel is pure Python and numpy does the same work, bit for bit, several times slower.
 """
@@ -8,11 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
-from typing import Any
-
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = "protocol/hosl_protocol/kernel.c"
 LIBRARY = "protocol/hosl_protocol/libhosl_kernel.so"
@@ -20,24 +16,9 @@ LIBRARY = "protocol/hosl_protocol/libhosl_kernel.so"
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 
 
-class KernelHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Runs before a wheel is built or installed in place."""
-
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        root = Path(self.root)
-        (root / LIBRARY).unlink(missing_ok=True)
-        problem = compile_kernel(root)
-        if problem:
-            self.app.display_warning(f"hosl: no compiled kernel, numpy will do its work ({problem})")
-            return
-        build_data["artifacts"].append(LIBRARY)
-        build_data["pure_python"] = False
-        # The library is called through ctypes: it is tied to the platform, not to a version of Python.
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-
-
 def compile_kernel(root: Path) -> str:
     """Compile into the package; what prevented it, or an empty string."""
+    (root / LIBRARY).unlink(missing_ok=True)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if os.name != "posix" or compiler is None:
         return "no C compiler"

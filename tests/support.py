@@ -166,8 +166,11 @@ async def serving(
     listen: Listen | None = None,
     run_id: str = "run-1",
     port: int = 0,
+    *,
+    stays: bool = False,
 ) -> AsyncIterator[Service]:
-    """The service with everything real, on a free port or this one; stopped at the end where its run goes on."""
+    """The service with everything real, on a free port or this one; stopped at the end where its run goes on, or where
+    it stays."""
     from hosl_cloud import service
     from hosl_cloud.coordinator import Coordinator
     from hosl_cloud.run import Run
@@ -192,7 +195,9 @@ async def serving(
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(
-            service.Service(runs, guard, listen, bundle.parent, until=run_id, ends_on_interrupt=run_id),
+            service.Service(
+                runs, guard, listen, bundle.parent, until=None if stays else run_id, ends_on_interrupt=run_id
+            ),
             listening.set_result,
         )
     )

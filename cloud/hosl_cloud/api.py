@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from hosl_cloud import metrics
 from hosl_cloud.checkpoint import Checkpoint, Metrics, list_checkpoints
 from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exceptions import ApiError
@@ -98,6 +99,8 @@ class RunStatus(RunSummary, frozen=True, kw_only=True):
     config: dict[str, Any]
     waits_for: WaitsFor | None
     members: list[DeviceStatus]
+    wire_bytes: dict[str, dict[str, int]]
+    """Of all runs since the service started: `sent` or `received`, then type of message."""
 
 
 class RoundFigures(msgspec.Struct, frozen=True):
@@ -287,6 +290,7 @@ class Api:
             config=msgspec.to_builtins(row.config),
             waits_for=None if waiting is None else WaitsFor(waiting.what, waiting.devices, waiting.since),
             members=self._members(run, coordinator),
+            wire_bytes=metrics.wire_bytes_by_kind(),
         )
 
     def _members(self, run: str, coordinator: Coordinator | None) -> list[DeviceStatus]:

@@ -32,6 +32,7 @@ from hosl_cloud.devices_api import device_operations
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
 from hosl_cloud.operations import BYTES, Operation, make_routes, refuse
+from hosl_cloud.page_routes import page_routes
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
 from hosl_cloud.runs import GOODBYE_S, Runs, Slot
@@ -50,7 +51,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path | None = None) -> Starlette:
-    """All routes. Health and the CA's certificate are open; the rest needs a token."""
+    """All routes. The page's files, health and the CA's certificate are open; the rest needs a token."""
 
     def guarded(endpoint: Endpoint, identify: Callable[[Request], object] = guard.identify) -> Endpoint:
         async def checked(request: Request) -> Response:
@@ -101,6 +102,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
 
     return Starlette(
         routes=[
+            *page_routes(),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/v1/ca.pem", ca_certificate),

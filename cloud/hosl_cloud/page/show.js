@@ -1,0 +1,188 @@
+// What the tables, the figures and the log say.
+
+import { now } from "./api.js";
+import { $, element, fillTable, keep, setText } from "./dom.js";
+import { ago, bytes, clock, count, day, duration, loss, percent } from "./text.js";
+
+const NEWEST_ROUNDS = 20;
+const MOST_NAMES = 5;
+const CAN_STOP = new Set(["pending", "running", "paused"]);
+const CAN_RESUME = new Set(["stopped", "paused", "failed"]);
+
+/** States by name, as they were last shown: a change is said aloud. */
+let former = new Map();
+
+export function showRuns(runs, chosen) {
+  $("no-runs").hidden = runs.length > 0;
+  $("runs").hidden = !runs.length;
+  keep($("runs").tBodies[0], [...runs].reverse(), (run) => run.id, makeRun, (row, run) => {
+    const [name, state, progress, ...others] = row.cells;
+    setText(name.firstChild, run.id);
+    name.firstChild.href = `#${encodeURIComponent(run.id)}`;
+    if (run.id === chosen) name.firstChild.setAttribute("aria-current", "true");
+    else name.firstChild.removeAttribute("aria-current");
+    badge(state.firstChild, run.state);
+    setProgress(progress.firstChild, run);
+    setText(progress.lastChild, `${count(run.round)} of ${count(run.rounds)}`);
+    const texts = [loss(run.loss), percent(run.accuracy), count(run.devices), run.bundle, day(run.created_at)];
+    others.forEach((cell, place) => setText(cell, texts[place]));
+  });
+}
+
+function makeRun() {
+  const row = element("tr");
+  const name = element("th");
+  name.scope = "row";
+  name.append(element("a"));
+  const state = element("td");
+  state.append(element("span"));
+  const progress = element("td", "progress");
+  progress.append(element("progress"), element("span"));
+  row.append(name, state, progress);
+  for (const className of ["number wide", "number", "number wide", "wide", "wide"]) row.append(element("td", className));
+  return row;
+}
+
+export function showRun(run, { rounds, events }) {
+  setText($("run-title"), run.id);
+  badge($("run-state"), run.state);
+  setText($("run-algorithm"), `${run.algorithm} on ${run.bundle}`);
+  setText($("run-reason"), run.reason);
+  $("stop").hidden = !CAN_STOP.has(run.state);
+  $("resume").hidden = !CAN_RESUME.has(run.state);
+  showFigures(run, rounds);
+  setText($("waiting"), waitingFor(run));
+  showDevices(run);
+  showWire(run.wire_bytes);
+  showLog(events);
+  tellChanges(run);
+}
+
+function showFigures(run, rounds) {
+  setText($("f-round"), `${count(run.round)} of ${count(run.rounds)}`);
+  setProgress($("f-progress"), run);
+  setText($("f-loss"), loss(run.loss));
+  setText($("f-accuracy"), percent(run.accuracy));
+  setText($("f-seconds"), duration(rounds.at(-1)?.seconds));
+  setText($("f-left"), run.state === "running" ? duration(secondsLeft(run, rounds)) : duration());
+  setText($("f-devices"), `${count(run.devices)} of ${count(run.members.length)}`);
+}
+
+/** By the pace of the newest rounds, the time between them included. */
+function secondsLeft(run, rounds) {
+  const newest = rounds.slice(-NEWEST_ROUNDS);
+  if (newest.length < 2) return undefined;
+  const pace = (newest.at(-1).finished_at - newest[0].finished_at) / (newest.length - 1);
+  return pace * (run.rounds - run.round);
+}
+
+function waitingFor({ waits_for: waiting, state }) {
+  if (waiting === null) return state === "pending" ? "The run waits for its turn." : "";
+  const { what, devices, since } = waiting;
+  const named = devices.length > MOST_NAMES + 1 ? [...devices.slice(0, MOST_NAMES), `${devices.length - MOST_NAMES} more`] : devices;
+  const subject = what === "devices" ? "more devices" : what;
+  const whose = named.length ? ` of ${named.join(", ")}` : "";
+  return `Waits for ${subject}${whose}${isLong(waiting) ? `, since ${clock(since)}, for ${waited(waiting)}` : ""}.`;
+}
+
+const waited = (waiting) => duration(Math.round(now() - waiting.since));
+
+/** Whether a wait is worth a number: most are over before it is read. */
+const isLong = (waiting) => now() - waiting.since >= 2;
+
+function showDevices({ members, waits_for: waiting }) {
+  $("no-devices").hidden = members.length > 0;
+  $("devices").hidden = !members.length;
+  const awaited = new Set(waiting?.devices);
+  const awaitedText = waiting && isLong(waiting) ? `${waiting.what}, ${waited(waiting)}` : waiting?.what;
+  fillTable(
+    $("devices"),
+    members.map((device) => [
+      device.name,
+      { text: stateOf(device), className: `badge ${stateOf(device)}` },
+      awaited.has(device.name) ? awaitedText : "–",
+      ago(now() - device.last_seen),
+      count(device.applied_round),
+      `${count(device.train_examples)} + ${count(device.eval_examples)}`,
+      bytes(device.peak_rss_bytes),
+      duration(device.step_seconds),
+      bytes(device.sent_bytes),
+      bytes(device.received_bytes),
+    ]),
+  );
+}
+
+function stateOf(device) {
+  if (device.is_ready) return "ready";
+  return device.is_connected ? "connected" : "away";
+}
+
+function showWire({ received = {}, sent = {} }) {
+  const kinds = [...new Set([...Object.keys(received), ...Object.keys(sent)])];
+  const size = (kind) => (received[kind] ?? 0) + (sent[kind] ?? 0);
+  kinds.sort((a, b) => size(b) - size(a) || a.localeCompare(b));
+  fillTable($("wire"), kinds.map((kind) => [kind, bytes(received[kind]), bytes(sent[kind])]));
+}
+
+function showLog(events) {
+  const log = $("log");
+  $("no-log").hidden = events.length > 0;
+  log.hidden = !events.length;
+  const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 20;
+  keep(log, events, (event) => event.id, makeEvent, () => {});
+  if (isAtEnd) log.scrollTop = log.scrollHeight;
+}
+
+function makeEvent(event) {
+  const line = element("li", event.level);
+  const time = element("time");
+  time.dateTime = new Date(1000 * event.at).toISOString();
+  setText(time, clock(event.at));
+  const text = element("span");
+  setText(text, event.text);
+  line.append(time, text);
+  return line;
+}
+
+export function showCheckpoints(checkpoints) {
+  $("no-checkpoints").hidden = checkpoints.length > 0;
+  $("checkpoints").hidden = !checkpoints.length;
+  const newest = [...checkpoints].reverse();
+  fillTable($("checkpoints"), newest.map((c) => [String(c.round), bytes(c.size_bytes), loss(c.loss), percent(c.accuracy)]));
+}
+
+export function showRounds({ rounds, evaluations }) {
+  fillTable(
+    $("rounds"),
+    rounds
+      .slice(-NEWEST_ROUNDS)
+      .reverse()
+      .map((round) => [
+        String(round.round),
+        loss(round.loss),
+        percent(evaluations.get(round.round)?.accuracy),
+        duration(round.seconds),
+        bytes(round.wire_bytes),
+      ]),
+  );
+}
+
+/** Say which states changed. */
+function tellChanges(run) {
+  const states = new Map(run.members.map((device) => [`Device ${device.name}`, stateOf(device)]));
+  states.set(`Run ${run.id}`, run.state);
+  const changes = [...states].filter(([name, state]) => former.has(name) && former.get(name) !== state);
+  if (changes.length) setText($("news"), changes.map(([name, state]) => `${name} is ${state}.`).join(" "));
+  former = states;
+}
+
+function badge(node, state) {
+  setText(node, state);
+  node.className = `badge ${state}`;
+}
+
+function setProgress(bar, run) {
+  bar.max = Math.max(run.rounds, 1);
+  bar.value = run.round;
+  bar.setAttribute("aria-label", `Progress of ${run.id}`);
+}
