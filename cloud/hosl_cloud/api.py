@@ -89,6 +89,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float | None
     peak_rss_bytes: int | None
     anonymous_bytes: int | None
+    temperature_c: float | None
     sent_bytes: int | None
     received_bytes: int | None
 

@@ -169,8 +169,10 @@ def _show_run(run: dict[str, Any]) -> None:
     for device in run["members"]:
         state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
         peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"
+        heat = "" if device["temperature_c"] is None else f", {device['temperature_c']:.0f} °C"
         seen_s = time.time() - device["last_seen"]
-        print(f"  {device['name']:<32} {state:<10} round {device['applied_round']}{peak}, last seen {seen_s:.0f} s ago")
+        figures = f"round {device['applied_round']}{peak}{heat}, last seen {seen_s:.0f} s ago"
+        print(f"  {device['name']:<32} {state:<10} {figures}")
 
 
 def _show_checkpoints(answer: dict[str, Any]) -> None:

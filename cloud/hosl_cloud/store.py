@@ -94,6 +94,7 @@ _MIGRATIONS = (
     "UPDATE runs SET queued_at = created_at;"
     "ALTER TABLE devices ADD COLUMN last_seen REAL NOT NULL DEFAULT 0;"
     "UPDATE devices SET last_seen = joined_at;"
+    "ALTER TABLE devices ADD COLUMN temperature_c REAL;"
     "CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, "
     "level TEXT NOT NULL, text TEXT NOT NULL);"
     "CREATE INDEX events_of_run ON events (run, id);",
@@ -499,7 +500,7 @@ class Store:
         with self._transaction() as database:
             database.executemany(
                 "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
-                "sent_bytes = ?, received_bytes = ?, last_seen = ? WHERE run = ? AND name = ?",
+                "sent_bytes = ?, received_bytes = ?, temperature_c = ?, last_seen = ? WHERE run = ? AND name = ?",
                 [
                     (
                         report.applied_round,
@@ -508,6 +509,7 @@ class Store:
                         report.anonymous_bytes,
                         report.sent_bytes,
                         report.received_bytes,
+                        report.temperature_c,
                         time.time(),
                         report.run,
                         name,

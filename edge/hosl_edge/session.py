@@ -22,6 +22,7 @@ from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, DataError, NoRun, RefusedError, SnapshotError
 from hosl_edge.fetch import fetch_snapshot
+from hosl_edge.health import read_health
 from hosl_edge.memory import read_memory
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
 from hosl_protocol import (
@@ -358,6 +359,7 @@ class Session:
                 anonymous_bytes=memory.anonymous,
                 sent_bytes=self.progress.sent_bytes,
                 received_bytes=self.progress.received_bytes,
+                temperature_c=read_health().temperature_c,
             )
         )
 

@@ -33,6 +33,7 @@ Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Exponent: TypeAlias = Annotated[int, msgspec.Meta(ge=-200, le=200)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
+Celsius: TypeAlias = Annotated[float, msgspec.Meta(ge=-273.15, le=1000.0)]
 Plan: TypeAlias = Literal["continue", "rebuild", "snapshot", "rewind"]
 
 
@@ -248,6 +249,8 @@ class Report(_Message, kw_only=True, frozen=True, tag="report"):
     """Resident memory that no file backs, now."""
     sent_bytes: Count
     received_bytes: Count
+    temperature_c: Celsius | None = None
+    """Of the hottest part; null where the device has no sensor."""
 
 
 class Complete(_Message, kw_only=True, frozen=True, tag="complete"):

@@ -199,7 +199,7 @@ FIELDS = {
     Late: {**round_fields, "answer": names},
     Report: {
         **standing, "step_seconds": numbers, "peak_rss_bytes": counts, "anonymous_bytes": counts,
-        "sent_bytes": counts, "received_bytes": counts,
+        "sent_bytes": counts, "received_bytes": counts, "temperature_c": st.none() | st.floats(-273.0, 1000.0),
     },
     Complete: {
         "run": names, "round": rounds, "reason": st.sampled_from(["completed", "stopped-early", "stopped", "failed"]),

@@ -105,6 +105,7 @@ function showDevices({ members, waits_for: waiting }) {
       count(device.applied_round),
       `${count(device.train_examples)} + ${count(device.eval_examples)}`,
       bytes(device.peak_rss_bytes),
+      device.temperature_c === null ? "–" : `${device.temperature_c.toFixed(0)} °C`,
       duration(device.step_seconds),
       bytes(device.sent_bytes),
       bytes(device.received_bytes),
