@@ -24,6 +24,11 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: they take longest, and no worker should be left alone with one at the end."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 def save_tokenizer(folder: Path) -> dict[str, Any]:
     """Write a word-level tokenizer; what a model's configuration must say to fit it."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -169,11 +169,11 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     assert site.finish() == 0
 
 
-@pytest.mark.parametrize("bundle", ["absent", "../cloud/bundles/one", "/etc", "one/shard", ""])
-def test_a_run_takes_bundles_from_the_services_folder_alone(site: Site, bundle: str) -> None:
+def test_a_run_takes_bundles_from_the_services_folder_alone(site: Site) -> None:
     config = site.folder / "run.toml"
     config.write_text(TASK, encoding="utf-8")
-    error = site.run("run", "start", "--bundle", bundle, "--config", str(config), code=ExitCode.REFUSED)
-    assert error.count("\n") == 1
-    assert "bundle" in error
+    for bundle in ("absent", "../cloud/bundles/one", "/etc", "one/shard", ""):
+        error = site.run("run", "start", "--bundle", bundle, "--config", str(config), code=ExitCode.REFUSED)
+        assert error.count("\n") == 1, bundle
+        assert "bundle" in error, bundle
     assert site.ask("run", "list") == {"runs": []}
