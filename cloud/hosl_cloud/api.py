@@ -244,7 +244,8 @@ class Api:
 
     async def _checkpoints(self, call: Call) -> CheckpointList:
         found = await asyncio.to_thread(list_checkpoints, self._folder(call))
-        return CheckpointList([_describe(checkpoint) for checkpoint in found])
+        described = [_describe(checkpoint) for checkpoint in found]
+        return CheckpointList([each for each in described if each is not None])
 
     async def _checkpoint(self, call: Call) -> Path:
         round_, found = call.path["round"], await asyncio.to_thread(list_checkpoints, self._folder(call))
@@ -307,12 +308,17 @@ class Api:
         ]
 
 
-def _describe(checkpoint: Checkpoint) -> CheckpointFile:
+def _describe(checkpoint: Checkpoint) -> CheckpointFile | None:
+    """None for one that was pruned meanwhile."""
     info, metrics = checkpoint.info, checkpoint.info.metrics
+    try:
+        size_bytes = checkpoint.path.stat().st_size
+    except FileNotFoundError:
+        return None
     return CheckpointFile(
         info.round,
         info.epoch,
-        checkpoint.path.stat().st_size,
+        size_bytes,
         info.sha256,
         None if metrics is None else metrics.loss,
         None if metrics is None else _accuracy(metrics),

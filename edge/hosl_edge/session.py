@@ -254,7 +254,7 @@ class Session:
         elif isinstance(message, EvalStart):
             return await self._evaluate(message)
         elif isinstance(message, Late):
-            self.display.say(f"its {message.answer} of round {message.round} came too late and was left out")
+            self._show_late(message)
         else:
             log.info("late %s ignored", name_of(message))
         return None
@@ -262,6 +262,9 @@ class Session:
     def _is_repeat(self, message: Message) -> bool:
         """Whether this start was the last one on this connection."""
         return isinstance(message, (RoundStart, EvalStart)) and self._started == message
+
+    def _show_late(self, message: Late) -> None:
+        self.display.say(f"its {message.answer} of round {message.round} came too late and was left out")
 
     async def _join(self, welcome: Welcome) -> Frame | None:
         if welcome.width != self.device.manifest.width:
@@ -461,6 +464,8 @@ class Session:
             named = (message.run, message.epoch, message.round, message.attempt)
             if named != (context.run, context.epoch, context.round, context.attempt):
                 log.info("%s of another attempt is dropped", name_of(message))
+                if isinstance(message, Late):
+                    self._show_late(message)
             elif isinstance(message, Late):
                 raise _Superseded(frame)
             elif (type(message), message.id) == (expected.kind, expected.id):

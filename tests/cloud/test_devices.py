@@ -85,7 +85,7 @@ def test_a_device_is_added_listed_and_revoked(
         assert ["revoked" in row for row in rows] == [True, False, False]
         assert await cli(service, "list", "--json") == 0
         listed = json.loads(capsys.readouterr().out)["devices"]
-        assert {key for device in listed for key in device} == {"name", "created_at", "revoked_at"}
+        assert {key for device in listed for key in device} == {"name", "created_at", "revoked_at", "bundle"}
         assert await cli(service, "revoke", "nobody") == 6
         assert "refused: no device 'nobody' has a token" in capsys.readouterr().err
 

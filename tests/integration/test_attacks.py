@@ -260,7 +260,7 @@ async def another_sites_page(target: Target) -> None:
 
 NO_REQUESTS = (
     b"\x00" * 5000,
-    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /v1/runs HTTP/9.9\r\n\r\n",
     b"GET /v1/device HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20000,
     b"GET /" + b"a" * 100_000,
     b"POST /v1/devices HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
