@@ -18,6 +18,8 @@ from hosl_cloud.settings import parse_config
 from hosl_cloud.store import Evaluation, RunRow
 from hosl_protocol import load_manifest
 
+STOP_WAIT_S = 10.0
+"""Longest wait for a run's round to end; the answer then says that it still runs."""
 AFTER = Query("after", 0, 10**12, "Only what comes after this one.")
 MOST = Query("most", 1000, 10_000, "How many, from the first of these on.")
 
@@ -179,6 +181,7 @@ class Api:
         """`bundles` is the folder that bundles of new runs are in; `drain` tells the service to leave."""
         self._runs, self._store = runs, runs.store
         self._bundles, self._drain = bundles, drain
+        self._stopping: set[asyncio.Task[None]] = set()
 
     def operations(self) -> list[Operation]:
         """All of them."""
@@ -221,7 +224,12 @@ class Api:
         self._runs.remove(call.path["run"])
 
     async def _stop(self, call: Call) -> RunStatus:
-        await self._runs.stop(call.path["run"])
+        stopping = asyncio.create_task(self._runs.stop(call.path["run"]))
+        self._stopping.add(stopping)
+        stopping.add_done_callback(self._stopping.discard)
+        done, _ = await asyncio.wait({stopping}, timeout=STOP_WAIT_S)
+        for task in done:
+            task.result()
         return self._status(call.path["run"])
 
     async def _resume(self, call: Call) -> RunStatus:

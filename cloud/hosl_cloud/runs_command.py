@@ -36,12 +36,14 @@ def add_run(parser: Parser) -> None:
     _add(commands, "list", "show all runs", lambda client, _: client.request("GET", "/v1/runs"), _show_runs)
     for name, method, path, text in (
         ("show", "GET", "", "show a run and its devices"),
-        ("stop", "POST", "/stop", "end a run after its round; it can go on later"),
         ("resume", "POST", "/resume", "go on with a run that has stopped"),
         ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
     ):
         command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
         command.add_argument("run", metavar="RUN")
+
+    stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_run)
+    stop.add_argument("run", metavar="RUN")
 
 
 def add_log(parser: Parser) -> None:
@@ -111,6 +113,15 @@ def _on_run(method: str, more: str) -> Command:
 def _start(client: ApiClient, options: argparse.Namespace) -> Any:
     body = {"bundle": options.bundle, "config": read_config(options.config, options.overrides)}
     return client.request("POST", "/v1/runs", body)
+
+
+def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
+    """Wait for the end of the round, however long it takes."""
+    shown = client.request("POST", _path(options.run, "/stop"))
+    while shown["state"] in ("pending", "running"):
+        time.sleep(FOLLOW_S)
+        shown = client.request("GET", _path(options.run))
+    return shown
 
 
 def _log(options: argparse.Namespace) -> int:
