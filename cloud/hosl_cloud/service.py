@@ -84,8 +84,9 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         return _bundle_file(slot, request.path_params["path"])
 
     async def snapshot(request: Request) -> Response:
-        slot = runs.slot_of(request.path_params["run"])
-        coordinator = slot.coordinator if slot is not None else None
+        slot, bundle = runs.slot_of(request.path_params["run"]), request.state.caller.bundle
+        is_its_own = slot is not None and bundle in ("", slot.bundle.name)
+        coordinator = slot.coordinator if slot is not None and is_its_own else None
         path = coordinator.snapshots.path(request.path_params["round"]) if coordinator is not None else None
         # One that was replaced since the Welcome is gone: the device connects again and is offered a newer one.
         return Response(status_code=404) if path is None else FileResponse(path, media_type=BYTES)

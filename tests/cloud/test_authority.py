@@ -33,6 +33,7 @@ def handshake(authority: Authority, host: str, ca: Path | None = None) -> None:
     for end in ends * 3:
         with contextlib.suppress(ssl.SSLWantReadError):
             end.do_handshake()
+    assert ends[0].getpeercert(), "the handshake did not come to its end"
 
 
 @pytest.mark.parametrize("host", [*NAMES, "localhost", "127.0.0.1", "::1", socket.gethostname()])

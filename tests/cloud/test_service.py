@@ -227,6 +227,9 @@ def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_
                 "/v1/snapshot/run-1/x",
             ):
                 assert (await get(service, absent, Authorization=token))[0] == 404, absent
+            for name, bundle, expected in (("own", here.bundle.name, 200), ("other", "another", 404)):
+                secret = service.guard.access.add(name, bundle)
+                assert (await get(service, path, Authorization=f"Bearer {secret}"))[0] == expected, name
 
     run(test)
 

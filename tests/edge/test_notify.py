@@ -61,13 +61,6 @@ def test_a_listener_that_does_not_listen_holds_nothing_up(systemd: socket.socket
     assert longest_s < 2.0
 
 
-def test_without_systemd_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    notify("READY=1")
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "absent"))
-    notify("READY=1")
-
-
 def beats(listener: socket.socket, seconds: float, stall_timeout_s: float, work_s: float, ticks: bool) -> list[str]:
     """What is heard of an event loop that waits, with `work_s` of work in a thread that may tick."""
     let_go = threading.Event()
