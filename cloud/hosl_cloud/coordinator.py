@@ -154,7 +154,7 @@ class Coordinator:
             self._roster = self.fleet.ready_names()
             await asyncio.to_thread(self.store.set_roster, self.run.id, self._roster)
         if not self._is_stopping:
-            await self._evaluate()
+            await (self._evaluate() if self.config.evaluation.start else self._checkpoint(None))
 
     async def _pause(self) -> Paused:
         """Leave everything so that a later service goes on with this round."""

@@ -61,8 +61,10 @@ def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
     """Raise AdapterError where the run changed more than adapters, which alone could then not carry the result."""
     if info.config.tail.train != "lora":
         raise AdapterError(f"the tail trained {info.config.tail.train!r}, an adapter needs tail.train = 'lora'")
-    if manifest.train not in ("lora", "none"):
-        raise AdapterError(f"the device trained {manifest.train!r}, an adapter needs a bundle of --train lora or none")
+    if manifest.train not in ("lora", "lora-b", "none"):
+        raise AdapterError(
+            f"the device trained {manifest.train!r}, an adapter needs a bundle of --train lora, lora-b or none"
+        )
 
 
 def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: State) -> State:

@@ -63,6 +63,8 @@ class EvaluationSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unkno
     """Rounds between evaluations; 0 evaluates only at the end. Devices without held-out data are left out."""
     patience: int = 0
     """Evaluations without improvement after which the run stops; 0 never stops early."""
+    start: bool = True
+    """Also before the first round."""
 
 
 class CheckpointSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -33,9 +33,10 @@ def _parser() -> argparse.ArgumentParser:
         "--train",
         default="lora",
         choices=get_args(TrainMode),
-        help="what the device trains: nothing, adapters, norms and biases, whole blocks, or embeddings too "
-        "(default: %(default)s)",
+        help="what the device trains: nothing, adapters, only their B, norms and biases, whole blocks, or embeddings "
+        "too (default: %(default)s)",
     )
+    parser.add_argument("--train-blocks", type=int, metavar="N", help="only in the device's first N blocks")
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -59,6 +60,7 @@ def _export(options: argparse.Namespace) -> int:
         split=options.split,
         out=options.out,
         train=options.train,
+        train_blocks=options.train_blocks,
         max_length=options.max_length,
         revision=options.revision,
         seed=options.seed,

@@ -20,7 +20,7 @@ from hosl_export.loading import Source, find_source, load_config, load_model
 from hosl_export.lora import inject_lora
 from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
-from hosl_export.trainable import put_on_lattice
+from hosl_export.trainable import put_on_lattice, uses_lora
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.manifest import LoraEntry, Manifest, TrainMode
 
@@ -39,6 +39,8 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """The bundle's folder, which must not exist."""
     train: TrainMode = "lora"
     """What the device trains."""
+    train_blocks: int | None = None
+    """Only in the first so many blocks of the device, 1 to `split`; None for all of them."""
     max_length: int | None = None
     """Longest input in tokens, 2 to the model's positions; None for 512, or the model's positions if fewer."""
     revision: str | None = None
@@ -73,11 +75,11 @@ def _write(
     with step("loading the weights"):
         model = load_model(source, config=config, seed=settings.seed)
     client, tail = client_half(model, settings.split, given.image), tail_half(model, settings.split)
-    lora = LoraEntry(targets=family.lora_targets) if settings.train == "lora" else None
+    lora = LoraEntry(targets=family.lora_targets) if uses_lora(settings.train) else None
     if lora is not None:
         inject_lora(client, lora, family, settings.seed)
     files.check_space(folder, _count_bytes(client) + _count_bytes(tail))
-    tensors, largest_change = put_on_lattice(client, settings.train)
+    tensors, largest_change = put_on_lattice(client, settings.train, settings.train_blocks)
     facts = given.facts(client)
     with step("computing reference outputs"):
         references = compute_references(model, given.cases(model.config))
@@ -114,9 +116,19 @@ def _check_settings(settings: ExportSettings, config: Any) -> None:
     blocks = family.count_blocks(config)
     if not 1 <= settings.split < blocks:
         raise SettingsError("split", settings.split, f"the model has {blocks} blocks, use 1 to {blocks - 1}")
-    if settings.train == "lora" and not family.lora_targets:
+    if uses_lora(settings.train) and not family.lora_targets:
         remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
         raise SettingsError("train", settings.train, remedy)
+    if settings.train_blocks is not None:
+        _check_train_blocks(settings)
+
+
+def _check_train_blocks(settings: ExportSettings) -> None:
+    if not 1 <= settings.train_blocks <= settings.split:
+        remedy = f"the device has {settings.split} blocks, use 1 to {settings.split}"
+        raise SettingsError("train-blocks", settings.train_blocks, remedy)
+    if settings.train in ("none", "all"):
+        raise SettingsError("train-blocks", settings.train_blocks, f"--train {settings.train} is not about blocks")
 
 
 def _count_bytes(half: ClientHalf | Tail) -> int:

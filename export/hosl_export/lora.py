@@ -47,6 +47,11 @@ def is_lora(name: str) -> bool:
     return name.endswith((_A, _B))
 
 
+def is_lora_b(name: str) -> bool:
+    """Whether this is the plain name of an adapter's B, which starts from zero."""
+    return name.endswith(_B)
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state under plain names, with or without adapters; tensors are shared, not copied."""
     return {plain_name(name): tensor for name, tensor in model.state_dict().items()}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hosl_export.families import Family
 from hosl_export.halves import ClientHalf
-from hosl_export.lora import is_lora, plain_name, plain_state
+from hosl_export.lora import is_lora, is_lora_b, plain_name, plain_state
 from hosl_protocol.lattice import exponent_for, round_to_lattice
 from hosl_protocol.manifest import TensorEntry, TrainMode
 
@@ -25,9 +25,18 @@ def plain_tensors(half: ClientHalf) -> dict[str, Tensor]:
     return parameters | {name: tensor for name, tensor in plain_state(half.model).items() if name not in parameters}
 
 
-def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family) -> bool:
-    """Whether `--train mode` moves the parameter with this plain name."""
+def uses_lora(mode: TrainMode) -> bool:
+    """Whether `--train mode` puts adapters in."""
+    return mode in ("lora", "lora-b")
+
+
+def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blocks: int | None = None) -> bool:
+    """Whether `--train mode --train-blocks blocks` moves the parameter with this plain name."""
     is_in_block = name.startswith(f"{family.blocks}.")
+    if blocks is not None and not (is_in_block and _block_of(name, family) < blocks):
+        return False
+    if mode == "lora-b":
+        return is_lora_b(name)
     if mode == "lora":
         return is_lora(name)
     if mode == "norm":
@@ -38,7 +47,13 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family) -> 
     return mode == "all"
 
 
-def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry, ...], float]:
+def _block_of(name: str, family: Family) -> int:
+    return int(name.removeprefix(f"{family.blocks}.").partition(".")[0])
+
+
+def put_on_lattice(
+    half: ClientHalf, mode: TrainMode, blocks: int | None = None
+) -> tuple[tuple[TensorEntry, ...], float]:
     """Round what trains to its lattice, in place. Returns the manifest's entries and the largest change of a weight.
 
     The tensors are the uncut model's own, so its outputs after this call are those of the rounded weights.
@@ -46,7 +61,7 @@ def put_on_lattice(half: ClientHalf, mode: TrainMode) -> tuple[tuple[TensorEntry
     entries, largest_change = [], 0.0
     for name, tensor in plain_tensors(half).items():
         exponent = None
-        if isinstance(tensor, nn.Parameter) and is_trainable(name, tensor, mode, half.family):
+        if isinstance(tensor, nn.Parameter) and is_trainable(name, tensor, mode, half.family, blocks):
             values = tensor.detach().numpy()
             exponent = exponent_for(float(np.abs(values).max()))
             rounded = round_to_lattice(values, exponent)

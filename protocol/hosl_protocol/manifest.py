@@ -23,7 +23,7 @@ SHARD_TOKENIZER = "shard/tokenizer.json"
 TAIL_CONFIG = "tail/config.json"
 TAIL_WEIGHTS = "tail/tail.safetensors"
 
-TrainMode = Literal["none", "lora", "norm", "blocks", "all"]
+TrainMode = Literal["none", "lora", "lora-b", "norm", "blocks", "all"]
 
 
 class BundleError(HoslError):

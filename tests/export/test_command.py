@@ -56,6 +56,15 @@ def test_split_outside_the_model_is_refused(export, capsys, tmp_path, split: str
     _assert_refused(capsys, tmp_path, "split", split, "use 1 to 3")
 
 
+@pytest.mark.parametrize(
+    ("train", "blocks", "remedy"),
+    [("norm", "0", "use 1 to 1"), ("norm", "2", "use 1 to 1"), ("all", "1", "not about blocks")],
+)
+def test_train_blocks_that_make_no_sense_are_refused(export, capsys, tmp_path, train, blocks, remedy) -> None:
+    assert export("--train", train, "--train-blocks", blocks) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "train-blocks", blocks, remedy)
+
+
 @pytest.mark.parametrize("length", ["1", "-5", "49"])
 def test_length_beyond_the_positions_is_refused(export, capsys, tmp_path, length: str) -> None:
     assert export("--max-length", length) == ExitCode.SETTINGS

@@ -9,7 +9,7 @@ from tiny import make_model
 from hosl_export.families import find_family
 from hosl_export.halves import client_half
 from hosl_export.lora import inject_lora
-from hosl_export.trainable import plain_parameters, put_on_lattice
+from hosl_export.trainable import plain_parameters, put_on_lattice, uses_lora
 from hosl_export.weights import read_tensors
 from hosl_protocol.lattice import exponent_for, is_on_lattice, spacing
 from hosl_protocol.manifest import LoraEntry
@@ -17,6 +17,7 @@ from hosl_protocol.manifest import LoraEntry
 EXPECTED = {
     "none": lambda name, ndim: False,
     "lora": lambda name, ndim: ".lora_" in name,
+    "lora-b": lambda name, ndim: ".lora_B" in name,
     "norm": lambda name, ndim: ".layers." in name and ndim == 1,
     "blocks": lambda name, ndim: ".layers." in name and ".lora_" not in name,
     "all": lambda name, ndim: True,
@@ -27,12 +28,24 @@ EXPECTED = {
 def test_mode_says_which_tensors_train(mode) -> None:
     model = make_model("opt")
     client = client_half(model, 2)
-    if mode == "lora":
+    if uses_lora(mode):
         inject_lora(client, LoraEntry(targets=("q_proj", "v_proj")), client.family, seed=0)
     entries, _ = put_on_lattice(client, mode)
     expected = {name for name, tensor in plain_parameters(client).items() if EXPECTED[mode](name, tensor.ndim)}
     assert {entry.name for entry in entries if entry.trainable} == expected
     assert bool(expected) == (mode != "none")
+
+
+@pytest.mark.parametrize("mode", ["lora", "norm", "blocks"])
+def test_train_blocks_keeps_training_to_the_first_blocks(mode) -> None:
+    client = client_half(make_model("opt"), 2)
+    if uses_lora(mode):
+        inject_lora(client, LoraEntry(targets=("q_proj", "v_proj")), client.family, seed=0)
+    entries, _ = put_on_lattice(client, mode, blocks=1)
+    names = plain_parameters(client)
+    allowed = {name for name, tensor in names.items() if EXPECTED[mode](name, tensor.ndim)}
+    expected = {name for name in allowed if ".layers.0." in name}
+    assert {entry.name for entry in entries if entry.trainable} == expected < allowed
 
 
 @pytest.mark.parametrize("mode", ["norm", "blocks", "all"])

@@ -150,8 +150,16 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert [int(row["round"]) for row in rows] == [0, 1, 2, 3, 4]
     assert float(rows[-1]["accuracy"]) == summary["final_accuracy"]
     assert int(rows[-1]["wire_bytes"]) == summary["wire_bytes"] > 0
+    assert rows[0]["accuracy"]
     merged = ["merge", summary["run"], "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "data")]
     assert cloud_main(merged) == 0
+
+
+def test_a_run_may_begin_without_an_evaluation(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    settings = configure(rounds=2, evaluation={"every": 0, "start": False})
+    store = run_simulated(make_bundle("norm", 2), tmp_path / "run", settings)
+    assert [evaluation.round for evaluation in store.evaluations("run-1")] == [2]
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""What hybrid-order training is worth: methods x tasks x splits x seeds, through `hosl-cloud simulate`.
+
+python examples/study/study.py examples/study/settings/minilm.toml --data DIR
+
+It tunes on training data, runs what is missing, and writes a table, curves and a report. Stop it at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from cells import Workshop, choose, run_cells
+from plan import read_study, study_cells, tuning_cells
+from report import write_results
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Tune, run, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, nargs="+", help="what to study: settings/*.toml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' data, one folder a task")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="models, bundles, runs (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="tables and curves (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds this")
+    parser.add_argument("--report", action="store_true", help="only write the report of what has run")
+    options = parser.parse_args()
+    for path in options.settings:
+        shop = Workshop(read_study(path), path.stem, options.data, options.work, options.jobs)
+        tuned = tuning_cells(shop.study)
+        if not options.report:
+            run_cells(shop, [cell for cell in tuned if options.only in cell.name])
+        cells = study_cells(shop.study, choose(shop, tuned))
+        if not options.report:
+            run_cells(shop, [cell for cell in cells if options.only in cell.name])
+        write_results(shop, tuned, cells, options.results)
+
+
+if __name__ == "__main__":
+    main()
