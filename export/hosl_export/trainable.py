@@ -32,23 +32,25 @@ def uses_lora(mode: TrainMode) -> bool:
 
 def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blocks: int | None = None) -> bool:
     """Whether `--train mode --train-blocks blocks` moves the parameter with this plain name."""
-    is_in_block = name.startswith(f"{family.blocks}.")
-    if blocks is not None and not (is_in_block and _block_of(name, family) < blocks):
+    block = _block_of(name, family)
+    if blocks is not None and block >= blocks:
         return False
-    if mode == "lora-b":
-        return is_lora_b(name)
     if mode == "lora":
         return is_lora(name)
+    if mode == "lora-b":
+        return is_lora_b(name)
     if mode == "norm":
         # Norms and biases are exactly what has one dimension.
-        return is_in_block and tensor.ndim == 1
+        return tensor.ndim == 1
     if mode == "blocks":
-        return is_in_block
+        return block >= 0
     return mode == "all"
 
 
 def _block_of(name: str, family: Family) -> int:
-    return int(name.removeprefix(f"{family.blocks}.").partition(".")[0])
+    """The block's number, -1 for what comes before the first."""
+    place, _, _ = name.removeprefix(f"{family.blocks}.").partition(".")
+    return int(place) if name.startswith(f"{family.blocks}.") else -1
 
 
 def put_on_lattice(

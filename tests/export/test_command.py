@@ -58,7 +58,7 @@ def test_split_outside_the_model_is_refused(export, capsys, tmp_path, split: str
 
 @pytest.mark.parametrize(
     ("train", "blocks", "remedy"),
-    [("norm", "0", "use 1 to 1"), ("norm", "2", "use 1 to 1"), ("all", "1", "not about blocks")],
+    [("norm", "0", "use 1 to 1"), ("norm", "2", "use 1 to 1"), ("none", "1", "trains no block")],
 )
 def test_train_blocks_that_make_no_sense_are_refused(export, capsys, tmp_path, train, blocks, remedy) -> None:
     assert export("--train", train, "--train-blocks", blocks) == ExitCode.SETTINGS
