@@ -120,15 +120,15 @@ def _check_settings(settings: ExportSettings, config: Any) -> None:
         remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
         raise SettingsError("train", settings.train, remedy)
     if settings.train_blocks is not None:
-        _check_train_blocks(settings)
+        _check_train_blocks(settings, settings.train_blocks)
 
 
-def _check_train_blocks(settings: ExportSettings) -> None:
-    if not 1 <= settings.train_blocks <= settings.split:
+def _check_train_blocks(settings: ExportSettings, blocks: int) -> None:
+    if not 1 <= blocks <= settings.split:
         remedy = f"the device has {settings.split} blocks, use 1 to {settings.split}"
-        raise SettingsError("train-blocks", settings.train_blocks, remedy)
+        raise SettingsError("train-blocks", blocks, remedy)
     if settings.train == "none":
-        raise SettingsError("train-blocks", settings.train_blocks, "--train none trains no block")
+        raise SettingsError("train-blocks", blocks, "--train none trains no block")
 
 
 def _count_bytes(half: ClientHalf | Tail) -> int:
