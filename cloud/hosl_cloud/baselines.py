@@ -72,11 +72,12 @@ class FirstOrderClient:
         reply = yield step.Receive(CutGradient)
         assert reply is not None
         assert isinstance(reply.message, CutGradient)
-        self._backward(batch, np.ldexp(reply.tensors["lambda"], reply.message.exponent))
+        self.backward(batch, np.ldexp(reply.tensors["lambda"], reply.message.exponent))
         self._count_aggregation()
         yield step.Send(Projections(**context.name(1)), {"projections": np.zeros(1, np.float32)})
 
-    def _backward(self, batch: AnyBatch, lambda_TD: Floats) -> None:
+    def backward(self, batch: AnyBatch, lambda_TD: Floats) -> None:
+        """Add this batch's gradient to what `apply` averages."""
         weight = float(len(batch.lengths_B)) if self.config.devices.weighting == "examples" else 1.0
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs(slice(None)).items()}
         names = ("pixel_values",) if self.half.image is not None else ("input_ids", "attention_mask")

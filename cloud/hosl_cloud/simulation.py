@@ -21,6 +21,7 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exchange import Ask, Tally
 from hosl_cloud.partition import Partition, Places
 from hosl_cloud.run import Ending, Run
+from hosl_cloud.settings import RunConfig
 from hosl_edge import step
 from hosl_edge.data import AnyBatch, AnyDataset, load_dataset
 from hosl_edge.images import load_images
@@ -35,6 +36,7 @@ from hosl_protocol import (
     FrameReader,
     FromCloud,
     FromEdge,
+    Manifest,
     Message,
     RoundStart,
     RunSettings,
@@ -79,28 +81,30 @@ def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site
     settings, manifest = run.settings, run.manifest
     shard = Shard(run.bundle, manifest, threads)
     weights = make_client_weights(manifest, shard.weights, settings, threads)
-    train, evaluated = _open_data(run, data), None if held_out is None else _open_data(run, held_out)
+    train = open_data(run.bundle, manifest, settings, data)
+    evaluated = None if held_out is None else open_data(run.bundle, manifest, settings, held_out)
     shard.open()
     shard.max_length = settings.max_length
     shard.rows = preferred_rows(settings, manifest.image)
     if run.config.baseline == "first-order":
-        client = _load_first_order(run, shard)
+        client = load_first_order(run.bundle, run.config, shard)
         return Site(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
     take_step = step.ROUNDS[settings.algorithm]
     return Site(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
 
 
-def _load_first_order(run: Run, shard: Shard) -> FirstOrderClient:
-    half = load_client(run.bundle, run.manifest, read_tensors(run.bundle / SHARD_WEIGHTS))
-    share_weights(half, shard.weights, {entry.name for entry in run.manifest.trainable})
-    return FirstOrderClient(half, run.config)
+def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrderClient:
+    """The client half as a torch module over the shard's own weights."""
+    half = load_client(bundle, shard.manifest, read_tensors(bundle / SHARD_WEIGHTS))
+    share_weights(half, shard.weights, {entry.name for entry in shard.manifest.trainable})
+    return FirstOrderClient(half, config)
 
 
-def _open_data(run: Run, path: Path) -> AnyDataset:
-    settings, manifest = run.settings, run.manifest
+def open_data(bundle: Path, manifest: Manifest, settings: RunSettings, path: Path) -> AnyDataset:
+    """A data file, as a device reads it. Raises DataError."""
     if manifest.image is not None:
         return load_images(path, settings.task, manifest.image, manifest.max_length)
-    tokenizer = Tokenizer.from_file(str(run.bundle / SHARD_TOKENIZER))
+    tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
     return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id)
 
 

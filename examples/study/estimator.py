@@ -1,0 +1,172 @@
+"""How much of the device's gradient an estimate holds: P projections against the gradient that torch computes.
+
+python examples/study/estimator.py examples/study/settings/smollm2.toml --data DIR [--directions 32]
+
+One batch of the training data at the weights where training begins, for each task, split and set of trained weights of
+a settings file. An estimate from P directions has the cosine sqrt(P / (d_c + P - 1)) with the gradient if nothing but
+the dimension stands in its way; what is missing to it is the finite step μ, and float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from plan import Cell, merge, read_study
+from sources import export_bundle, prepare_data
+
+from hosl_cloud.settings import parse_config
+from hosl_cloud.simulation import load_first_order, open_data
+from hosl_cloud.trainer import TailTrainer
+from hosl_edge.shard import Shard
+from hosl_export.lora import plain_name
+from hosl_protocol import ClientWeights, ProbePoint, RunSettings, direction, load_manifest, make_client_weights
+
+HERE = Path(__file__).parent
+GROUPS = (1, 2, 8, 32, 128)
+COLUMNS = (
+    "task",
+    "split",
+    "trains",
+    "trained",
+    "gradient_norm",
+    "rms",
+    "step",
+    "correlation",
+    "directions",
+    "cosine",
+    "limit",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One batch, the device's half that probes, and the gradient that the probes estimate."""
+
+    shard: Shard
+    weights: ClientWeights
+    batch: Any
+    settings: RunSettings
+    lambda_TD: np.ndarray
+    gradient: np.ndarray
+    """∂loss/∂θ_c [d_c], tensor after tensor in the order of directions."""
+
+    def direction(self, number: int) -> np.ndarray:
+        """u_p [d_c]."""
+        parts = self.shard.manifest.trainable
+        return np.concatenate(
+            [
+                direction(self.settings.seed, 1, number, place, int(np.prod(part.shape)))
+                for place, part in enumerate(parts)
+            ]
+        )
+
+    def slope(self, number: int) -> float:
+        """⟨λ, f(θ + μu_p) − f(θ − μu_p)⟩ / 2μ, as a device with the midpoint anchor measures it."""
+        values = []
+        for sign in (+1, -1):
+            self.weights.probe(ProbePoint(1, number, sign))
+            set_TD = self.shard.activations(self.batch, np.empty_like(self.lambda_TD))
+            values.append(float(np.vdot(self.lambda_TD, set_TD)))
+        self.weights.probe(None)
+        return (values[0] - values[1]) / (2.0 * self.settings.probe_step)
+
+
+def open_site(bundle: Path, data: Path, run: dict[str, Any]) -> Site:
+    """Load both halves, and compute the gradient of one batch."""
+    manifest, threads = load_manifest(bundle), torch.get_num_threads()
+    config = parse_config(run, manifest)
+    settings = config.wire_settings()
+    shard = Shard(bundle, manifest, threads)
+    weights = make_client_weights(manifest, shard.weights, settings, threads)
+    shard.open()
+    shard.max_length, shard.rows = settings.max_length, settings.batch_size
+    dataset = open_data(bundle, manifest, settings, data)
+    batch = dataset.batch(np.arange(settings.batch_size))
+    clean_TD = shard.activations(batch, np.empty((batch.tokens, manifest.width), np.float32))
+    result = TailTrainer(bundle, manifest, config).forward_backward(clean_TD, batch.lengths_B, batch.labels_N)
+    assert result.cut_gradient_TD is not None
+    client = load_first_order(bundle, config, shard)
+    client.backward(batch, result.cut_gradient_TD)
+    found = {plain_name(name): value.grad for name, value in client.half.model.named_parameters()}
+    parts = [found[entry.name] for entry in manifest.trainable]
+    gradient = np.concatenate([part.numpy().reshape(-1) for part in parts if part is not None])
+    return Site(shard, weights, batch, settings, result.cut_gradient_TD, gradient)
+
+
+def measure(site: Site, count: int) -> Iterator[dict[str, float]]:
+    """Correlation of `count` measured slopes with the true ones, and cosines of estimates from some."""
+    d_c, norm = len(site.gradient), float(np.linalg.norm(site.gradient))
+    facts = {"trained": d_c, "gradient_norm": norm, "rms": norm / d_c**0.5, "step": site.settings.probe_step}
+    slopes = np.array([site.slope(number) for number in range(count)])
+    true = np.array([float(site.gradient @ site.direction(number)) for number in range(count)])
+    correlation = float(np.corrcoef(slopes, true)[0, 1])
+    for size in (size for size in GROUPS if size <= count):
+        cosines = [
+            _cosine(site, slopes[first : first + size], true[first : first + size], first)
+            for first in range(0, count - size + 1, size)
+        ]
+        limit = (size / (d_c + size - 1)) ** 0.5
+        yield facts | {
+            "correlation": correlation,
+            "directions": size,
+            "cosine": float(np.mean(cosines)),
+            "limit": limit,
+        }
+
+
+def _cosine(site: Site, slopes: np.ndarray, true: np.ndarray, first: int) -> float:
+    """Of Σ slope_p u_p with the gradient."""
+    estimate = np.zeros_like(site.gradient)
+    for number, slope in enumerate(slopes, first):
+        estimate += np.float32(slope) * site.direction(number)
+    return float(slopes @ true / (np.linalg.norm(estimate) * np.linalg.norm(site.gradient)))
+
+
+def main() -> None:
+    """Measure every task, split and set of weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="settings/*.toml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' data")
+    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--directions", type=int, default=32, help="probed in all (default: %(default)s)")
+    parser.add_argument("--steps", type=float, nargs="+", default=[1e-3], help="μ (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="examples (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", help="of the settings (default: all)")
+    options = parser.parse_args()
+    study = read_study(options.settings)
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{options.settings.stem}-estimator.csv"
+    trains = dict.fromkeys(method.train for method in study.methods.values() if method.train != "none")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for task, split, train in itertools.product(options.tasks or study.tasks, study.splits, trains):
+            bundle = export_bundle(study, split, train, options.data, options.work)
+            run = merge(study.run, study.tasks[task].run, {"batch_size": options.batch})
+            data, _ = prepare_data(study.tasks[task], Cell(task, split, "", "", 0, run), options.data, options.work)
+            for step in options.steps:
+                site = open_site(bundle, data, merge(run, {"probe_step": step}))
+                for row in measure(site, options.directions):
+                    writer.writerow({"task": task, "split": split, "trains": train} | rounded(row))
+                    print(task, split, train, " ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
+                file.flush()
+                site.weights.close()
+    print(f"the table is {path}")
+
+
+def rounded(row: dict[str, float]) -> dict[str, float]:
+    """Four digits are enough."""
+    return {key: float(f"{value:.4g}") for key, value in row.items()}
+
+
+if __name__ == "__main__":
+    main()
