@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from plan import Cell, Study, flattened, with_seed
 from sources import export_bundle, prepare_data, trained_count
@@ -95,6 +98,16 @@ def table_of(shop: Workshop, cell: Cell) -> list[dict[str, float]]:
         return []
     with path.open(encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def round_times(shop: Workshop, cells: Iterable[Cell]) -> dict[tuple[str, int, str], float]:
+    """Median seconds of a round by task, split and method, of the runs that were alone on the machine."""
+    times = {}
+    for cell in cells:
+        ends = [0.0, *(row["seconds"] for row in table_of(shop, cell) if "loss" in row)]
+        if len(ends) > 1:
+            times[cell.task, cell.split, cell.method] = statistics.median(np.diff(ends))
+    return times
 
 
 def choose(shop: Workshop, cells: Iterable[Cell]) -> dict[tuple[str, int, str], dict[str, Any]]:

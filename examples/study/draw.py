@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from report import Row
 
-AXES = (("round", 1.0, "round"), ("wire_bytes", 1e6, "MB on the wire"), ("seconds", 1.0, "seconds"))
+AXES = ("round", "MB on the wire", "seconds, alone on the machine")
 
 
 def draw_accuracy(title: str, rows: Sequence[Row], path: Path) -> None:
@@ -60,37 +60,41 @@ def draw_curves(title: str, rows: Sequence[Row], path: Path) -> None:
     places = list(dict.fromkeys(row.place for row in rows))
     methods = list(dict.fromkeys(row.cell.method for row in rows))
     colors = _colors(methods)
-    figure, axes = plt.subplots(
-        len(places), len(AXES), figsize=(13, 2.9 * len(places) + 1.2), squeeze=False, layout="constrained"
-    )
+    size = (13, 2.9 * len(places) + 1.2)
+    figure, axes = plt.subplots(len(places), len(AXES), figsize=size, squeeze=False, layout="constrained")
     for place, line in zip(places, axes, strict=True):
         for method in methods:
-            tables = [row.table for row in rows if row.place == place and row.cell.method == method and row.table]
-            for axis, (key, unit, name) in zip(line, AXES, strict=True):
-                _draw_method(axis, tables, key, unit, method, colors[method])
-                axis.set_xlabel(name, fontsize=8)
-                axis.grid(alpha=0.3)
-        line[1].set_xscale("log")
+            group = [row for row in rows if row.place == place and row.cell.method == method and row.table]
+            if group:
+                _draw_method(line, group, method, colors[method])
+        for axis, name in zip(line, AXES, strict=True):
+            axis.set_xlabel(name, fontsize=8)
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
         line[0].set_ylabel("training loss", fontsize=8)
         line[0].set_title(_name(place), fontsize=10, loc="left")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(
-        f"{title}: training loss, mean over seeds of a running mean over a tenth of the rounds", fontsize=11
-    )
+    what = "training loss, mean over seeds of a running mean over a tenth of the rounds"
+    figure.suptitle(f"{title}: {what}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_method(axis: Any, tables: list[list[dict[str, float]]], key: str, unit: float, name: str, color: Any) -> None:
-    curves = [[row for row in table if "loss" in row] for table in tables]
-    length = min((len(curve) for curve in curves), default=0)
-    if not length:
-        return
+def _draw_method(line: Sequence[Any], group: list[Row], name: str, color: Any) -> None:
+    curves = [[point for point in row.table if "loss" in point] for row in group]
+    length = min(len(curve) for curve in curves)
     width = max(1, length // 10)
-    losses = np.mean([_smooth([row["loss"] for row in curve[:length]], width) for curve in curves], axis=0)
-    places = np.mean([[row[key] / unit for row in curve[:length]] for curve in curves], axis=0)
-    axis.plot(places[width - 1 :], losses, color=color, label=name, linewidth=1.3)
+    losses = np.mean([_smooth([point["loss"] for point in curve[:length]], width) for curve in curves], axis=0)
+    rounds = np.arange(width, length + 1)
+    megabytes = np.mean(
+        [[point["wire_bytes"] / 1e6 for point in curve[width - 1 : length]] for curve in curves], axis=0
+    )
+    places = [rounds, megabytes]
+    if group[0].round_seconds is not None:
+        places.append(rounds * group[0].round_seconds)
+    for axis, where in zip(line, places, strict=False):
+        axis.plot(where, losses, color=color, label=name, linewidth=1.3)
 
 
 def _smooth(values: list[float], width: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class MethodEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Splits that it is tried with; empty for all."""
     tasks: list[str] = []
     """Tasks that it is tried on; empty for all."""
+    control: str = "frozen"
+    """The method that shows what it would come to without the device's training."""
 
 
 class TuneEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,6 +155,13 @@ def study_cells(study: Study, chosen: Mapping[tuple[str, int, str], dict[str, An
             run = merge(study.run, study.tasks[task].run, method.run, nested(choice))
             cells.append(Cell(task, split, name, partition, seed, run))
     return cells
+
+
+def timing_cells(study: Study, cells: list[Cell], rounds: int = 8) -> list[Cell]:
+    """A few rounds of each task, split and method, for the time of a round alone on the machine."""
+    short = {"rounds": rounds, "evaluation": {"every": 0, "start": False}}
+    chosen = [cell for cell in cells if cell.seed == study.seeds[0] and cell.partition == study.partitions[0]]
+    return [replace(cell, run=merge(cell.run, short)) for cell in chosen]
 
 
 def with_seed(cell: Cell) -> dict[str, Any]:

@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Workshop, choose, summary_of, table_of
+from cells import Workshop, choose, round_times, summary_of, table_of
 from draw import draw_accuracy, draw_curves
 from plan import Cell
 
-FROZEN = "frozen"
-"""The method that all others are compared with, seed by seed."""
-
 COLUMNS = (
     *("task", "split", "partition", "method", "trains", "trained", "seed", "rounds", "final_accuracy"),
-    *("best_accuracy", "eval_loss", "train_loss", "megabytes", "seconds", "error"),
+    *("best_accuracy", "eval_loss", "train_loss", "megabytes", "round_seconds", "error"),
 )
 
 
@@ -30,6 +27,8 @@ class Row:
     cell: Cell
     summary: dict[str, Any]
     table: list[dict[str, float]]
+    round_seconds: float | None
+    """Median time of a round alone on the machine; None where it was not timed."""
 
     @property
     def place(self) -> tuple[str, int, str]:
@@ -43,11 +42,16 @@ class Row:
         return statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None
 
 
-def write_results(shop: Workshop, tuning: list[Cell], cells: list[Cell], folder: Path) -> None:
+def write_results(shop: Workshop, tuning: list[Cell], cells: list[Cell], timing: list[Cell], folder: Path) -> None:
     """Write what there is so far."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_tuning(shop, tuning, folder / f"{shop.name}-tuning.csv")
-    rows = [Row(cell, summary, table_of(shop, cell)) for cell in cells if (summary := summary_of(shop, cell))]
+    times = round_times(shop, timing)
+    rows = [
+        Row(cell, summary, table_of(shop, cell), times.get((cell.task, cell.split, cell.method)))
+        for cell in cells
+        if (summary := summary_of(shop, cell))
+    ]
     if not rows:
         print(f"{shop.name}: nothing has run yet")
         return
@@ -76,7 +80,7 @@ def _write_csv(shop: Workshop, rows: list[Row], path: Path) -> None:
                     "eval_loss": _rounded(summary.get("final_eval_loss")),
                     "train_loss": _rounded(row.train_loss),
                     "megabytes": _rounded(summary.get("wire_bytes", 0) / 1e6, 1),
-                    "seconds": _rounded(summary.get("seconds"), 1),
+                    "round_seconds": _rounded(row.round_seconds, 3),
                     "error": " ".join(summary.get("error", [])),
                 }
             )
@@ -119,35 +123,35 @@ def _page(shop: Workshop, rows: list[Row], planned: int) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|---|---|"
         here = [row for row in rows if row.place == place]
         for method in dict.fromkeys(row.cell.method for row in here):
-            yield _line(method, [row for row in here if row.cell.method == method], here)
+            control = [row for row in here if row.cell.method == study.methods[method].control]
+            yield _line(method, [row for row in here if row.cell.method == method], control)
     yield ""
     yield f"![accuracy of every run]({shop.name}-accuracy.png)"
     yield ""
     yield f"![training loss against rounds, megabytes and seconds]({shop.name}-curves.png)"
 
 
-def _line(method: str, rows: list[Row], here: list[Row]) -> str:
+def _line(method: str, rows: list[Row], control: list[Row]) -> str:
     good = [row for row in rows if row.summary.get("final_accuracy") is not None]
     d_c = 0 if rows[0].cell.run.get("algorithm") == "frozen" else rows[0].summary["trained"]
     if not good:
         return f"| {method} | {d_c:,} | failed: {' '.join(rows[0].summary.get('error', []))} | | | | | | |"
-    seconds = [row.summary["seconds"] / max(row.summary["rounds"], 1) for row in good]
     cells = (
         method,
         f"{d_c:,}",
         spread(100 * row.summary["final_accuracy"] for row in good),
         spread(100 * row.summary["best_accuracy"] for row in good),
-        "" if method.startswith(FROZEN) else spread(_gains(good, here), sign="+"),
+        "" if rows == control else spread(_gains(good, control), sign="+"),
         spread((row.summary["final_eval_loss"] for row in good), 3),
         spread((row.train_loss for row in good if row.train_loss is not None), 3),
         f"{statistics.fmean(row.summary['wire_bytes'] for row in good) / 1e6:.0f}",
-        f"{statistics.median(seconds):.1f}",
+        "" if rows[0].round_seconds is None else f"{rows[0].round_seconds:.2f}",
     )
     return "| " + " | ".join(cells) + " |"
 
 
-def _gains(rows: list[Row], here: list[Row]) -> Iterator[float]:
-    frozen = {row.cell.seed: row.summary.get("final_accuracy") for row in here if row.cell.method.startswith(FROZEN)}
+def _gains(rows: list[Row], control: list[Row]) -> Iterator[float]:
+    frozen = {row.cell.seed: row.summary.get("final_accuracy") for row in control}
     for row in rows:
         other = frozen.get(row.cell.seed)
         if other is not None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from cells import Workshop, choose, run_cells
-from plan import read_study, study_cells, tuning_cells
+from plan import read_study, study_cells, timing_cells, tuning_cells
 from report import write_results
 
 HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds this")
+    parser.add_argument("--time", action="store_true", help="also time a few rounds of each method, one run at a time")
     parser.add_argument("--report", action="store_true", help="only write the report of what has run")
     options = parser.parse_args()
     for path in options.settings:
@@ -37,9 +39,12 @@ def main() -> None:
         if not options.report:
             run_cells(shop, [cell for cell in tuned if options.only in cell.name])
         cells = study_cells(shop.study, choose(shop, tuned))
+        timing = timing_cells(shop.study, cells)
         if not options.report:
             run_cells(shop, [cell for cell in cells if options.only in cell.name])
-        write_results(shop, tuned, cells, options.results)
+        if options.time:
+            run_cells(replace(shop, jobs=1), timing)
+        write_results(shop, tuned, cells, timing, options.results)
 
 
 if __name__ == "__main__":
