@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from plan import Cell, Study, flattened, with_seed
 from sources import export_bundle, prepare_data, trained_count
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cells import Workshop, choose, run_cells
+from msgspec import structs
 from plan import read_study, study_cells, timing_cells, tuning_cells
 from report import write_results
 
@@ -24,6 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", type=Path, nargs="+", help="what to study: settings/*.toml")
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' data, one folder a task")
+    parser.add_argument("--model", help="another model than the settings': a hub id, a folder, a .gguf file")
+    parser.add_argument("--splits", type=int, nargs="+", help="other splits than the settings'")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="models, bundles, runs (default: %(default)s)")
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="tables and curves (default: %(default)s)"
@@ -34,7 +37,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report of what has run")
     options = parser.parse_args()
     for path in options.settings:
-        shop = Workshop(read_study(path), path.stem, options.data, options.work, options.jobs)
+        study = read_study(path)
+        name = path.stem if options.model is None else f"{path.stem}-{Path(options.model).stem.lower()}"
+        study = structs.replace(study, model=options.model or study.model, splits=options.splits or study.splits)
+        shop = Workshop(study, name, options.data, options.work, options.jobs)
         tuned = tuning_cells(shop.study)
         if not options.report:
             run_cells(shop, [cell for cell in tuned if options.only in cell.name])
