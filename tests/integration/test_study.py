@@ -1,0 +1,107 @@
+"""The study's driver with a tiny model: it tunes on training data, runs what is missing, and reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import write_reviews
+
+STUDY = Path(__file__).parents[2] / "examples" / "study"
+SETTINGS = """
+title = "A tiny study"
+model = "{model}"
+splits = [2]
+seeds = [5]
+max_length = 16
+
+[run]
+rounds = 3
+batch_size = 4
+max_length = 16
+evaluation = {{ every = 0, start = false }}
+client.learning_rate = 1e-3
+tail.device = "cpu"
+
+[tune]
+budget = 2
+holdout = 8
+run.rounds = 2
+
+[tasks.words]
+train = "train.jsonl"
+validation = "held-out.jsonl"
+shift = "upper"
+[tasks.words.run.task]
+kind = "prompt-classification"
+name = "words"
+template = "{{text}} it was"
+labels = ["0", "1"]
+verbalizers = ["bad", "good"]
+
+[methods.frozen]
+train = "none"
+run.algorithm = "frozen"
+
+[methods."HO-SFL, norms"]
+train = "norm:1"
+run.directions = 2
+tune."client.learning_rate" = [1e-3, 1e9]
+"""
+
+
+def study(folder: Path, *options: str) -> str:
+    """What the driver prints."""
+    command = [sys.executable, str(STUDY / "study.py"), str(folder / "tiny.toml"), "--data", str(folder)]
+    places = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--jobs", "1"]
+    return subprocess.run([*command, *places, *options], check=True, text=True, capture_output=True).stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Path) -> Path:
+    """Settings and data."""
+    write_reviews(tmp_path / "train.jsonl", 24)
+    write_reviews(tmp_path / "held-out.jsonl", 10, 400)
+    (tmp_path / "tiny.toml").write_text(SETTINGS.format(model=tiny_model), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_study_tunes_runs_and_reports_and_runs_nothing_twice(folder: Path) -> None:
+    assert "tiny: 2 runs, 2 to do\n" in study(folder)
+    results = folder / "results"
+    with (results / "tiny-tuning.csv").open(encoding="utf-8") as file:
+        tried = list(csv.DictReader(file))
+    # A rate of 1e9 leaves the lattice: the failure is on record, and not chosen.
+    assert [(row["candidate"], row["chosen"], bool(row["error"])) for row in tried] == [
+        ('{"client.learning_rate": 0.001}', "yes", False),
+        ('{"client.learning_rate": 1000000000.0}', "", True),
+    ]
+    with (results / "tiny.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [("frozen", "5"), ("HO-SFL, norms", "5")]
+    assert all(0.0 <= float(row["final_accuracy"]) <= 1.0 and row["rounds"] == "3" for row in rows)
+    assert (results / "tiny-accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "tiny-curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (results / "tiny.md").read_text(encoding="utf-8")
+    assert "# A tiny study" in page
+    assert "| HO-SFL, norms | 64 |" in page
+
+    again = study(folder)
+    assert "tiny: 2 runs, 0 to do\n" in again
+    assert (results / "tiny.md").read_text(encoding="utf-8") == page
+
+
+def test_the_shipped_settings_can_be_read() -> None:
+    script = """
+import json, pathlib, plan
+paths = pathlib.Path("settings").glob("*.toml")
+print(json.dumps({path.stem: len(plan.study_cells(plan.read_study(path), {})) for path in paths}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=STUDY, check=True, text=True, capture_output=True)
+    counts = json.loads(done.stdout)
+    assert {"smollm2", "shift-images", "fleet", "dimension", "hosl-opt-125m", "ho-sfl-opt-125m"} <= set(counts)
+    assert all(counts.values())
