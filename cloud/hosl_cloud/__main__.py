@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_cloud.data_folder import DATABASE, add_data_dir, lock, new_run_id, run_folder
+from hosl_cloud.data_folder import DATABASE, add_data_dir, hint, lock, new_run_id, run_folder
 from hosl_cloud.devices_command import add_device, add_init
 from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
 from hosl_cloud.serve_command import add_serve
@@ -145,14 +145,15 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         id_, bundle = new_run_id(config.name, store), options.bundle.resolve()
         run = Run(id_, config, manifest, bundle, run_folder(options.data_dir, id_), store)
-        store.create_run(id_, bundle, manifest.shard_digest, config)
+        store.create_run(id_, bundle, manifest.shard_digest, config, "simulate")
         say = _say if not options.json else lambda sentence: None
         ending = asyncio.run(simulate(run, options.data, options.eval, partition, threads, say))
         if options.csv is not None:
             write_csv(store, id_, options.csv)
         if options.json:
             print(json.dumps(summarize(store, id_)))
-        say(f"run {id_} {ending} at round {run.round}; take it with: hosl-cloud merge {id_} --out DIR")
+        remedy = hint(f"merge {id_} --out DIR", options.data_dir)
+        say(f"run {id_} {ending} at round {run.round}; take it with: {remedy}")
     finally:
         store.close()
         locked.close()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -98,9 +98,14 @@ _MIGRATIONS = (
     "CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, "
     "level TEXT NOT NULL, text TEXT NOT NULL);"
     "CREATE INDEX events_of_run ON events (run, id);",
+    # Who began an older run is not known: one that somebody may have asked for is not stopped.
+    "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';",
 )
 """What leads from each version to the next, from none at all on."""
 
+
+BegunBy = Literal["start", "serve", "simulate"]
+"""How a run began: by `run start` or the HTTP API, by `serve --config`, or in a simulation."""
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
 _CONFIG = msgspec.json.Decoder(RunConfig)
@@ -121,6 +126,7 @@ class RunRow:
     """Why it failed, or could not go on."""
     created_at: float = 0.0
     """Unix time."""
+    begun_by: BegunBy = "start"
 
 
 @dataclass(frozen=True)
@@ -257,14 +263,16 @@ class Store:
         with self._lock, self._named_errors():
             return self._database.execute(sql, arguments).fetchall()
 
-    def create_run(self, run: str, bundle: Path, shard_digest: str, config: RunConfig) -> None:
+    def create_run(
+        self, run: str, bundle: Path, shard_digest: str, config: RunConfig, begun_by: BegunBy = "start"
+    ) -> None:
         """Add a pending run."""
         with self._transaction() as database:
             now, text = time.time(), msgspec.json.encode(config).decode()
             database.execute(
-                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, state) "
-                "VALUES (?, ?, ?, ?, ?, ?, 'pending')",
-                (run, now, now, str(bundle), shard_digest, text),
+                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, begun_by, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 'pending')",
+                (run, now, now, str(bundle), shard_digest, text, begun_by),
             )
 
     def run(self, run: str) -> RunRow:
@@ -287,6 +295,7 @@ class Store:
             round=row["round"],
             reason=row["reason"],
             created_at=row["created_at"],
+            begun_by=row["begun_by"],
         )
 
     def run_ids(self) -> list[str]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.store import SCHEMA_VERSION, DeviceRow, Evaluation, Store
+from hosl_cloud.store import _MIGRATIONS, SCHEMA_VERSION, DeviceRow, Evaluation, Store
 from hosl_protocol import Report, Task, UpdateRecord
 
 CONFIG = RunConfig(
@@ -136,6 +137,22 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
     with pytest.raises(StoreError, match=r"hosl.sqlite is damaged \(file is not a database\)"):
         reopen(tmp_path)
     assert path.read_bytes() == before
+
+
+def test_an_older_database_is_brought_up_to_date_with_its_runs(tmp_path: Path) -> None:
+    path = tmp_path / "hosl.sqlite"
+    with sqlite3.connect(path) as database:
+        for number, script in enumerate(_MIGRATIONS[:6], 1):
+            database.executescript(f"{script} PRAGMA user_version = {number};")
+        text = msgspec.json.encode(CONFIG).decode()
+        row = ("run-1", 1.0, str(tmp_path), "5" * 64, text, "running")
+        database.execute(
+            "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)", row
+        )
+    database.close()
+    store = reopen(tmp_path)
+    assert (store.run("run-1").begun_by, store.run("run-1").config) == ("start", CONFIG)
+    store.close()
 
 
 def test_runs_that_a_crash_left_open_are_found(store: Store, tmp_path: Path) -> None:
