@@ -99,7 +99,9 @@ _MIGRATIONS = (
     "level TEXT NOT NULL, text TEXT NOT NULL);"
     "CREATE INDEX events_of_run ON events (run, id);",
     # Who began an older run is not known: one that somebody may have asked for is not stopped.
-    "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';",
+    "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';"
+    # The digest was of training and held-out data together; each device is bound anew.
+    "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -172,7 +174,9 @@ class DeviceRow:
     """What admission asks about a device that joined before."""
 
     data_digest: str
-    """Of its data when it joined."""
+    """Of its training data when it was ready last; empty for one that never was."""
+    eval_digest: str
+    """Of its held-out data then; empty without."""
     strikes: int
     """Faults counted against it."""
 
@@ -463,21 +467,22 @@ class Store:
         )
         return [Evaluation(**row) for row in map(dict, rows)]
 
-    def add_device(self, run: str, name: str, data_digest: str) -> int:
+    def add_device(self, run: str, name: str) -> int:
         """A device says Hello: note it; how many connections it has made."""
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
-                "VALUES (:run, :name, :digest, :now, :now, 1) ON CONFLICT (run, name) "
+                "VALUES (:run, :name, '', :now, :now, 1) ON CONFLICT (run, name) "
                 "DO UPDATE SET connections = connections + 1, last_seen = :now",
-                {"run": run, "name": name, "digest": data_digest, "now": time.time()},
+                {"run": run, "name": name, "now": time.time()},
             )
             row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["connections"])
 
     def device(self, run: str, name: str) -> DeviceRow | None:
         """A device that has joined the run; None for a new one."""
-        rows = self._query("SELECT data_digest, strikes FROM devices WHERE run = ? AND name = ?", (run, name))
+        sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"
+        rows = self._query(sql, (run, name))
         return DeviceRow(**dict(rows[0])) if rows else None
 
     def set_token(self, row: TokenRow) -> None:
@@ -496,12 +501,13 @@ class Store:
             row = database.execute("SELECT strikes FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["strikes"]) if row else 0
 
-    def set_examples(self, run: str, name: str, train: int, held_out: int) -> None:
-        """How much data a device has."""
+    def set_data(self, run: str, name: str, train: int, held_out: int, digest: str, eval_digest: str) -> None:
+        """How much data a device has that is ready, and the digests of both parts: from here on it is bound to them."""
         with self._transaction() as database:
             database.execute(
-                "UPDATE devices SET train_examples = ?, eval_examples = ? WHERE run = ? AND name = ?",
-                (train, held_out, run, name),
+                "UPDATE devices SET train_examples = ?, eval_examples = ?, data_digest = ?, eval_digest = ? "
+                "WHERE run = ? AND name = ?",
+                (train, held_out, digest, eval_digest, run, name),
             )
 
     def set_reports(self, reports: Mapping[str, Report]) -> None:

@@ -262,26 +262,20 @@ def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: boo
         )
 
 
-def digest_of_files(*paths: Path | None) -> str:
-    """SHA-256 over the data files, absent ones as empty; of a folder, over its files' names and contents.
+def digest_of_data(path: Path) -> str:
+    """SHA-256 of a data file; of a folder, over its files' names and contents. Raises DataError."""
+    try:
+        return _digest_of(path).hex()
+    except OSError as error:
+        raise DataError(path, None, error.strerror or "cannot be read") from error
 
-    Raises DataError.
-    """
+
+def _digest_of(path: Path) -> bytes:
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            digest.update(_digest_of(path))
-        except OSError as error:
-            raise DataError(path or Path(), None, error.strerror or "cannot be read") from error
-    return digest.hexdigest()
-
-
-def _digest_of(path: Path | None) -> bytes:
-    digest = hashlib.sha256()
-    if path is not None and path.is_dir():
+    if path.is_dir():
         for file_path in sorted(each for each in path.rglob("*") if each.is_file()):
             digest.update(file_path.relative_to(path).as_posix().encode() + b"\0" + _digest_of(file_path))
-    elif path is not None:
+    else:
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)

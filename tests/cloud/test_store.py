@@ -73,12 +73,13 @@ def test_a_round_without_coefficients_is_kept(store: Store) -> None:
 
 def test_what_was_added_outlives_the_process(store: Store, tmp_path: Path) -> None:
     add_round(store, 1)
-    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "pi")
+    store.set_data("run-1", "pi", 100, 20, "d" * 64, "e" * 64)
     store.add_evaluation("run-1", 0, Evaluation(1, 0.5, 3, 4))
     again = reopen(tmp_path)
     assert again.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
     assert again.run("run-1").round == 1
-    assert again.device("run-1", "pi") == DeviceRow("d" * 64, 0)
+    assert again.device("run-1", "pi") == DeviceRow("d" * 64, "e" * 64, 0)
     assert again.evaluations("run-1") == [Evaluation(1, 0.5, 3, 4)]
     again.close()
 
@@ -149,9 +150,11 @@ def test_an_older_database_is_brought_up_to_date_with_its_runs(tmp_path: Path) -
         database.execute(
             "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)", row
         )
+        database.execute("INSERT INTO devices (run, name, data_digest, joined_at) VALUES ('run-1', 'pi', 'd', 1.0)")
     database.close()
     store = reopen(tmp_path)
     assert (store.run("run-1").begun_by, store.run("run-1").config) == ("start", CONFIG)
+    assert store.device("run-1", "pi") == DeviceRow("", "", 0)
     store.close()
 
 
@@ -198,27 +201,28 @@ def test_the_roster_of_a_strict_run_is_kept(store: Store, tmp_path: Path) -> Non
     assert store.roster("run-1") == ["a", "b"]
 
 
-def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> None:
+def test_devices_are_counted_and_keep_the_data_they_were_ready_with(store: Store) -> None:
     assert store.device("run-1", "pi") is None
-    store.add_device("run-1", "pi", "d" * 64)
-    store.add_device("run-1", "pi", "e" * 64)
-    store.add_device("run-1", "jetson", "f" * 64)
-    store.set_examples("run-1", "pi", 100, 20)
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "jetson")
+    assert store.device("run-1", "pi") == DeviceRow("", "", 0), "its data counts from when it is ready on"
+    store.set_data("run-1", "pi", 100, 20, "d" * 64, "e" * 64)
     jetson, pi = store.devices("run-1")
     assert (pi["name"], pi["connections"], pi["train_examples"], pi["eval_examples"]) == ("pi", 2, 100, 20)
     assert (jetson["name"], jetson["connections"], jetson["train_examples"]) == ("jetson", 1, 0)
-    assert store.device("run-1", "pi") == DeviceRow("d" * 64, 0)
+    assert store.device("run-1", "pi") == DeviceRow("d" * 64, "e" * 64, 0)
     assert store.devices("run-2") == []
 
 
 def test_a_device_of_no_run_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match=r"hosl.sqlite: \w+ \w* ?constraint failed"):
-        store.add_device("run-9", "pi", "d" * 64)
+        store.add_device("run-9", "pi")
 
 
 def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> None:
-    store.add_device("run-1", "pi", "d" * 64)
-    store.add_device("run-1", "jetson", "d" * 64)
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "jetson")
     for round_ in (10, 20):
         report = Report(
             run="run-1",
@@ -247,13 +251,13 @@ def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> Non
 
 
 def test_threads_may_write_and_read_at_once(store: Store) -> None:
-    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "pi")
 
     def write(round_: int) -> None:
         add_round(store, round_)
 
     def count(_: int) -> int:
-        store.add_device("run-1", "pi", "d" * 64)
+        store.add_device("run-1", "pi")
         return len(store.updates("run-1", 1, 1000))
 
     with ThreadPoolExecutor(4) as pool:
