@@ -65,6 +65,10 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Of the last finished round."""
     accuracy: float | None
     """Of the last evaluation."""
+    examples: int
+    """In it, of devices that sent all they have; 0 without."""
+    of_examples: int
+    """Of all devices that were there at its start."""
 
 
 class RunList(msgspec.Struct, frozen=True):
@@ -126,6 +130,10 @@ class EvaluationFigures(msgspec.Struct, frozen=True):
     accuracy: float
     correct: int
     scored: int
+    examples: int
+    """Of devices that sent all they have."""
+    of_examples: int
+    """Of all devices that were there at the start; where they are more, it does not count for the best."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -160,6 +168,10 @@ class CheckpointFile(msgspec.Struct, frozen=True):
     sha256: str
     loss: float | None
     accuracy: float | None
+    examples: int
+    """Of devices that sent all they have; 0 where it was not evaluated."""
+    of_examples: int
+    """Of all devices that were there at the start; where they are more, it does not count for the best."""
 
 
 class CheckpointList(msgspec.Struct, frozen=True):
@@ -242,7 +254,10 @@ class Api:
         evaluations = [e for e in self._store.evaluations(run) if e.round >= after]
         return History(
             [RoundFigures(r.round, r.loss, r.seconds, r.wire_bytes, r.finished_at) for r in rounds],
-            [EvaluationFigures(e.round, e.loss, e.accuracy, e.correct, e.scored) for e in evaluations],
+            [
+                EvaluationFigures(e.round, e.loss, e.accuracy, e.correct, e.scored, e.examples, e.of_examples)
+                for e in evaluations
+            ],
         )
 
     async def _log(self, call: Call) -> Log:
@@ -290,6 +305,8 @@ class Api:
             "devices": 0 if coordinator is None else len(coordinator.fleet.ready_names()),
             "loss": next((r.loss for r in self._store.rounds(row.id, row.round - 1, 1)), None),
             "accuracy": evaluations[-1].accuracy if evaluations else None,
+            "examples": evaluations[-1].examples if evaluations else 0,
+            "of_examples": evaluations[-1].of_examples if evaluations else 0,
         }
 
     def _status(self, run: str) -> RunStatus:
@@ -330,6 +347,8 @@ def _describe(checkpoint: Checkpoint) -> CheckpointFile | None:
         info.sha256,
         None if metrics is None else metrics.loss,
         None if metrics is None else _accuracy(metrics),
+        0 if metrics is None else metrics.examples,
+        0 if metrics is None else metrics.of_examples,
     )
 
 

@@ -164,9 +164,16 @@ def _show_runs(answer: dict[str, Any]) -> None:
 
 def _line(run: dict[str, Any]) -> str:
     loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
-    accuracy = "" if run["accuracy"] is None else f"  accuracy {100 * run['accuracy']:.1f} %"
     progress = f"round {run['round']}/{run['rounds']}"
-    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{accuracy}"
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{_score(run)}"
+
+
+def _score(entry: dict[str, Any]) -> str:
+    """The accuracy of a run or checkpoint, and how many of the devices' examples it is of."""
+    if entry["accuracy"] is None:
+        return ""
+    of = f" ({entry['examples']} of {entry['of_examples']} examples)" if entry["of_examples"] else ""
+    return f"  accuracy {100 * entry['accuracy']:.1f} %{of}"
 
 
 def _show_run(run: dict[str, Any]) -> None:
@@ -188,5 +195,4 @@ def _show_run(run: dict[str, Any]) -> None:
 
 def _show_checkpoints(answer: dict[str, Any]) -> None:
     for each in answer["checkpoints"]:
-        score = "" if each["accuracy"] is None else f"  accuracy {100 * each['accuracy']:.1f} %"
-        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{score}")
+        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}")

@@ -101,7 +101,9 @@ _MIGRATIONS = (
     # Who began an older run is not known: one that somebody may have asked for is not stopped.
     "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';"
     # The digest was of training and held-out data together; each device is bound anew.
-    "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';",
+    "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';"
+    "ALTER TABLE evaluations ADD COLUMN examples INTEGER NOT NULL DEFAULT 0;"
+    "ALTER TABLE evaluations ADD COLUMN of_examples INTEGER NOT NULL DEFAULT 0;",
 )
 """What leads from each version to the next, from none at all on."""
 
@@ -189,6 +191,15 @@ class Evaluation:
     loss: float
     correct: int
     scored: int
+    examples: int = 0
+    """Of devices that sent all they have."""
+    of_examples: int = 0
+    """Of all devices that were there at the start."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no device left half way, so that it can be compared with others."""
+        return self.examples == self.of_examples
 
     @property
     def accuracy(self) -> float:
@@ -454,15 +465,16 @@ class Store:
                 (run, evaluation.round, epoch),
             )
             database.execute(
-                "INSERT OR REPLACE INTO evaluations (run, epoch, round, loss, correct, scored) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (run, epoch, evaluation.round, evaluation.loss, evaluation.correct, evaluation.scored),
+                "INSERT OR REPLACE INTO evaluations "
+                "(run, epoch, round, loss, correct, scored, examples, of_examples) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, epoch, *dataclasses.astuple(evaluation)),
             )
 
     def evaluations(self, run: str) -> list[Evaluation]:
         """All evaluations in order."""
         rows = self._query(
-            "SELECT round, loss, correct, scored FROM evaluations WHERE run = ? AND NOT superseded ORDER BY round",
+            "SELECT round, loss, correct, scored, examples, of_examples FROM evaluations "
+            "WHERE run = ? AND NOT superseded ORDER BY round",
             (run,),
         )
         return [Evaluation(**row) for row in map(dict, rows)]

@@ -244,9 +244,9 @@ def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> 
 
 def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> None:
     store.add_evaluation("run-1", 0, Evaluation(5, 0.7, 1, 4))
-    store.add_evaluation("run-1", 0, Evaluation(10, 0.6, 2, 4))
+    store.add_evaluation("run-1", 0, Evaluation(10, 0.6, 2, 4, 3, 9))
     store.add_evaluation("run-1", 0, Evaluation(5, 0.5, 3, 4))
-    assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4)]
+    assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4, 3, 9)]
     assert store.evaluations("run-1")[0].accuracy == 0.75
 
 
