@@ -84,8 +84,8 @@ class Admission:
             return False
         peer.name = hello.device
         note_place(run=self.run.id, device=peer.name)
-        if self.run.ending is not None and hello.run != self.run.id:
-            self.complete(peer)  # it has no part in the run
+        if self.run.ending is not None and (hello.run != self.run.id or self._is_up_to_date(hello)):
+            self.complete(peer)  # it has no part in the run, or nothing to catch up with
             return False
         former = self.fleet.peers.get(peer.name)
         if former is not None:
@@ -96,6 +96,10 @@ class Admission:
             metrics.device_reconnects.labels(self.run.bundle.name).inc()
         peer.connection.agree(self.run.settings, self.run.manifest.width)
         return await self._bring_up(peer, hello)
+
+    def _is_up_to_date(self, hello: Hello) -> bool:
+        run, expected = self.run, self.run.digests.get(self.run.round)
+        return (hello.epoch, hello.applied_round, hello.weights_digest) == (run.epoch, run.round, expected)
 
     def complete(self, peer: Participant) -> None:
         """Tell a device that the run has ended."""

@@ -43,6 +43,14 @@ class WaitsFor(msgspec.Struct, frozen=True):
     """Unix time."""
 
 
+class ReturningDevices(msgspec.Struct, frozen=True):
+    """Devices that found no run to join, and ask again."""
+
+    devices: int
+    within_s: int
+    """Seconds in which all of them will have asked."""
+
+
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A run in a line."""
 
@@ -106,6 +114,7 @@ class RunStatus(RunSummary, frozen=True, kw_only=True):
     config: dict[str, Any]
     waits_for: WaitsFor | None
     members: list[DeviceStatus]
+    returning: ReturningDevices
     wire_bytes: dict[str, dict[str, int]]
     """Of all runs since the service started: `sent` or `received`, then type of message."""
 
@@ -317,6 +326,7 @@ class Api:
             config=msgspec.to_builtins(row.config),
             waits_for=None if waiting is None else WaitsFor(waiting.what, waiting.devices, waiting.since),
             members=self._members(run, coordinator),
+            returning=ReturningDevices(self._runs.returning.count(), self._runs.returning.within_s()),
             wire_bytes=metrics.wire_bytes_by_kind(),
         )
 

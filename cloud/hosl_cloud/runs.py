@@ -14,6 +14,7 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.data_folder import new_run_id, run_folder
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.resume import cut
+from hosl_cloud.returning import Returning
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import BegunBy, RunRow, Store
@@ -55,6 +56,7 @@ class Runs:
     def __init__(self, store: Store, data_dir: Path, say: Say) -> None:
         """`say` tells a person how it goes."""
         self.store, self.data_dir = store, data_dir
+        self.returning = Returning()
         self._tell = say
         self._slots: dict[str, Slot] = {}
         """By the shard's digest."""

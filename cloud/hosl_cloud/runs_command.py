@@ -184,6 +184,9 @@ def _show_run(run: dict[str, Any]) -> None:
         waits = run["waits_for"]
         since_s, of = time.time() - waits["since"], f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
         print(f"  waits for {waits['what']}{of} since {since_s:.0f} s")
+    returning = run["returning"]
+    if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
+        print(f"  {returning['devices']} devices found no run before, and ask again within {returning['within_s']} s")
     for device in run["members"]:
         state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
         peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"

@@ -25,7 +25,7 @@ from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from hosl_cloud import limits, metrics
-from hosl_cloud.access import Denied, Guard
+from hosl_cloud.access import Caller, Denied, Guard
 from hosl_cloud.api import Api
 from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.devices_api import device_operations
@@ -78,9 +78,13 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
-        slot = runs.current(request.state.caller.bundle)
-        if slot is None:
-            return PlainTextResponse("there is no run at present\n", 503, {"Retry-After": "10"})
+        caller: Caller = request.state.caller
+        slot, device = runs.current(caller.bundle), caller.token.name if caller.token is not None else "local"
+        # One that waits for the next run has nothing to do in one that is over.
+        if slot is None or (slot.is_over and "waits" in request.query_params):
+            headers = {"Retry-After": str(runs.returning.ask(device))}
+            return PlainTextResponse("there is no run at present\n", 503, headers)
+        runs.returning.arrive(device)
         return _bundle_file(slot, request.path_params["path"])
 
     async def snapshot(request: Request) -> Response:

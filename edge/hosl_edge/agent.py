@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
-ENDED_RETRY_S = 300
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,12 @@ class Agent:
             cache = Path(self.settings.cache_dir)
             self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
         if self._device is None:
-            self._device = await _prepare(self.settings, self._cloud, self.display)
+            waits = self._ended_run is not None
+            self._device = await _prepare(self.settings, self._cloud, self.display, waits=waits)
+        self._waits_for_run = False
         pace = self._guard.pace
         session = Session(self._device, self.display, self.progress, self.software, self._cloud, pace)
-        complete = await session.run()
-        self._waits_for_run = complete.run == self._ended_run
-        return complete
+        return await session.run()
 
     async def _pause(self, error: HoslError) -> None:
         """Wait before the next try."""
@@ -154,19 +153,19 @@ class Agent:
         """Let go of the last run, for the next one may have another shard; how long to wait."""
         self._close_device()
         self.progress.state = "waiting for a run"
-        if not self._waits_for_run:
-            self.display.say(f"{error}; waits for one")
-        self._waits_for_run = True
         if error.retry_after_s is None:
             return pause
-        return min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+        pause = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+        if not self._waits_for_run:
+            self.display.say(f"{error}; asks again in {pause:.0f} s, and so on until there is one")
+        self._waits_for_run = True
+        return pause
 
     def _end_run(self, complete: Complete) -> None:
-        """Raise NoRun; a cloud that goes on with a run that has ended is asked seldom."""
-        if complete.run == self._ended_run:
-            raise NoRun(str(ENDED_RETRY_S))
+        """Raise NoRun; the pauses grow where a cloud says the same end again and again."""
         self._summarize(complete)
-        self._ended_run, self._attempt = complete.run, 0
+        if complete.run != self._ended_run:
+            self._ended_run, self._attempt = complete.run, 0
         self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
         raise NoRun(None)
 
@@ -223,12 +222,12 @@ class Agent:
         )
 
 
-async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display) -> Device:
+async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, waits: bool) -> Device:
     on_progress = partial(display.show_download, "shard")
 
     def work() -> Device:
         rates: list[float] = []
-        folder, manifest = fetch_bundle(cloud, Path(settings.cache_dir), on_progress, rates.append)
+        folder, manifest = fetch_bundle(cloud, Path(settings.cache_dir), on_progress, rates.append, waits=waits)
         device = Device(settings, folder, manifest)
         for rate in rates[-1:]:
             device.note_link(rate)

@@ -39,14 +39,14 @@ OnRate = Callable[[float], None]
 
 
 def fetch_bundle(
-    cloud: Cloud, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None
+    cloud: Cloud, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None, *, waits: bool = False
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
-    Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
+    With `waits` that of a run under way alone: the last one is over for this device. Raises NoRun, ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
-    with open_url(cloud, base + MANIFEST) as response:
+    with open_url(cloud, base + MANIFEST + ("?waits=1" if waits else "")) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:

@@ -139,6 +139,6 @@ def test_a_device_that_was_not_told_to_share_its_text_does_not(
                 await asyncio.wait_for(run_agent(device_settings(service, "pi-1")), 20.0)
             while service.coordinator.fleet.peers:
                 await asyncio.sleep(0.01)
-            assert service.said[-1] == "device pi-1 is away: ConsentError"
+            assert service.said[-1] == "device pi-1 is away: it does not share what the task reads"
 
     asyncio.run(run())
