@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
@@ -31,7 +32,7 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.devices_api import device_operations
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
-from hosl_cloud.operations import BYTES, Operation, make_routes, refuse
+from hosl_cloud.operations import BYTES, JSON, Operation, make_routes, refuse
 from hosl_cloud.page_routes import page_routes
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
@@ -87,6 +88,16 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         runs.returning.arrive(device)
         return _bundle_file(slot, request.path_params["path"])
 
+    async def place_of_device(request: Request) -> Response:
+        """For a device that asks before it joins: 403 where its token is another's."""
+        caller: Caller = request.state.caller
+        if not guard.may_be(caller, request.path_params["name"]):
+            return Response(status_code=403)
+        slot = runs.current(caller.bundle)
+        coordinator = slot.coordinator if slot is not None and not slot.is_over else None
+        task = coordinator.config.task if coordinator is not None else None
+        return Response(msgspec.json.encode({"task": task}), media_type=JSON)
+
     async def snapshot(request: Request) -> Response:
         slot, bundle = runs.slot_of(request.path_params["run"]), request.state.caller.bundle
         is_its_own = slot is not None and bundle in ("", slot.bundle.name)
@@ -114,6 +125,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             *make_routes(operations, guard),
             Route("/metrics", guarded(figures, guard.check_metrics)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
+            Route("/v1/device/{name}", guarded(place_of_device)),
             Route("/v1/snapshot/{run}/{round:int}", guarded(snapshot)),
             WebSocketRoute("/v1/device", device),
         ],

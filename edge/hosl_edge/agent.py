@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from hosl_edge.data import check_files
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
@@ -59,6 +60,7 @@ async def run_agent(settings: EdgeSettings, on_alive: Callable[[], None] = lambd
     """
     keep_heap_small()
     token = read_token(Path(settings.token_file))
+    check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
     settings = msgspec.structs.replace(settings, name=device_name(settings, token))
     agent = Agent(settings, token, Display(settings.name, on_alive))
     async with serve_status(status_folder(settings.state_dir), settings.name, agent.status):

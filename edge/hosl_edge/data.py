@@ -214,6 +214,28 @@ def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(path, reader.line_num, f"is not CSV ({error})") from error
 
 
+def check_files(*paths: Path | None) -> None:
+    """Raise DataError for the first that is not there, or may not be read."""
+    for path in paths:
+        if path is not None:
+            try:
+                next(path.iterdir(), None) if path.is_dir() else path.open("rb").close()
+            except OSError as error:
+                raise DataError(path, None, error.strerror or "cannot be read") from error
+
+
+def check_first_example(path: Path, task: Task | None) -> int:
+    """How many fields the first example has; raises DataError where it cannot be used, for `task` where one is known."""
+    line, example = next(read_examples(path), (0, None))
+    if example is None:
+        raise DataError(path, None, "holds no examples")
+    if task is not None:
+        _text_of(task, example, path, line)
+        if task.kind != "lm":
+            _label_of(task, example, path, line)
+    return len(example)
+
+
 def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
     try:
         text = render(task, example)

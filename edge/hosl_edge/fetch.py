@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, RefusedError
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 
@@ -43,7 +43,8 @@ def fetch_bundle(
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
-    With `waits` that of a run under way alone: the last one is over for this device. Raises NoRun, ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
+    With `waits` that of a run under way alone: the last one is over for this device. Raises NoRun, ConnectionLost
+    (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
     with open_url(cloud, base + MANIFEST + ("?waits=1" if waits else "")) as response:
@@ -167,5 +168,4 @@ def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
             raise NoRun(error.headers.get("Retry-After")) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ConnectionLost(f"cannot reach {url}: {reason}") from error
+        raise ConnectionLost(f"cannot reach {url}: {explain(getattr(error, 'reason', error))}") from error

@@ -32,7 +32,7 @@ from hosl_edge.exceptions import (
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.health import read_health
 from hosl_edge.memory import read_memory
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import (
     PIECE_BYTES,
     BundleError,
@@ -157,7 +157,7 @@ class Session:
                 raise NoRun(error.response.headers.get("Retry-After")) from error
             raise ConnectionLost(f"{url} answered {code}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
-            raise ConnectionLost(f"cannot talk to {url}: {error}") from error
+            raise ConnectionLost(f"cannot talk to {url}: {explain(error)}") from error
 
     async def _talk(self, socket: ClientConnection) -> Complete:
         self._writer = asyncio.create_task(self._write(socket))

@@ -32,6 +32,7 @@ def test_pauses_grow_are_jittered_and_end_at_twenty_seconds() -> None:
 def files(tmp_path: Path) -> dict[str, str]:
     token, data = tmp_path / "token", tmp_path / "train.jsonl"
     token.write_text("secret\n", encoding="ascii")
+    token.chmod(0o600)
     data.write_text('{"text": "good", "label": 1}\n', encoding="utf-8")
     return {"--server": "ws://127.0.0.1:1", "--token-file": str(token), "--data": str(data)}
 

@@ -31,6 +31,7 @@ def agent(folder: Path, name: str, server: str, *options: str) -> Iterator[subpr
     """A real one, which is terminated at the end."""
     folder.mkdir(exist_ok=True)
     (folder / "token").write_text("secret", encoding="ascii")
+    (folder / "token").chmod(0o600)
     (folder / "train.jsonl").write_text('{"text": "good", "label": 1}\n', encoding="utf-8")
     settings = {"server": server, "name": name, "token-file": folder / "token", "data": folder / "train.jsonl"}
     settings |= {"state-dir": folder / "state", "cache-dir": folder / "cache"}
