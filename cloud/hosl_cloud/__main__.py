@@ -26,7 +26,7 @@ from hosl_cloud.serve_command import add_serve
 from hosl_cloud.settings import load_config
 from hosl_cloud.store import Store
 from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
-from hosl_protocol.terminal import add_common_options, run_command
+from hosl_protocol.terminal import add_common_options, add_version, run_command
 
 _say = logging.getLogger("hosl-cloud").info
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
     )
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_init(commands.add_parser("init", help="make a CA, a certificate and an admin token"))
     add_serve(commands.add_parser("serve", help="run the service"))

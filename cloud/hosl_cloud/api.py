@@ -231,7 +231,7 @@ class Api:
         new: NewRun = call.body
         bundle = (self._bundles / new.bundle).resolve()
         if not bundle.is_relative_to(self._bundles.resolve()) or not bundle.is_dir():
-            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in the service's folder")
+            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in {self._bundles}")
         manifest = await asyncio.to_thread(load_manifest, bundle)
         config = parse_config(new.config, manifest)
         if config.baseline:

@@ -182,10 +182,10 @@ class Coordinator:
 
     async def _train_round(self) -> bool:
         """One round; False where it came to nothing, or the run is to stop."""
-        began = time.monotonic()
         devices = await self._gather()
         if self._is_stopping:
             return False
+        began = time.monotonic()
         note_place(round=self.run.round + 1)
         context = self._context(self.run.round + 1, devices)
         outcome = await self._drive(self._round(context))

@@ -51,6 +51,15 @@ def new_run_id(name: str, store: Store) -> str:
     return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
 
 
+def is_locked(data_dir: Path) -> bool:
+    """Whether a service uses the folder."""
+    try:
+        lock(data_dir).close()
+    except ServiceError:
+        return True
+    return False
+
+
 def lock(data_dir: Path) -> TextIO:
     """Only one service may use a data folder; the lock is held as long as the file is open. Raises ServiceError."""
     file = (data_dir / "lock").open("w", encoding="ascii")

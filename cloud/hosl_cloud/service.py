@@ -231,7 +231,13 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
                 peer.is_ready = False
                 peer.end(Refusal(code="device", reason=reason, retry=False))
 
-    operations = [*Api(runs, service.bundles, leave).operations(), *device_operations(guard.access, disconnect)]
+    def has_bundle(name: str) -> bool:
+        return name in {slot.bundle.name for slot in runs.slots()} or (service.bundles / name).is_dir()
+
+    operations = [
+        *Api(runs, service.bundles, leave).operations(),
+        *device_operations(guard.access, disconnect, has_bundle),
+    ]
     app = make_app(runs, guard, operations, listen.authority.ca_cert if listen.authority is not None else None)
     listener = _bind(listen, guard.limits)
     server = _Server(_uvicorn_config(app, listen))

@@ -30,6 +30,8 @@ from hosl_protocol import Complete, HoslError, ProtocolError
 
 log = logging.getLogger(__name__)
 
+CONNECTING, WAITING = "connecting", "waiting to connect"
+"""States of an agent that has no connection."""
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
@@ -125,7 +127,7 @@ class Agent:
 
     async def _connect(self) -> Complete:
         """One connection to its end."""
-        self.progress.state, self._next_try_at = "connecting", None
+        self.progress.state, self._next_try_at = CONNECTING, None
         if self._cloud is None:
             cache = Path(self.settings.cache_dir)
             self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
@@ -145,7 +147,7 @@ class Agent:
             pause = self._await_run(error, pause)
         else:
             self._last_error, self._waits_for_run = str(error), False
-            self.progress.state = "waiting to connect"
+            self.progress.state = WAITING
             self.display.say(f"{error}; next try in {pause:.1f} s")
         self._next_try_at = time.time() + pause
         if await self._network.pause(pause) and not self._waits_for_run:
@@ -198,7 +200,7 @@ class Agent:
             "throttled": list(health.throttled),
             "sent_bytes": progress.sent_bytes,
             "received_bytes": progress.received_bytes,
-            "last_error": self._last_error,
+            "last_error": self._last_error if progress.state in (CONNECTING, WAITING) else None,
             "next_try_s": None if self._next_try_at is None else max(0.0, self._next_try_at - time.time()),
         }
 

@@ -225,7 +225,7 @@ def check_files(*paths: Path | None) -> None:
 
 
 def check_first_example(path: Path, task: Task | None) -> int:
-    """How many fields the first example has; raises DataError where it cannot be used, for `task` where one is known."""
+    """How many fields the first example has. Raises DataError where it, or `task`, has no use for it."""
     line, example = next(read_examples(path), (0, None))
     if example is None:
         raise DataError(path, None, "holds no examples")

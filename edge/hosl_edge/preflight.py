@@ -134,7 +134,7 @@ def check_memory_cgroup(root: Path = ROOT) -> Check:
 
 
 def check_data(settings: EdgeSettings, task: Task | None) -> Iterator[Check]:
-    """Each data file: that it is there, and that its first example is what the run's task reads, where that is known."""
+    """Each data file: that it is there, and that its first example is one that the run's task can use, where known."""
     for name, path in (("data", settings.data), ("eval", settings.eval)):
         if path is None:
             continue

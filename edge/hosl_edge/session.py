@@ -292,6 +292,8 @@ class Session:
         if welcome.width != self.device.manifest.width:
             raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
         self._welcome = welcome
+        if welcome.run != self.progress.run:
+            self.progress.round, self.progress.loss, self.progress.accuracy = welcome.round, None, None
         self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
         left = threading.Event()

@@ -55,7 +55,11 @@ def client(service: Service, token: str | None = None) -> ApiClient:
 
 
 def test_a_device_is_added_listed_and_revoked(
-    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -77,6 +81,12 @@ def test_a_device_is_added_listed_and_revoked(
         assert capsys.readouterr().out.startswith("second~")
         assert await cli(service, "add", "third", "--json", "--out", "t") == 0
         assert json.loads(capsys.readouterr().out) == {"name": "third", "token_file": "t"}
+        assert capsys.readouterr().err == ""
+        assert await cli(service, "add", "fourth", "--bundle", "nosuch", "--out", "u") == 0
+        assert "no bundle 'nosuch' is in the service's folder yet" in caplog.text
+        caplog.clear()
+        assert await cli(service, "add", "fifth", "--bundle", service.coordinator.run.bundle.name, "--out", "v") == 0
+        assert caplog.text == ""
         assert await cli(service, "revoke", "pi.kitchen") == 0
         assert capsys.readouterr().out == "the token of pi.kitchen is worth nothing now\n"
         assert await cli(service, "list") == 0
@@ -176,7 +186,7 @@ def test_an_answer_that_is_none_is_named(canned: str, status: int, reason: str) 
 
 def test_a_service_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["device", "list", "--data-dir", str(tmp_path)]
-    assert main(options) == 3
+    assert main(options) == 6
     assert "no service runs in" in capsys.readouterr().err
     (tmp_path / "admin-token").write_text("a" * 43)
     (tmp_path / "admin-token").chmod(0o600)
@@ -201,6 +211,11 @@ def test_the_environment_names_service_and_token(
         options = ["device", "list", "--data-dir", str(tmp_path / "elsewhere")]
         assert await asyncio.to_thread(main, [*options, "--ca", ca]) == 0
         assert await asyncio.to_thread(main, options) == 6
-        assert "certificate verify failed" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "certificate verify failed" in error
+        assert "give --ca FILE" in error
+        monkeypatch.delenv("HOSL_ADMIN_TOKEN")
+        assert await asyncio.to_thread(main, [*options, "--ca", ca]) == 3
+        assert "give --admin-token-file FILE" in capsys.readouterr().err
 
     run(test)

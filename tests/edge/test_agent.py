@@ -107,4 +107,4 @@ def test_a_cloud_that_is_away_is_tried_again_and_again(
         asyncio.run(run())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
-    assert all(line.startswith("pi: cannot reach http://127.0.0.1:1") and "next try in" in line for line in lines)
+    assert all("pi: cannot reach http://127.0.0.1:1" in line and "next try in" in line for line in lines)

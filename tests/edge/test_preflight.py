@@ -345,15 +345,16 @@ def test_a_server_that_speaks_tls_is_told_from_one_that_is_not_there(
 def test_what_is_wrong_with_tls_is_told_with_its_remedy_when_the_agent_tries(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = Token("", "secret")
+    def fetch(port: int) -> None:
+        cloud = Cloud(f"wss://127.0.0.1:{port}", Token("", "secret"), ssl.create_default_context())
+        fetch_bundle(cloud, tmp_path, lambda done, size: None)
+
     with answering() as answers, pytest.raises(ConnectionLost, match="speaks no TLS here: see that the port is right"):
-        server = f"wss://127.0.0.1:{answers.port}"
-        fetch_bundle(Cloud(server, token, ssl.create_default_context()), tmp_path, lambda done, size: None)
+        fetch(answers.port)
     pair = make_certificate(tmp_path, "localhost")
     monkeypatch.setenv("SSL_CERT_FILE", str(pair[0]))
     with answering(pair) as answers, pytest.raises(ConnectionLost, match="the certificate is not for this name"):
-        server = f"wss://127.0.0.1:{answers.port}"
-        fetch_bundle(Cloud(server, token, ssl.create_default_context()), tmp_path, lambda done, size: None)
+        fetch(answers.port)
 
 
 def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_real_service(

@@ -162,8 +162,9 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     site.train("pi")
     site.wait(run, lambda shown: shown["round"] >= 2)
     assert site.ask("drain")["runs"] == [run]
-    assert site.finish() == 0
-    assert "no service runs" in site.run("run", "list", code=ExitCode.SETTINGS)
+    assert site.process is not None
+    assert site.process.wait(1.0) == 0, "drain waits until it has left"
+    assert "no service runs" in site.run("run", "list", code=ExitCode.REFUSED)
     site.start()
     assert site.ask("run", "show", run)["round"] >= 2
     site.train("pi-2")
@@ -185,7 +186,7 @@ def test_a_service_killed_outright_goes_on_with_every_run_whoever_began_it(site:
     first, second = site.ask("run", "list")["runs"]
     assert (first["id"], first["state"]) == (started, "pending"), "not stopped"
     assert f"run {started} goes on first, and run {second['id']} after it" in said[0]
-    site.run("run", "stop", started)  # while it is loaded, or soon after
+    assert "those without --stay have ended" in site.run("run", "stop", started)  # while it is loaded, or soon after
     device = site.train("pi")
     site.wait(second["id"], lambda run: run["state"] == "completed")
     assert device().run == second["id"]
