@@ -28,7 +28,7 @@ def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Eva
         yield Tell(device, EvalStart(**context.name(0)))
     losses: dict[str, list[float]] = {device: [] for device in context.devices}
     scores = {device: np.zeros(2, np.int64) for device in context.devices}  # correct, scored
-    complete = []
+    complete: list[Ask] = []
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
     while asks:
         ask, frame = yield from first(asks)

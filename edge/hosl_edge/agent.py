@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -227,11 +226,15 @@ class Agent:
 
 
 async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, waits: bool) -> Device:
-    on_progress = partial(display.show_download, "shard")
+    files: list[str] = []
+    rates: list[float] = []
+
+    def on_progress(done: int, size: int) -> None:
+        display.show_download(f"downloads {files[-1]}", done, size)
 
     def work() -> Device:
-        rates: list[float] = []
-        folder, manifest = fetch_bundle(cloud, Path(settings.cache_dir), on_progress, rates.append, waits=waits)
+        cache = Path(settings.cache_dir)
+        folder, manifest = fetch_bundle(cloud, cache, on_progress, rates.append, on_file=files.append, waits=waits)
         device = Device(settings, folder, manifest)
         for rate in rates[-1:]:
             device.note_link(rate)

@@ -39,7 +39,13 @@ OnRate = Callable[[float], None]
 
 
 def fetch_bundle(
-    cloud: Cloud, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None, *, waits: bool = False
+    cloud: Cloud,
+    cache: Path,
+    on_progress: OnProgress,
+    on_rate: OnRate = lambda rate: None,
+    *,
+    on_file: Callable[[str], None] = lambda name: None,
+    waits: bool = False,
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
@@ -66,6 +72,7 @@ def fetch_bundle(
             target = folder / entry.path
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
+            on_file(target.name)
             _fetch_file(cloud, base + entry.path, target, entry.size_bytes, entry.sha256, on_progress, on_rate)
     return folder, manifest
 
