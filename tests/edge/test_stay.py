@@ -14,7 +14,7 @@ from hosl_cloud.api_client import ApiClient
 from hosl_edge import EdgeSettings, run_agent
 from hosl_edge.health import Guard, Health
 from hosl_edge.status import Document, read_status
-from support import TASK, free_port, serving, write_reviews
+from support import TASK, Service, free_port, serving, write_reviews
 
 BRIEF = f"rounds = 2\nbatch_size = 2\nmax_length = 16\n{TASK}\n[evaluation]\nevery = 0\n"
 TOKEN = "the-token-of-both-services"
@@ -104,11 +104,12 @@ def test_an_agent_whose_run_has_ended_asks_for_the_next_one_and_neither_joins_no
                 waiting = status_where(state, lambda found: found["state"] == "waiting for a run")
                 assert (await asyncio.wait_for(waiting, 40.0))["run"] is None
                 await asyncio.sleep(2.0)  # it asks twice meanwhile
-                body = {"bundle": bundle.name, "config": config}
+                body = {"bundle": bundle.name, "config": {**config, "rounds": 1}}
                 started = await asyncio.to_thread(client.request, "POST", "/v1/runs", body)
                 assert started["returning"] == {"devices": 1, "within_s": 2}
                 training = status_where(state, lambda found: found["run"] == started["id"] and found["round"] >= 1)
-                assert (await asyncio.wait_for(training, 40.0))["rounds"] == 2
+                found = await asyncio.wait_for(training, 40.0)
+                assert (found["round"], found["rounds"]) == (1, 1), "nothing of the last run is left"
             finally:
                 agent.cancel()
                 await asyncio.gather(agent, return_exceptions=True)
@@ -117,3 +118,35 @@ def test_an_agent_whose_run_has_ended_asks_for_the_next_one_and_neither_joins_no
     said = capsys.readouterr().err
     assert said.count("joins run run-1 ") == 1
     assert said.count("the cloud has no run to join; asks again in 1 s") == 1
+
+
+def test_a_rounds_time_begins_when_its_devices_are_there(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
+    config = {**msgspec.toml.decode(BRIEF), "rounds": 10**6}
+
+    async def attend(service: Service, settings: EdgeSettings) -> None:
+        agent, target = asyncio.create_task(run_agent(settings)), service.coordinator.run.round + 2
+        try:
+            while service.coordinator.run.round < target:
+                assert not agent.done()
+                await asyncio.sleep(0.02)
+        finally:
+            agent.cancel()
+            await asyncio.gather(agent, return_exceptions=True)
+
+    async def main() -> list[float]:
+        async with serving(make_bundle("lora", 2), tmp_path / "cloud", config) as service:
+            settings = EdgeSettings(
+                server=service.address,
+                token_file=str(service.token_file),
+                data=str(write_reviews(tmp_path / "train.jsonl", 8)),
+                name="pi",
+                threads=1,
+                state_dir=str(tmp_path / "state"),
+                cache_dir=str(tmp_path / "cache"),
+            )
+            await asyncio.wait_for(attend(service, settings), 40.0)
+            await asyncio.sleep(4.0)  # nobody is there
+            await asyncio.wait_for(attend(service, settings), 40.0)
+            return [row.seconds for row in service.coordinator.store.rounds("run-1")]
+
+    assert max(asyncio.run(main())) < 4.0
