@@ -161,7 +161,7 @@ class Agent:
         pause = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
         if not self._waits_for_run:
             self.display.say(f"{error}; asks again in {pause:.0f} s, and so on until there is one")
-        self._waits_for_run = True
+        self._waits_for_run, self._attempt = True, 0
         return pause
 
     def _end_run(self, complete: Complete) -> None:
