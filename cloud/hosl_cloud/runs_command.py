@@ -205,7 +205,8 @@ def _show_run(run: dict[str, Any]) -> None:
         print(f"  waits for {waits['what']}{of} since {since_s:.0f} s")
     returning = run["returning"]
     if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
-        print(f"  devices that found no run before: {returning['devices']}, again within {returning['within_s']} s")
+        count, within_s = returning["devices"], returning["within_s"]
+        print(f"  devices that found no run before: {count}; they ask again within {within_s} s")
     for device in run["members"]:
         state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
         peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"
