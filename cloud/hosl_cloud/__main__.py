@@ -19,14 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_cloud.data_folder import DATABASE, add_data_dir, lock, new_run_id, run_folder
+from hosl_cloud.data_folder import DATABASE, add_data_dir, hint, lock, new_run_id, run_folder
 from hosl_cloud.devices_command import add_device, add_init
 from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
 from hosl_cloud.serve_command import add_serve
 from hosl_cloud.settings import load_config
 from hosl_cloud.store import Store
 from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
-from hosl_protocol.terminal import add_common_options, run_command
+from hosl_protocol.terminal import add_common_options, add_version, run_command
 
 _say = logging.getLogger("hosl-cloud").info
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
     )
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_init(commands.add_parser("init", help="make a CA, a certificate and an admin token"))
     add_serve(commands.add_parser("serve", help="run the service"))
@@ -145,14 +146,15 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         id_, bundle = new_run_id(config.name, store), options.bundle.resolve()
         run = Run(id_, config, manifest, bundle, run_folder(options.data_dir, id_), store)
-        store.create_run(id_, bundle, manifest.shard_digest, config)
+        store.create_run(id_, bundle, manifest.shard_digest, config, "simulate")
         say = _say if not options.json else lambda sentence: None
         ending = asyncio.run(simulate(run, options.data, options.eval, partition, threads, say))
         if options.csv is not None:
             write_csv(store, id_, options.csv)
         if options.json:
             print(json.dumps(summarize(store, id_)))
-        say(f"run {id_} {ending} at round {run.round}; take it with: hosl-cloud merge {id_} --out DIR")
+        remedy = hint(f"merge {id_} --out DIR", options.data_dir)
+        say(f"run {id_} {ending} at round {run.round}; take it with: {remedy}")
     finally:
         store.close()
         locked.close()

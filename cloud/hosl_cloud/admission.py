@@ -40,6 +40,8 @@ download comes on top, by its own figures."""
 
 LONGEST_CATCH_UP_S = 24 * 3600.0
 
+_SINCE = "since this device joined: put the old file back, or join as a new device (hosl-cloud device add OTHER)"
+
 
 @dataclass
 class Admission:
@@ -82,18 +84,22 @@ class Admission:
             return False
         peer.name = hello.device
         note_place(run=self.run.id, device=peer.name)
-        if self.run.ending is not None and hello.run != self.run.id:
-            self.complete(peer)  # it has no part in the run
+        if self.run.ending is not None and (hello.run != self.run.id or self._is_up_to_date(hello)):
+            self.complete(peer)  # it has no part in the run, or nothing to catch up with
             return False
         former = self.fleet.peers.get(peer.name)
         if former is not None:
             former.end(Refusal(code="device", reason="the device has connected again", retry=False))
         self.fleet.peers[peer.name] = peer
-        connections = await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name, hello.data_digest)
+        connections = await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name)
         if connections > 1:
             metrics.device_reconnects.labels(self.run.bundle.name).inc()
         peer.connection.agree(self.run.settings, self.run.manifest.width)
         return await self._bring_up(peer, hello)
+
+    def _is_up_to_date(self, hello: Hello) -> bool:
+        run, expected = self.run, self.run.digests.get(self.run.round)
+        return (hello.epoch, hello.applied_round, hello.weights_digest) == (run.epoch, run.round, expected)
 
     def complete(self, peer: Participant) -> None:
         """Tell a device that the run has ended."""
@@ -111,12 +117,12 @@ class Admission:
         known = self.run.store.device(self.run.id, hello.device)
         if known is None:
             return None
-        if known.data_digest != hello.data_digest:
-            reason = (
-                "its data has changed since it joined this run: put the old files back, "
-                "or join as a new device with another --name"
-            )
-            return Refusal(code="data", reason=reason, retry=False)
+        if known.data_digest and known.data_digest != hello.data_digest:
+            return Refusal(code="data", reason=f"the training data has changed {_SINCE}", retry=False)
+        # Held-out data has no part in the training; only a strict run is to come to the same figures.
+        if known.data_digest and self.run.config.strict and known.eval_digest != hello.eval_digest:
+            reason = f"the run is strict, and the held-out data has changed {_SINCE}"
+            return Refusal(code="eval-data", reason=reason, retry=False)
         return aside(known.strikes, self.run.config.devices.strikes)
 
     async def _bring_up(self, peer: Peer, hello: Hello) -> bool:
@@ -133,7 +139,7 @@ class Admission:
             self._welcome(peer, attempt, start, base)
             ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
             if ready.weights_digest == run.digests.get(ready.applied_round):
-                await self._make_ready(peer, ready)
+                await self._make_ready(peer, hello, ready)
                 if run.ending is not None:
                     self.complete(peer)
                 return True
@@ -186,14 +192,15 @@ class Admission:
             await peer.emptied(JOIN_DEADLINE_S)
             peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
 
-    async def _make_ready(self, peer: Peer, ready: Ready) -> None:
+    async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:
         # No await before it is ready: an update that is settled meanwhile would miss it.
         peer.is_ready = True
         peer.eval_examples = ready.eval_examples
         counts = ready.train_examples, ready.eval_examples
         self.say(f"device {peer.name} is ready: {counts[0]} examples, {counts[1]} held out")
         await self.fleet.notify()
-        await asyncio.to_thread(self.run.store.set_examples, self.run.id, peer.name, *counts)
+        digests = hello.data_digest, hello.eval_digest
+        await asyncio.to_thread(self.run.store.set_data, self.run.id, peer.name, *counts, *digests)
 
     async def _take_reports(self, peer: Peer) -> None:
         while True:

@@ -43,6 +43,14 @@ class WaitsFor(msgspec.Struct, frozen=True):
     """Unix time."""
 
 
+class ReturningDevices(msgspec.Struct, frozen=True):
+    """Devices that found no run to join, and ask again."""
+
+    devices: int
+    within_s: int
+    """Seconds in which all of them will have asked."""
+
+
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A run in a line."""
 
@@ -65,6 +73,10 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Of the last finished round."""
     accuracy: float | None
     """Of the last evaluation."""
+    examples: int
+    """In it, of devices that sent all they have; 0 without."""
+    of_examples: int
+    """Of all devices that were there at its start."""
 
 
 class RunList(msgspec.Struct, frozen=True):
@@ -102,6 +114,7 @@ class RunStatus(RunSummary, frozen=True, kw_only=True):
     config: dict[str, Any]
     waits_for: WaitsFor | None
     members: list[DeviceStatus]
+    returning: ReturningDevices
     wire_bytes: dict[str, dict[str, int]]
     """Of all runs since the service started: `sent` or `received`, then type of message."""
 
@@ -126,6 +139,10 @@ class EvaluationFigures(msgspec.Struct, frozen=True):
     accuracy: float
     correct: int
     scored: int
+    examples: int
+    """Of devices that sent all they have."""
+    of_examples: int
+    """Of all devices that were there at the start; where they are more, it does not count for the best."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -160,6 +177,10 @@ class CheckpointFile(msgspec.Struct, frozen=True):
     sha256: str
     loss: float | None
     accuracy: float | None
+    examples: int
+    """Of devices that sent all they have; 0 where it was not evaluated."""
+    of_examples: int
+    """Of all devices that were there at the start; where they are more, it does not count for the best."""
 
 
 class CheckpointList(msgspec.Struct, frozen=True):
@@ -210,7 +231,7 @@ class Api:
         new: NewRun = call.body
         bundle = (self._bundles / new.bundle).resolve()
         if not bundle.is_relative_to(self._bundles.resolve()) or not bundle.is_dir():
-            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in the service's folder")
+            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in {self._bundles}")
         manifest = await asyncio.to_thread(load_manifest, bundle)
         config = parse_config(new.config, manifest)
         if config.baseline:
@@ -242,7 +263,10 @@ class Api:
         evaluations = [e for e in self._store.evaluations(run) if e.round >= after]
         return History(
             [RoundFigures(r.round, r.loss, r.seconds, r.wire_bytes, r.finished_at) for r in rounds],
-            [EvaluationFigures(e.round, e.loss, e.accuracy, e.correct, e.scored) for e in evaluations],
+            [
+                EvaluationFigures(e.round, e.loss, e.accuracy, e.correct, e.scored, e.examples, e.of_examples)
+                for e in evaluations
+            ],
         )
 
     async def _log(self, call: Call) -> Log:
@@ -290,6 +314,8 @@ class Api:
             "devices": 0 if coordinator is None else len(coordinator.fleet.ready_names()),
             "loss": next((r.loss for r in self._store.rounds(row.id, row.round - 1, 1)), None),
             "accuracy": evaluations[-1].accuracy if evaluations else None,
+            "examples": evaluations[-1].examples if evaluations else 0,
+            "of_examples": evaluations[-1].of_examples if evaluations else 0,
         }
 
     def _status(self, run: str) -> RunStatus:
@@ -300,6 +326,7 @@ class Api:
             config=msgspec.to_builtins(row.config),
             waits_for=None if waiting is None else WaitsFor(waiting.what, waiting.devices, waiting.since),
             members=self._members(run, coordinator),
+            returning=ReturningDevices(self._runs.returning.count(), self._runs.returning.within_s()),
             wire_bytes=metrics.wire_bytes_by_kind(),
         )
 
@@ -330,6 +357,8 @@ def _describe(checkpoint: Checkpoint) -> CheckpointFile | None:
         info.sha256,
         None if metrics is None else metrics.loss,
         None if metrics is None else _accuracy(metrics),
+        0 if metrics is None else metrics.examples,
+        0 if metrics is None else metrics.of_examples,
     )
 
 

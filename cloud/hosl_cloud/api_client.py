@@ -78,10 +78,19 @@ class ApiClient:
             with error:
                 raise RequestError(error.code, f"{self.address} refused: {_reason(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise RequestError(0, f"cannot reach {url}: {reason}; is the service running?") from error
+            raise RequestError(0, f"cannot reach {url}: {self._explain(getattr(error, 'reason', error))}") from error
         except ValueError as error:
             raise RequestError(0, f"{url} answered with what is not JSON: is it a hosl service?") from error
+
+    def _explain(self, reason: object) -> str:
+        if not isinstance(reason, ssl.SSLCertVerificationError):
+            return f"{reason}; is the service running?"
+        remedy = (
+            "give --ca FILE, tls/ca.pem of its data folder" if self.ca is None else f"{self.ca} is of another service"
+        )
+        return (
+            f"certificate verify failed, {reason.verify_message}: {remedy}, or use a name that its certificate is for"
+        )
 
     def _opener(self, url: str) -> urllib.request.OpenerDirector:
         handlers: list[urllib.request.BaseHandler] = [NoRedirects()]
@@ -114,7 +123,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
 
 def client_of(options: argparse.Namespace) -> ApiClient:
     """The client that the options describe. Raises ServiceError."""
-    address = options.server or os.environ.get("HOSL_SERVER") or service_file(options.data_dir)["address"]
+    address = _named_server(options) or service_file(options.data_dir)["address"]
     if not address.startswith(("ws://", "wss://", "http://", "https://")):
         raise ServiceError(f"--server {address}: use wss://host:port, as hosl-cloud serve prints it")
     ca = options.ca or options.data_dir / "tls" / "ca.pem"
@@ -123,15 +132,23 @@ def client_of(options: argparse.Namespace) -> ApiClient:
     return ApiClient(address, _admin_token(options), ca if ca.is_file() else None)
 
 
+def _named_server(options: argparse.Namespace) -> str:
+    return options.server or os.environ.get("HOSL_SERVER") or ""
+
+
+def is_local(options: argparse.Namespace) -> bool:
+    """Whether the service is that of the data folder."""
+    return not _named_server(options)
+
+
 def service_file(data_dir: Path) -> dict[str, str]:
     """Where the data folder's service is: `address`, and `public_address` for devices elsewhere."""
     path = data_dir / SERVICE_FILE
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ServiceError(
-            f"no service runs in {data_dir}: start hosl-cloud serve, or name one with --server"
-        ) from None
+        remedy = "start hosl-cloud serve, or name one with --server"
+        raise RequestError(0, f"no service runs in {data_dir}: {remedy}") from None
     except ValueError as error:
         raise ServiceError(f"{path} is damaged: start the service again") from error
     return found
@@ -140,7 +157,11 @@ def service_file(data_dir: Path) -> dict[str, str]:
 def _admin_token(options: argparse.Namespace) -> str:
     if options.admin_token_file is None and (token := os.environ.get("HOSL_ADMIN_TOKEN")):
         return token
-    return read_secret(options.admin_token_file or options.data_dir / ADMIN_TOKEN_FILE)
+    path = options.admin_token_file or options.data_dir / ADMIN_TOKEN_FILE
+    if not path.exists():
+        remedy = "give --admin-token-file FILE, a copy of admin-token of the service's data folder"
+        raise ServiceError(f"{path} does not exist: {remedy}")
+    return read_secret(path)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -37,6 +37,15 @@ class Metrics(msgspec.Struct, kw_only=True, frozen=True):
     """Mean over the scored examples, or tokens of `lm`."""
     correct: int
     scored: int
+    examples: int = 0
+    """Of devices that sent all they have."""
+    of_examples: int = 0
+    """Of all devices that were there at the start."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it can be compared with others."""
+        return self.examples == self.of_examples
 
 
 class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -222,8 +231,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best") -> Checkpoint:
     """The last checkpoint, the best one by evaluation, or the newest of a round. Raises CheckpointMissing.
 
-    `best` is the most accurate, at equal accuracy the one of lower loss; for `lm` the one of lowest loss. Where
-    none was evaluated it is the last.
+    `best` is the most accurate, at equal accuracy the one of lower loss; for `lm` the one of lowest loss. An evaluation
+    that a device left half way does not count. Where none was evaluated it is the last.
     """
     checkpoints = list_checkpoints(folder)
     if isinstance(which, int):
@@ -232,7 +241,7 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
         raise CheckpointMissing(
             folder, "it holds none" if isinstance(which, str) else f"it holds none of round {which}"
         )
-    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.info.metrics is not None]
+    evaluated = [each for each in checkpoints if each.info.metrics is not None and each.info.metrics.is_complete]
     return max(evaluated, key=_rank_of) if which == "best" and evaluated else checkpoints[-1]
 
 

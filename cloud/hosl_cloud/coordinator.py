@@ -51,6 +51,11 @@ DISK_PAUSE_S = 5.0
 ROOM = "room on the disk"
 """What a run waits for whose disk is full."""
 
+_PARTIAL = (
+    "devices left before they had sent everything: {evaluation.examples} of {evaluation.of_examples} examples, "
+    "which do not count for the best"
+)
+
 T = TypeVar("T")
 
 
@@ -177,10 +182,10 @@ class Coordinator:
 
     async def _train_round(self) -> bool:
         """One round; False where it came to nothing, or the run is to stop."""
-        began = time.monotonic()
         devices = await self._gather()
         if self._is_stopping:
             return False
+        began = time.monotonic()
         note_place(round=self.run.round + 1)
         context = self._context(self.run.round + 1, devices)
         outcome = await self._drive(self._round(context))
@@ -309,6 +314,7 @@ class Coordinator:
         self.say(
             f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
             f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
+            + ("" if evaluation.is_complete else f"; {_PARTIAL.format(evaluation=evaluation)}")
         )
         self._note_rank(evaluation)
         await self._checkpoint(evaluation)
@@ -331,7 +337,8 @@ class Coordinator:
             if not devices or self._is_stopping:
                 return None
             peers = [self.fleet.peers[name] for name in devices]
-            evaluation = await self._drive(evaluate(self._context(self.run.round, devices)))
+            examples = {peer.name: peer.eval_examples for peer in peers}
+            evaluation = await self._drive(evaluate(self._context(self.run.round, devices), examples))
             # One that has come back since it left has not answered everything.
             if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
                 return evaluation
@@ -340,6 +347,8 @@ class Coordinator:
         return set(devices) <= set(self.fleet.ready_names())
 
     def _note_rank(self, evaluation: Evaluation) -> None:
+        if not evaluation.is_complete:
+            return
         self._since_best += 1
         if self._best is None or self._rank(evaluation) > self._rank(self._best):
             self._best, self._since_best = evaluation, 0
@@ -420,4 +429,10 @@ class Coordinator:
 
 
 def _metrics(evaluation: Evaluation) -> Metrics:
-    return Metrics(loss=evaluation.loss, correct=evaluation.correct, scored=evaluation.scored)
+    return Metrics(
+        loss=evaluation.loss,
+        correct=evaluation.correct,
+        scored=evaluation.scored,
+        examples=evaluation.examples,
+        of_examples=evaluation.of_examples,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TextIO
@@ -16,16 +17,26 @@ DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
 
 
+def default_data_dir() -> Path:
+    """Where the data is unless somebody says otherwise."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
+
+
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """`--data-dir`."""
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=home,
+        default=default_data_dir(),
         metavar="DIR",
         help="database, tokens, checkpoints (default: %(default)s)",
     )
+
+
+def hint(command: str, data_dir: Path) -> str:
+    """A command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
+    is_default = data_dir.absolute() == default_data_dir().absolute()
+    return f"hosl-cloud {command}" + ("" if is_default else f" --data-dir {shlex.quote(str(data_dir))}")
 
 
 def run_folder(data_dir: Path, run: str) -> Path:
@@ -38,6 +49,15 @@ def new_run_id(name: str, store: Store) -> str:
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     known = set(store.run_ids())
     return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
+
+
+def is_locked(data_dir: Path) -> bool:
+    """Whether a service uses the folder."""
+    try:
+        lock(data_dir).close()
+    except ServiceError:
+        return True
+    return False
 
 
 def lock(data_dir: Path) -> TextIO:

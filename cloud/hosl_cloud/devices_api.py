@@ -15,6 +15,10 @@ Disconnect = Callable[[str, str], None]
 """Ends the connection of a device, by name and with a reason, where it has one."""
 
 
+HasBundle = Callable[[str], bool]
+"""Whether the service knows a bundle of this name."""
+
+
 class NewDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The device that is to have a token."""
 
@@ -28,6 +32,8 @@ class DeviceToken(msgspec.Struct, frozen=True):
 
     name: str
     token: str
+    warning: str = ""
+    """What may be wrong with what was asked for."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -47,17 +53,20 @@ class DeviceList(msgspec.Struct, frozen=True):
     devices: list[Device]
 
 
-def device_operations(access: Access, disconnect: Disconnect) -> list[Operation]:
+def device_operations(access: Access, disconnect: Disconnect, has_bundle: HasBundle) -> list[Operation]:
     """All of them."""
 
     async def listing(call: Call) -> DeviceList:
         return DeviceList([_describe(row) for row in access.list()])
 
     async def add(call: Call) -> DeviceToken:
-        name = call.body.name
-        token = await asyncio.to_thread(access.add, name, call.body.bundle)
+        name, bundle = call.body.name, call.body.bundle
+        token = await asyncio.to_thread(access.add, name, bundle)
         disconnect(name, "the name belongs to a token of its own now")
-        return DeviceToken(name, token)
+        warning = (
+            "" if not bundle or has_bundle(bundle) else f"no bundle {bundle[:200]!r} is in the service's folder yet"
+        )
+        return DeviceToken(name, token, warning)
 
     async def revoke(call: Call) -> Device:
         name = call.path["name"]

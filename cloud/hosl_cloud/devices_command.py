@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options
+
+log = logging.getLogger(__name__)
 
 Parser = argparse.ArgumentParser
 
@@ -75,6 +78,8 @@ def _add(options: argparse.Namespace) -> int:
     if options.out != "-" and path.exists():
         raise ServiceError(f"{path} exists: choose another --out, or delete it")
     made = client.request("POST", "/v1/devices", {"name": options.name, "bundle": options.bundle})
+    if made["warning"]:
+        log.warning("%s", made["warning"])
     if options.out == "-":
         print(made["token"])
         return int(ExitCode.OK)

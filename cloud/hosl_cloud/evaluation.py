@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,12 +19,16 @@ from hosl_protocol import EvalBatch, EvalResult, EvalStart, Frame
 log = logging.getLogger(__name__)
 
 
-def evaluate(context: RoundContext) -> Exchange[Evaluation | None]:
-    """Score the held-out data of `context.devices`, a batch of each in turn; None where there is none."""
+def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Evaluation | None]:
+    """Score the held-out data of `context.devices`, a batch of each in turn; None where nobody sent all of its own.
+
+    `examples` is how many each device has. One that leaves half way counts for nothing: a part is no fair sample.
+    """
     for device in context.devices:
         yield Tell(device, EvalStart(**context.name(0)))
     losses: dict[str, list[float]] = {device: [] for device in context.devices}
-    correct, scored = 0, 0
+    scores = {device: np.zeros(2, np.int64) for device in context.devices}  # correct, scored
+    complete: list[Ask] = []
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
     while asks:
         ask, frame = yield from first(asks)
@@ -35,14 +39,22 @@ def evaluate(context: RoundContext) -> Exchange[Evaluation | None]:
         if result is None or not math.isfinite(result.loss):
             continue
         losses[ask.device].append(result.loss * result.scored)
-        correct, scored = correct + result.correct, scored + result.scored
+        scores[ask.device] += result.correct, result.scored
         reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
         yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
-        if not frame.message.last:
-            asks.append(ask)
+        (complete if frame.message.last else asks).append(ask)
+    devices = [ask.device for ask in complete]
+    correct, scored = map(int, sum((scores[device] for device in devices), np.zeros(2, np.int64)))
     if not scored:
         return None
-    return Evaluation(context.round, math.fsum(chain(*losses.values())) / scored, correct, scored)
+    return Evaluation(
+        context.round,
+        math.fsum(chain(*(losses[device] for device in devices))) / scored,
+        correct,
+        scored,
+        examples=sum(examples[device] for device in devices),
+        of_examples=sum(examples[device] for device in context.devices),
+    )
 
 
 @dataclass(frozen=True)

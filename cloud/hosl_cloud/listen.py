@@ -65,7 +65,7 @@ class Listen:
                 ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)
             except (ssl.SSLError, OSError) as error:
                 raise ServiceError(f"--tls-cert {self.tls_cert} and --tls-key cannot be used: {error}") from error
-        if self.tls_cert is None and not self._is_loopback() and not insecure:
+        if self.tls_cert is None and not self.is_loopback() and not insecure:
             raise ServiceError(
                 f"--host {self.host} without TLS sends everything as plain text: "
                 "run hosl-cloud init --name HOST once, or give --tls-cert and --tls-key, or --insecure"
@@ -73,16 +73,21 @@ class Listen:
 
     def public_address(self, port: int) -> str:
         """What devices on other machines call the service."""
-        if self.authority is None or self._is_loopback():
+        if self.authority is None or self.is_loopback():
             return self.local_address(port)
         return f"{self.scheme}://{_bracketed(self.authority.names()[0])}:{port}"
+
+    def bound_address(self, port: int) -> str:
+        """What it listens on, as it was told."""
+        return f"{self.scheme}://{_bracketed(self.host)}:{port}"
 
     def local_address(self, port: int) -> str:
         """How this machine reaches it."""
         anywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
         return f"{self.scheme}://{_bracketed(anywhere.get(self.host, self.host))}:{port}"
 
-    def _is_loopback(self) -> bool:
+    def is_loopback(self) -> bool:
+        """Whether this machine alone can reach it."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -116,7 +116,10 @@ def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
 def _save(state: State, path: Path) -> None:
     # "format" is what from_pretrained asks a safetensors file for.
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    path.touch()  # save_file makes its own with mode 0600, whatever the umask says
+    mode = path.stat().st_mode
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:

@@ -30,11 +30,12 @@ class Cut:
     """The tail at that round; None for the bundle's own."""
 
 
-def find_unfinished(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | None:
-    """The newest unfinished run of this bundle and these settings."""
-    for id_ in reversed(store.unfinished_runs()):
+def find_run(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | None:
+    """The run of this bundle and these settings: the newest unfinished one, or else the newest; no simulation."""
+    unfinished = store.unfinished_runs()
+    for id_ in [*reversed(unfinished), *reversed(store.run_ids())]:
         row = store.run(id_)
-        if row.shard_digest == manifest.shard_digest and row.config == config:
+        if (row.shard_digest, row.config) == (manifest.shard_digest, config) and row.begun_by != "simulate":
             return row
     return None
 

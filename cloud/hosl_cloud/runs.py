@@ -14,9 +14,10 @@ from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.data_folder import new_run_id, run_folder
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.resume import cut
+from hosl_cloud.returning import Returning
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import RunRow, Store
+from hosl_cloud.store import BegunBy, RunRow, Store
 from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
 from hosl_protocol.logs import log_scope
 
@@ -55,11 +56,14 @@ class Runs:
     def __init__(self, store: Store, data_dir: Path, say: Say) -> None:
         """`say` tells a person how it goes."""
         self.store, self.data_dir = store, data_dir
+        self.returning = Returning()
         self._tell = say
         self._slots: dict[str, Slot] = {}
         """By the shard's digest."""
         self._failed_to_load: set[str] = set()
         """Runs that stay as they are until they are resumed by hand, or the service starts again."""
+        self._halting: set[str] = set()
+        """Runs whose work is cut off, and whose state does not say so yet: none of them is to begin again."""
         self._changed = asyncio.Event()
         self._is_draining = False
 
@@ -75,11 +79,11 @@ class Runs:
             with contextlib.suppress(HoslError):  # a full disk takes no log
                 self.store.add_event(run, level, sentence)
 
-    def submit(self, bundle: Path, config: RunConfig) -> str:
+    def submit(self, bundle: Path, config: RunConfig, begun_by: BegunBy = "start") -> str:
         """Put a new run in line; its id. Raises BundleError."""
         bundle = bundle.resolve()
         id_ = new_run_id(config.name, self.store)
-        self.store.create_run(id_, bundle, load_manifest(bundle).shard_digest, config)
+        self.store.create_run(id_, bundle, load_manifest(bundle).shard_digest, config, begun_by)
         self._changed.set()
         return id_
 
@@ -113,7 +117,7 @@ class Runs:
     def _begin_waiting(self) -> None:
         for row in map(self.store.run, self.store.unfinished_runs()):
             slot = self._slots.get(row.shard_digest)
-            if (slot is None or slot.is_over) and row.id not in self._failed_to_load:
+            if (slot is None or slot.is_over) and row.id not in self._failed_to_load | self._halting:
                 try:
                     self._start(self._reserve(row))
                 except HoslError as error:
@@ -292,6 +296,14 @@ class Runs:
         return found + [f"run {slot.run} waits for room on the disk" for slot in full]
 
     async def _halt(self, slot: Slot, limit_s: float | None, *, pause: bool) -> None:
+        self._halting.add(slot.run)
+        try:
+            await self._cut_off(slot, limit_s, pause=pause)
+        finally:
+            self._halting.discard(slot.run)
+            self._changed.set()
+
+    async def _cut_off(self, slot: Slot, limit_s: float | None, *, pause: bool) -> None:
         coordinator, task = slot.coordinator, slot.task
         assert task is not None
         if coordinator is not None:

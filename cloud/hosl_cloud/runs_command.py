@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hosl_cloud.api_client import ApiClient, add_client_options, client_of
-from hosl_cloud.data_folder import add_data_dir
-from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.api_client import ApiClient, add_client_options, client_of, is_local
+from hosl_cloud.data_folder import add_data_dir, is_locked
+from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.settings import read_config
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options
@@ -42,7 +42,7 @@ def add_run(parser: Parser) -> None:
         command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
         command.add_argument("run", metavar="RUN")
 
-    stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_run)
+    stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped)
     stop.add_argument("run", metavar="RUN")
 
 
@@ -68,15 +68,34 @@ def add_checkpoint(parser: Parser) -> None:
 def add_drain(parser: Parser) -> None:
     """Options of `hosl-cloud drain`."""
 
+    parser.add_argument("--no-wait", action="store_true", help="do not wait until the service has left")
+
     def drain(options: argparse.Namespace) -> int:
-        answer = client_of(options).request("POST", "/v1/drain")
+        client = client_of(options)
+        answer = client.request("POST", "/v1/drain")
+        if not options.no_wait:
+            _await_end(client, options)
         if options.json:
             print(json.dumps(answer))
         else:
-            print(f"the service pauses {', '.join(answer['runs']) or 'nothing, for there is no run'}, and leaves")
+            paused, verb = ", ".join(answer["runs"]) or "no run", "leaves" if options.no_wait else "has left"
+            print(f"the service pauses {paused}, and {verb}")
         return int(ExitCode.OK)
 
     _finish(parser, drain)
+
+
+def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
+    """Until nobody answers any more, and on the service's own machine until it has left its folder, too."""
+    is_there = True
+    while is_there:
+        time.sleep(0.2)
+        try:
+            client.request("GET", "/v1/runs")
+        except RequestError as error:
+            is_there = error.status != 0
+    while is_local(options) and is_locked(options.data_dir):
+        time.sleep(0.2)
 
 
 def _add(commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None]) -> Parser:
@@ -164,9 +183,16 @@ def _show_runs(answer: dict[str, Any]) -> None:
 
 def _line(run: dict[str, Any]) -> str:
     loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
-    accuracy = "" if run["accuracy"] is None else f"  accuracy {100 * run['accuracy']:.1f} %"
     progress = f"round {run['round']}/{run['rounds']}"
-    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{accuracy}"
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{_score(run)}"
+
+
+def _score(entry: dict[str, Any]) -> str:
+    """The accuracy of a run or checkpoint, and how many of the devices' examples it is of."""
+    if entry["accuracy"] is None:
+        return ""
+    of = f" ({entry['examples']} of {entry['of_examples']} examples)" if entry["of_examples"] else ""
+    return f"  accuracy {100 * entry['accuracy']:.1f} %{of}"
 
 
 def _show_run(run: dict[str, Any]) -> None:
@@ -177,16 +203,24 @@ def _show_run(run: dict[str, Any]) -> None:
         waits = run["waits_for"]
         since_s, of = time.time() - waits["since"], f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
         print(f"  waits for {waits['what']}{of} since {since_s:.0f} s")
+    returning = run["returning"]
+    if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
+        count, within_s = returning["devices"], returning["within_s"]
+        print(f"  devices that found no run before: {count}; they ask again within {within_s} s")
     for device in run["members"]:
         state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
         peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"
         heat = "" if device["temperature_c"] is None else f", {device['temperature_c']:.0f} °C"
         seen_s = time.time() - device["last_seen"]
-        figures = f"round {device['applied_round']}{peak}{heat}, last seen {seen_s:.0f} s ago"
+        figures = f"reported round {device['applied_round']}{peak}{heat}, last seen {seen_s:.0f} s ago"
         print(f"  {device['name']:<32} {state:<10} {figures}")
+
+
+def _show_stopped(run: dict[str, Any]) -> None:
+    _show_run(run)
+    print("  its devices have been told; those without --stay have ended: start them again for the next run")
 
 
 def _show_checkpoints(answer: dict[str, Any]) -> None:
     for each in answer["checkpoints"]:
-        score = "" if each["accuracy"] is None else f"  accuracy {100 * each['accuracy']:.1f} %"
-        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{score}")
+        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}")

@@ -8,9 +8,10 @@ import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from hosl_cloud.api_client import SERVICE_FILE
-from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, lock
+from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock
 from hosl_cloud.listen import Listen, write_service_file
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
@@ -96,6 +97,10 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
         run = None
         if first is not None:
             run = _choose_first(runs, options, *first)
+        if options.once and run is None:
+            return None
+        ahead = [] if run is None else _ahead_of(store, run)
+        if run is not None and not ahead:
             await runs.open(run)
         guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
         bundles: Path = options.bundles or data_dir / BUNDLES
@@ -104,17 +109,23 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
 
         def on_listening(address: str) -> None:
             write_service_file(data_dir, listen, address)
-            if run is None:
-                _say(f"listens on {address}; begin a run with: hosl-cloud run start --bundle NAME --config FILE")
-                return
-            _say(f"run {run}: {_course(store, run)}")
-            _say(f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE")
+            for run_ahead in ahead:
+                _say(f"run {run_ahead} goes on first, and run {run} after it")
+            if run is not None:
+                _say(f"run {run}: {_course(store, run)}")
+            begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
+            _say(f"listens on {listen.bound_address(urlsplit(address).port or 0)}{begin}")
+            for sentence in _ways_to_join(listen, address, token_path, data_dir):
+                _say(sentence)
 
         ending = await serve(service, on_listening)
-        if run is not None and ending == "paused":
-            _say(f"run {run} pauses at round {store.run(run).round}; the same command goes on with it")
-        elif run is not None:
-            _say(f"take it with: hosl-cloud merge {run} --out DIR")
+        if run is None:
+            return ending
+        row = store.run(run)
+        if row.state in ("pending", "paused"):
+            _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
+            return "paused"
+        _say(f"take it with: {hint(f'merge {run} --out DIR', data_dir)}")
         return ending
     finally:
         (data_dir / SERVICE_FILE).unlink(missing_ok=True)
@@ -122,16 +133,40 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
         locked.close()
 
 
-def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str:
-    """The unfinished run of these settings, or a new one; others of the bundle are stopped."""
-    from hosl_cloud.resume import find_unfinished
+def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:
+    """The unfinished run of these settings, or a new one; None where the newest of them is completed.
 
-    row = None if options.new else find_unfinished(runs.store, manifest, config)
-    for other in map(runs.store.run, runs.store.unfinished_runs()):
-        if other.shard_digest == manifest.shard_digest and (row is None or other.id != row.id):
+    Unfinished runs that an earlier `serve --config` began make way for it.
+    """
+    from hosl_cloud.resume import find_run
+
+    row = None if options.new else find_run(runs.store, manifest, config)
+    if row is not None and row.state == "completed":
+        runs.say(f"run {row.id} of these settings is completed; --new begins another")
+        return None
+    unfinished = runs.store.unfinished_runs()
+    is_going_on = row is not None and row.id in unfinished
+    for other in map(runs.store.run, unfinished):
+        if (other.shard_digest, other.begun_by) == (manifest.shard_digest, "serve") and other != row:
             runs.store.set_state(other.id, "stopped")
-            runs.say(f"run {other.id} has other settings, or --new was given: it stays as it is, stopped", other.id)
-    return runs.submit(options.bundle, config) if row is None else row.id
+            why = "--new was given" if other.config == config else "other settings"
+            remedy = hint(f"run resume {other.id}", options.data_dir)
+            runs.say(f"run {other.id} ({why}) is stopped; {remedy} goes on with it", other.id)
+    return row.id if row is not None and is_going_on else runs.submit(options.bundle, config, "serve")
+
+
+def _ahead_of(store: Store, run: str) -> list[str]:
+    """Unfinished runs of the same bundle that are in line before it."""
+    unfinished, shard = store.unfinished_runs(), store.run(run).shard_digest
+    return [id_ for id_ in unfinished[: unfinished.index(run)] if store.run(id_).shard_digest == shard]
+
+
+def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path) -> list[str]:
+    """How devices reach the service."""
+    if listen.is_loopback():
+        return [f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE"]
+    names = f"its certificate is for {', '.join(listen.authority.names())}; " if listen.authority is not None else ""
+    return [f"{names}{hint('device add NAME', data_dir)} makes a device's token"]
 
 
 def _course(store: Store, run: str) -> str:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
@@ -25,13 +26,13 @@ from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from hosl_cloud import limits, metrics
-from hosl_cloud.access import Denied, Guard
+from hosl_cloud.access import Caller, Denied, Guard
 from hosl_cloud.api import Api
 from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.devices_api import device_operations
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.listen import Listen
-from hosl_cloud.operations import BYTES, Operation, make_routes, refuse
+from hosl_cloud.operations import BYTES, JSON, Operation, make_routes, refuse
 from hosl_cloud.page_routes import page_routes
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.run import Ending, Paused
@@ -78,10 +79,24 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
-        slot = runs.current(request.state.caller.bundle)
-        if slot is None:
-            return PlainTextResponse("there is no run at present\n", 503, {"Retry-After": "10"})
+        caller: Caller = request.state.caller
+        slot, device = runs.current(caller.bundle), caller.token.name if caller.token is not None else "local"
+        # One that waits for the next run has nothing to do in one that is over.
+        if slot is None or (slot.is_over and "waits" in request.query_params):
+            headers = {"Retry-After": str(runs.returning.ask(device))}
+            return PlainTextResponse("there is no run at present\n", 503, headers)
+        runs.returning.arrive(device)
         return _bundle_file(slot, request.path_params["path"])
+
+    async def place_of_device(request: Request) -> Response:
+        """For a device that asks before it joins: 403 where its token is another's."""
+        caller: Caller = request.state.caller
+        if not guard.may_be(caller, request.path_params["name"]):
+            return Response(status_code=403)
+        slot = runs.current(caller.bundle)
+        coordinator = slot.coordinator if slot is not None and not slot.is_over else None
+        task = coordinator.config.task if coordinator is not None else None
+        return Response(msgspec.json.encode({"task": task}), media_type=JSON)
 
     async def snapshot(request: Request) -> Response:
         slot, bundle = runs.slot_of(request.path_params["run"]), request.state.caller.bundle
@@ -110,6 +125,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             *make_routes(operations, guard),
             Route("/metrics", guarded(figures, guard.check_metrics)),
             Route("/v1/bundle/{path:path}", guarded(bundle_file)),
+            Route("/v1/device/{name}", guarded(place_of_device)),
             Route("/v1/snapshot/{run}/{round:int}", guarded(snapshot)),
             WebSocketRoute("/v1/device", device),
         ],
@@ -215,7 +231,13 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
                 peer.is_ready = False
                 peer.end(Refusal(code="device", reason=reason, retry=False))
 
-    operations = [*Api(runs, service.bundles, leave).operations(), *device_operations(guard.access, disconnect)]
+    def has_bundle(name: str) -> bool:
+        return name in {slot.bundle.name for slot in runs.slots()} or (service.bundles / name).is_dir()
+
+    operations = [
+        *Api(runs, service.bundles, leave).operations(),
+        *device_operations(guard.access, disconnect, has_bundle),
+    ]
     app = make_app(runs, guard, operations, listen.authority.ca_cert if listen.authority is not None else None)
     listener = _bind(listen, guard.limits)
     server = _Server(_uvicorn_config(app, listen))

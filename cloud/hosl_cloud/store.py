@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
@@ -98,9 +98,18 @@ _MIGRATIONS = (
     "CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, "
     "level TEXT NOT NULL, text TEXT NOT NULL);"
     "CREATE INDEX events_of_run ON events (run, id);",
+    # Who began an older run is not known: one that somebody may have asked for is not stopped.
+    "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';"
+    # The digest was of training and held-out data together; each device is bound anew.
+    "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';"
+    "ALTER TABLE evaluations ADD COLUMN examples INTEGER NOT NULL DEFAULT 0;"
+    "ALTER TABLE evaluations ADD COLUMN of_examples INTEGER NOT NULL DEFAULT 0;",
 )
 """What leads from each version to the next, from none at all on."""
 
+
+BegunBy = Literal["start", "serve", "simulate"]
+"""How a run began: by `run start` or the HTTP API, by `serve --config`, or in a simulation."""
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
 _CONFIG = msgspec.json.Decoder(RunConfig)
@@ -121,6 +130,7 @@ class RunRow:
     """Why it failed, or could not go on."""
     created_at: float = 0.0
     """Unix time."""
+    begun_by: BegunBy = "start"
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,9 @@ class DeviceRow:
     """What admission asks about a device that joined before."""
 
     data_digest: str
-    """Of its data when it joined."""
+    """Of its training data when it was ready last; empty for one that never was."""
+    eval_digest: str
+    """Of its held-out data then; empty without."""
     strikes: int
     """Faults counted against it."""
 
@@ -179,6 +191,15 @@ class Evaluation:
     loss: float
     correct: int
     scored: int
+    examples: int = 0
+    """Of devices that sent all they have."""
+    of_examples: int = 0
+    """Of all devices that were there at the start."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no device left half way, so that it can be compared with others."""
+        return self.examples == self.of_examples
 
     @property
     def accuracy(self) -> float:
@@ -257,14 +278,16 @@ class Store:
         with self._lock, self._named_errors():
             return self._database.execute(sql, arguments).fetchall()
 
-    def create_run(self, run: str, bundle: Path, shard_digest: str, config: RunConfig) -> None:
+    def create_run(
+        self, run: str, bundle: Path, shard_digest: str, config: RunConfig, begun_by: BegunBy = "start"
+    ) -> None:
         """Add a pending run."""
         with self._transaction() as database:
             now, text = time.time(), msgspec.json.encode(config).decode()
             database.execute(
-                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, state) "
-                "VALUES (?, ?, ?, ?, ?, ?, 'pending')",
-                (run, now, now, str(bundle), shard_digest, text),
+                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, begun_by, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 'pending')",
+                (run, now, now, str(bundle), shard_digest, text, begun_by),
             )
 
     def run(self, run: str) -> RunRow:
@@ -287,6 +310,7 @@ class Store:
             round=row["round"],
             reason=row["reason"],
             created_at=row["created_at"],
+            begun_by=row["begun_by"],
         )
 
     def run_ids(self) -> list[str]:
@@ -441,34 +465,36 @@ class Store:
                 (run, evaluation.round, epoch),
             )
             database.execute(
-                "INSERT OR REPLACE INTO evaluations (run, epoch, round, loss, correct, scored) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (run, epoch, evaluation.round, evaluation.loss, evaluation.correct, evaluation.scored),
+                "INSERT OR REPLACE INTO evaluations "
+                "(run, epoch, round, loss, correct, scored, examples, of_examples) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, epoch, *dataclasses.astuple(evaluation)),
             )
 
     def evaluations(self, run: str) -> list[Evaluation]:
         """All evaluations in order."""
         rows = self._query(
-            "SELECT round, loss, correct, scored FROM evaluations WHERE run = ? AND NOT superseded ORDER BY round",
+            "SELECT round, loss, correct, scored, examples, of_examples FROM evaluations "
+            "WHERE run = ? AND NOT superseded ORDER BY round",
             (run,),
         )
         return [Evaluation(**row) for row in map(dict, rows)]
 
-    def add_device(self, run: str, name: str, data_digest: str) -> int:
+    def add_device(self, run: str, name: str) -> int:
         """A device says Hello: note it; how many connections it has made."""
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
-                "VALUES (:run, :name, :digest, :now, :now, 1) ON CONFLICT (run, name) "
+                "VALUES (:run, :name, '', :now, :now, 1) ON CONFLICT (run, name) "
                 "DO UPDATE SET connections = connections + 1, last_seen = :now",
-                {"run": run, "name": name, "digest": data_digest, "now": time.time()},
+                {"run": run, "name": name, "now": time.time()},
             )
             row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["connections"])
 
     def device(self, run: str, name: str) -> DeviceRow | None:
         """A device that has joined the run; None for a new one."""
-        rows = self._query("SELECT data_digest, strikes FROM devices WHERE run = ? AND name = ?", (run, name))
+        sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"
+        rows = self._query(sql, (run, name))
         return DeviceRow(**dict(rows[0])) if rows else None
 
     def set_token(self, row: TokenRow) -> None:
@@ -487,12 +513,13 @@ class Store:
             row = database.execute("SELECT strikes FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["strikes"]) if row else 0
 
-    def set_examples(self, run: str, name: str, train: int, held_out: int) -> None:
-        """How much data a device has."""
+    def set_data(self, run: str, name: str, train: int, held_out: int, digest: str, eval_digest: str) -> None:
+        """How much data a device has that is ready, and the digests of both parts: from here on it is bound to them."""
         with self._transaction() as database:
             database.execute(
-                "UPDATE devices SET train_examples = ?, eval_examples = ? WHERE run = ? AND name = ?",
-                (train, held_out, run, name),
+                "UPDATE devices SET train_examples = ?, eval_examples = ?, data_digest = ?, eval_digest = ? "
+                "WHERE run = ? AND name = ?",
+                (train, held_out, digest, eval_digest, run, name),
             )
 
     def set_reports(self, reports: Mapping[str, Report]) -> None:

@@ -20,7 +20,7 @@ from hosl_edge.preflight import FAILED, examine
 from hosl_edge.settings import EdgeSettings, Resolved, masked, resolve, split_fields
 from hosl_edge.status import SERVICE_FOLDER, read_status, status_folder
 from hosl_protocol import ExitCode
-from hosl_protocol.terminal import add_common_options, run_command, terminable
+from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
 
 if TYPE_CHECKING:
     from hosl_edge.agent import Summary
@@ -53,6 +53,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     if name == "config":
         parser.add_argument("--example", action="store_true", help="print a file with every setting, explained")
     add_common_options(parser)
+    add_version(parser)
     return parser
 
 

@@ -9,11 +9,11 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from hosl_edge.data import check_files
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
@@ -29,10 +29,11 @@ from hosl_protocol import Complete, HoslError, ProtocolError
 
 log = logging.getLogger(__name__)
 
+CONNECTING, WAITING = "connecting", "waiting to connect"
+"""States of an agent that has no connection."""
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
-ENDED_RETRY_S = 300
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ async def run_agent(settings: EdgeSettings, on_alive: Callable[[], None] = lambd
     """
     keep_heap_small()
     token = read_token(Path(settings.token_file))
+    check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
     settings = msgspec.structs.replace(settings, name=device_name(settings, token))
     agent = Agent(settings, token, Display(settings.name, on_alive))
     async with serve_status(status_folder(settings.state_dir), settings.name, agent.status):
@@ -124,17 +126,17 @@ class Agent:
 
     async def _connect(self) -> Complete:
         """One connection to its end."""
-        self.progress.state, self._next_try_at = "connecting", None
+        self.progress.state, self._next_try_at = CONNECTING, None
         if self._cloud is None:
             cache = Path(self.settings.cache_dir)
             self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
         if self._device is None:
-            self._device = await _prepare(self.settings, self._cloud, self.display)
+            waits = self._ended_run is not None
+            self._device = await _prepare(self.settings, self._cloud, self.display, waits=waits)
+        self._waits_for_run = False
         pace = self._guard.pace
         session = Session(self._device, self.display, self.progress, self.software, self._cloud, pace)
-        complete = await session.run()
-        self._waits_for_run = complete.run == self._ended_run
-        return complete
+        return await session.run()
 
     async def _pause(self, error: HoslError) -> None:
         """Wait before the next try."""
@@ -144,7 +146,7 @@ class Agent:
             pause = self._await_run(error, pause)
         else:
             self._last_error, self._waits_for_run = str(error), False
-            self.progress.state = "waiting to connect"
+            self.progress.state = WAITING
             self.display.say(f"{error}; next try in {pause:.1f} s")
         self._next_try_at = time.time() + pause
         if await self._network.pause(pause) and not self._waits_for_run:
@@ -154,19 +156,19 @@ class Agent:
         """Let go of the last run, for the next one may have another shard; how long to wait."""
         self._close_device()
         self.progress.state = "waiting for a run"
-        if not self._waits_for_run:
-            self.display.say(f"{error}; waits for one")
-        self._waits_for_run = True
         if error.retry_after_s is None:
             return pause
-        return min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+        pause = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+        if not self._waits_for_run:
+            self.display.say(f"{error}; asks again in {pause:.0f} s, and so on until there is one")
+        self._waits_for_run, self._attempt = True, 0
+        return pause
 
     def _end_run(self, complete: Complete) -> None:
-        """Raise NoRun; a cloud that goes on with a run that has ended is asked seldom."""
-        if complete.run == self._ended_run:
-            raise NoRun(str(ENDED_RETRY_S))
+        """Raise NoRun; the pauses grow where a cloud says the same end again and again."""
         self._summarize(complete)
-        self._ended_run, self._attempt = complete.run, 0
+        if complete.run != self._ended_run:
+            self._ended_run, self._attempt = complete.run, 0
         self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
         raise NoRun(None)
 
@@ -197,7 +199,7 @@ class Agent:
             "throttled": list(health.throttled),
             "sent_bytes": progress.sent_bytes,
             "received_bytes": progress.received_bytes,
-            "last_error": self._last_error,
+            "last_error": self._last_error if progress.state in (CONNECTING, WAITING) else None,
             "next_try_s": None if self._next_try_at is None else max(0.0, self._next_try_at - time.time()),
         }
 
@@ -223,12 +225,16 @@ class Agent:
         )
 
 
-async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display) -> Device:
-    on_progress = partial(display.show_download, "shard")
+async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, waits: bool) -> Device:
+    files: list[str] = []
+    rates: list[float] = []
+
+    def on_progress(done: int, size: int) -> None:
+        display.show_download(f"downloads {files[-1]}", done, size)
 
     def work() -> Device:
-        rates: list[float] = []
-        folder, manifest = fetch_bundle(cloud, Path(settings.cache_dir), on_progress, rates.append)
+        cache = Path(settings.cache_dir)
+        folder, manifest = fetch_bundle(cloud, cache, on_progress, rates.append, on_file=files.append, waits=waits)
         device = Device(settings, folder, manifest)
         for rate in rates[-1:]:
             device.note_link(rate)

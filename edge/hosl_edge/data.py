@@ -214,6 +214,28 @@ def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(path, reader.line_num, f"is not CSV ({error})") from error
 
 
+def check_files(*paths: Path | None) -> None:
+    """Raise DataError for the first that is not there, or may not be read."""
+    for path in paths:
+        if path is not None:
+            try:
+                next(path.iterdir(), None) if path.is_dir() else path.open("rb").close()
+            except OSError as error:
+                raise DataError(path, None, error.strerror or "cannot be read") from error
+
+
+def check_first_example(path: Path, task: Task | None) -> int:
+    """How many fields the first example has. Raises DataError where it, or `task`, has no use for it."""
+    line, example = next(read_examples(path), (0, None))
+    if example is None:
+        raise DataError(path, None, "holds no examples")
+    if task is not None:
+        _text_of(task, example, path, line)
+        if task.kind != "lm":
+            _label_of(task, example, path, line)
+    return len(example)
+
+
 def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
     try:
         text = render(task, example)
@@ -262,26 +284,20 @@ def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: boo
         )
 
 
-def digest_of_files(*paths: Path | None) -> str:
-    """SHA-256 over the data files, absent ones as empty; of a folder, over its files' names and contents.
+def digest_of_data(path: Path) -> str:
+    """SHA-256 of a data file; of a folder, over its files' names and contents. Raises DataError."""
+    try:
+        return _digest_of(path).hex()
+    except OSError as error:
+        raise DataError(path, None, error.strerror or "cannot be read") from error
 
-    Raises DataError.
-    """
+
+def _digest_of(path: Path) -> bytes:
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            digest.update(_digest_of(path))
-        except OSError as error:
-            raise DataError(path or Path(), None, error.strerror or "cannot be read") from error
-    return digest.hexdigest()
-
-
-def _digest_of(path: Path | None) -> bytes:
-    digest = hashlib.sha256()
-    if path is not None and path.is_dir():
+    if path.is_dir():
         for file_path in sorted(each for each in path.rglob("*") if each.is_file()):
             digest.update(file_path.relative_to(path).as_posix().encode() + b"\0" + _digest_of(file_path))
-    elif path is not None:
+    else:
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_files, load_dataset
+from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError
 from hosl_edge.fetch import part_of
 from hosl_edge.images import blank_images, load_images
@@ -57,7 +57,9 @@ class Device:
         self.settings = settings
         self.manifest = manifest
         self.shard = Shard(folder, manifest, settings.compute_threads)
-        self.data_digest = digest_of_files(*self._data_paths)
+        train, held_out = self._data_paths
+        self.data_digest = digest_of_data(train)
+        self.eval_digest = digest_of_data(held_out) if held_out else ""
         self.weights: ClientWeights | None = None
         self.train: AnyDataset | None = None
         self.eval: AnyDataset | None = None
@@ -248,7 +250,7 @@ class Device:
             self.train = load_images(train, settings.task, image, positions)
             self.eval = load_images(held_out, settings.task, image, positions) if held_out else None
             return
-        key = tokens_key(self.manifest.shard_digest, self.data_digest, settings)
+        key = tokens_key(self.manifest.shard_digest, self.data_digest + self.eval_digest, settings)
         splits = load_or_tokenize(self._state, key, self.manifest.pad_token_id, lambda: self._tokenize(settings))
         self.train, self.eval = splits["train"], splits.get("eval")
         # A vocabulary of 49,000 tokens is 30 MB that training has no use for.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, RefusedError
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 
@@ -39,14 +39,21 @@ OnRate = Callable[[float], None]
 
 
 def fetch_bundle(
-    cloud: Cloud, cache: Path, on_progress: OnProgress, on_rate: OnRate = lambda rate: None
+    cloud: Cloud,
+    cache: Path,
+    on_progress: OnProgress,
+    on_rate: OnRate = lambda rate: None,
+    *,
+    on_file: Callable[[str], None] = lambda name: None,
+    waits: bool = False,
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
-    Raises ConnectionLost (try again), RefusedError (token), BundleError (digest), NoSpaceError.
+    With `waits` that of a run under way alone: the last one is over for this device. Raises NoRun, ConnectionLost
+    (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
-    with open_url(cloud, base + MANIFEST) as response:
+    with open_url(cloud, base + MANIFEST + ("?waits=1" if waits else "")) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
@@ -65,6 +72,7 @@ def fetch_bundle(
             target = folder / entry.path
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
+            on_file(target.name)
             _fetch_file(cloud, base + entry.path, target, entry.size_bytes, entry.sha256, on_progress, on_rate)
     return folder, manifest
 
@@ -167,5 +175,4 @@ def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
             raise NoRun(error.headers.get("Retry-After")) from error
         raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ConnectionLost(f"cannot reach {url}: {reason}") from error
+        raise ConnectionLost(f"cannot reach {url}: {explain(getattr(error, 'reason', error))}") from error

@@ -17,14 +17,17 @@ from email.utils import parsedate_to_datetime
 from math import prod
 from pathlib import Path
 from typing import Literal
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
+import msgspec
+
+from hosl_edge.data import check_consent, check_files, check_first_example
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError, TrustError
 from hosl_edge.fetch import MAX_MANIFEST_BYTES, open_url
 from hosl_edge.health import ROOT, read_available
 from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
-from hosl_edge.trust import Token, connect_securely
-from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, decode_manifest
+from hosl_edge.trust import Cloud, Token, connect_securely, tls_remedy
+from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, Task, decode_manifest
 from hosl_protocol.manifest import MANIFEST
 
 OK: Literal["ok"] = "ok"
@@ -36,6 +39,13 @@ CLOCK_S = 60.0
 """Largest difference to the server's clock that passes."""
 AGENT_BYTES = 70_000_000
 """Resident memory of an agent after its imports, measured (README.md)."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """What the service says of a device whose token is right."""
+
+    task: Task | None = None
+    """Of the run that waits for it; None without one."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,15 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
         return
     yield Check("settings", OK, f"device {device_name(settings, token)}, {settings.server}")
     manifest: Manifest | None = None
+    place = Place()
     for found in check_server(settings, token):
         if isinstance(found, Check):
             yield found
+        elif isinstance(found, Place):
+            place = found
         else:
             manifest = found
+    yield from check_data(settings, place.task)
     yield check_memory(settings, manifest, read_available())
     yield check_disk(Path(settings.cache_dir), manifest)
 
@@ -119,8 +133,32 @@ def check_memory_cgroup(root: Path = ROOT) -> Check:
     return Check(name, WARNING, "off, so that limits on a service's memory do nothing", remedy)
 
 
-def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest]:
-    """Name, connection, clock, TLS, token, run; at last the manifest, where it could be had."""
+def check_data(settings: EdgeSettings, task: Task | None) -> Iterator[Check]:
+    """Each data file: that it is there, and that its first example is one that the run's task can use, where known."""
+    for name, path in (("data", settings.data), ("eval", settings.eval)):
+        if path is None:
+            continue
+        try:
+            detail = _first_of(Path(path), task)
+            if task is not None:
+                check_consent(task, settings.fields, share_text=settings.share_text)
+        except HoslError as error:
+            yield Check(name, FAILED, str(error), f"mend it, or name another file in {name}", error.exit_code)
+        else:
+            yield Check(name, OK, f"{path}, {detail}")
+
+
+def _first_of(path: Path, task: Task | None) -> str:
+    check_files(path)
+    if path.is_dir() or path.suffix == ".npz":
+        return "can be read"
+    fields = check_first_example(path, task)
+    fits = f", which task {task.name} can use" if task is not None else ""
+    return f"its first example has {fields} field{'s' if fields != 1 else ''}{fits}"
+
+
+def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest | Place]:
+    """Name, connection, clock, TLS, token, device, run; at last the manifest, where it could be had."""
     url = urlsplit(settings.server)
     port = url.port or (443 if url.scheme == "wss" else 80)
     try:
@@ -134,6 +172,10 @@ def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manif
         date = _server_date(url, port)
     except (OSError, http.client.HTTPException) as error:
         remedy = "start hosl-cloud there, or mend the port, wss:// or ws://, or a firewall on the way"
+        if url.scheme == "ws" and _speaks_tls(url.hostname or "", port):
+            remedy = "the server speaks TLS: use wss://"
+        elif isinstance(error, ssl.SSLError):
+            remedy = tls_remedy(error)
         detail = f"{url.hostname}:{port} does not answer: {getattr(error, 'strerror', None) or error}"
         yield Check("connection", FAILED, detail, remedy, ExitCode.REFUSED)
         return
@@ -147,14 +189,27 @@ def _server_date(url: SplitResult, port: int) -> str | None:
     host = url.hostname or ""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     if url.scheme == "wss":
-        unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=unverified)
+        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=_unverified())
     try:
         connection.request("HEAD", "/healthz")
         return connection.getresponse().headers.get("Date")
     finally:
         connection.close()
+
+
+def _speaks_tls(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), TIMEOUT_S) as plain:
+            _unverified().wrap_socket(plain, server_hostname=host).close()
+    except OSError:
+        return False
+    return True
+
+
+def _unverified() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def check_clock(date: str | None, now: float, *, needs_it: bool) -> Check:
@@ -173,7 +228,7 @@ def check_clock(date: str | None, now: float, *, needs_it: bool) -> Check:
     )
 
 
-def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest]:
+def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest | Place]:
     error: Exception | None = None
     manifest: Manifest | None = None
     try:
@@ -189,29 +244,37 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
         return
     reason = getattr(error.__cause__, "reason", None) if error is not None else None
     if isinstance(reason, ssl.SSLError):
-        yield Check("tls", FAILED, str(reason), _tls_remedy(reason), ExitCode.REFUSED)
+        yield Check("tls", FAILED, str(reason), tls_remedy(reason), ExitCode.REFUSED)
         return
     if has_tls:
         yield Check("tls", OK, "the certificate is valid")
     if isinstance(error, RefusedError):
-        remedy = "copy the token again, with nothing around it, or have a new one made: hosl-cloud device add"
-        yield Check("token", FAILED, f"{settings.token_file}: {error.reason}", remedy, ExitCode.REFUSED)
+        reason, _, remedy = error.reason.partition(": ")
+        yield Check("token", FAILED, f"{settings.token_file}: {reason}", remedy, ExitCode.REFUSED)
         return
     if isinstance(error, ConnectionLost) and not isinstance(error, NoRun):
         yield Check("service", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
         return
     yield Check("token", OK, "accepted")
+    yield from _check_device(cloud, device_name(settings, token))
     yield _check_run(error, manifest)
     if manifest is not None:
         yield manifest
 
 
-def _tls_remedy(error: ssl.SSLError) -> str:
-    if not isinstance(error, ssl.SSLCertVerificationError):
-        return "see that the server speaks TLS at this port (wss://), and no proxy stands between"
-    if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
-        return "set this machine's clock, or renew the server's certificate"
-    return "use the name that the certificate is for, and let this machine trust who signed it"
+def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Place]:
+    """Whether the token is one of this device; nothing where an older service cannot tell."""
+    try:
+        with open_url(cloud, cloud.url("device/") + quote(name, safe="")) as response:
+            place = msgspec.json.decode(response.read(MAX_MANIFEST_BYTES), type=Place)
+    except RefusedError:
+        remedy = "leave out the name, and the token's own counts, or take the token of this device"
+        yield Check("device", FAILED, f"the token is not one of device {name}", remedy, ExitCode.REFUSED)
+    except (HoslError, OSError, http.client.HTTPException, msgspec.DecodeError):
+        return
+    else:
+        yield Check("device", OK, f"the token is that of {name}")
+        yield place
 
 
 def _check_run(error: Exception | None, manifest: Manifest | None) -> Check:

@@ -20,13 +20,22 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from hosl_edge import step
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, DataError, NoRun, RefusedError, SnapshotError
+from hosl_edge.exceptions import (
+    ConnectionLost,
+    ConsentError,
+    DataError,
+    MemoryBudgetError,
+    NoRun,
+    RefusedError,
+    SnapshotError,
+)
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.health import read_health
 from hosl_edge.memory import read_memory
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import (
     PIECE_BYTES,
+    BundleError,
     CatchUp,
     Complete,
     Connection,
@@ -67,6 +76,14 @@ _REPLIES = (CutGradient, ProbeLoss, EvalResult, Late)
 
 STATES = {Welcome: "joining", CatchUp: "catching up", RoundStart: "training", EvalStart: "evaluating"}
 """What the device is doing while it deals with a message, in the words of its status."""
+
+_FAREWELLS: tuple[tuple[type[HoslError], str], ...] = (
+    (DataError, "its data cannot be used, see its log"),
+    (ConsentError, "it does not share what the task reads"),
+    (MemoryBudgetError, "its memory budget is too small for the run"),
+    (BundleError, "its shard cannot be used"),
+    (ProtocolError, "what it was sent is against the protocol, see its log"),
+)
 
 T = TypeVar("T")
 
@@ -140,7 +157,7 @@ class Session:
                 raise NoRun(error.response.headers.get("Retry-After")) from error
             raise ConnectionLost(f"{url} answered {code}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
-            raise ConnectionLost(f"cannot talk to {url}: {error}") from error
+            raise ConnectionLost(f"cannot talk to {url}: {explain(error)}") from error
 
     async def _talk(self, socket: ClientConnection) -> Complete:
         self._writer = asyncio.create_task(self._write(socket))
@@ -157,7 +174,7 @@ class Session:
                 self.progress.state = "waiting"
         except HoslError as error:
             if not isinstance(error, (ConnectionLost, RefusedError)):
-                await self._leave(type(error).__name__)
+                await self._leave(_farewell(error))
             raise
         finally:
             for task in tasks:
@@ -206,8 +223,10 @@ class Session:
         if isinstance(item, HoslError):
             raise item
         if isinstance(item.message, Refusal):
-            if item.message.code == "data":
-                raise DataError(Path(self.device.settings.data), None, item.message.reason)
+            if item.message.code in ("data", "eval-data"):
+                settings = self.device.settings
+                path = settings.data if item.message.code == "data" else settings.eval or "--eval"
+                raise DataError(Path(path), None, item.message.reason)
             raise RefusedError(item.message.reason, retry=item.message.retry)
         return item
 
@@ -215,6 +234,8 @@ class Session:
         self._outgoing.put_nowait((message, tensors or {}))
 
     async def _leave(self, reason: str) -> None:
+        if self._connection.phase is Phase.CLOSED:
+            return
         self._send(Goodbye(reason=reason))
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._outgoing.join(), 5.0)
@@ -228,6 +249,7 @@ class Session:
                 device=device.settings.name,
                 shard_digest=device.manifest.shard_digest,
                 data_digest=device.data_digest,
+                eval_digest=device.eval_digest,
                 run=header.run if header else None,
                 epoch=header.epoch if header else 0,
                 applied_round=device.applied_round,
@@ -270,6 +292,8 @@ class Session:
         if welcome.width != self.device.manifest.width:
             raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
         self._welcome = welcome
+        if welcome.run != self.progress.run:
+            self.progress.round, self.progress.loss, self.progress.accuracy = welcome.round, None, None
         self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
         left = threading.Event()
@@ -476,6 +500,11 @@ class Session:
     def _joined(self) -> Welcome:
         assert self._welcome is not None
         return self._welcome
+
+
+def _farewell(error: HoslError) -> str:
+    """Why a device leaves, for the cloud: the error's own words may hold names and values of this machine."""
+    return next((text for kind, text in _FAREWELLS if isinstance(error, kind)), "an error of its own, see its log")
 
 
 def _advance(steps: step.Step, reply: Frame | None) -> step.Send | step.Receive | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import socket
@@ -19,12 +20,16 @@ from hosl_edge.trust import Token, parse_token
 from hosl_protocol import SettingsError, convert, read_toml
 from hosl_protocol.exceptions import MalformedSettings
 
+log = logging.getLogger(__name__)
+
 CONFIG = Path("/etc/hosl/edge.toml")
 """Read where no other file is named."""
 ENVIRONMENT = "HOSL_EDGE_"
 """Before a field's name in capitals: its variable."""
 CREDENTIAL = "hosl-token"
 """The token's name among systemd's credentials."""
+TOKEN = Path("/etc/hosl/token")
+"""Where install.md puts the token; read where nothing else names one, as by hand beside the service."""
 REQUIRED = ("server", "token_file", "data")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -134,7 +139,10 @@ class Resolved:
         for required in REQUIRED:
             if required not in self.values:
                 option, variable = f"--{required.replace('_', '-')}", ENVIRONMENT + required.upper()
-                raise SettingsError(required, None, f"give {option} or {variable}, or set it in the --config file")
+                remedy = f"give {option} or {variable}, or set it in the --config file"
+                if required == "token_file" and TOKEN.exists():
+                    remedy += f"; {TOKEN} is the service's, which sudo may read"
+                raise SettingsError(required, None, remedy)
         settings: EdgeSettings = convert(self.values, EdgeSettings, str(self.config or "options"))
         _check(settings)
         return settings
@@ -162,6 +170,8 @@ def resolve(options: Mapping[str, Any], config: Path | None, environment: Mappin
     credential = Path(environment.get("CREDENTIALS_DIRECTORY", "")) / CREDENTIAL
     if "token_file" not in values and credential.is_absolute() and credential.exists():
         values["token_file"], sources["token_file"] = str(credential), "systemd credential"
+    elif "token_file" not in values and os.access(TOKEN, os.R_OK):
+        values["token_file"], sources["token_file"] = str(TOKEN), "the service's"
     return Resolved(values, sources, config)
 
 
@@ -238,6 +248,9 @@ def read_token(path: Path) -> Token:
         raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
     except UnicodeDecodeError:
         text = ""
+    # systemd decides the mode of its credentials.
+    if path.parent != Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere")) and path.stat().st_mode & 0o044:
+        log.warning("%s can be read by others: run chmod 600 %s", path, path)
     token = parse_token(text) if re.fullmatch(r"[!-~]+", text) else None
     if token is None:
         raise SettingsError("token_file", str(path), "it should hold one token and nothing else: copy it again")

@@ -20,7 +20,10 @@ from hosl_edge.exceptions import ConnectionLost, TrustError
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
-UNKNOWN_TOKEN = "it does not know the token, or has revoked it, or takes it on its own machine only"
+UNKNOWN_TOKEN = (
+    "it does not know the token, or has revoked it, or takes it on its own machine only: "
+    "copy the token again, or have a new one made (hosl-cloud device add)"
+)
 _MAX_CA_BYTES = 65536
 
 
@@ -89,6 +92,24 @@ def ssl_context(server: str, token: Token, cache: Path) -> ssl.SSLContext | None
     return ssl.create_default_context(cadata=_ca_certificate(server, token.fingerprint, cache / "ca"))
 
 
+def explain(error: object) -> str:
+    """What kept a connection from being made, and for TLS a remedy."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}; {tls_remedy(error)}; hosl-edge preflight explains"
+    return f"{error}; {tls_remedy(error)}" if isinstance(error, ssl.SSLError) else str(error)
+
+
+def tls_remedy(error: ssl.SSLError) -> str:
+    """For a handshake that failed."""
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return "the server speaks no TLS here: see that the port is right, and that no proxy stands between"
+    if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+        return "set this machine's clock, or renew the server's certificate"
+    if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+        return "the certificate is not for this name: use one that it is for"
+    return "use the name that the certificate is for, and let this machine trust who signed it"
+
+
 def http_address(server: str) -> str:
     """Where what is fetched over HTTP is."""
     return server.replace("ws", "http", 1).rstrip("/")
@@ -124,7 +145,7 @@ def _fetch(server: str, fingerprint: str) -> bytes:
         error.close()
         raise ConnectionLost(f"{url} answered {error.code}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionLost(f"cannot reach {url}: {getattr(error, 'reason', error)}") from error
+        raise ConnectionLost(f"cannot reach {url}: {explain(getattr(error, 'reason', error))}") from error
     except ValueError:
         raise TrustError(server, fingerprint, "no certificate") from None
     if (found := _fingerprint(certificate)) != fingerprint:

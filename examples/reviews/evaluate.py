@@ -5,6 +5,7 @@ python examples/reviews/evaluate.py MODEL HELD_OUT.jsonl
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -48,5 +49,18 @@ def accuracy(model_path: Path, held_out: Path) -> float:
     return right / len(examples)
 
 
+def main() -> int:
+    """Measure one model."""
+    parser = argparse.ArgumentParser(description="Accuracy of a causal language model on held-out reviews.")
+    parser.add_argument("model", type=Path, help="a Hugging Face folder, or a .gguf file")
+    parser.add_argument("held_out", type=Path, help="reviews as .jsonl, with the fields text and label")
+    options = parser.parse_args()
+    for path in (options.model, options.held_out):
+        if not path.exists():
+            parser.error(f"{path} does not exist: python examples/reviews/prepare.py makes the reviews")
+    print(f"{100 * accuracy(options.model, options.held_out):.1f} %")
+    return 0
+
+
 if __name__ == "__main__":
-    print(f"{100 * accuracy(Path(sys.argv[1]), Path(sys.argv[2])):.1f} %")
+    sys.exit(main())

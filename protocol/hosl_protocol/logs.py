@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+_TIME = "%Y-%m-%d %H:%M:%S"
 PLACES = ("run", "round", "device")
 
 _scope: ContextVar[dict[str, Any] | None] = ContextVar("hosl_log_scope", default=None)
@@ -83,9 +85,15 @@ def is_json() -> bool:
 def sentence_line(device: str, sentence: str) -> str:
     """What a device says, as a line in the log's format."""
     if not is_json():
-        return f"{device}: {sentence}"
+        time_ = time.strftime(_TIME + " ") if _needs_time(sys.stderr) else ""
+        return f"{time_}{device}: {sentence}"
     record = {"name": "hosl-edge", "levelname": "INFO", "msg": sentence, "device": device}
     return JsonFormatter().format(logging.makeLogRecord(record))
+
+
+def _needs_time(stream: TextIO) -> bool:
+    """A person at a terminal knows the time, and the journal notes it."""
+    return not stream.isatty() and "JOURNAL_STREAM" not in os.environ
 
 
 class _Sentences(logging.StreamHandler[TextIO]):
@@ -102,7 +110,8 @@ def configure_logs(program: str, level: str, format_: str) -> None:
     log_handler.setFormatter(JsonFormatter() if is_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[log_handler])
     sentences = _Sentences(sys.stdout)
-    sentences.setFormatter(JsonFormatter() if is_json else logging.Formatter(f"{program}: %(message)s"))
+    text = logging.Formatter(f"{'%(asctime)s ' if _needs_time(sys.stdout) else ''}{program}: %(message)s", _TIME)
+    sentences.setFormatter(JsonFormatter() if is_json else text)
     teller = logging.getLogger(program)
     teller.handlers, teller.propagate = [sentences], False
     teller.setLevel(logging.INFO)

@@ -84,7 +84,7 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     shard_digest: Digest
     """Manifest.shard_digest of the shard at hand."""
     data_digest: Digest
-    """SHA-256 of the data files."""
+    """SHA-256 of the training data's files."""
     run: Name | None = None
     """The run that the journal belongs to; null without a journal."""
     epoch: Count = 0
@@ -98,6 +98,8 @@ class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     """Speed of its last download; 0 where it does not know."""
     base_round: RoundNumber = 0
     """The earliest round that it can go back to by itself."""
+    eval_digest: DigestOrNone = ""
+    """SHA-256 of the held-out data's files; empty without."""
 
 
 class Snapshot(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -264,7 +266,7 @@ class Complete(_Message, kw_only=True, frozen=True, tag="complete"):
 class Refusal(_Message, kw_only=True, frozen=True, tag="refusal"):
     """cloud -> edge: the connection ends, and why."""
 
-    code: Literal["protocol", "shard", "device", "data", "weights", "run", "message", "late"]
+    code: Literal["protocol", "shard", "device", "data", "eval-data", "weights", "run", "message", "late"]
     reason: Sentence
     retry: bool
     """Whether it makes sense to connect again."""

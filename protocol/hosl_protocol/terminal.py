@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import logging
 import os
 import signal
@@ -13,6 +14,15 @@ from types import FrameType
 
 from hosl_protocol.exceptions import ExitCode, HoslError
 from hosl_protocol.logs import configure_logs
+
+_EXTRAS = {"hosl-cloud": "cloud", "hosl-export": "export"}
+"""What a program needs beside the device's packages."""
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`."""
+    version = f"{parser.prog} {importlib.metadata.version('hosl')}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and end")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +48,11 @@ def run_command(
         return command(options)
     except HoslError as error:
         return _fail(parser.prog, str(error), error.exit_code, options)
+    except ModuleNotFoundError as error:
+        if parser.prog not in _EXTRAS or (error.name or "hosl").startswith("hosl"):
+            raise
+        needs = f'{parser.prog} needs: pip install "hosl[{_EXTRAS[parser.prog]}]"'
+        return _fail(parser.prog, f"{needs} ({error.name} is missing)", ExitCode.SETTINGS, options)
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, options)
     except BrokenPipeError:

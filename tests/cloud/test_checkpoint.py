@@ -137,6 +137,13 @@ def test_best_is_the_most_accurate_then_of_least_loss(bundle: Any, tmp_path: Pat
         find_checkpoint(tmp_path, 9)
 
 
+def test_an_evaluation_that_a_device_left_half_way_does_not_choose_the_best(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    whole = save(tmp_path, trainer, 1, Metrics(loss=0.5, correct=52, scored=60, examples=60, of_examples=60))
+    save(tmp_path, trainer, 2, Metrics(loss=0.1, correct=11, scored=12, examples=12, of_examples=60))
+    assert find_checkpoint(tmp_path, "best").path == whole
+
+
 def test_best_of_a_language_model_is_the_least_loss(bundle: Any, tmp_path: Path) -> None:
     trainer = bundle.trainer(TEXT)
     for round_, scored in enumerate((metrics(9, 0.5), metrics(8, 0.4), metrics(8, 0.6)), start=1):

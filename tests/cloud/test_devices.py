@@ -157,6 +157,19 @@ def canned(request: pytest.FixtureRequest) -> Iterator[str]:
         server.shutdown()
 
 
+def test_a_bundle_that_is_not_there_is_worth_a_warning(
+    run: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(service: Service) -> None:
+        known = service.coordinator.run.bundle.name
+        assert await cli(service, "add", "one", "--bundle", known, "--out", str(tmp_path / "one")) == 0
+        assert caplog.text == ""
+        assert await cli(service, "add", "two", "--bundle", "nosuch", "--out", str(tmp_path / "two")) == 0
+        assert "no bundle 'nosuch' is in the service's folder yet" in caplog.text
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("canned", "status", "reason"),
     [
@@ -176,7 +189,7 @@ def test_an_answer_that_is_none_is_named(canned: str, status: int, reason: str) 
 
 def test_a_service_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["device", "list", "--data-dir", str(tmp_path)]
-    assert main(options) == 3
+    assert main(options) == 6
     assert "no service runs in" in capsys.readouterr().err
     (tmp_path / "admin-token").write_text("a" * 43)
     (tmp_path / "admin-token").chmod(0o600)
@@ -201,6 +214,11 @@ def test_the_environment_names_service_and_token(
         options = ["device", "list", "--data-dir", str(tmp_path / "elsewhere")]
         assert await asyncio.to_thread(main, [*options, "--ca", ca]) == 0
         assert await asyncio.to_thread(main, options) == 6
-        assert "certificate verify failed" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "certificate verify failed" in error
+        assert "give --ca FILE" in error
+        monkeypatch.delenv("HOSL_ADMIN_TOKEN")
+        assert await asyncio.to_thread(main, [*options, "--ca", ca]) == 3
+        assert "give --admin-token-file FILE" in capsys.readouterr().err
 
     run(test)

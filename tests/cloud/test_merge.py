@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,9 @@ def test_the_adapter_loads_in_peft_and_computes_the_same(
     out, adapter = tmp_path / "out", tmp_path / "adapter"
     merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, out, adapter)
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    os.umask(umask := os.umask(0))
+    modes = {path.stat().st_mode & 0o777 for folder in (adapter, tmp_path / "out") for path in folder.iterdir()}
+    assert modes == {0o666 & ~umask}, "as the umask gives it"
     bundle.save_uncut(tmp_path / "base")
     auto, arguments = AutoModelForCausalLM, {}
     if kind == CLASSES:

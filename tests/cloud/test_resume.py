@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from hosl_cloud.admission import _plan
 from hosl_cloud.checkpoint import list_checkpoints, save_checkpoint
 from hosl_cloud.coordinator import Coordinator
-from hosl_cloud.resume import Cut, cut, find_unfinished
+from hosl_cloud.resume import Cut, cut, find_run
 from hosl_cloud.run import Run
+from hosl_cloud.runs import Runs
+from hosl_cloud.serve_command import _ahead_of, _choose_first
 from hosl_cloud.store import Evaluation, Store
 from hosl_protocol import Hello, UpdateRecord
 
@@ -109,14 +112,63 @@ def test_a_checkpoint_of_rounds_that_were_dropped_is_not_used_again(site: Site) 
 
 def test_a_run_of_other_settings_or_another_bundle_is_not_gone_on_with(site: Site) -> None:
     manifest = site.bundle.manifest
-    found = find_unfinished(site.store, manifest, site.config)
+    found = find_run(site.store, manifest, site.config)
     assert found is not None
     assert found.id == "run-1"
-    assert find_unfinished(site.store, manifest, msgspec.structs.replace(site.config, seed=99)) is None
+    assert find_run(site.store, manifest, msgspec.structs.replace(site.config, seed=99)) is None
     other = msgspec.structs.replace(manifest, tensors=(), split=2, files=())
-    assert (find_unfinished(site.store, other, site.config) is None) == (other.shard_digest != manifest.shard_digest)
-    site.store.set_state("run-1", "completed")
-    assert find_unfinished(site.store, manifest, site.config) is None
+    assert (find_run(site.store, other, site.config) is None) == (other.shard_digest != manifest.shard_digest)
+
+
+def test_an_unfinished_run_goes_before_a_newer_one_that_is_over_and_a_simulation_counts_as_none(site: Site) -> None:
+    def found() -> str | None:
+        row = find_run(site.store, site.bundle.manifest, site.config)
+        return None if row is None else row.id
+
+    for name, begun_by in (("run-2", "serve"), ("run-3", "simulate")):
+        site.store.create_run(name, site.bundle.path, site.bundle.manifest.shard_digest, site.config, begun_by)
+        site.store.set_state(name, "completed")
+    assert found() == "run-1"
+    site.store.set_state("run-1", "stopped")
+    assert found() == "run-2"
+
+
+def serve(site: Site, seed: int = 5, **options: Any) -> str | None:
+    """What `serve --config` chooses, with settings of this seed."""
+    given = argparse.Namespace(bundle=site.bundle.path, data_dir=site.folder.parent, **{"new": False, **options})
+    config = msgspec.structs.replace(site.config, seed=seed)
+    runs = Runs(site.store, site.folder.parent, site.said.append)
+    return _choose_first(runs, given, site.bundle.manifest, config)
+
+
+def test_serve_with_a_config_typed_again_goes_on_with_its_run_and_begins_no_second_one(site: Site) -> None:
+    first = serve(site, seed=6)
+    assert first is not None
+    assert (serve(site, seed=6), site.store.run_ids()) == (first, ["run-1", first])
+    site.store.set_state(first, "completed")
+    assert serve(site, seed=6) is None
+    assert site.said == [f"run {first} of these settings is completed; --new begins another"]
+    assert site.store.run_ids() == ["run-1", first]
+    site.store.set_state(first, "failed")
+    assert serve(site, seed=6) not in (None, first)
+
+
+def test_a_run_that_somebody_started_is_never_stopped_and_goes_first(site: Site) -> None:
+    run = serve(site, seed=6)
+    assert run is not None
+    assert site.store.run("run-1").state == "running"
+    assert _ahead_of(site.store, run) == ["run-1"]
+    assert (_ahead_of(site.store, "run-1"), site.said) == ([], [])
+
+
+def test_edited_settings_stop_the_run_that_an_earlier_serve_began_and_say_how_it_goes_on(site: Site) -> None:
+    first, second = serve(site, seed=6), serve(site, seed=7)
+    assert first is not None
+    assert site.store.run(first).state == "stopped"
+    command = f"hosl-cloud run resume {first} --data-dir {site.folder.parent}"
+    assert site.said == [f"run {first} (other settings) is stopped; {command} goes on with it"]
+    assert serve(site, seed=7, new=True) not in (None, first, second)
+    assert site.said[1].startswith(f"run {second} (--new was given) is stopped; ")
 
 
 def hello(**more: Any) -> Hello:

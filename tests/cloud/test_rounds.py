@@ -439,6 +439,9 @@ def test_gradients_that_a_device_spoilt_take_only_those_before_it_along(
         assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"c": 1.0})
 
 
+EXAMPLES = {"a": 2, "b": 4, "c": 3}
+
+
 class Evaluator:
     """Devices that send their held-out examples one by one."""
 
@@ -463,14 +466,16 @@ def pooled(cloud: Cloud, devices: Sequence[str]) -> Evaluation:
     scores = [cloud.trainer.evaluate(*cloud.batches[device].sent) for device in devices]
     scored = sum(score.scored for score in scores)
     loss = sum(score.loss * score.scored for score in scores) / scored
-    return Evaluation(1, pytest.approx(loss, rel=1e-4), sum(score.correct for score in scores), scored)  # type: ignore[arg-type]
+    correct, examples = sum(score.correct for score in scores), sum(EXAMPLES[device] for device in devices)
+    return Evaluation(1, pytest.approx(loss, rel=1e-4), correct, scored, examples, sum(EXAMPLES.values()))  # type: ignore[arg-type]
 
 
 def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
     before = cloud.weights()
-    evaluation, told = run(evaluate(cloud.context()), Evaluator(cloud))
+    evaluation, told = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud))
     assert evaluation == pooled(cloud, "abc")
+    assert evaluation.is_complete
     assert evaluation.scored == 9
     results = [tell for tell in told if isinstance(tell.message, EvalResult)]
     assert [type(tell.message) for tell in told[:3]] == [EvalStart] * 3
@@ -479,21 +484,23 @@ def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Clo
     assert all(torch.equal(value, before[name]) for name, value in cloud.weights().items())
 
 
-def test_a_device_that_leaves_an_evaluation_does_not_hold_it_up(make_cloud: Callable[..., Cloud]) -> None:
+def test_a_device_that_leaves_an_evaluation_half_way_counts_for_nothing_in_it(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, _ = run(evaluate(cloud.context()), Evaluator(cloud, {"a": 0, "b": 1}))
-    assert evaluation.scored == 0 + 1 + 3
+    evaluation, _ = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, {"a": 0, "b": 3}))
+    assert evaluation == pooled(cloud, "c")
+    assert not evaluation.is_complete
+    assert run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, {"a": 1, "b": 3, "c": 2}))[0] is None
 
 
 def test_an_evaluation_without_answers_is_none(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    assert run(evaluate(cloud.context()), lambda ask: None)[0] is None
-    assert run(evaluate(cloud.context([])), lambda ask: None)[0] is None
+    assert run(evaluate(cloud.context(), EXAMPLES), lambda ask: None)[0] is None
+    assert run(evaluate(cloud.context([]), EXAMPLES), lambda ask: None)[0] is None
 
 
 def test_a_batch_that_cannot_be_evaluated_ends_that_devices_part(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, told = run(evaluate(cloud.context()), Evaluator(cloud, bad="b"))
+    evaluation, told = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, bad="b"))
     assert evaluation == pooled(cloud, "ac")
     assert not [tell for tell in told if tell.device == "b" and isinstance(tell.message, EvalResult)]
 

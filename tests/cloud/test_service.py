@@ -63,8 +63,9 @@ def bundle(export_bundle: Callable[..., Path], tiny_model: Path) -> Path:
 def run(bundle: Path, tmp_path: Path) -> Callable[..., None]:
     """Run a test against a service that waits for two devices."""
 
-    def run(test: Callable[[Service], Awaitable[None]], **devices: Any) -> None:
+    def run(test: Callable[[Service], Awaitable[None]], *, strict: bool = False, **devices: Any) -> None:
         settings = {"batch_size": 4, "max_length": 16, "devices": {"start_with": 2, **devices}, "rounds": 10**6}
+        settings["strict"] = strict
 
         async def main() -> None:
             async with serving(bundle, tmp_path / "cloud", {**msgspec.toml.decode(TASK), **settings}) as service:
@@ -334,10 +335,36 @@ def test_a_device_whose_data_changed_is_refused_by_name(run: Callable[..., None]
             await device.send(device.hello("pi", data_digest="e" * 64))
             refusal = await device.refusal()
         assert (refusal.code, refusal.retry) == ("data", False)
+        assert "hosl-cloud device add OTHER" in refusal.reason
         async with client(service) as device:
             await device.join("pi")
 
     run(test)
+
+
+def test_data_counts_only_from_when_the_device_was_ready_on(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.send(device.hello("pi", data_digest="e" * 64))
+            assert isinstance(await device.receive(), Welcome)  # and it leaves: a line of its file is faulty
+        async with client(service) as device:
+            await device.join("pi")
+
+    run(test)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_held_out_data_may_change_but_in_a_strict_run(run: Callable[..., None], *, strict: bool) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+        async with client(service) as device:
+            await device.send(device.hello("pi", eval_digest="e" * 64))
+            answer = await device.receive()
+        assert isinstance(answer, Refusal if strict else Welcome)
+        assert not strict or (answer.code, answer.retry) == ("eval-data", False)
+
+    run(test, strict=strict)
 
 
 def test_weights_that_differ_even_after_a_rebuild_are_refused(run: Callable[..., None]) -> None:

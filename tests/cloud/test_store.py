@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.store import SCHEMA_VERSION, DeviceRow, Evaluation, Store
+from hosl_cloud.store import _MIGRATIONS, SCHEMA_VERSION, DeviceRow, Evaluation, Store
 from hosl_protocol import Report, Task, UpdateRecord
 
 CONFIG = RunConfig(
@@ -72,12 +73,13 @@ def test_a_round_without_coefficients_is_kept(store: Store) -> None:
 
 def test_what_was_added_outlives_the_process(store: Store, tmp_path: Path) -> None:
     add_round(store, 1)
-    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "pi")
+    store.set_data("run-1", "pi", 100, 20, "d" * 64, "e" * 64)
     store.add_evaluation("run-1", 0, Evaluation(1, 0.5, 3, 4))
     again = reopen(tmp_path)
     assert again.updates("run-1", 1, 1)[0].coefficients.tobytes() == AWKWARD.tobytes()
     assert again.run("run-1").round == 1
-    assert again.device("run-1", "pi") == DeviceRow("d" * 64, 0)
+    assert again.device("run-1", "pi") == DeviceRow("d" * 64, "e" * 64, 0)
     assert again.evaluations("run-1") == [Evaluation(1, 0.5, 3, 4)]
     again.close()
 
@@ -138,6 +140,24 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
     assert path.read_bytes() == before
 
 
+def test_an_older_database_is_brought_up_to_date_with_its_runs(tmp_path: Path) -> None:
+    path = tmp_path / "hosl.sqlite"
+    with sqlite3.connect(path) as database:
+        for number, script in enumerate(_MIGRATIONS[:6], 1):
+            database.executescript(f"{script} PRAGMA user_version = {number};")
+        text = msgspec.json.encode(CONFIG).decode()
+        row = ("run-1", 1.0, str(tmp_path), "5" * 64, text, "running")
+        database.execute(
+            "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)", row
+        )
+        database.execute("INSERT INTO devices (run, name, data_digest, joined_at) VALUES ('run-1', 'pi', 'd', 1.0)")
+    database.close()
+    store = reopen(tmp_path)
+    assert (store.run("run-1").begun_by, store.run("run-1").config) == ("start", CONFIG)
+    assert store.device("run-1", "pi") == DeviceRow("", "", 0)
+    store.close()
+
+
 def test_runs_that_a_crash_left_open_are_found(store: Store, tmp_path: Path) -> None:
     for name, state in (("run-2", "running"), ("run-3", "completed"), ("run-4", "stopped"), ("run-5", "paused")):
         store.create_run(name, tmp_path, "5" * 64, CONFIG)
@@ -181,27 +201,28 @@ def test_the_roster_of_a_strict_run_is_kept(store: Store, tmp_path: Path) -> Non
     assert store.roster("run-1") == ["a", "b"]
 
 
-def test_devices_are_counted_and_keep_the_data_they_came_with(store: Store) -> None:
+def test_devices_are_counted_and_keep_the_data_they_were_ready_with(store: Store) -> None:
     assert store.device("run-1", "pi") is None
-    store.add_device("run-1", "pi", "d" * 64)
-    store.add_device("run-1", "pi", "e" * 64)
-    store.add_device("run-1", "jetson", "f" * 64)
-    store.set_examples("run-1", "pi", 100, 20)
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "jetson")
+    assert store.device("run-1", "pi") == DeviceRow("", "", 0), "its data counts from when it is ready on"
+    store.set_data("run-1", "pi", 100, 20, "d" * 64, "e" * 64)
     jetson, pi = store.devices("run-1")
     assert (pi["name"], pi["connections"], pi["train_examples"], pi["eval_examples"]) == ("pi", 2, 100, 20)
     assert (jetson["name"], jetson["connections"], jetson["train_examples"]) == ("jetson", 1, 0)
-    assert store.device("run-1", "pi") == DeviceRow("d" * 64, 0)
+    assert store.device("run-1", "pi") == DeviceRow("d" * 64, "e" * 64, 0)
     assert store.devices("run-2") == []
 
 
 def test_a_device_of_no_run_is_refused(store: Store) -> None:
     with pytest.raises(StoreError, match=r"hosl.sqlite: \w+ \w* ?constraint failed"):
-        store.add_device("run-9", "pi", "d" * 64)
+        store.add_device("run-9", "pi")
 
 
 def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> None:
-    store.add_device("run-1", "pi", "d" * 64)
-    store.add_device("run-1", "jetson", "d" * 64)
+    store.add_device("run-1", "pi")
+    store.add_device("run-1", "jetson")
     for round_ in (10, 20):
         report = Report(
             run="run-1",
@@ -223,20 +244,20 @@ def test_the_newest_report_of_a_device_is_kept_for_its_own_run(store: Store) -> 
 
 def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> None:
     store.add_evaluation("run-1", 0, Evaluation(5, 0.7, 1, 4))
-    store.add_evaluation("run-1", 0, Evaluation(10, 0.6, 2, 4))
+    store.add_evaluation("run-1", 0, Evaluation(10, 0.6, 2, 4, 3, 9))
     store.add_evaluation("run-1", 0, Evaluation(5, 0.5, 3, 4))
-    assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4)]
+    assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4, 3, 9)]
     assert store.evaluations("run-1")[0].accuracy == 0.75
 
 
 def test_threads_may_write_and_read_at_once(store: Store) -> None:
-    store.add_device("run-1", "pi", "d" * 64)
+    store.add_device("run-1", "pi")
 
     def write(round_: int) -> None:
         add_round(store, round_)
 
     def count(_: int) -> int:
-        store.add_device("run-1", "pi", "d" * 64)
+        store.add_device("run-1", "pi")
         return len(store.updates("run-1", 1, 1000))
 
     with ThreadPoolExecutor(4) as pool:

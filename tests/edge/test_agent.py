@@ -32,6 +32,7 @@ def test_pauses_grow_are_jittered_and_end_at_twenty_seconds() -> None:
 def files(tmp_path: Path) -> dict[str, str]:
     token, data = tmp_path / "token", tmp_path / "train.jsonl"
     token.write_text("secret\n", encoding="ascii")
+    token.chmod(0o600)
     data.write_text('{"text": "good", "label": 1}\n', encoding="utf-8")
     return {"--server": "ws://127.0.0.1:1", "--token-file": str(token), "--data": str(data)}
 
@@ -106,4 +107,4 @@ def test_a_cloud_that_is_away_is_tried_again_and_again(
         asyncio.run(run())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
-    assert all(line.startswith("pi: cannot reach http://127.0.0.1:1") and "next try in" in line for line in lines)
+    assert all("pi: cannot reach http://127.0.0.1:1" in line and "next try in" in line for line in lines)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data import Dataset, check_consent, digest_of_files, load_dataset, read_examples
+from hosl_edge.data import Dataset, check_consent, digest_of_data, load_dataset, read_examples
 from hosl_edge.exceptions import ConsentError, DataError
 from hosl_protocol import Task
 
@@ -153,8 +153,9 @@ def test_text_is_shared_only_where_the_device_agrees() -> None:
     check_consent(task, None, share_text=True)
 
 
-def test_the_data_digest_tells_training_from_held_out_data(tmp_path: Path) -> None:
-    one, two = write(tmp_path, "1", "one.jsonl"), write(tmp_path, "2", "two.jsonl")
-    assert digest_of_files(one, two) != digest_of_files(two, one)
-    assert digest_of_files(one, None) != digest_of_files(one, two)
-    assert digest_of_files(one, two) == digest_of_files(one, two)
+def test_the_data_digest_is_of_what_a_file_holds_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    contents = {"a.jsonl": "1", "b.jsonl": "2", "c.jsonl": "1"}
+    one, two, same = (write(tmp_path, text, name) for name, text in contents.items())
+    assert digest_of_data(one) == digest_of_data(same) != digest_of_data(two)
+    with pytest.raises(DataError, match=r"nope.jsonl: No such file"):
+        digest_of_data(tmp_path / "nope.jsonl")

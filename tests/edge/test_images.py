@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data import digest_of_files
+from hosl_edge.data import digest_of_data
 from hosl_edge.exceptions import DataError
 from hosl_edge.images import ImageDataset, fit, load_images, normalize
 from hosl_edge.shard import Shard
@@ -245,12 +245,12 @@ def test_a_damaged_picture_is_named_when_it_is_read(folder: Path) -> None:
 
 
 def test_the_digest_of_a_folder_covers_names_and_contents(folder: Path) -> None:
-    first = digest_of_files(folder, None)
-    assert digest_of_files(folder, None) == first
+    first = digest_of_data(folder)
+    assert digest_of_data(folder) == first
     (folder / "red" / "0.png").rename(folder / "red" / "9.png")
-    renamed = digest_of_files(folder, None)
+    renamed = digest_of_data(folder)
     (folder / "red" / "notes.txt").write_text("changed")
-    assert len({first, renamed, digest_of_files(folder, None)}) == 3
+    assert len({first, renamed, digest_of_data(folder)}) == 3
 
 
 def test_without_pillow_one_line_says_what_to_install(

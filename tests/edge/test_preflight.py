@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import platform
 import shutil
+import ssl
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from answers import Answers, answering
+from hosl_edge import settings as settings_module
 from hosl_edge.__main__ import main
+from hosl_edge.exceptions import ConnectionLost
+from hosl_edge.fetch import fetch_bundle
 from hosl_edge.preflight import (
     FAILED,
     OK,
@@ -30,8 +37,10 @@ from hosl_edge.preflight import (
     check_python,
     check_system,
 )
-from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode, FileEntry, Manifest, TensorEntry, encode_manifest
+from hosl_edge.settings import EdgeSettings, read_token
+from hosl_edge.trust import Cloud, Token
+from hosl_protocol import ExitCode, FileEntry, Manifest, TensorEntry, encode_manifest, load_preset
+from support import TASK, serving
 
 MANIFEST = "/v1/bundle/manifest.json"
 
@@ -57,7 +66,10 @@ def manifest(shard_bytes: int = 1000, trained: int = 10) -> Manifest:
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     (tmp_path / "token").write_text("secret", encoding="ascii")
-    return ["--token-file", str(tmp_path / "token"), "--data", "d.jsonl", "--cache-dir", str(tmp_path / "cache")]
+    (tmp_path / "token").chmod(0o600)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "good", "label": 1}\n', encoding="utf-8")
+    return ["--token-file", str(tmp_path / "token"), "--data", str(data), "--cache-dir", str(tmp_path / "cache")]
 
 
 def preflight(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, SimpleNamespace]]:
@@ -80,7 +92,7 @@ def test_a_machine_where_all_is_well_passes(capsys: pytest.CaptureFixture[str], 
         assert main(["preflight", "--server", server, *options]) == code
     assert code == ExitCode.OK
     names = ["system", "python", "onnxruntime", "memory cgroup", "settings", "name", "connection", "clock"]
-    assert list(found) == [*names, "token", "run", "memory", "disk"]
+    assert list(found) == [*names, "token", "run", "data", "memory", "disk"]
     assert all(check.outcome == OK for name, check in found.items() if name != "memory cgroup")
     assert found["run"].detail == "tiny, split 2 of 4, trains lora"
     lines = capsys.readouterr().out.splitlines()
@@ -205,7 +217,7 @@ def test_a_server_without_tls_does_not_answer_wss(capsys: pytest.CaptureFixture[
     with answering() as answers:
         code, found = preflight(capsys, "--server", serve_run(answers).replace("ws://", "wss://"), *options)
     assert (code, found["connection"].outcome) == (ExitCode.REFUSED, FAILED)
-    assert "wss:// or ws://" in found["connection"].remedy
+    assert "speaks no TLS here" in found["connection"].remedy
 
 
 def test_bits_of_kernel_and_programs_are_told_apart() -> None:
@@ -284,3 +296,105 @@ def test_a_disk_that_is_too_small_for_what_is_missing_fails(tmp_path: Path) -> N
     cached.parent.mkdir(parents=True)
     cached.touch()
     assert check_disk(tmp_path, large).outcome == OK
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.jsonl", None, "d.jsonl: No such file or directory"),
+        ("d.jsonl", "", "d.jsonl: holds no examples"),
+        ("d.jsonl", "{\n", "d.jsonl:1: is not JSON"),
+        ("d.jsonl", '{"words": "good", "label": 1}\n', "d.jsonl:1: has no field 'text'; it has 'words', 'label'"),
+        ("d.jsonl", '{"text": "good"}\n', "d.jsonl:1: has no field 'label'"),
+        ("d.txt", "good\n", "d.txt: the name should end in .jsonl or .csv"),
+    ],
+)
+def test_data_that_the_start_would_refuse_is_found_before_it(
+    capsys: pytest.CaptureFixture[str], options: list[str], tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    data = tmp_path / name
+    data.unlink(missing_ok=True)
+    if content is not None:
+        data.write_text(content, encoding="utf-8")
+    with answering() as answers:
+        server = serve_run(answers)
+        answers.by_path["/v1/device/pi"] = 200, {}, json.dumps({"task": load_preset("reviews")}).encode()
+        arguments = ["--server", server, *options, "--name", "pi", "--data", str(data)]
+        code, found = preflight(capsys, *arguments)
+    assert (code, found["data"].outcome, found["device"].outcome) == (ExitCode.DATA, FAILED, OK)
+    assert words in found["data"].detail
+
+
+def test_a_file_that_is_not_there_ends_the_agent_before_it_connects(
+    capsys: pytest.CaptureFixture[str], options: list[str], tmp_path: Path
+) -> None:
+    for option in ("--data", "--eval"):
+        missing = [option, str(tmp_path / "nope.jsonl"), "--state-dir", str(tmp_path / "state")]
+        assert main(["--server", "ws://127.0.0.1:1", *options, *missing]) == ExitCode.DATA
+        assert capsys.readouterr().err.splitlines()[-1].endswith("nope.jsonl: No such file or directory")
+
+
+def test_a_server_that_speaks_tls_is_told_from_one_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], options: list[str], tmp_path: Path
+) -> None:
+    with answering(make_certificate(tmp_path, "localhost")) as answers:
+        code, found = preflight(capsys, "--server", f"ws://127.0.0.1:{answers.port}", *options)
+    assert (code, found["connection"].remedy) == (ExitCode.REFUSED, "the server speaks TLS: use wss://")
+
+
+def test_what_is_wrong_with_tls_is_told_with_its_remedy_when_the_agent_tries(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(port: int) -> None:
+        cloud = Cloud(f"wss://127.0.0.1:{port}", Token("", "secret"), ssl.create_default_context())
+        fetch_bundle(cloud, tmp_path, lambda done, size: None)
+
+    with answering() as answers, pytest.raises(ConnectionLost, match="speaks no TLS here: see that the port is right"):
+        fetch(answers.port)
+    pair = make_certificate(tmp_path, "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(pair[0]))
+    with answering(pair) as answers, pytest.raises(ConnectionLost, match="the certificate is not for this name"):
+        fetch(answers.port)
+
+
+def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_real_service(
+    capsys: pytest.CaptureFixture[str], make_bundle: Callable[..., Path], options: list[str], tmp_path: Path
+) -> None:
+    config = msgspec.toml.decode(f"max_length = 16\n{TASK}")
+
+    async def main() -> None:
+        async with serving(make_bundle("lora", 2), tmp_path / "cloud", config) as service:
+            token = tmp_path / "kitchen.token"
+            token.write_text(service.guard.access.add("kitchen"), encoding="ascii")
+            arguments = ["--server", service.address, *options, "--token-file", str(token)]
+            code, found = await asyncio.to_thread(preflight, capsys, *arguments)
+            assert (code, found["device"].detail) == (ExitCode.OK, "the token is that of kitchen")
+            assert found["data"].detail.endswith("which task reviews can use")
+            code, found = await asyncio.to_thread(preflight, capsys, *arguments, "--name", "hall")
+            assert (code, found["device"].outcome) == (ExitCode.REFUSED, FAILED)
+            assert found["device"].detail == "the token is not one of device hall"
+
+    asyncio.run(main())
+
+
+def test_by_hand_the_token_of_the_service_is_taken(
+    capsys: pytest.CaptureFixture[str], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "etc-token"
+    monkeypatch.setattr(settings_module, "TOKEN", place)
+    place.write_text("secret", encoding="ascii")
+    assert main(["config", "--server", "ws://localhost:1", *options[2:], "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)["token_file"]
+    assert found == {"value": str(place), "source": "the service's"}
+    monkeypatch.setattr("os.access", lambda *_: False)  # as for others than root
+    assert main(["config", "--server", "ws://localhost:1", *options[2:]]) == ExitCode.SETTINGS
+    assert f"{place} is the service's, which sudo may read" in capsys.readouterr().err
+
+
+def test_a_token_that_others_can_read_is_worth_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "token"
+    path.write_text("secret", encoding="ascii")
+    for mode, words in ((0o600, ""), (0o644, f"{path} can be read by others: run chmod 600 {path}")):
+        path.chmod(mode)
+        read_token(path)
+        assert "".join(caplog.messages) == words

@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hosl_cloud.__main__ import main
+from hosl_cloud.data_folder import is_locked
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode
@@ -42,15 +43,20 @@ class Site:
     def data_dir(self) -> Path:
         return self.folder / "cloud"
 
-    def start(self) -> None:
-        arguments = ["serve", "--data-dir", str(self.data_dir), "--port", "0", "--drain-s", "10"]
+    def start(self, *options: str) -> list[str]:
+        """Start the service; what it said until it listened."""
+        arguments = ["serve", "--data-dir", str(self.data_dir), "--port", "0", "--drain-s", "10", *options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hosl_cloud", *arguments], stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        found = re.search(r"listens on (\S+);", self.process.stdout.readline())
-        assert found is not None
-        self.address = found[1]
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if found := re.search(r"listens on ([^\s;]+)", line):
+                self.address = found[1]
+                break
+        return said
 
     def finish(self) -> int:
         assert self.process is not None
@@ -157,8 +163,9 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     site.train("pi")
     site.wait(run, lambda shown: shown["round"] >= 2)
     assert site.ask("drain")["runs"] == [run]
+    assert not is_locked(site.data_dir), "drain waits until the service has left"
     assert site.finish() == 0
-    assert "no service runs" in site.run("run", "list", code=ExitCode.SETTINGS)
+    assert "no service runs" in site.run("run", "list", code=ExitCode.REFUSED)
     site.start()
     assert site.ask("run", "show", run)["round"] >= 2
     site.train("pi-2")
@@ -167,6 +174,27 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     assert site.process is not None
     site.process.send_signal(signal.SIGTERM)
     assert site.finish() == 0
+
+
+def test_a_service_killed_outright_goes_on_with_every_run_whoever_began_it(site: Site) -> None:
+    started = site.begin("one", 10**6)
+    begin = ("--bundle", str(site.data_dir / "bundles" / "one"), "--config", str(site.folder / "run.toml"))
+    (site.folder / "run.toml").write_text("rounds = 2\nmax_length = 16\n" + TASK, encoding="utf-8")
+    assert site.process is not None
+    site.process.kill()
+    site.process.communicate()
+    said = site.start(*begin)
+    first, second = site.ask("run", "list")["runs"]
+    assert (first["id"], first["state"]) == (started, "pending"), "not stopped"
+    assert f"run {started} goes on first, and run {second['id']} after it" in said[0]
+    assert "those without --stay have ended" in site.run("run", "stop", started)  # while it is loaded, or soon after
+    device = site.train("pi")
+    site.wait(second["id"], lambda run: run["state"] == "completed")
+    assert device().run == second["id"]
+    site.run("drain")
+    assert site.finish() == 0
+    text = site.run("serve", *begin, "--once", "--port", "0")
+    assert f"run {second['id']} of these settings is completed; --new begins another" in text
 
 
 def test_a_run_takes_bundles_from_the_services_folder_alone(site: Site) -> None:

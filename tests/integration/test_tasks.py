@@ -85,7 +85,8 @@ def score(logits_and_targets: list[tuple[torch.Tensor, torch.Tensor]], round_: i
     targets = torch.cat([targets for _, targets in logits_and_targets])
     loss = cross_entropy(logits, targets).item()
     correct = int((logits.argmax(-1) == targets).sum())
-    return Evaluation(round_, pytest.approx(loss, rel=1e-3), correct, len(targets))  # type: ignore[arg-type]
+    of = len(logits_and_targets)
+    return Evaluation(round_, pytest.approx(loss, rel=1e-3), correct, len(targets), of, of)  # type: ignore[arg-type]
 
 
 def test_a_language_model_learns_the_devices_texts_and_merges(
@@ -138,6 +139,6 @@ def test_a_device_that_was_not_told_to_share_its_text_does_not(
                 await asyncio.wait_for(run_agent(device_settings(service, "pi-1")), 20.0)
             while service.coordinator.fleet.peers:
                 await asyncio.sleep(0.01)
-            assert service.said[-1] == "device pi-1 is away: ConsentError"
+            assert service.said[-1] == "device pi-1 is away: it does not share what the task reads"
 
     asyncio.run(run())

@@ -176,7 +176,7 @@ FIELDS = {
         "software": sentences, "device": sentences, "shard_digest": digests, "data_digest": digests,
         "run": st.none() | names, "epoch": counts, "applied_round": rounds,
         "weights_digest": st.just("") | digests, "protocol": counts, "replay_s": numbers, "link_bytes_per_s": numbers,
-        "base_round": rounds,
+        "base_round": rounds, "eval_digest": st.just("") | digests,
     },
     Welcome: {
         "run": names, "epoch": counts, "round": rounds, "width": counts, "protocol": counts,
@@ -205,7 +205,9 @@ FIELDS = {
         "run": names, "round": rounds, "reason": st.sampled_from(["completed", "stopped-early", "stopped", "failed"]),
     },
     Refusal: {
-        "code": st.sampled_from(["protocol", "shard", "device", "data", "weights", "run", "message", "late"]),
+        "code": st.sampled_from(
+            ["protocol", "shard", "device", "data", "eval-data", "weights", "run", "message", "late"]
+        ),
         "reason": sentences, "retry": booleans,
     },
     Goodbye: {"reason": sentences},

@@ -7,6 +7,7 @@ import contextvars
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,14 +115,16 @@ def test_a_command_says_logs_and_fails_in_json(tmp_path: Path, is_traced: bool) 
 
 
 def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
-    result = run_module(tmp_path)
-    assert result.stdout == "work: it begins\npi: it waits\n"
+    result = run_module(tmp_path, JOURNAL_STREAM="8:1")
+    assert result.stdout == "work: it begins\npi: it waits\n", "the journal has the time"
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(f"{time} work: it begins\n{time} pi: it waits\n", run_module(tmp_path).stdout)
     assert "WARNING hosl.part run=run-1 device=pi: pi is" in result.stderr
     assert result.stderr.endswith("work: error: rounds is 0: use 1 or more\n")
 
 
-def run_module(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_module(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "work.py").write_text(MODULE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     command = [sys.executable, "-m", "work", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

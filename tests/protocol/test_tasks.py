@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +171,14 @@ def test_a_missing_label_is_named():
 def test_fields_are_those_of_the_template_and_the_label_once_each():
     assert make_task(template="{a} {b.c} {a}").fields == ("a", "b.c", "label")
     assert make_task(kind="lm").fields == ("text",)
+
+
+def test_the_table_of_presets_is_that_of_the_shipped_ones() -> None:
+    text = (Path(__file__).parents[2] / "cloud" / "README.md").read_text(encoding="utf-8")
+    start = text.index("| preset | kind | fields | labels |")
+    rows = [line.strip("| ").split(" | ") for line in text[start:].split("\n\n")[0].splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in sorted(preset_names())]
+    for preset, *row in rows:
+        task: Task = convert(load_preset(preset.strip("`")), Task, "task")
+        fields, labels = (", ".join(f"`{name}`" for name in names) for names in (task.fields, task.labels))
+        assert row == [f"`{task.kind}`", fields, labels or "the text itself"], preset

@@ -2,7 +2,7 @@
 
 import { now } from "./api.js";
 import { $, element, fillTable, keep, setText } from "./dom.js";
-import { ago, bytes, clock, count, day, duration, loss, percent } from "./text.js";
+import { ago, bytes, clock, count, day, duration, loss, percent, score } from "./text.js";
 
 const NEWEST_ROUNDS = 20;
 const MOST_NAMES = 5;
@@ -62,7 +62,7 @@ function showFigures(run, rounds) {
   setText($("f-round"), `${count(run.round)} of ${count(run.rounds)}`);
   setProgress($("f-progress"), run);
   setText($("f-loss"), loss(run.loss));
-  setText($("f-accuracy"), percent(run.accuracy));
+  setText($("f-accuracy"), score(run));
   setText($("f-seconds"), duration(rounds.at(-1)?.seconds));
   setText($("f-left"), run.state === "running" ? duration(secondsLeft(run, rounds)) : duration());
   setText($("f-devices"), `${count(run.devices)} of ${count(run.members.length)}`);
@@ -149,7 +149,7 @@ export function showCheckpoints(checkpoints) {
   $("no-checkpoints").hidden = checkpoints.length > 0;
   $("checkpoints").hidden = !checkpoints.length;
   const newest = [...checkpoints].reverse();
-  fillTable($("checkpoints"), newest.map((c) => [String(c.round), bytes(c.size_bytes), loss(c.loss), percent(c.accuracy)]));
+  fillTable($("checkpoints"), newest.map((c) => [String(c.round), bytes(c.size_bytes), loss(c.loss), score(c)]));
 }
 
 export function showRounds({ rounds, evaluations }) {

@@ -9,6 +9,9 @@ export function loss(value) {
 }
 
 export const percent = (share) => (isNumber(share) ? `${(100 * share).toFixed(1)} %` : NOTHING);
+/** The accuracy of a run or checkpoint; where devices left half way, of how many examples it is. */
+export const score = (of) =>
+  percent(of.accuracy) + (of.examples < of.of_examples ? ` (${of.examples} of ${of.of_examples} examples)` : "");
 
 export const count = (value) => (isNumber(value) ? value.toLocaleString("en") : NOTHING);
 
