@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support import write_reviews
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
