@@ -6,6 +6,7 @@ synced before they get their names, so a crash leaves the checkpoints before it 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import safetensors.torch
 from torch import Tensor
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.trainer import TailTrainer
+from hosl_export import weights
 from hosl_protocol import TaskKind, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ def save_checkpoint(
     # Without its JSON an older file of this name stops counting before it is replaced.
     _info_path(path).unlink(missing_ok=True)
     part = path.with_name(path.name + _PART)
-    safetensors.torch.save_file({name: tensor.cpu() for name, tensor in trainer.state().items()}, part)
+    shapes = {name: tensor.shape for name, tensor in trainer.state().items()}
+    with contextlib.closing(trainer.gather()) as tensors:
+        weights.stream_tensors(part, shapes, tensors)
     info = CheckpointInfo(
         round=round_,
         epoch=epoch,
@@ -176,9 +179,10 @@ def set_aside(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """All tensors of a checkpoint, after its digest was checked. Raises CheckpointMissing and CheckpointDamaged."""
+    """All tensors of a checkpoint, as memory maps, after its digest was checked. Raises CheckpointMissing and
+    CheckpointDamaged."""
     info = verify(path)
-    return info, safetensors.torch.load_file(path)
+    return info, weights.read_tensors(path)
 
 
 def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
