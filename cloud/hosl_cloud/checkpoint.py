@@ -20,8 +20,8 @@ import msgspec
 from torch import Tensor
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.exchange import TailHolder
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.trainer import TailTrainer
 from hosl_export import weights
 from hosl_protocol import TaskKind, sha256_of_file
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, round_: int, epoch: int, trainer: TailTrainer, config: RunConfig, metrics: Metrics | None = None
+    folder: Path, round_: int, epoch: int, trainer: TailHolder, config: RunConfig, metrics: Metrics | None = None
 ) -> Path:
     """Write the trainer's state at the end of `round_`; the path of the safetensors file.
 
@@ -191,7 +191,7 @@ def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     return info, {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
 
 
-def load_checkpoint(path: Path, trainer: TailTrainer) -> CheckpointInfo:
+def load_checkpoint(path: Path, trainer: TailHolder) -> CheckpointInfo:
     """Put a checkpoint into the trainer, which then continues with the same bits.
 
     Raises CheckpointMissing, CheckpointDamaged, and CheckpointMismatch with the trainer as it was.

@@ -111,6 +111,24 @@ class Trainer(Protocol):
     def discard(self) -> None: ...
 
 
+class TailHolder(Trainer, Protocol):
+    """What the course of a run and its checkpoints need of the tail."""
+
+    @property
+    def head_rows(self) -> tuple[int, ...]: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+
+    def state(self) -> Mapping[str, Any]: ...
+
+    def gather(self) -> Generator[Any, None, None]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class RoundContext:
     """What a round needs to know."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hosl_cloud import objectives
 from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
@@ -268,7 +269,7 @@ class TailTrainer:
     def gather(self) -> Generator[Tensor, None, None]:
         """The tensors of `state`, in its order, whole and on the CPU, one at a time."""
         for tensor in self.state().values():
-            yield tensor.cpu()
+            yield self._whole(tensor).cpu()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave, taken one at a time. Raises KeyError where a name is unknown or a weight is
@@ -290,6 +291,9 @@ class TailTrainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.discard()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def _put(self, target: Tensor, whole: Tensor) -> None:
         """Give a tensor its value."""
@@ -338,8 +342,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TailSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation."""
+    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation.
+
+    For tensors of which each rank holds a part torch has no fused SGD.
+    """
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True)
+    is_whole = not any(isinstance(value, DTensor) for value in parameters)
+    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=is_whole)
