@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import NoReturn
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from hosl_cloud.exceptions import RankLostError
 from hosl_cloud.exchange import BatchArrays, Floats
@@ -31,6 +35,10 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 """Pause between rank 0's signs of life, in which it also finds out who is gone."""
+
+
+MEETING_S = 0.05
+"""Pause between looks for ranks that are not there yet."""
 
 
 class Message(msgspec.Struct, kw_only=True, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -153,17 +161,54 @@ _COMMAND: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 _REPLY = msgspec.json.Decoder(Reply)
 
 
+def _join(backend: str, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    store = _meet(store, rank, size, time.monotonic() + timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _meet(store: Store, rank: int, size: int, deadline: float) -> Store:
+    """A part of the launcher's store for this start alone: after a restart it still holds what the last one wrote.
+
+    Rank 0 numbers the start. Who asks for the number does so by a token of its own, which no former start has answered.
+    """
+    if rank:
+        token = uuid.uuid4().hex
+        store.set(f"ask/{rank}", token)
+        start = store.get(f"answer/{token}").decode()
+        store.set(f"here/{start}/{rank}", "")
+        return PrefixStore(f"start/{start}", store)
+    start, absent = str(store.add("starts", 1)), set(range(1, size))
+    while absent:
+        for other in sorted(absent):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", start)
+            if store.check([f"here/{start}/{other}"]):
+                absent.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no sign of rank {min(absent)}")
+        time.sleep(MEETING_S)
+    return PrefixStore(f"start/{start}", store)
+
+
 class Group:
     """This process among the ranks. Only one command is under way at a time, whoever tells it."""
 
     def __init__(self, timeout_s: float) -> None:
-        """Meet the others; the launcher's variables say where. `timeout_s` is the longest wait for one of them."""
+        """Meet the others; the launcher's variables say where. `timeout_s` is the longest wait for one of them.
+
+        Raises RankLostError.
+        """
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         has_cuda = torch.cuda.is_available()
         if has_cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        try:
+            _join("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise RankLostError(self.rank, error) from error
         self.meshes = {kind: init_device_mesh(kind, (self.size,)) for kind in ("cpu", *(["cuda"] if has_cuda else []))}
         self._lock = threading.Lock()
         self._forgotten: list[int] = []
