@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,13 @@ class Shard(RankTrainer):
 
     def _place(self, tail: Tail) -> Tail:
         half = torch.bfloat16 if self.config.tail.precision == "bfloat16" else None
+        # OPT's blocks return a view, of which FSDP warns; nothing works on it in place.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
         # Autocast decides what is computed in which type; the policy has the weights travel in the smaller one.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*block_list(tail), tail):
             shard = fully_shard(module, mesh=self.group.meshes[self.device.type], mp_policy=policy)
+            # A sum instead of an average, which gloo does not have.
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
         return tail

@@ -76,9 +76,15 @@ class Pair:
         self.note(norm=relative(*norms))
 
     def compare(self) -> None:
-        """Weights and moments."""
+        """Each tensor of the weights, and the moments as a whole, some of which are nothing but rounding."""
+        moments: list[tuple[Any, Any]] = []
         for (name, expected), got in zip(self.one.state().items(), self.all.gather(), strict=True):
-            self.note(**{name.partition("/")[0]: relative(got, expected)})
+            if name.startswith("weights/"):
+                self.note(weights=relative(got, expected))
+            else:
+                moments.append((got.flatten(), expected.flatten()))
+        if moments:
+            self.note(optimizer=relative(*map(torch.cat, zip(*moments, strict=True))))
 
     def evaluate(self) -> None:
         batches = make_batches(self.config, 99, self.manifest.width)
@@ -123,9 +129,9 @@ class Pair:
 def work(group: Group, job: dict[str, Any]) -> dict[str, Any]:
     """All pairs of the job."""
     figures = {}
-    for name, (rounds, data, many) in job["pairs"].items():
-        pair = Pair(group, Path(job["bundle"]), data, many, Path(job["out"]).parent / name)
-        for round_ in range(1, rounds + 1):
+    for name, (bundle, data, many) in job["pairs"].items():
+        pair = Pair(group, Path(bundle), data, many, Path(job["out"]).parent / name)
+        for round_ in (1, 2):
             pair.round(round_)
         pair.compare()
         pair.evaluate()
@@ -134,7 +140,7 @@ def work(group: Group, job: dict[str, Any]) -> dict[str, Any]:
         pair.diverge()
         pair.all.close()
         figures[name] = pair.worst
-    figures["refusals"] = refusals(group, pair, Path(job["bundle"]))
+    figures["refusals"] = refusals(group, pair, Path(bundle))
     return figures
 
 
