@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 from hosl_protocol import ExitCode, HoslError, ProtocolError, SettingsError
@@ -103,7 +104,9 @@ class RankLostError(CloudError):
 
     def __init__(self, rank: int, error: Exception) -> None:
         self.rank = rank
-        reason = next(iter(f"{error}".splitlines()), "") or type(error).__name__
+        # gloo puts its source file before what happened, and advice behind it.
+        reason = re.sub(r"^\[[^]]*\] |\. This is typically.*|\n.*", "", f"{error}", flags=re.DOTALL)
+        reason = reason or type(error).__name__
         super().__init__(f"rank {rank} cannot go on with the others ({reason}): start all ranks again")
 
 

@@ -118,6 +118,9 @@ class Shard(RankTrainer):
             # A sum instead of an average, which gloo does not have.
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
+            if self.device.type == "cpu":
+                # Nothing overlaps there: to fetch the next block already would only take its memory.
+                shard.set_modules_to_backward_prefetch([shard])
         return tail
 
     def train(self, batches: Sequence[BatchArrays], order: words.Train) -> list[Any]:
