@@ -113,15 +113,21 @@ class Shard(RankTrainer):
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
         # Autocast decides what is computed in which type; the policy has the weights travel in the smaller one.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*block_list(tail), tail):
+        for module in self._units(tail):
             shard = fully_shard(module, mesh=self.group.meshes[self.device.type], mp_policy=policy)
             # A sum instead of an average, which gloo does not have.
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
-            if self.device.type == "cpu":
-                # Nothing overlaps there: to fetch the next block already would only take its memory.
-                shard.set_modules_to_backward_prefetch([shard])
         return tail
+
+    def _units(self, tail: Tail) -> Iterator[nn.Module]:
+        """What is whole at one time, from the inside out: a block; on CPUs, where to send much at once gains nothing,
+        a large part of one. Several times as much is needed while it travels and its gradients are summed."""
+        for block in block_list(tail):
+            if self.device.type == "cpu":
+                yield from (part for part in block.children() if 8 * _size(part) >= _size(block))
+            yield block
+        yield tail
 
     def train(self, batches: Sequence[BatchArrays], order: words.Train) -> list[Any]:
         """Forward and backward through this rank's batches, and through empty ones until all ranks are done."""
@@ -187,6 +193,10 @@ class Shard(RankTrainer):
             chunks = torch.chunk(whole, self.group.size)
             whole = chunks[self.group.rank] if self.group.rank < len(chunks) else whole[:0]
         _local(target).copy_(whole)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
 
 
 def _local(tensor: Tensor) -> Tensor:
