@@ -39,6 +39,7 @@ from hosl_cloud.trainer import (
     require_finite,
     split_rows,
 )
+from hosl_edge.memory import keep_heap_small
 from hosl_export.halves import Tail
 from hosl_protocol import (
     BundleError,
@@ -50,6 +51,9 @@ from hosl_protocol import (
     encode_manifest,
     load_manifest,
 )
+
+LARGE_BYTES = 4 * 1024 * 1024
+"""Memory from which a shard that is made whole for a moment goes back to the kernel."""
 
 Result = StepResult | EvalScore | BatchError | NotFiniteError
 
@@ -108,6 +112,8 @@ class Shard(RankTrainer):
     is_in_step = True
 
     def _place(self, tail: Tail) -> Tail:
+        if self.device.type == "cpu":
+            keep_heap_small(LARGE_BYTES)
         half = torch.bfloat16 if self.config.tail.precision == "bfloat16" else None
         # OPT's blocks return a view, of which FSDP warns; nothing works on it in place.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
