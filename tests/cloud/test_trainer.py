@@ -347,3 +347,14 @@ def test_compiled_blocks_compute_nearly_the_same(bundle: Any, monkeypatch: pytes
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     np.testing.assert_allclose(results[0].cut_gradient_TD, results[1].cut_gradient_TD, atol=1e-5)
     assert sum(torch._dynamo.utils.counters["frames"].values()), "nothing was compiled"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_computes_several_batches_of_which_the_later_ones_travel_meanwhile(bundle: Any) -> None:
+    cuda, cpu = bundle.trainer(device="cuda"), bundle.trainer()
+    batches = [bundle.batch(PROMPTS, lengths).sent for lengths in ((3, 7), (1, 5, 2))]
+    assert cuda.at_once >= len(batches)
+    got, expected = (each.forward_backward_many(batches, [1.0, 2.0], wants_cut_gradient=True) for each in (cuda, cpu))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+        np.testing.assert_allclose(mine.cut_gradient_TD, theirs.cut_gradient_TD, atol=1e-4)
