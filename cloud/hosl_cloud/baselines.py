@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hosl_cloud import metrics
-from hosl_cloud.evaluation import evaluate_batch
+from hosl_cloud.evaluation import evaluate_batches
 from hosl_cloud.exchange import Ask, Doubles, Exchange, RoundContext, Tally, Tell, batch_of, first
 from hosl_cloud.rounds import Outcome
 from hosl_cloud.settings import RunConfig
@@ -143,12 +143,10 @@ def zeroth_order_round(context: RoundContext) -> Exchange[Outcome | None]:
                     if frame is None:
                         continue
                     weights[ask.device] = context.weight(batch_of(frame))
-                    score = yield from evaluate_batch(context, ask.device, frame)
-                    if score is None:
-                        continue
-                    losses[ask.device][direction, side] = score.loss
-                    reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
-                    yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
+                    for _, _, score in (yield from evaluate_batches(context, [(ask, frame)])):
+                        losses[ask.device][direction, side] = score.loss
+                        reply = ProbeLoss(**context.name(0), direction=direction, sign=+1 if sign > 0 else -1)
+                        yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
     if not weights:
         return None
     differences = {device: losses[device][:, 0] - losses[device][:, 1] for device in weights}

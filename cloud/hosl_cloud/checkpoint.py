@@ -6,6 +6,7 @@ synced before they get their names, so a crash leaves the checkpoints before it 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import safetensors.torch
 from torch import Tensor
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.exchange import TailHolder
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.trainer import TailTrainer
+from hosl_export import weights
 from hosl_protocol import TaskKind, sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, round_: int, epoch: int, trainer: TailTrainer, config: RunConfig, metrics: Metrics | None = None
+    folder: Path, round_: int, epoch: int, trainer: TailHolder, config: RunConfig, metrics: Metrics | None = None
 ) -> Path:
     """Write the trainer's state at the end of `round_`; the path of the safetensors file.
 
@@ -91,7 +92,9 @@ def save_checkpoint(
     # Without its JSON an older file of this name stops counting before it is replaced.
     _info_path(path).unlink(missing_ok=True)
     part = path.with_name(path.name + _PART)
-    safetensors.torch.save_file({name: tensor.cpu() for name, tensor in trainer.state().items()}, part)
+    shapes = {name: tensor.shape for name, tensor in trainer.state().items()}
+    with contextlib.closing(trainer.gather()) as tensors:
+        weights.stream_tensors(part, shapes, tensors)
     info = CheckpointInfo(
         round=round_,
         epoch=epoch,
@@ -185,9 +188,10 @@ def set_aside(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """All tensors of a checkpoint, after its digest was checked. Raises CheckpointMissing and CheckpointDamaged."""
+    """All tensors of a checkpoint, as memory maps, after its digest was checked. Raises CheckpointMissing and
+    CheckpointDamaged."""
     info = verify(path)
-    return info, safetensors.torch.load_file(path)
+    return info, weights.read_tensors(path)
 
 
 def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
@@ -196,7 +200,7 @@ def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     return info, {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
 
 
-def load_checkpoint(path: Path, trainer: TailTrainer) -> CheckpointInfo:
+def load_checkpoint(path: Path, trainer: TailHolder) -> CheckpointInfo:
     """Put a checkpoint into the trainer, which then continues with the same bits.
 
     Raises CheckpointMissing, CheckpointDamaged, and CheckpointMismatch with the trainer as it was.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from hosl_cloud.checkpoint import (
 from hosl_cloud.curves import CURVES, Curves
 from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
-from hosl_cloud.exchange import Exchange, Fault, RoundContext
+from hosl_cloud.exchange import Exchange, Fault, RoundContext, TailHolder
 from hosl_cloud.fleet import Fleet, Waiting
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Paused, Run
@@ -56,6 +57,9 @@ _PARTIAL = (
     "which do not count for the best"
 )
 
+MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], TailHolder]
+"""Loads a bundle's tail."""
+
 T = TypeVar("T")
 
 
@@ -67,7 +71,7 @@ class Coordinator:
         run: Run,
         say: Callable[[str], None],
         round_: RoundFunction | None = None,
-        make_tail: Callable[[Path, Manifest, RunConfig], TailTrainer] = TailTrainer,
+        make_tail: MakeTail = TailTrainer,
     ) -> None:
         """`say` tells a person how the run goes; `round_` stands for the algorithm's own round."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
@@ -76,6 +80,7 @@ class Coordinator:
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
+        self._leaving = contextlib.ExitStack()
         self._best: Evaluation | None = None
         self._since_best = 0
         self._checkpointed = 0
@@ -96,7 +101,7 @@ class Coordinator:
         """Load the tail, as it is in `checkpoint` where the run goes on from one, and the mirror of the client's
         weights at the run's round."""
         run = self.run
-        self.trainer = await self._compute(lambda: self._make_tail(run.bundle, run.manifest, run.config))
+        self.trainer = await self._compute(self._load_tail)
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
@@ -105,13 +110,20 @@ class Coordinator:
         for evaluation in self.store.evaluations(run.id):
             self._note_rank(evaluation)
 
+    def _load_tail(self) -> TailHolder:
+        run = self.run
+        trainer = self._make_tail(run.bundle, run.manifest, run.config)
+        self._leaving.callback(trainer.close)
+        return trainer
+
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the one thread that owns the tail and the mirror."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, work)
 
     def close(self) -> None:
-        """Stop the compute thread."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """Stop the compute thread after what it does now, and let the tail go."""
+        self._executor.submit(self._leaving.close)
+        self._executor.shutdown(wait=False)
 
     @property
     def is_waiting_for_room(self) -> bool:

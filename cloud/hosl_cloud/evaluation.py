@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
-from hosl_cloud.exchange import Action, Ask, Exchange, RoundContext, Tell, batch_of, blame, first, refuse
+from hosl_cloud.exchange import Action, Ask, Exchange, RoundContext, Tell, batch_of, blame, first_few, refuse
 from hosl_cloud.store import Evaluation
 from hosl_protocol import EvalBatch, EvalResult, EvalStart, Frame
 
@@ -31,18 +31,16 @@ def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Eva
     complete: list[Ask] = []
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
     while asks:
-        ask, frame = yield from first(asks)
-        if frame is None:
-            continue
-        assert isinstance(frame.message, EvalBatch)
-        result = yield from evaluate_batch(context, ask.device, frame)
-        if result is None or not math.isfinite(result.loss):
-            continue
-        losses[ask.device].append(result.loss * result.scored)
-        scores[ask.device] += result.correct, result.scored
-        reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
-        yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
-        (complete if frame.message.last else asks).append(ask)
+        answers = yield from first_few(asks, context.trainer.at_once)
+        for ask, frame, result in (yield from evaluate_batches(context, answers)):
+            assert isinstance(frame.message, EvalBatch)
+            if not math.isfinite(result.loss):
+                continue
+            losses[ask.device].append(result.loss * result.scored)
+            scores[ask.device] += result.correct, result.scored
+            reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
+            yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
+            (complete if frame.message.last else asks).append(ask)
     devices = [ask.device for ask in complete]
     correct, scored = map(int, sum((scores[device] for device in devices), np.zeros(2, np.int64)))
     if not scored:
@@ -66,14 +64,21 @@ class _NotFinite:
     scored: int = 0
 
 
-def evaluate_batch(context: RoundContext, device: str, frame: Frame) -> Generator[Action, None, Any]:
-    """The tail's score of a batch; None where the batch contradicts itself, and its device is refused."""
-    try:
-        return context.trainer.evaluate(*batch_of(frame))
-    except NotFiniteError as error:
-        log.warning("round %d: a batch of %s: %s", context.round, device, error, extra={"device": device})
-        yield from blame(device, batch_of(frame))
-        return _NotFinite()
-    except BatchError as error:
-        yield refuse(device, error)
-        return None
+def evaluate_batches(
+    context: RoundContext, answers: Sequence[tuple[Ask, Frame | None]]
+) -> Generator[Action, None, list[tuple[Ask, Frame, Any]]]:
+    """The answers that came, each with the tail's score; a device whose batch contradicts itself is refused."""
+    came = [(ask, frame) for ask, frame in answers if frame is not None]
+    scores = context.trainer.evaluate_many([batch_of(frame) for _, frame in came])
+    scored: list[tuple[Ask, Frame, Any]] = []
+    for (ask, frame), score in zip(came, scores, strict=True):
+        if isinstance(score, BatchError):
+            yield refuse(ask.device, score)
+            continue
+        if isinstance(score, NotFiniteError):
+            extra = {"device": ask.device}
+            log.warning("round %d: a batch of %s: %s", context.round, ask.device, score, extra=extra)
+            yield from blame(ask.device, batch_of(frame))
+            score = _NotFinite()
+        scored.append((ask, frame, score))
+    return scored

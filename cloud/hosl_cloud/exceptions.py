@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 from hosl_protocol import ExitCode, HoslError, ProtocolError, SettingsError
@@ -21,6 +22,8 @@ class CloudError(HoslError):
     │   ├── CheckpointMissing  there is none that fits
     │   ├── CheckpointDamaged  its bytes are not those that were written
     │   └── CheckpointMismatch it was written for a tail that trains other tensors
+    ├── RankLostError          another process of the service is gone: start the service again, as torchrun does
+    ├── RankLoadError          another process cannot load the tail: see its reason
     ├── AdapterError           what was trained is more than an adapter: merge without one
     ├── RoundsFailedError      round after round came to nothing: read the log
     ├── NoDevicesError         every device is gone: bring one back and start again
@@ -92,6 +95,27 @@ class CheckpointDamaged(CheckpointError):
 
 class CheckpointMismatch(CheckpointError):
     """The checkpoint's tensors are not those that this tail trains."""
+
+
+class RankLostError(CloudError):
+    """The ranks of a service can no longer talk to each other. Stores the rank that says so."""
+
+    exit_code = ExitCode.RANKS
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        self.rank = rank
+        # gloo puts its source file before what happened, and advice behind it.
+        reason = re.sub(r"^\[[^]]*\] |\. This is typically.*|\n.*", "", f"{error}", flags=re.DOTALL)
+        reason = reason or type(error).__name__
+        super().__init__(f"rank {rank} cannot go on with the others ({reason}): start all ranks again")
+
+
+class RankLoadError(CloudError):
+    """Another rank has no use for the bundle. Stores the rank."""
+
+    def __init__(self, rank: int, reason: str, exit_code: int) -> None:
+        self.rank, self.exit_code = rank, ExitCode(exit_code)
+        super().__init__(f"rank {rank}: {reason}")
 
 
 class AdapterError(CloudError):

@@ -65,6 +65,8 @@ class Await:
     """Wait for the first of these; each has a deadline of its own, which runs from when it was first asked for."""
 
     asks: tuple[Ask, ...]
+    waits: bool = True
+    """False: only what is there already, or no answer at all."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,41 @@ Exchange: TypeAlias = Generator[Action, Answer | None, T]
 
 
 class Trainer(Protocol):
-    """What a round needs of the tail; see hosl_cloud.trainer."""
+    """What a round needs of the tail; see hosl_cloud.trainer, and hosl_cloud.ranks for one of many processes."""
 
-    def forward_backward(
-        self,
-        activations: Floats,
-        lengths: npt.NDArray[np.int32],
-        labels: npt.NDArray[np.int32],
-        weight: float = 1.0,
-        *,
-        wants_cut_gradient: bool = True,
-    ) -> Any: ...
+    @property
+    def at_once(self) -> int:
+        """Batches that are worth handing over together."""
 
-    def evaluate(self, activations: Floats, lengths: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> Any: ...
+    def forward_backward_many(
+        self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
+    ) -> Sequence[Any]:
+        """What came of each: a StepResult, or the BatchError or NotFiniteError that left it out."""
+
+    def evaluate_many(self, batches: Sequence[BatchArrays]) -> Sequence[Any]:
+        """What came of each: an EvalScore, or the BatchError or NotFiniteError."""
 
     def step(self, round_: int, total_weight: float) -> Any: ...
 
     def discard(self) -> None: ...
+
+
+class TailHolder(Trainer, Protocol):
+    """What the course of a run and its checkpoints need of the tail."""
+
+    @property
+    def head_rows(self) -> tuple[int, ...]: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+
+    def state(self) -> Mapping[str, Any]: ...
+
+    def gather(self) -> Generator[Any, None, None]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,18 @@ def first(asks: list[Ask]) -> Exchange[tuple[Ask, Frame | None]]:
     assert answer is not None
     asks.remove(answer.ask)
     return answer.ask, answer.frame
+
+
+def first_few(asks: list[Ask], most: int) -> Exchange[list[tuple[Ask, Frame | None]]]:
+    """The first answer to any of `asks`, and those that are there with it; all are taken off the list."""
+    taken = [(yield from first(asks))]
+    while asks and len(taken) < most:
+        answer = yield Await(tuple(asks), waits=False)
+        if answer is None:
+            break
+        asks.remove(answer.ask)
+        taken.append((answer.ask, answer.frame))
+    return taken
 
 
 def blame(device: str, batch: BatchArrays) -> Generator[Fault, None, None]:

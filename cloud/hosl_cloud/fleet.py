@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -121,7 +121,7 @@ class Fleet:
                 if action is None:
                     return result  # type: ignore[no-any-return]
                 if isinstance(action, Await):
-                    answer = await self._first(action.asks, peers, asked, stage_deadline_s)
+                    answer = await self._first(action, peers, asked, stage_deadline_s)
                 else:
                     await self.on_fault(action)
         finally:
@@ -131,13 +131,13 @@ class Fleet:
                 peer.leave_round()
 
     async def _first(
-        self, asks: Sequence[Ask], peers: Mapping[str, Participant], asked: dict[Ask, float], limit_s: float
-    ) -> Answer:
+        self, wanted: Await, peers: Mapping[str, Participant], asked: dict[Ask, float], limit_s: float
+    ) -> Answer | None:
         """The first answer that is in; what already waits is taken even after its deadline.
 
         `asked` holds when each ask was first made, in the event loop's time.
         """
-        now = asyncio.get_running_loop().time
+        now, asks = asyncio.get_running_loop().time, wanted.asks
         for ask in asks:
             asked.setdefault(ask, now())
         while True:
@@ -151,6 +151,8 @@ class Fleet:
                 if peer is None or peer.gone.is_set() or asked[ask] + limit_s <= now():
                     _give_up(ask, peer)
                     return Answer(ask, None)
+            if not wanted.waits:
+                return None
             oldest_s = now() - min(asked[ask] for ask in asks)
             devices = tuple(ask.device for ask in asks)
             self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - oldest_s)

@@ -40,8 +40,7 @@ def unpack(activations_TD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor, labels_N: Tensor) -> Score:
-    """Forward through the tail to the task's mean loss. Raises BatchError where the three do not belong together."""
-    check_batch(kind, tail, activations_TD, lengths_B, labels_N)
+    """Forward through the tail to the task's mean loss, of what `check_batch` let pass."""
     h_BLD, mask_BL = unpack(activations_TD, lengths_B)
     if kind == "lm":
         return _score_tokens(tail, h_BLD, mask_BL, labels_N)
@@ -70,13 +69,18 @@ def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) 
     return Score(loss, int((logits.detach().argmax(dim=1) == targets).sum()), scored)
 
 
-def check_batch(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor, labels_N: Tensor) -> None:
+def targets(kind: TaskKind, lengths_B: Tensor) -> int:
+    """Over how many predictions the loss of these examples is a mean."""
+    return int(lengths_B.sum()) - len(lengths_B) if kind == "lm" else len(lengths_B)
+
+
+def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor, labels_N: Tensor) -> None:
     """Raise BatchError for the first thing that a well-behaved device would not send."""
     if len(lengths_B) == 0 or int(lengths_B.min()) < 1:
         raise BatchError("lengths of a batch", "one or more, each 1 or more", lengths_B.tolist())
-    if int(lengths_B.sum()) != len(activations_TD):
-        raise BatchError("tokens of a batch", f"{int(lengths_B.sum())} by its lengths", len(activations_TD))
-    expected = len(activations_TD) if kind == "lm" else len(lengths_B)
+    if int(lengths_B.sum()) != token_count:
+        raise BatchError("tokens of a batch", f"{int(lengths_B.sum())} by its lengths", token_count)
+    expected = token_count if kind == "lm" else len(lengths_B)
     if len(labels_N) != expected:
         raise BatchError("labels of a batch", expected, len(labels_N))
     classes = _classes(tail)

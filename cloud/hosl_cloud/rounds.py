@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from hosl_cloud.evaluation import evaluate_batch
+from hosl_cloud.evaluation import evaluate_batches
 from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
 from hosl_cloud.exchange import (
     Action,
@@ -29,6 +29,7 @@ from hosl_cloud.exchange import (
     batch_of,
     blame,
     first,
+    first_few,
     refuse,
 )
 from hosl_cloud.settings import RunConfig
@@ -129,35 +130,35 @@ def _take_probes(context: RoundContext) -> Exchange[_Probed]:
     done = dict.fromkeys(context.devices, 0)
     asks = [Ask(device, Probe, context.round, *points[0]) for device in context.devices]
     while asks:
-        ask, frame = yield from first(asks)
-        if frame is None or not (yield from _evaluate_probe(context, ask, frame, probed)):
-            continue
-        done[ask.device] += 1
-        if done[ask.device] < len(points):
-            asks.append(Ask(ask.device, Probe, context.round, *points[done[ask.device]]))
+        answers = yield from first_few(asks, context.trainer.at_once)
+        for ask, frame, score in (yield from evaluate_batches(context, answers)):
+            if not (yield from _note_probe(context, ask, frame, score.loss, probed)):
+                continue
+            done[ask.device] += 1
+            if done[ask.device] < len(points):
+                asks.append(Ask(ask.device, Probe, context.round, *points[done[ask.device]]))
     probed.present = [device for device in context.devices if done[device] == len(points)]
     return probed
 
 
-def _evaluate_probe(context: RoundContext, ask: Ask, frame: Frame, probed: _Probed) -> Generator[Action, None, bool]:
+def _note_probe(
+    context: RoundContext, ask: Ask, frame: Frame, loss: float, probed: _Probed
+) -> Generator[Action, None, bool]:
     """Note a probe's loss and tell it; False where the device is out of the round."""
     assert ask.direction is not None
     assert ask.sign is not None
     batch = batch_of(frame)
     probed.weights[ask.device] = context.weight(batch)
-    score = yield from evaluate_batch(context, ask.device, frame)
-    if score is None:
-        return False
     if context.config.anchor == "midpoint":
         try:
             probed.means.setdefault(ask.device, _MeanBatch()).add(batch)
         except BatchError as error:
             yield refuse(ask.device, error)
             return False
-    probed.losses[ask.device, ask.direction, ask.sign] = score.loss
+    probed.losses[ask.device, ask.direction, ask.sign] = loss
     assert isinstance(frame.message, Probe)
     reply = ProbeLoss(**context.name(frame.message.id), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
-    yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
+    yield Tell(ask.device, reply, {"loss": np.float32(loss).reshape(())})
     return True
 
 
@@ -265,15 +266,12 @@ def _take_anchors(
     asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
     while asks:
         if midpoints is not None:
-            ask = asks.pop(0)
-            yield from _backpropagate(context, ask.device, midpoints[ask.device], part, wants_cut_gradient)
-            continue
-        # A strict run takes them in order, however they arrive.
-        wanted = asks[:1] if context.config.strict else list(asks)
-        ask, frame = yield from first(wanted)
-        asks.remove(ask)
-        if frame is not None:
-            yield from _backpropagate(context, ask.device, batch_of(frame), part, wants_cut_gradient)
+            batches = {ask.device: midpoints[ask.device] for ask in asks[: context.trainer.at_once]}
+            del asks[: context.trainer.at_once]
+        else:
+            answers = yield from _next_answers(context, asks)
+            batches = {ask.device: batch_of(frame) for ask, frame in answers if frame is not None}
+        yield from _backpropagate(context, batches, part, wants_cut_gradient)
     if not part.weights or len(part.weights) < context.quorum:
         if part.weights:
             log.warning("round %d: %d devices of a quorum of %d", context.round, len(part.weights), context.quorum)
@@ -282,33 +280,49 @@ def _take_anchors(
     return part
 
 
+def _next_answers(context: RoundContext, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
+    """As many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
+    if not context.config.strict:
+        return (yield from first_few(asks, context.trainer.at_once))
+    answers = []
+    for ask in asks[: context.trainer.at_once]:
+        answers.append((yield from first([ask])))
+        asks.remove(ask)
+    return answers
+
+
 def _backpropagate(
-    context: RoundContext, device: str, batch: BatchArrays, part: _Part, wants_cut_gradient: bool
+    context: RoundContext, batches: Mapping[str, BatchArrays], part: _Part, wants_cut_gradient: bool
 ) -> Generator[Action, None, None]:
-    """Add a device's gradient to the round's, and send its λ."""
-    weight = context.weight(batch)
-    try:
-        result = context.trainer.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient)
-    except RoundSpoiltError as error:
-        # What the devices before this one added is gone too; those after it can still make the step.
-        log.warning(
-            "round %d: %s spoilt the gradients so far: %s", context.round, device, error, extra={"device": device}
-        )
+    """Add devices' gradients to the round's, and send each its λ."""
+    weights = [context.weight(batch) for batch in batches.values()]
+    results = context.trainer.forward_backward_many(
+        list(batches.values()), weights, wants_cut_gradient=wants_cut_gradient
+    )
+    spoilt = [result for result in results if isinstance(result, RoundSpoiltError)]
+    for (device, batch), weight, result in zip(batches.items(), weights, results, strict=True):
+        extra = {"device": device}
+        if isinstance(result, RoundSpoiltError):
+            log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, result, extra=extra)
+        elif isinstance(result, NotFiniteError):
+            log.warning("round %d: %s is left out: %s", context.round, device, result, extra=extra)
+            yield from blame(device, batch)
+        elif isinstance(result, BatchError):
+            yield refuse(device, result)
+        elif not spoilt:
+            part.weights[device], part.losses[device] = weight, result.loss
+            if wants_cut_gradient:
+                yield _cut_gradient(context, device, result)
+    if spoilt:
+        # What the devices before, and with, this one added is gone too; those after it can still make the step.
         part.weights.clear()
         part.losses.clear()
-        return
-    except NotFiniteError as error:
-        log.warning("round %d: %s is left out: %s", context.round, device, error, extra={"device": device})
-        yield from blame(device, batch)
-        return
-    except BatchError as error:
-        yield refuse(device, error)
-        return
-    part.weights[device], part.losses[device] = weight, result.loss
-    if wants_cut_gradient:
-        lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
-        tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
-        yield Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
+
+
+def _cut_gradient(context: RoundContext, device: str, result: Any) -> Tell:
+    lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
+    tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
+    return Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
 
 
 def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:

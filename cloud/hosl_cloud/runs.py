@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.coordinator import Coordinator, MakeTail
 from hosl_cloud.data_folder import new_run_id, run_folder
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.resume import cut
@@ -18,6 +18,7 @@ from hosl_cloud.returning import Returning
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import BegunBy, RunRow, Store
+from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
 from hosl_protocol.logs import log_scope
 
@@ -53,9 +54,9 @@ class Runs:
     Raises ApiError for what cannot be done in a run's present state.
     """
 
-    def __init__(self, store: Store, data_dir: Path, say: Say) -> None:
+    def __init__(self, store: Store, data_dir: Path, say: Say, make_tail: MakeTail = TailTrainer) -> None:
         """`say` tells a person how it goes."""
-        self.store, self.data_dir = store, data_dir
+        self.store, self.data_dir, self._make_tail = store, data_dir, make_tail
         self.returning = Returning()
         self._tell = say
         self._slots: dict[str, Slot] = {}
@@ -179,7 +180,7 @@ class Runs:
             epoch=found.epoch,
             round=found.round,
         )
-        coordinator = Coordinator(run, say)
+        coordinator = Coordinator(run, say, make_tail=self._make_tail)
         try:
             await coordinator.prepare(None if found.checkpoint is None else found.checkpoint.path)
         except BaseException:

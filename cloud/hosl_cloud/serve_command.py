@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -20,6 +23,7 @@ from hosl_protocol import ExitCode, Manifest, SettingsError, check_files, load_m
 from hosl_protocol.terminal import add_common_options
 
 if TYPE_CHECKING:
+    from hosl_cloud.coordinator import MakeTail
     from hosl_cloud.runs import Runs
 
 
@@ -48,12 +52,23 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest time to end a round before it leaves (default: two stages)",
     )
+    parser.add_argument(
+        "--rank-timeout-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="under torchrun: longest time that a rank may not answer (default: %(default)s)",
+    )
     add_common_options(parser)
     parser.set_defaults(command=serve_command)
 
 
 def serve_command(options: argparse.Namespace) -> int:
-    """Run the service; its exit code."""
+    """Run the service; its exit code. Under torchrun, all ranks but the first compute for it."""
+    if not options.rank_timeout_s > 0.0:
+        raise SettingsError("--rank-timeout-s", options.rank_timeout_s, "use a number above 0")
+    if _ranks() > 1 and int(os.environ["RANK"]) > 0:
+        return _follow(options)
     listen = Listen(options.host, options.port, options.tls_cert, options.tls_key)
     if not options.insecure:
         listen = listen.with_authority(options.data_dir)
@@ -65,7 +80,21 @@ def serve_command(options: argparse.Namespace) -> int:
     first = _read_first(options) if options.bundle is not None else None
     options.data_dir.mkdir(parents=True, exist_ok=True)
     ending = asyncio.run(_serve(options, listen, first))
-    return int(ExitCode.INTERRUPTED if ending in ("stopped", "paused") else ExitCode.OK)
+    # torchrun takes another code for a failure, and starts a service again that was told to leave.
+    is_cut_off = ending in ("stopped", "paused") and _ranks() == 1
+    return int(ExitCode.INTERRUPTED if is_cut_off else ExitCode.OK)
+
+
+def _ranks() -> int:
+    """Processes of this service that PyTorch's launcher started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
+
+
+def _follow(options: argparse.Namespace) -> int:
+    from hosl_cloud.group import Group
+    from hosl_cloud.ranks import follow
+
+    return follow(Group(options.rank_timeout_s))
 
 
 def _read_first(options: argparse.Namespace) -> tuple[Manifest, RunConfig]:
@@ -84,6 +113,7 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
     admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
     metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
     locked = lock(data_dir)
+    leaving = contextlib.ExitStack()
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
@@ -93,7 +123,7 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
 
     store = Store(data_dir / DATABASE)
     try:
-        runs = Runs(store, data_dir, _say)
+        runs = Runs(store, data_dir, _say, leaving.enter_context(_tails(options)))
         run = None
         if first is not None:
             run = _choose_first(runs, options, *first)
@@ -129,8 +159,29 @@ async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manif
         return ending
     finally:
         (data_dir / SERVICE_FILE).unlink(missing_ok=True)
+        leaving.close()
         store.close()
         locked.close()
+
+
+@contextlib.contextmanager
+def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
+    """How tails are loaded: in this process alone, or on all ranks."""
+    from hosl_cloud.trainer import TailTrainer
+
+    if _ranks() == 1:
+        yield TailTrainer
+        return
+    from hosl_cloud.group import Group
+    from hosl_cloud.ranks import GroupTrainer
+
+    group = Group(options.rank_timeout_s)
+    group.begin_beating()
+    _say(f"computes on {group.size} ranks")
+    try:
+        yield partial(GroupTrainer, group)
+    finally:
+        group.leave()
 
 
 def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:

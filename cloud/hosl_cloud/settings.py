@@ -54,6 +54,15 @@ class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """torch device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its default."""
+    micro_batch_tokens: int = 0
+    """Most tokens, with padding, of one forward and backward: a device's batch is split, by examples, and the gradients
+    add up to those of the whole; 0 does not split."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block; the backward computes the rest again."""
+    compile: bool = False
+    """Compile each block with `torch.compile` when it first runs."""
+    ranks: Literal["shard", "replicate"] = "shard"
+    """Under torchrun: each rank holds a part of every tensor (FSDP2), or the whole tail (data parallel)."""
 
 
 class EvaluationSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -228,6 +237,7 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("tail.clip_norm", config.tail.clip_norm),
         ("tail.weight_decay", config.tail.weight_decay),
         ("tail.threads", config.tail.threads),
+        ("tail.micro_batch_tokens", config.tail.micro_batch_tokens),
     ):
         if not (math.isfinite(count) and count >= 0):
             raise SettingsError(name, count, "use 0 or more")

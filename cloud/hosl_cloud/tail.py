@@ -5,16 +5,18 @@ Shapes: V vocabulary, C classes, D width.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hosl_cloud.exceptions import VerbalizerError
 from hosl_cloud.settings import RunConfig
 from hosl_export.families import Family
-from hosl_export.halves import Tail, load_tail
+from hosl_export.halves import Tail, base_prefix, load_tail
 from hosl_export.lora import inject_lora, plain_name
 from hosl_protocol import BundleError, LoraEntry, Manifest, SettingsError, Task
 from hosl_protocol.manifest import SHARD_TOKENIZER
@@ -122,6 +124,17 @@ def _head_modules(tail: Tail) -> nn.ModuleList:
 def tail_lora(manifest: Manifest, family: Family) -> LoraEntry:
     """The adapters of a tail: as the device's half has them, or r 8, alpha 16 on the family's targets."""
     return manifest.lora or LoraEntry(targets=family.lora_targets)
+
+
+def block_list(tail: Tail) -> list[nn.Module]:
+    """The tail's blocks, or a ResNet's stages, in the order in which they run."""
+    path = base_prefix(tail.model, tail.family) + tail.family.blocks
+    return list(tail.model.get_submodule(path).children())
+
+
+def recompute(block: nn.Module) -> None:
+    """Keep none of the block's inner activations for the backward, which runs the block again."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def trainable_parameters(tail: Tail) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ Shapes: B examples, T tokens of the batch without padding, D width, N labels.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hosl_cloud import objectives
 from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
+from hosl_cloud.exchange import BatchArrays
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.tail import build_tail, trainable_parameters
+from hosl_cloud.tail import block_list, build_tail, recompute, trainable_parameters
+from hosl_cloud.uploads import Uploads
+from hosl_export.halves import Tail
 from hosl_protocol import Manifest, SettingsError, schedule_factor
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]
+
+BATCHES_AT_ONCE = 2
+"""Devices' batches that a process takes together, where it takes more than one."""
 
 _WEIGHT, _OPTIMIZER = "weights/", "optimizer/"
 
@@ -57,6 +65,18 @@ class StepStatistics:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some examples of a device's batch, on the tail's device."""
+
+    h_TD: Tensor
+    """Their activations, a leaf."""
+    lengths_B: Tensor
+    labels_N: Tensor
+    share: float
+    """Their part in the mean loss of the batch."""
+
+
 class TailTrainer:
     """Holds the tail, the gradients of the round and the optimizer. Not for use by two threads at once.
 
@@ -67,13 +87,54 @@ class TailTrainer:
     def __init__(self, bundle: Path, manifest: Manifest, config: RunConfig) -> None:
         """Load the tail. Raises SettingsError, VerbalizerError and BundleError."""
         self.config, self.kind = config, config.task.kind
-        self.device = choose_device(config.tail.device)
+        self.device = self._choose_device()
+        self._uploads = Uploads(self.device)
         if config.tail.threads:
             torch.set_num_threads(config.tail.threads)
         tail, self.head_rows = build_tail(bundle, manifest, config)
-        self.tail = tail.to(self.device)
+        for block in block_list(tail):
+            if config.tail.activation_checkpointing:
+                recompute(block)
+            if config.tail.compile:
+                block.compile(dynamic=True)
+        self.tail = self._place(tail)
         self.parameters = trainable_parameters(self.tail)
         self.optimizer = make_optimizer(list(self.parameters.values()), config.tail)
+
+    def _choose_device(self) -> torch.device:
+        return choose_device(self.config.tail.device)
+
+    def _place(self, tail: Tail) -> Tail:
+        return tail.to(self.device)
+
+    @property
+    def at_once(self) -> int:
+        """Batches that are worth handing over together: on a GPU the next ones travel while one is computed."""
+        return 1 if self.device.type == "cpu" else BATCHES_AT_ONCE
+
+    def forward_backward_many(
+        self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
+    ) -> list[StepResult | BatchError | NotFiniteError]:
+        """`forward_backward` of each: its result, or the error that left it out."""
+        self._uploads.begin(batches)
+        results: list[StepResult | BatchError | NotFiniteError] = []
+        for batch, weight in zip(batches, weights, strict=True):
+            try:
+                results.append(self.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient))
+            except (BatchError, NotFiniteError) as error:
+                results.append(error)
+        return results
+
+    def evaluate_many(self, batches: Sequence[BatchArrays]) -> list[EvalScore | BatchError | NotFiniteError]:
+        """`evaluate` of each: its score, or the error."""
+        self._uploads.begin(batches)
+        scores: list[EvalScore | BatchError | NotFiniteError] = []
+        for batch in batches:
+            try:
+                scores.append(self.evaluate(*batch))
+            except (BatchError, NotFiniteError) as error:
+                scores.append(error)
+        return scores
 
     def forward_backward(
         self,
@@ -88,18 +149,33 @@ class TailTrainer:
 
         λ is neither scaled by `weight` or by the number of devices, nor clipped (HO-SFL step 2). Raises BatchError,
         NotFiniteError where the loss is not finite (other devices' gradients stay), and RoundSpoiltError where only λ
-        is not (the round's gradients are dropped).
+        is not, or the loss of a later micro-batch (the round's gradients are dropped).
         """
-        h_TD = self._tensor(activations_TD, torch.float32).requires_grad_(wants_cut_gradient)
-        score = self._score(h_TD, lengths_B, labels_N)
-        torch.autograd.backward(score.loss * weight)
-        return StepResult(
-            score.loss.item(), self._cut_gradient(h_TD.grad, weight), correct=score.correct, scored=score.scored
-        )
+        parts = self._micro_batches(activations_TD, lengths_B, labels_N)
+        scores: list[objectives.Score] = []
+        for part in parts:
+            part.h_TD.requires_grad_(wants_cut_gradient)
+            try:
+                scores.append(self._pass(part, weight))
+            except NotFiniteError as error:
+                if not scores:
+                    raise
+                self.discard()
+                raise RoundSpoiltError(error.what, error.value) from error
+        score = _join(parts, scores)
+        gradients = [part.h_TD.grad for part in parts if part.h_TD.grad is not None]
+        return StepResult(score.loss, self._cut_gradient(gradients, weight), score.correct, score.scored)
 
-    def _cut_gradient(self, gradient_TD: Tensor | None, weight: float) -> Floats | None:
-        if gradient_TD is None:
+    def _pass(self, part: MicroBatch, weight: float) -> objectives.Score:
+        """One forward and backward. Raises NotFiniteError, with no gradient added."""
+        score = self._score(part)
+        torch.autograd.backward(require_finite(score).loss * (weight * part.share))
+        return score
+
+    def _cut_gradient(self, gradients: list[Tensor], weight: float) -> Floats | None:
+        if not gradients:
             return None
+        gradient_TD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         lambda_TD = gradient_TD if weight == 1.0 else gradient_TD / weight
         if not torch.isfinite(lambda_TD).all():
             self.discard()
@@ -108,29 +184,47 @@ class TailTrainer:
 
     def evaluate(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> EvalScore:
         """Loss and score without gradients. Raises BatchError and NotFiniteError."""
-        with torch.no_grad():
-            score = self._score(self._tensor(activations_TD, torch.float32), lengths_B, labels_N)
-        return EvalScore(score.loss.item(), score.correct, score.scored)
+        parts = self._micro_batches(activations_TD, lengths_B, labels_N)
+        return _join(parts, [require_finite(self._look(part)) for part in parts])
 
-    def _score(self, h_TD: Tensor, lengths_B: Integers, labels_N: Integers) -> objectives.Score:
+    def _look(self, part: MicroBatch) -> objectives.Score:
+        """One forward."""
+        with torch.no_grad():
+            return self._score(part)
+
+    def check(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> None:
+        """Raise BatchError for a batch that a well-behaved device would not send."""
         if lengths_B.size and int(lengths_B.max()) > self.config.max_length:
             raise BatchError("tokens of an example", f"at most {self.config.max_length}", int(lengths_B.max()))
         if self.config.task.is_image and lengths_B.size and int(lengths_B.min()) != self.config.max_length:
             raise BatchError("positions of an image", self.config.max_length, int(lengths_B.min()))
-        lengths, labels = torch.from_numpy(lengths_B.astype(np.int64)), self._tensor(labels_N, torch.int64)
+        lengths, labels = torch.from_numpy(lengths_B.astype(np.int64)), torch.from_numpy(labels_N.astype(np.int64))
+        objectives.check_batch(self.kind, self.tail, len(activations_TD), lengths, labels)
+
+    def _micro_batches(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> list[MicroBatch]:
+        """The batch in parts of `tail.micro_batch_tokens`. Raises BatchError, and NotFiniteError where part of it
+        might be added up before another is found not to be finite."""
+        self.check(activations_TD, lengths_B, labels_N)
+        rows = split_rows(lengths_B, self.config.tail.micro_batch_tokens)
+        if len(rows) > 1 and not np.isfinite(activations_TD).all():
+            raise NotFiniteError("an activation", math.nan)
+        h_TD, labels = self._uploads.take(activations_TD, torch.float32), self._uploads.take(labels_N, torch.int64)
+        lengths, ends = torch.from_numpy(lengths_B.astype(np.int64)), np.concatenate([[0], np.cumsum(lengths_B)])
+        whole, parts = objectives.targets(self.kind, lengths), []
+        for row in rows:
+            tokens = slice(int(ends[row.start]), int(ends[row.stop]))
+            share = objectives.targets(self.kind, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
+            labels_N_ = labels[tokens if self.kind == "lm" else row]
+            parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
+        return parts
+
+    def _score(self, part: MicroBatch) -> objectives.Score:
         with self._autocast():
-            score = objectives.score(self.kind, self.tail, h_TD, lengths, labels)
-        if not math.isfinite(score.loss.item()):
-            raise NotFiniteError("the tail's loss", score.loss.item())
-        return score
+            return objectives.score(self.kind, self.tail, part.h_TD, part.lengths_B, part.labels_N)
 
     def _autocast(self) -> AbstractContextManager[None]:
         is_half = self.config.tail.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
-
-    def _tensor(self, array: npt.NDArray[np.generic], dtype: torch.dtype) -> Tensor:
-        # A copy: frames arrive in read-only memory, and a gradient is asked for by the tensor's own flag.
-        return torch.tensor(array, dtype=dtype, device=self.device)
 
     def step(self, round_: int, total_weight: float) -> StepStatistics:
         """Average the round's gradients over `total_weight`, clip, and step at the rate of round `round_` (from 1).
@@ -139,7 +233,7 @@ class TailTrainer:
         """
         settings = self.config.tail
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / total_weight
+        norm = self._total_norm(gradients) / total_weight
         if not math.isfinite(norm):
             self.discard()
             raise RoundSpoiltError("the norm of the tail's gradient", norm)
@@ -151,6 +245,9 @@ class TailTrainer:
         self.optimizer.step()
         self.discard()
         return StepStatistics(norm, settings.learning_rate * factor)
+
+    def _total_norm(self, gradients: list[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -169,8 +266,14 @@ class TailTrainer:
                     state[f"{_OPTIMIZER}{name}/{key}"] = tensor
         return state
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave. Raises KeyError where a name is unknown or a weight is missing."""
+    def gather(self) -> Generator[Tensor, None, None]:
+        """The tensors of `state`, in its order, whole and on the CPU, one at a time."""
+        for tensor in self.state().values():
+            yield self._whole(tensor).cpu()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave, taken one at a time. Raises KeyError where a name is unknown or a weight is
+        missing."""
         moments: dict[int, dict[str, Tensor]] = {}
         places = {name: place for place, name in enumerate(self.parameters)}
         missing = places.keys() - {name.removeprefix(_WEIGHT) for name in state}
@@ -179,13 +282,49 @@ class TailTrainer:
         with torch.no_grad():
             for entry, tensor in state.items():
                 if entry.startswith(_WEIGHT):
-                    self.parameters[entry.removeprefix(_WEIGHT)].copy_(tensor)
+                    self._put(self.parameters[entry.removeprefix(_WEIGHT)], tensor)
                 else:
                     name, _, key = entry.removeprefix(_OPTIMIZER).rpartition("/")
-                    moments.setdefault(places[name], {})[key] = tensor
+                    value = torch.zeros_like(self.parameters[name]) if tensor.ndim else torch.zeros(())
+                    self._put(value, tensor)
+                    moments.setdefault(places[name], {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.discard()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _put(self, target: Tensor, whole: Tensor) -> None:
+        """Give a tensor its value."""
+        target.copy_(whole)
+
+    def close(self) -> None:
+        """Nothing is asked of it any more."""
+
+
+def require_finite(score: objectives.Score) -> objectives.Score:
+    """The score. Raises NotFiniteError."""
+    if not math.isfinite(score.loss.item()):
+        raise NotFiniteError("the tail's loss", score.loss.item())
+    return score
+
+
+def split_rows(lengths_B: Integers, most_tokens: int) -> list[slice]:
+    """Runs of examples of at most `most_tokens` with their padding, or of one example; 0 does not split."""
+    rows, start, longest = [], 0, 0
+    for row, length in enumerate(lengths_B.tolist()):
+        longest = max(longest, length)
+        if most_tokens and row > start and (row + 1 - start) * longest > most_tokens:
+            rows.append(slice(start, row))
+            start, longest = row, length
+    return [*rows, slice(start, len(lengths_B))]
+
+
+def _join(parts: Sequence[MicroBatch], scores: Sequence[objectives.Score]) -> EvalScore:
+    """The score of a whole batch."""
+    loss = sum(part.share * score.loss.item() for part, score in zip(parts, scores, strict=True))
+    return EvalScore(loss, sum(score.correct for score in scores), sum(score.scored for score in scores))
 
 
 def choose_device(name: str) -> torch.device:
@@ -203,8 +342,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TailSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation."""
+    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation.
+
+    For tensors of which each rank holds a part torch has no fused SGD.
+    """
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True)
+    is_whole = not any(isinstance(value, DTensor) for value in parameters)
+    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=is_whole)

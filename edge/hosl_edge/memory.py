@@ -54,12 +54,12 @@ def read_memory() -> Memory:
     )
 
 
-def keep_heap_small() -> None:
+def keep_heap_small(large_bytes: int = _LARGE_BYTES) -> None:
     """Let large buffers go back to the kernel as soon as they are freed; glibc would learn to keep them."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, large_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, large_bytes)
     except (OSError, AttributeError):
         log.debug("this C library has no mallopt")
 

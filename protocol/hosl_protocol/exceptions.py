@@ -17,6 +17,7 @@ class ExitCode(enum.IntEnum):
     REFUSED = 6
     PROTOCOL = 7
     RESOURCES = 8
+    RANKS = 9
     INTERRUPTED = 130
 
 

@@ -192,6 +192,7 @@ class NullTail:
     """Stands in for hosl_cloud.trainer.TailTrainer: every batch has one loss and one gradient."""
 
     head_rows = (0, 1)
+    at_once = 1
 
     def __init__(self, work: Work) -> None:
         from hosl_cloud.metrics import wire_bytes_by_kind
@@ -200,15 +201,15 @@ class NullTail:
         self._lambda_TD = np.full((work.batch * work.tokens, work.width), 1e-3, np.float32)
         self._wire_bytes = wire_bytes_by_kind
 
-    def forward_backward(self, activations: Any, lengths: Any, labels: Any, weight: float = 1.0, **more: bool) -> Any:
+    def forward_backward_many(self, batches: Any, weights: Any, **more: bool) -> Any:
         from hosl_cloud.trainer import StepResult
 
-        return StepResult(0.5, self._lambda_TD[: len(activations)], 0, labels.size)
+        return [StepResult(0.5, self._lambda_TD[: len(batch[0])], 0, batch[2].size) for batch in batches]
 
-    def evaluate(self, activations: Any, lengths: Any, labels: Any) -> Any:
+    def evaluate_many(self, batches: Any) -> Any:
         from hosl_cloud.trainer import EvalScore
 
-        return EvalScore(0.5, 0, labels.size)
+        return [EvalScore(0.5, 0, batch[2].size) for batch in batches]
 
     def step(self, round_: int, total_weight: float) -> None:
         self.marks.append(Mark(time.monotonic(), time.process_time(), self._wire_bytes()))
@@ -217,6 +218,11 @@ class NullTail:
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def gather(self) -> Any:
+        yield from ()
+
+    def close(self) -> None: ...
 
 
 def serve_main(pipe: Pipe, folder: Path, work: Work) -> None:

@@ -149,11 +149,11 @@ class Bundle:
     moved: list[bool] = field(default_factory=list)
     """Not empty once a test moved the client half's weights."""
 
-    def config(self, kind: str = "prompt-classification", **tail: Any) -> RunConfig:
-        """A run's settings; the tail trains in full by plain SGD unless `tail` says otherwise."""
+    def settings(self, kind: str = "prompt-classification", **tail: Any) -> dict[str, Any]:
+        """What run.toml would say; the tail trains in full by plain SGD unless `tail` says otherwise."""
         settings = {"train": "full", "optimizer": "sgd", "learning_rate": 0.1, "clip_norm": 0.0, "device": "cpu"}
         algorithm = "frozen" if self.manifest.train == "none" else "ho-sfl"
-        data = {
+        return {
             "task": TASKS[kind],
             "seed": 5,
             "algorithm": algorithm,
@@ -161,7 +161,10 @@ class Bundle:
             "max_length": 32,
             "tail": settings | tail,
         }
-        return parse_config(data, self.manifest)
+
+    def config(self, kind: str = "prompt-classification", **tail: Any) -> RunConfig:
+        """Those settings, checked."""
+        return parse_config(self.settings(kind, **tail), self.manifest)
 
     def trainer(self, kind: str = "prompt-classification", **tail: Any) -> TailTrainer:
         """A trainer with `config`'s settings."""

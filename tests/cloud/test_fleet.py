@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hosl_cloud import peer
-from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Tell
+from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Tell, first_few
 from hosl_cloud.fleet import Fleet
 from hosl_cloud.peer import Peer
 from hosl_protocol import (
@@ -114,6 +114,26 @@ def test_answers_are_taken_as_they_come(fleet: Fleet) -> None:
         first.answer(Anchor(**NAME))
         assert await driving == [("b", True), ("a", True)]
         assert fleet.waiting is None
+
+    asyncio.run(main())
+
+
+def test_several_that_are_there_are_taken_at_once_and_no_others_are_waited_for(fleet: Fleet) -> None:
+    def few() -> Exchange[list[list[str]]]:
+        asks, waves = [Ask(device, Anchor, 1) for device in "abcd"], []
+        for device in "abcd":
+            yield Tell(device, RoundStart(**NAME, deadline_s=1.0))
+        while asks:
+            time.sleep(0.2)  # while others arrive
+            waves.append([ask.device for ask, _ in (yield from first_few(asks, 2))])
+        return waves
+
+    async def main() -> None:
+        devices = [Device(fleet, name) for name in "abcd"]
+        driving = asyncio.create_task(fleet.drive(few(), 10.0))
+        await after(0.05, lambda: [each.answer(Anchor(**NAME)) for each in devices[:3]])
+        await after(1.0, lambda: devices[3].answer(Anchor(**NAME)))
+        assert await driving == [["a", "b"], ["c"], ["d"]]
 
     asyncio.run(main())
 

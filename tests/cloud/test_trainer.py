@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_cloud.exceptions import NotFiniteError
-from hosl_cloud.trainer import TailTrainer
+from hosl_cloud.exceptions import NotFiniteError, RoundSpoiltError
+from hosl_cloud.tail import block_list
+from hosl_cloud.trainer import TailTrainer, split_rows
 from hosl_export import plain_state, tail_half
 from hosl_protocol import SettingsError
 
@@ -268,3 +271,90 @@ def test_cuda_computes_what_the_cpu_computes(bundle: Any) -> None:
     cuda.step(1, 1.0)
     cpu.step(1, 1.0)
     assert_same({name: tensor.cpu() for name, tensor in weights(cuda).items()}, weights(cpu), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PROMPTS, CLASSES, TEXT])
+def test_micro_batches_add_up_to_the_whole_batch(bundle: Any, kind: str) -> None:
+    whole, split = bundle.trainer(kind), bundle.trainer(kind, micro_batch_tokens=7)
+    batch = bundle.batch(kind, (3, 7, 1, 5, 2, 2))
+    assert split.evaluate(*batch.sent).loss == pytest.approx(whole.evaluate(*batch.sent).loss, rel=1e-5)
+    results = [each.forward_backward(*batch.sent, 3.0) for each in (whole, split)]
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+    assert [results[1].correct, results[1].scored] == [results[0].correct, results[0].scored]
+    np.testing.assert_allclose(results[1].cut_gradient_TD, results[0].cut_gradient_TD, rtol=1e-4, atol=1e-6)
+    assert split.step(1, 3.0).gradient_norm == pytest.approx(whole.step(1, 3.0).gradient_norm, rel=1e-5)
+    assert_same(weights(split), weights(whole), tolerance=1e-6)
+
+
+def test_a_micro_batch_holds_whole_examples_and_no_more_tokens_than_it_may() -> None:
+    lengths = np.array([3, 7, 1, 5, 9, 2, 2], np.int32)
+    assert split_rows(lengths, 0) == [slice(0, 7)]
+    assert split_rows(lengths, 8) == [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5), slice(5, 7)]
+    assert split_rows(lengths, 14) == [slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 7)]
+    assert split_rows(lengths, 10**6) == [slice(0, 7)]
+
+
+def test_an_infinite_activation_of_a_split_batch_is_refused_before_anything_is_added(bundle: Any) -> None:
+    trainer, batch = bundle.trainer(micro_batch_tokens=4), bundle.batch(PROMPTS)
+    spoilt = batch.activations_TD.copy()
+    spoilt[-1] = np.inf
+    with pytest.raises(NotFiniteError, match="an activation is nan"):
+        trainer.forward_backward(spoilt, batch.lengths_B, batch.labels_N)
+    assert all(value.grad is None for value in trainer.parameters.values())
+
+
+def test_a_later_micro_batch_without_a_finite_loss_spoils_the_round(
+    bundle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batch = bundle.trainer(micro_batch_tokens=8), bundle.batch(PROMPTS)
+    score, calls = trainer._score, list[Any]()
+
+    def overflow(part: Any) -> Any:
+        """No activations at hand are finite and have no finite loss."""
+        calls.append(part)
+        return replace(score(part), loss=torch.tensor(np.inf)) if len(calls) == 2 else score(part)
+
+    monkeypatch.setattr(trainer, "_score", overflow)
+    with pytest.raises(RoundSpoiltError, match="the tail's loss is inf"):
+        trainer.forward_backward(*batch.sent)
+    assert all(value.grad is None for value in trainer.parameters.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_activations_that_are_computed_again_give_the_same_bits(make_bundle: Callable[..., Any], family: str) -> None:
+    bundle, forwards = make_bundle(family), dict[bool, int]()
+    kept, again = (bundle.trainer(CLASSES, activation_checkpointing=is_on) for is_on in (False, True))
+    results = []
+    for each in (kept, again):
+        runs: list[Any] = []
+        inner = next(block_list(each.tail)[0].children())
+        inner.register_forward_hook(lambda *call, runs=runs: runs.append(call))
+        results.append(each.forward_backward(*bundle.batch(CLASSES).sent))
+        forwards[each is again] = len(runs)
+        each.step(1, 1.0)
+    assert forwards == {False: 1, True: 2}
+    np.testing.assert_array_equal(results[0].cut_gradient_TD, results[1].cut_gradient_TD)
+    assert_same(weights(again), weights(kept), tolerance=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch itself does while it compiles
+def test_compiled_blocks_compute_nearly_the_same(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and differentiated as for the default backend, which would then call a C++ compiler for minutes.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    compiled, plain = bundle.trainer(compile=True), bundle.trainer()
+    batch = bundle.batch(PROMPTS)
+    results = [each.forward_backward(*batch.sent) for each in (compiled, plain)]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    np.testing.assert_allclose(results[0].cut_gradient_TD, results[1].cut_gradient_TD, atol=1e-5)
+    assert sum(torch._dynamo.utils.counters["frames"].values()), "nothing was compiled"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_computes_several_batches_of_which_the_later_ones_travel_meanwhile(bundle: Any) -> None:
+    cuda, cpu = bundle.trainer(device="cuda"), bundle.trainer()
+    batches = [bundle.batch(PROMPTS, lengths).sent for lengths in ((3, 7), (1, 5, 2))]
+    assert cuda.at_once >= len(batches)
+    got, expected = (each.forward_backward_many(batches, [1.0, 2.0], wants_cut_gradient=True) for each in (cuda, cpu))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+        np.testing.assert_allclose(mine.cut_gradient_TD, theirs.cut_gradient_TD, atol=1e-4)

@@ -1,0 +1,80 @@
+"""Several gloo ranks compute what one process does, and their checkpoints are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hosl_cloud.ranks import spread
+
+SCRIPT = Path(__file__).with_name("ranked.py")
+PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
+ADAMW = {"train": "full", "optimizer": "adamw", "learning_rate": 1e-3, "clip_norm": 0.5, "device": "cpu"}
+SGD = {"train": "full", "optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "clip_norm": 0.0, "device": "cpu"}
+"""Where a gradient is 0 but for rounding, as that of a key's bias, AdamW would make steps of it."""
+LORA = {**SGD, "train": "lora"}
+SPLIT = {"micro_batch_tokens": 8, "activation_checkpointing": True}
+
+PAIRS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "shard": ("llama", PROMPTS, ADAMW, {"ranks": "shard"}),
+    "replicate": ("opt", PROMPTS, SGD, {"ranks": "replicate"}),
+    "shard, LoRA, text": ("gpt2", TEXT, LORA, {"ranks": "shard"}),
+    "shard, split": ("opt", TEXT, SGD, {"ranks": "shard", **SPLIT}),
+    "replicate, split": ("bert", CLASSES, LORA, {"ranks": "replicate", **SPLIT}),
+    "shard, classes": ("bert", CLASSES, SGD, {"ranks": "shard"}),
+}
+"""Architecture, task, settings of the tail, and those that only the run on many ranks has."""
+
+
+@pytest.fixture(scope="module")
+def figures(make_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The largest relative differences of each pair, on two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    job, out = folder / "job.json", folder / "figures.json"
+    pairs = {
+        name: (str(make_bundle(family).path), {**make_bundle(family).settings(kind), "rounds": 60, "tail": tail}, many)
+        for name, (family, kind, tail, many) in PAIRS.items()
+    }
+    job.write_text(json.dumps({"out": str(out), "pairs": pairs}))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(job)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    return json.loads(out.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_ranks_compute_what_one_process_does(figures: dict[str, Any], pair: str) -> None:
+    worst = figures[pair]
+    assert worst.keys() == {"loss", "cut", "norm", "weights", "optimizer", "evaluation"}
+    assert max(worst.values()) < 1e-5, worst
+
+
+def test_a_tail_that_a_rank_cannot_load_is_refused_on_all(figures: dict[str, Any]) -> None:
+    wrong, warp = figures["refusals"]
+    assert wrong.startswith("RankLoadError: rank 1: ")
+    assert "is another bundle than rank 0 has at this path: copy that one here" in wrong
+    assert warp.startswith("SettingsError: tail.device is 'warp'")
+
+
+def test_batches_go_to_the_rank_with_the_fewest_tokens() -> None:
+    assert spread([5, 9, 4, 6, 2], 2, is_in_step=False) == [[1, 2], [3, 0, 4]]
+    assert spread([10, 3, 3, 3], 2, is_in_step=False) == [[0], [1, 2, 3]]
+    assert spread([7], 3, is_in_step=False) == [[0], [], []]
+
+
+def test_ranks_in_step_get_as_many_batches_and_those_of_like_length_meet() -> None:
+    assert spread([10, 3, 3, 3], 2, is_in_step=True) == [[0, 3], [1, 2]]
+    assert spread([1, 9, 2, 8, 3], 2, is_in_step=True) == [[1, 2, 0], [3, 4]]
