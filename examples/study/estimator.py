@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from hosl_protocol import ClientWeights, ProbePoint, RunSettings, direction, loa
 
 HERE = Path(__file__).parent
 GROUPS = (1, 2, 8, 32, 128)
+TENSORS = ("task", "split", "trains", "tensor", "numbers", "mean_square")
 COLUMNS = (
     "task",
     "split",
@@ -67,6 +68,13 @@ class Site:
                 for place, part in enumerate(parts)
             ]
         )
+
+    def by_tensor(self) -> Iterator[dict[str, Any]]:
+        """Mean squared gradient of a number of each tensor."""
+        parts = self.shard.manifest.trainable
+        ends = np.cumsum([int(np.prod(part.shape)) for part in parts])
+        for part, values in zip(parts, np.split(self.gradient, ends[:-1]), strict=True):
+            yield {"tensor": part.name, "numbers": values.size, "mean_square": float(np.mean(values**2))}
 
     def slope(self, number: int) -> float:
         """⟨λ, f(θ + μu_p) − f(θ − μu_p)⟩ / 2μ, as a device with the midpoint anchor measures it."""
@@ -140,32 +148,46 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=32, help="probed in all (default: %(default)s)")
     parser.add_argument("--steps", type=float, nargs="+", default=[1e-3], help="μ (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="examples (default: %(default)s)")
+    parser.add_argument("--splits", type=int, nargs="+", help="of the settings (default: all)")
     parser.add_argument("--tasks", nargs="+", help="of the settings (default: all)")
     options = parser.parse_args()
     study = read_study(options.settings)
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{options.settings.stem}-estimator.csv"
     trains = dict.fromkeys(method.train for method in study.methods.values() if method.train != "none")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for task, split, train in itertools.product(options.tasks or study.tasks, study.splits, trains):
-            bundle = export_bundle(study, split, train, options.data, options.work)
-            run = merge(study.run, study.tasks[task].run, {"batch_size": options.batch})
-            data, _ = prepare_data(study.tasks[task], Cell(task, split, "", "", 0, run), options.data, options.work)
-            for step in options.steps:
-                site = open_site(bundle, data, merge(run, {"probe_step": step}))
-                for row in measure(site, options.directions):
-                    writer.writerow({"task": task, "split": split, "trains": train} | rounded(row))
-                    print(task, split, train, " ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
-                file.flush()
-                site.weights.close()
+    cells = itertools.product(options.tasks or study.tasks, options.splits or study.splits, trains)
+    slopes, gradients = Table(path, COLUMNS), Table(path.with_name(f"{options.settings.stem}-gradient.csv"), TENSORS)
+    for task, split, train in cells:
+        bundle = export_bundle(study, split, train, options.data, options.work)
+        run = merge(study.run, study.tasks[task].run, {"batch_size": options.batch})
+        data, _ = prepare_data(study.tasks[task], Cell(task, split, "", "", 0, run), options.data, options.work)
+        facts = {"task": task, "split": split, "trains": train}
+        for step in options.steps:
+            site = open_site(bundle, data, merge(run, {"probe_step": step}))
+            if step == options.steps[0]:
+                gradients.write(facts | row for row in site.by_tensor())
+            slopes.write(facts | row for row in measure(site, options.directions))
+            site.weights.close()
     print(f"the table is {path}")
 
 
-def rounded(row: dict[str, float]) -> dict[str, float]:
-    """Four digits are enough."""
-    return {key: float(f"{value:.4g}") for key, value in row.items()}
+class Table:
+    """A CSV file that grows, and is shown as it does."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(columns)
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows; four digits are enough."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            for row in rows:
+                short = {
+                    key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()
+                }
+                csv.DictWriter(file, self.columns).writerow(short)
+                print(" ".join(f"{key} {value}" for key, value in short.items()), flush=True)
 
 
 if __name__ == "__main__":
