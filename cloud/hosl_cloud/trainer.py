@@ -261,7 +261,8 @@ class TailTrainer:
         """What training changes, at the end of a round: `weights/<name>` and `optimizer/<name>/<key>`, shared."""
         state = {_WEIGHT + name: value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
-            for key, tensor in self.optimizer.state.get(value, {}).items():
+            # In one order, whether the optimizer made its state or was given it: a checkpoint's bytes follow it.
+            for key, tensor in sorted(self.optimizer.state.get(value, {}).items()):
                 if isinstance(tensor, Tensor):
                     state[f"{_OPTIMIZER}{name}/{key}"] = tensor
         return state

@@ -283,7 +283,7 @@ def test_data_that_has_changed_since_the_run_began_is_named(site: Callable[[str]
     first.wait()
     again = here.start_device("pi-1", data=write_reviews(here.folder / "pi-1-train.jsonl", 39))
     here.finish(again, ExitCode.DATA)
-    assert "pi-1-train.jsonl: its data has changed since it joined this run" in here.errors(again)
+    assert "pi-1-train.jsonl: the training data has changed since this device joined" in here.errors(again)
 
 
 def test_a_data_error_ends_the_device_and_names_the_line(site: Callable[[str], Site], tmp_path: Path) -> None:

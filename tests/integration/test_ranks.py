@@ -62,6 +62,7 @@ class Site:
         shutil.copytree(bundle, self.data_dir / "bundles" / "tiny")
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.agents: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any], threading.Thread]] = []
 
     def serve(self, ranks: int) -> None:
         """Start the service, under torchrun where it has several ranks, and wait until it listens."""
@@ -130,7 +131,23 @@ class Site:
             cache_dir=str(self.folder / "cache"),
             stay=True,
         )
-        threading.Thread(target=lambda: asyncio.run(run_agent(settings)), daemon=True).start()
+        loop = asyncio.new_event_loop()
+        agent = loop.create_task(run_agent(settings))
+
+        def run() -> None:
+            with contextlib.suppress(asyncio.CancelledError), contextlib.closing(loop):
+                loop.run_until_complete(agent)
+
+        thread = threading.Thread(target=run, name=name)
+        thread.start()
+        self.agents.append((loop, agent, thread))
+
+    def dismiss(self) -> None:
+        """Let all devices go."""
+        for loop, agent, thread in self.agents:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(agent.cancel)
+            thread.join()
 
     def result(self, run: str) -> dict[str, Any]:
         """What a run came to: losses, what the devices trained, and the tail's weights."""
@@ -163,6 +180,7 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path], monkeypatch: p
     monkeypatch.setattr("hosl_edge.agent.LONGEST_PAUSE_S", 1.0)  # 20
     site = Site(tmp_path, make_bundle("lora", 2))
     yield site
+    site.dismiss()
     if site.process is not None and site.process.poll() is None:
         for each in (*psutil.Process(site.process.pid).children(), site.process):
             each.kill()
