@@ -45,7 +45,7 @@ labels = ["0", "1"]
 verbalizers = ["bad", "good"]
 
 [methods.frozen]
-train = "none"
+train = "norm:1"
 run.algorithm = "frozen"
 
 [methods."HO-SFL, norms"]
