@@ -251,15 +251,12 @@ class GroupTrainer:
     def forward_backward_many(
         self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
     ) -> list[Any]:
-        """As TailTrainer's. Where a gradient is spoilt, all ranks drop theirs."""
+        """As TailTrainer's."""
 
         def order(shares: tuple[tuple[words.Part, ...], ...], passes: int) -> words.Train:
             return words.Train(tail=self._tail, shares=shares, passes=passes, wants_cut_gradient=wants_cut_gradient)
 
-        results = self._spread(batches, weights, order)
-        if any(isinstance(result, RoundSpoiltError) for result in results):
-            self.discard()
-        return results
+        return self._spread(batches, weights, order)
 
     def evaluate_many(self, batches: Sequence[BatchArrays]) -> list[Any]:
         """As TailTrainer's."""

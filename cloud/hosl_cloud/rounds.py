@@ -314,7 +314,8 @@ def _backpropagate(
             if wants_cut_gradient:
                 yield _cut_gradient(context, device, result)
     if spoilt:
-        # What the devices before, and with, this one added is gone too; those after it can still make the step.
+        # What the devices before, and with, this one added goes too; those after it can still make the step.
+        context.trainer.discard()
         part.weights.clear()
         part.losses.clear()
 

@@ -2,7 +2,7 @@
 
 python examples/study/memory.py [--work DIR]
 
-It runs tests/benchmarks/edge_step.py on the papers' models with random weights; about ten minutes on two cores.
+It runs tests/benchmarks/edge_step.py on the papers' models with random weights.
 """
 
 from __future__ import annotations

@@ -439,6 +439,32 @@ def test_gradients_that_a_device_spoilt_take_only_those_before_it_along(
         assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"c": 1.0})
 
 
+def test_what_is_computed_together_with_a_spoilt_gradient_leaves_none_behind(
+    make_cloud: Callable[..., Cloud], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    compute = cloud.trainer.forward_backward
+
+    def overflow(activations: npt.NDArray[np.float32], *rest: Any, **more: Any) -> Any:
+        """The first device's gradient is spoilt; that of the second, in the same call, is added after it."""
+        result = compute(activations, *rest, **more)
+        if len(activations) == sum(LENGTHS["a"]):
+            cloud.trainer.discard()
+            raise RoundSpoiltError("the gradient at the cut layer", np.nan)
+        return result
+
+    monkeypatch.setattr(cloud.trainer, "forward_backward", overflow)
+    monkeypatch.setattr(type(cloud.trainer), "at_once", 2)
+    frames = projections_of(VALUES)
+
+    def answers(ask: Ask) -> Frame | None:
+        return frames[ask.device] if ask.kind is Projections else cloud.anchor(ask.device)
+
+    outcome, _ = run(rounds.ho_sfl_round(cloud.context()), answers)
+    assert outcome.devices == ("c",)
+    assert_tail_stepped_on(cloud, make_cloud("ho-sfl"), {"c": 1.0})
+
+
 EXAMPLES = {"a": 2, "b": 4, "c": 3}
 
 
