@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,29 @@ def _one_thread() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: they take longest, and no worker should be left alone with one at the end."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """A folder by its name, which one of all test processes makes at its first use."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = root / "shared" / name, root / "shared" / f"{name}.made"
+        folder.parent.mkdir(exist_ok=True)
+        with (folder.parent / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                make(folder)
+                mark.touch()
+        return folder
+
+    return get
 
 
 def save_tokenizer(folder: Path) -> dict[str, Any]:
@@ -58,6 +82,7 @@ def save_tiny_llama(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    folder.mkdir(exist_ok=True)
     words = save_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -67,18 +92,23 @@ def save_tiny_llama(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(made_once: MadeOnce) -> Path:
     """The tiny Llama's folder."""
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+    return made_once("tiny-llama", save_tiny_llama)
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of the same size and tokenizer."""
+def tiny_encoder(made_once: MadeOnce) -> Path:
+    """The folder of a BERT of the same size and tokenizer."""
+    return made_once("tiny-bert", save_tiny_bert)
+
+
+def save_tiny_bert(folder: Path) -> Path:
+    """Write it."""
     import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("tiny-bert")
+    folder.mkdir()
     words = save_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -87,20 +117,16 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def export_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str, int], Path]:
+def export_bundle(made_once: MadeOnce) -> Callable[[Path, str, int], Path]:
     """The bundle of a model's folder by what trains and where it is cut; made once each."""
     from hosl_export.__main__ import main
 
-    made: dict[tuple[Path, str, int], Path] = {}
-
     def make(model: Path, train: str = "lora", split: int = 2) -> Path:
-        key = model, train, split
-        if key not in made:
-            out = tmp_path_factory.mktemp("bundles") / f"{train}-{split}"
+        def export(folder: Path) -> None:
             options = ["--model", str(model), "--split", str(split), "--train", train, "--max-length", "32"]
-            assert main([*options, "--out", str(out)]) == 0
-            made[key] = out
-        return made[key]
+            assert main([*options, "--out", str(folder / "bundle")]) == 0
+
+        return made_once(f"{model.name}-{train}-{split}", export) / "bundle"
 
     return make
 
@@ -118,20 +144,17 @@ def make_bundle(request: pytest.FixtureRequest) -> Callable[[str, int], Path]:
 
 
 @pytest.fixture(scope="session")
-def make_image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def make_image_bundle(made_once: MadeOnce) -> Callable[..., Path]:
     """The bundle of a tiny model of images by its kind, what trains and where it is cut; made once each."""
     pytest.importorskip("torch")
     from hosl_export.__main__ import main
 
-    made: dict[tuple[str, str, int], Path] = {}
-
     def make(kind: str, train: str, split: int = 1) -> Path:
-        key = kind, train, split
-        if key not in made:
-            folder = tmp_path_factory.mktemp("images")
-            options = ["--model", str(save_image_model(kind, folder / kind)), "--split", str(split), "--train", train]
+        def export(folder: Path) -> None:
+            model = save_image_model(kind, folder / kind)
+            options = ["--model", str(model), "--split", str(split), "--train", train]
             assert main([*options, "--out", str(folder / "bundle")]) == 0
-            made[key] = folder / "bundle"
-        return made[key]
+
+        return made_once(f"{kind}-{train}-{split}", export) / "bundle"
 
     return make

@@ -28,16 +28,15 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_folder(made_once: Callable[..., Path]) -> Callable[[str], Path]:
     """The folder of a tiny model, as `save_pretrained` writes it."""
-    root = tmp_path_factory.mktemp("models")
 
     def get(kind: str) -> Path:
-        folder = root / kind
-        if not folder.exists():
-            make_model(kind).save_pretrained(folder)
-            make_tokenizer().save_pretrained(folder)
-        return folder
+        def save(folder: Path) -> None:
+            make_model(kind).save_pretrained(folder / kind)
+            make_tokenizer().save_pretrained(folder / kind)
+
+        return made_once(f"model-{kind}", save) / kind
 
     return get
 
@@ -62,17 +61,15 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Callable[..., Exported]:
+def exported(made_once: Callable[..., Path], model_folder: Callable[[str], Path]) -> Callable[..., Exported]:
     """The bundle of a tiny model, exported on first use."""
-    root = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[str, str], Exported] = {}
 
     def get(kind: str, train: Any = "lora") -> Exported:
-        key = (kind, train)
-        if key not in made:
-            source, bundle = model_folder(kind), root / f"{kind}-{train}"
+        source = model_folder(kind)
+
+        def export(bundle: Path) -> None:
             export_bundle(ExportSettings(model=str(source), split=SPLITS[kind], out=bundle, train=train))
-            made[key] = Exported(kind, source, bundle)
-        return made[key]
+
+        return Exported(kind, source, made_once(f"exported-{kind}-{train}", export))
 
     return get

@@ -23,6 +23,7 @@ from hosl_edge.pace import save_link
 from hosl_protocol import ExitCode
 from integration import launch
 from integration.proxy import Proxy
+from processes import FORKS
 from support import TASK, write_reviews
 
 DEVICES = ("pi-1", "pi-2", "pi-3")
@@ -35,8 +36,7 @@ DATABASE = "hosl.sqlite"
 LINK_BYTES_PER_S = 1e9
 """What a device that takes snapshots believes; one that does not know its link replays."""
 
-_FORKS, _SPAWNS = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
-_FORKS.set_forkserver_preload(launch.PRELOADED)
+_SPAWNS = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Worker:
 
     async def _run_once(self) -> int:
         module, *arguments = self.command
-        self._process = (_SPAWNS if self.is_cold else _FORKS).Process(
+        self._process = (_SPAWNS if self.is_cold else FORKS).Process(
             target=launch.run, args=(self.order, self.log, module, arguments), name=self.name, daemon=True
         )
         self._process.start()

@@ -1,8 +1,7 @@
 """What runs in a process of the chaos test: a command, with shorter waits, and points at which it can be told to die.
 
-A fork server that has torch imported starts it, for that takes seconds each time. The order file, looked for
-whenever a point is passed, holds "POINT before|half|after SKIP": the process kills itself (kill -9) there, when it has
-passed SKIP times. It deletes the order first, so that the next start gets through.
+The order file, looked for whenever a point is passed, holds "POINT before|half|after SKIP": the process kills itself
+(kill -9) there, when it has passed SKIP times. It deletes the order first, so that the next start gets through.
 """
 
 from __future__ import annotations
@@ -58,13 +57,6 @@ POINTS = {
     },
 }
 """Where a process can be told to die."""
-
-
-PRELOADED = [
-    *("hosl_cloud.__main__", "hosl_cloud.service", "hosl_cloud.resume", "hosl_edge.agent"),
-    *("torch._dynamo", "transformers.models.llama.modeling_llama"),
-]
-"""What the fork server imports."""
 
 
 def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:

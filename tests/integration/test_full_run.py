@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from hosl_protocol import ExitCode, load_manifest
+from processes import Program
 from support import TASK, write_reviews
 
 DEADLINE_S = 120.0
@@ -31,18 +31,17 @@ class Site:
 
     folder: Path
     bundle: Path
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    processes: list[Program] = field(default_factory=list)
     server: str = ""
     token_file: Path = Path()
     run: str = ""
 
-    def start_cloud(self, settings: str, *options: str) -> subprocess.Popen[str]:
+    def start_cloud(self, settings: str, *options: str) -> Program:
         """Start the service and wait until it listens."""
         config = self.folder / "run.toml"
         config.write_text(settings + TASK, encoding="utf-8")
         arguments = ["serve", "--bundle", self.bundle, "--config", config, "--data-dir", self.folder / "cloud"]
         cloud = self._start("hosl_cloud", *arguments, "--port", "0", "--once", *options)
-        assert cloud.stdout is not None
         for line in cloud.stdout:
             if found := re.search(r"run (\S+):", line):
                 self.run = found.group(1)
@@ -51,7 +50,7 @@ class Site:
                 return cloud
         raise AssertionError(f"the cloud ended with {cloud.wait()}: {self.errors(cloud)}")
 
-    def start_device(self, name: str, *options: str, data: Path | None = None) -> subprocess.Popen[str]:
+    def start_device(self, name: str, *options: str, data: Path | None = None) -> Program:
         number = int(name[-1])
         data = data or write_reviews(self.folder / f"{name}-train.jsonl", 40, 40 * number)
         held_out = write_reviews(self.folder / f"{name}-eval.jsonl", 10, 400 + 10 * number)
@@ -59,28 +58,20 @@ class Site:
         folders = ["--state-dir", self.folder / "state", "--cache-dir", self.folder / "cache"]
         return self._start("hosl_edge", *arguments, *folders, "--name", name, "--threads", "1", "--json", *options)
 
-    def _start(self, module: str, *arguments: object) -> subprocess.Popen[str]:
-        with (self.folder / f"stderr-{len(self.processes)}").open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self.processes.append(process)
-        return process
+    def _start(self, module: str, *arguments: object) -> Program:
+        self.processes.append(Program(module, *arguments, errors=self.folder / f"stderr-{len(self.processes)}"))
+        return self.processes[-1]
 
-    def errors(self, process: subprocess.Popen[str]) -> str:
+    def errors(self, process: Program) -> str:
         return (self.folder / f"stderr-{self.processes.index(process)}").read_text(encoding="utf-8")
 
-    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
+    def finish(self, process: Program, code: int = 0) -> str:
         """Wait for a process; what it printed."""
         output, _ = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == code, self.errors(process)
         return output
 
-    def summary(self, device: subprocess.Popen[str]) -> dict[str, Any]:
+    def summary(self, device: Program) -> dict[str, Any]:
         return json.loads(self.finish(device))  # type: ignore[no-any-return]
 
     def get(self, path: str, token: str | None = None) -> tuple[int, bytes]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import AutoModelForImageClassification
 from hosl_edge.images import normalize
 from hosl_protocol import load_manifest
 from pictures import CLASSES, make_pictures, write_pictures
+from processes import Program
 
 DEADLINE_S = 180.0
 DEVICES = ("pi-1", "pi-2")
@@ -45,21 +43,16 @@ device = "cpu"
 start_with = 2
 """
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Program]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts processes, and ends those that still run."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Program] = []
 
-    def run(module: str, *arguments: object) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        with (tmp_path / f"errors-{len(processes)}").open("w") as errors:
-            processes.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-            )
+    def run(module: str, *arguments: object) -> Program:
+        processes.append(Program(module, *arguments, errors=tmp_path / f"errors-{len(processes)}"))
         return processes[-1]
 
     yield run
@@ -72,7 +65,7 @@ def errors(folder: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("errors-*")))
 
 
-def finish(process: subprocess.Popen[str], folder: Path) -> str:
+def finish(process: Program, folder: Path) -> str:
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, errors(folder)
     return output
@@ -86,7 +79,6 @@ def test_a_resnet_learns_from_two_devices_and_merges(
     (tmp_path / "run.toml").write_text(RUN.format(algorithm=algorithm), encoding="utf-8")
     arguments = ["--bundle", bundle, "--config", tmp_path / "run.toml", "--data-dir", tmp_path / "cloud"]
     cloud = start("hosl_cloud", "serve", *arguments, "--port", "0", "--once")
-    assert cloud.stdout is not None
     said = ""
     while "--token-file" not in said:
         line = cloud.stdout.readline()

@@ -7,8 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from hosl_cloud.data_folder import is_locked
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode
+from processes import Program
 from support import TASK, write_reviews
 
 MakeBundle = Callable[[str, int], Path]
@@ -36,7 +35,7 @@ class Site:
 
     folder: Path
     capsys: pytest.CaptureFixture[str]
-    process: subprocess.Popen[str] | None = None
+    process: Program | None = None
     address: str = ""
 
     @property
@@ -46,10 +45,7 @@ class Site:
     def start(self, *options: str) -> list[str]:
         """Start the service; what it said until it listened."""
         arguments = ["serve", "--data-dir", str(self.data_dir), "--port", "0", "--drain-s", "10", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hosl_cloud", *arguments], stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
+        self.process = Program("hosl_cloud", *arguments, errors=self.folder / "errors")
         said = []
         for line in self.process.stdout:
             said.append(line)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 from hosl_cloud.store import Store
 from hosl_protocol import ExitCode
+from processes import Program
 from support import TASK, free_port, write_reviews
 
 ROUNDS = 14
@@ -29,20 +28,18 @@ class Site:
         folder.mkdir()
         self.folder, self.bundle, self.port = folder, bundle, free_port()
         (folder / "run.toml").write_text(settings, encoding="utf-8")
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Program] = []
 
-    def start(self, module: str, *arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        with (self.folder / f"{module}-{len(self.processes)}.log").open("w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.processes.append(process)
-        return process
+    def start(self, module: str, *arguments: object) -> Program:
+        log = self.folder / f"{module}-{len(self.processes)}.log"
+        self.processes.append(Program(module, *arguments, errors=log))
+        return self.processes[-1]
 
-    def start_cloud(self) -> subprocess.Popen[str]:
+    def start_cloud(self) -> Program:
         options = ("--bundle", self.bundle, "--config", self.folder / "run.toml", "--port", self.port, "--once")
         return self.start("hosl_cloud", "serve", *options, "--data-dir", self.folder / "cloud")
 
-    def start_device(self, name: str) -> subprocess.Popen[str]:
+    def start_device(self, name: str) -> Program:
         number = int(name[-1])
         files = ("--data", write_reviews(self.folder / f"{name}.jsonl", 20, 40 * number))
         files += ("--eval", write_reviews(self.folder / f"{name}-eval.jsonl", 6, 400 + 10 * number))
@@ -119,11 +116,10 @@ start_with = 2
         for process in site.processes:
             process.kill()
             process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            process.stdout.close()
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
+def finish(processes: list[Program]) -> list[dict[str, Any]]:
     summaries = [json.loads(process.communicate(timeout=120.0)[0]) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
     return summaries

@@ -1,0 +1,86 @@
+"""Programs of the product as processes of their own, forked from one that has torch imported: that takes seconds."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("hosl_cloud.__main__", "hosl_cloud.service", "hosl_cloud.resume", "hosl_cloud.trainer", "hosl_edge.agent"),
+        *("torch._dynamo", "transformers.models.llama.modeling_llama", "hosl_export.joining"),
+    ]
+)
+
+
+class Program:
+    """`python -m module arguments`; of subprocess.Popen what tests use."""
+
+    def __init__(self, module: str, *arguments: object, errors: Path) -> None:
+        """Start it. What it says on standard error goes to the file."""
+        reading, writing = FORKS.Pipe(duplex=False)
+        words = [str(argument) for argument in arguments]
+        self._process = FORKS.Process(target=_run, args=(writing, errors, module, words))
+        self._process.start()
+        writing.close()
+        self.stdout = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
+        reading.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, less than zero for the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout or 0.0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """What it prints until it ends."""
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(self._rest()), daemon=True)
+        reader.start()
+        self.wait(timeout)
+        reader.join()
+        return "".join(said), None
+
+    def _rest(self) -> Iterator[str]:
+        if not self.stdout.closed:
+            with self.stdout:
+                yield from self.stdout
+
+
+def _run(output: Connection, errors: Path, module: str, arguments: list[str]) -> None:
+    """Be the program."""
+    with errors.open("ab") as file:
+        os.dup2(output.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    output.close()
+    sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
