@@ -1,6 +1,6 @@
 """Memory of the device's half by method, from processes of their own, next to what HOSL's paper states.
 
-python examples/study/memory.py [--work DIR]
+python examples/study/memory.py [--results DIR]
 
 It runs tests/benchmarks/edge_step.py on the papers' models with random weights.
 """
