@@ -19,14 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_cloud.data_folder import DATABASE, add_data_dir, hint, lock, new_run_id, run_folder
+from hosl_cloud.data_folder import DATABASE, add_data_dir, hint, lock, make_data_dir, new_run_id, run_folder
 from hosl_cloud.devices_command import add_device, add_init
 from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
 from hosl_cloud.serve_command import add_serve
 from hosl_cloud.settings import load_config
 from hosl_cloud.store import Store
 from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
-from hosl_protocol.terminal import add_common_options, add_version, run_command
+from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command
 
 _say = logging.getLogger("hosl-cloud").info
 
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     add_drain(commands.add_parser("drain", help="let a service pause its runs and leave"))
     _add_merge(commands.add_parser("merge", help="join a run's halves into a Hugging Face model"))
     _add_simulate(commands.add_parser("simulate", help="run a whole fleet of virtual devices in this process"))
+    unit = commands.add_parser("unit", help="print the systemd unit")
+    add_common_options(unit)
+    unit.set_defaults(command=_unit)
     return parser
 
 
@@ -125,6 +128,11 @@ def _merge(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
+def _unit(options: argparse.Namespace) -> int:
+    print_unit(Path(__file__).with_name("hosl-cloud.service"))
+    return int(ExitCode.OK)
+
+
 def _simulate(options: argparse.Namespace) -> int:
     # OpenMP threads that spin while they wait take the cores from the devices' forwards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -139,7 +147,7 @@ def _simulate(options: argparse.Namespace) -> int:
     fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
     baseline = [f"baseline={options.baseline}"] if options.baseline else []
     config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
-    options.data_dir.mkdir(parents=True, exist_ok=True)
+    make_data_dir(options.data_dir)
     check_files(options.bundle, manifest)
     threads = options.threads or len(os.sched_getaffinity(0))
     locked, store = lock(options.data_dir), Store(options.data_dir / DATABASE)

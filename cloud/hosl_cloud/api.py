@@ -17,6 +17,7 @@ from hosl_cloud.runs import Runs
 from hosl_cloud.settings import parse_config
 from hosl_cloud.store import Evaluation, RunRow
 from hosl_protocol import load_manifest
+from hosl_protocol.manifest import MANIFEST
 
 STOP_WAIT_S = 10.0
 """Longest wait for a run's round to end; the answer then says that it still runs."""
@@ -93,7 +94,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     is_ready: bool
     """For a round."""
     last_seen: float
-    """Unix time of its last connection or report."""
+    """Unix time of its last message while it is connected, else of its last connection or report."""
     applied_round: int
     """Of its last report."""
     train_examples: int
@@ -230,10 +231,10 @@ class Api:
     async def _start(self, call: Call) -> RunStatus:
         new: NewRun = call.body
         bundle = (self._bundles / new.bundle).resolve()
-        if not bundle.is_relative_to(self._bundles.resolve()) or not bundle.is_dir():
+        if not bundle.is_relative_to(self._bundles.resolve()) or not (bundle / MANIFEST).is_file():
             raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in {self._bundles}")
         manifest = await asyncio.to_thread(load_manifest, bundle)
-        config = parse_config(new.config, manifest)
+        config = parse_config(new.config, manifest, "config")
         if config.baseline:
             raise ApiError(422, f"baseline is {config.baseline!r}: baselines are for hosl-cloud simulate: remove it")
         return self._status(self._runs.submit(bundle, config))
@@ -332,14 +333,16 @@ class Api:
 
     def _members(self, run: str, coordinator: Coordinator | None) -> list[DeviceStatus]:
         peers = {} if coordinator is None else coordinator.fleet.peers
-        fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready"}
+        fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready", "last_seen"}
         return [
             DeviceStatus(
-                is_connected=row["name"] in peers,
-                is_ready=row["name"] in peers and peers[row["name"]].is_ready,
+                is_connected=peer is not None,
+                is_ready=peer is not None and peer.is_ready,
+                last_seen=row["last_seen"] if peer is None else peer.heard_at,
                 **{name: row[name] for name in fields},
             )
             for row in self._store.devices(run)
+            for peer in (peers.get(row["name"]),)
         ]
 
 

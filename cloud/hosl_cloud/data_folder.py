@@ -33,6 +33,13 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def make_data_dir(data_dir: Path) -> None:
+    """Make it where it is missing, for its user alone, with the folder that bundles go to."""
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, exist_ok=True)
+    (data_dir / BUNDLES).mkdir(exist_ok=True)
+
+
 def hint(command: str, data_dir: Path) -> str:
     """A command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
     is_default = data_dir.absolute() == default_data_dir().absolute()

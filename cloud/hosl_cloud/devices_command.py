@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hosl_cloud.api_client import add_client_options, client_of, service_file
-from hosl_cloud.data_folder import add_data_dir
+from hosl_cloud.data_folder import add_data_dir, make_data_dir
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret
 from hosl_protocol import ExitCode
@@ -63,7 +63,7 @@ def _init(options: argparse.Namespace) -> int:
     else:
         if not options.name:
             raise ServiceError("--name is missing: say what devices call this machine, a host name or an address")
-        options.data_dir.mkdir(parents=True, exist_ok=True)
+        make_data_dir(options.data_dir)
         authority = make_authority(options.data_dir, options.name)
         admin_token = options.data_dir / ADMIN_TOKEN_FILE
         load_or_make_secret(admin_token)

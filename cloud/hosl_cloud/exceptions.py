@@ -165,6 +165,8 @@ class RequestError(ServiceError):
 
     def __init__(self, status: int, reason: str) -> None:
         self.status, self.reason = status, reason
+        if status == 422:  # a setting, or an option, that it cannot use
+            self.exit_code = ExitCode.SETTINGS
         super().__init__(reason)
 
 

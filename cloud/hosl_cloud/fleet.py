@@ -27,6 +27,8 @@ class Participant(Protocol):
     name: str
     is_ready: bool
     eval_examples: int
+    heard_at: float
+    """Unix time of its last message."""
     gone: asyncio.Event
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None: ...

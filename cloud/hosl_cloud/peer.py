@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -67,6 +68,8 @@ class Peer:
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
         self.eval_examples = 0
+        self.heard_at = time.time()
+        """Unix time of its last message."""
         self.farewell = ""
         """Why the device left, where it said so."""
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
@@ -114,6 +117,7 @@ class Peer:
         frame_bytes = 0
         while True:
             event = await self._socket.receive()
+            self.heard_at = time.time()
             if event["type"] == "websocket.disconnect":
                 return
             piece = event.get("bytes")

@@ -17,7 +17,7 @@ from hosl_cloud.resume import cut
 from hosl_cloud.returning import Returning
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import BegunBy, RunRow, Store
+from hosl_cloud.store import UNENDED, BegunBy, RunRow, Store
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
 from hosl_protocol.logs import log_scope
@@ -223,7 +223,7 @@ class Runs:
         if slot is not None:
             return Refusal(code="run", reason=f"run {slot.run} is being loaded", retry=True)
         row = self.store.run(hello.run) if hello.run in self.store.run_ids() else None
-        if row is not None and row.state in ("completed", "stopped", "failed"):
+        if row is not None and row.state not in UNENDED:
             return Complete(run=row.id, reason=row.state, round=row.round)  # type: ignore[arg-type]
         if any(not slot.is_over for slot in self.slots()):
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
@@ -232,7 +232,7 @@ class Runs:
     async def stop(self, run: str) -> None:
         """End a run after the round under way; it can be resumed."""
         row, slot = self.store.run(run), self.slot_of(run)
-        if row.state not in ("pending", "running", "paused"):
+        if row.state not in UNENDED:
             raise ApiError(409, f"run {run} is {row.state}: there is nothing to stop")
         if slot is None or slot.is_over:
             self.store.set_state(run, "stopped")
@@ -253,7 +253,7 @@ class Runs:
     def remove(self, run: str) -> None:
         """Delete a run with its checkpoints."""
         row, slot = self.store.run(run), self.slot_of(run)
-        if slot is not None and not slot.is_over:
+        if row.state in UNENDED:
             raise ApiError(409, f"run {run} is {row.state}: stop it first")
         if slot is not None:
             self._retire(slot)

@@ -14,6 +14,7 @@ from hosl_cloud.api_client import ApiClient, add_client_options, client_of, is_l
 from hosl_cloud.data_folder import add_data_dir, is_locked
 from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.settings import read_config
+from hosl_cloud.store import UNENDED
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options
 
@@ -146,7 +147,7 @@ def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
 def _log(options: argparse.Namespace) -> int:
     client, last = client_of(options), 0
     while True:
-        is_over = client.request("GET", _path(options.run))["state"] in ("completed", "failed", "stopped")
+        is_over = client.request("GET", _path(options.run))["state"] not in UNENDED
         while events := client.request("GET", _path(options.run, f"/log?after={last}"))["events"]:
             for event in events:
                 at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))

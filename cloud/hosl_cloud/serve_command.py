@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hosl_cloud.api_client import SERVICE_FILE
-from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock
+from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock, make_data_dir
 from hosl_cloud.listen import Listen, write_service_file
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
@@ -78,7 +78,7 @@ def serve_command(options: argparse.Namespace) -> int:
     if options.once and options.bundle is None:
         raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
     first = _read_first(options) if options.bundle is not None else None
-    options.data_dir.mkdir(parents=True, exist_ok=True)
+    make_data_dir(options.data_dir)
     ending = asyncio.run(_serve(options, listen, first))
     # torchrun takes another code for a failure, and starts a service again that was told to leave.
     is_cut_off = ending in ("stopped", "paused") and _ranks() == 1

@@ -7,6 +7,7 @@ set of which each holds a part. Frames go through the real codec: what a device 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ class VirtualDevice:
         self.name, self._train = name, site.train.subset(examples)
         self.is_ready = True
         self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
+        self.heard_at = time.time()
         self.gone = asyncio.Event()
         self._site = site
         bounds = bounds_for(site.settings, site.shard.manifest.width)

@@ -26,6 +26,9 @@ from hosl_protocol import Report, UpdateRecord
 
 SCHEMA_VERSION = 7
 
+UNENDED = ("pending", "running", "paused")
+"""States of runs that go on, now or later."""
+
 _FIRST_SCHEMA = """
 CREATE TABLE runs (
     id TEXT PRIMARY KEY,
@@ -357,9 +360,7 @@ class Store:
 
     def unfinished_runs(self) -> list[str]:
         """Runs that a service left open when it stopped, oldest first."""
-        rows = self._query(
-            "SELECT id FROM runs WHERE state IN ('pending', 'running', 'paused') ORDER BY queued_at, rowid"
-        )
+        rows = self._query("SELECT id FROM runs WHERE state IN (?, ?, ?) ORDER BY queued_at, rowid", UNENDED)
         return [row["id"] for row in rows]
 
     def cut_run(self, run: str, round_: int) -> int:

@@ -20,14 +20,13 @@ from hosl_edge.preflight import FAILED, examine
 from hosl_edge.settings import EdgeSettings, Resolved, masked, resolve, split_fields
 from hosl_edge.status import SERVICE_FOLDER, read_status, status_folder
 from hosl_protocol import ExitCode
-from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
+from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
 
 if TYPE_CHECKING:
     from hosl_edge.agent import Summary
 
 FOLDER = Path(__file__).parent
 UNIT, EXAMPLE = FOLDER / "hosl-edge.service", FOLDER / "edge.toml"
-_UNIT_PREFIX = "/opt/hosl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,7 +149,7 @@ def _toml_line(name: str, value: object, source: str) -> str:
 
 
 def _unit(options: argparse.Namespace) -> int:
-    print(UNIT.read_text(encoding="utf-8").replace(_UNIT_PREFIX, sys.prefix), end="")
+    print_unit(UNIT)
     return int(ExitCode.OK)
 
 

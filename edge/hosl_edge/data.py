@@ -193,7 +193,7 @@ def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, 
         if not text.strip():
             continue
         try:
-            example = json.loads(text)
+            example = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
             raise DataError(path, line, f"is not JSON ({error.msg} at column {error.colno})") from error
         except (ValueError, RecursionError) as error:

@@ -519,7 +519,9 @@ async def _in_thread(work: Callable[[], T], on_cancel: Callable[[], None] = lamb
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        # Work in a thread can't be interrupted, and must not go on behind our back.
+        # Work in a thread can't be interrupted, and must not go on behind our back, however often we are told to stop.
         on_cancel()
-        await asyncio.wait({future})
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
         raise

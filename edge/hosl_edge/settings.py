@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ import msgspec
 from hosl_edge.trust import Token, parse_token
 from hosl_protocol import SettingsError, convert, read_toml
 from hosl_protocol.exceptions import MalformedSettings
+from hosl_protocol.settings import nearest, wanted
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,7 @@ def _of_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise MalformedSettings(where, name, f"no setting has this name; {hint}")
+            raise MalformedSettings(where, name, f"no setting has this name; {nearest(name, known)}")
 
 
 def _parse(field: str, variable: str, text: str) -> Any:
@@ -204,7 +202,7 @@ def _parse(field: str, variable: str, text: str) -> Any:
     try:
         return msgspec.convert(text, typing.get_type_hints(EdgeSettings)[field], strict=False)
     except msgspec.ValidationError as error:
-        raise SettingsError(variable, text, str(error).lower()) from error
+        raise SettingsError(variable, text, f"use {wanted(str(error))}") from error
 
 
 def masked(server: str) -> str:

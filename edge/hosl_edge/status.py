@@ -75,6 +75,7 @@ def read_status(folders: list[Path], name: str) -> Document:
             raise ConnectionLost(f"{folder} is another user's: use sudo") from error
         if connection is not None:
             return _receive(connection)
+    others.discard(name)  # what one that was killed has left
     hint = f"there are: {', '.join(sorted(others))}" if others else "is it running, and with this state_dir?"
     who, where = f"hosl-edge named {name}" if name else "hosl-edge", " or ".join(map(str, folders))
     raise ConnectionLost(f"no {who} answers in {where}; {hint}")

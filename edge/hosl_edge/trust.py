@@ -96,6 +96,8 @@ def explain(error: object) -> str:
     """What kept a connection from being made, and for TLS a remedy."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}; {tls_remedy(error)}; hosl-edge preflight explains"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return f"{error}; a server that speaks TLS wants wss://"
     return f"{error}; {tls_remedy(error)}" if isinstance(error, ssl.SSLError) else str(error)
 
 
@@ -106,8 +108,11 @@ def tls_remedy(error: ssl.SSLError) -> str:
     if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
         return "set this machine's clock, or renew the server's certificate"
     if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-        return "the certificate is not for this name: use one that it is for"
-    return "use the name that the certificate is for, and let this machine trust who signed it"
+        return "the certificate is not for this name: use one that it is for; hosl-cloud serve prints them"
+    return (
+        "this machine does not know who signed it: copy the whole token again (its last part, after the second ~, "
+        "names the service's own CA), or let this machine trust the signer"
+    )
 
 
 def http_address(server: str) -> str:

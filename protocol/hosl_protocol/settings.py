@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import msgspec.inspect
 
 from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED, Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
@@ -166,7 +170,57 @@ def convert(data: Any, type_: type[Any], where: str) -> Any:
         return msgspec.convert(data, type_)
     except msgspec.ValidationError as error:
         sentence, _, path = str(error).partition(" - at ")
-        raise MalformedSettings(where, path.strip("`").removeprefix("$").lstrip("."), sentence) from error
+        path = path.strip("`").removeprefix("$").lstrip(".")
+        raise MalformedSettings(
+            where, path, _explain(sentence, data, type_, path.split(".") if path else [])
+        ) from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For a name that is none of the known ones: which was meant, or all."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+
+
+def wanted(sentence: str) -> str:
+    """What msgspec expected, in words; its own where there are none."""
+    found = re.search(r"[Ee]xpected `(.*?)`", sentence)
+    return " or ".join(_WORDS.get(kind, kind) for kind in found[1].split(" | ")) if found else sentence
+
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text in quotes",
+    "array": "a list",
+    "object": "a table",
+}
+
+
+def _explain(sentence: str, data: Any, type_: type[Any], path: list[str]) -> str:
+    """msgspec's sentence about the value at `path`, with the value and what to do."""
+    kind, value = msgspec.inspect.type_info(type_), data
+    try:
+        for step in path:
+            kind, value = _fields(kind)[step], value[step]
+    except (KeyError, TypeError):  # in a list, or a mapping of free names
+        return sentence
+    if found := re.search(r"unknown field `(.*)`", sentence):
+        return f"no setting has the name {found[1]}; {nearest(found[1], _fields(kind))}"
+    if found := re.search(r"missing required field `(.*)`", sentence):
+        return f"the setting {found[1]} is missing"
+    if isinstance(kind, msgspec.inspect.LiteralType) and isinstance(value, str):
+        return f"{value!r} is none of {', '.join(map(str, kind.values))}"
+    return f"use {wanted(sentence)} instead of {value!r}" if "xpected `" in sentence else sentence
+
+
+def _fields(kind: msgspec.inspect.Type) -> dict[str, msgspec.inspect.Type]:
+    """The settings in a table, by name."""
+    kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+    tables = (each for each in kinds if isinstance(each, msgspec.inspect.StructType))
+    return {field.encode_name: field.type for table in tables for field in table.fields}
 
 
 def _check_range(name: str, value: int, lowest: int, highest: int) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 from hosl_protocol.exceptions import ExitCode, HoslError
@@ -34,6 +35,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-format", default="text", choices=("text", "json"), help="json: a line is an object (default: text)"
     )
+
+
+def print_unit(path: Path) -> None:
+    """A systemd unit, with the folder that this program is installed in."""
+    print(path.read_text(encoding="utf-8").replace("/opt/hosl", sys.prefix), end="")
 
 
 def run_command(

@@ -7,7 +7,11 @@ import configparser
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
+import zipfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +22,15 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from hosl_cloud import metrics
+from hosl_cloud.__main__ import main
 from hosl_cloud.runs import GOODBYE_S
 from hosl_cloud.settings import DeviceSettings
 from hosl_cloud.tokens import METRICS_TOKEN_FILE
 from hosl_protocol.notify import feed_watchdog, notify
 from support import TASK, Service, serving
 
-CLOUD = Path(__file__).parents[2] / "cloud"
+ROOT = Path(__file__).parents[2]
+CLOUD = ROOT / "cloud"
 OF_THE_SPECIFICATION = {
     "hosl_build_info": {"version"},
     "hosl_runs": {"state"},
@@ -99,10 +105,32 @@ def test_compose_gives_prometheus_the_files_that_the_service_writes() -> None:
             assert (CLOUD / source).exists() if source.startswith(".") else source in compose["volumes"]
 
 
+def test_the_image_is_built_from_what_its_file_copies(tmp_path: Path) -> None:
+    """As its build does it: from the files that .containerignore lets through, and no others."""
+    pytest.importorskip("hatchling")
+    let_through = {line[1:] for line in (ROOT / ".containerignore").read_text().splitlines() if line.startswith("!")}
+    lines = (CLOUD / "Containerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if re.match("COPY [^-]", line) for name in line.split()[1:-1]}
+    assert copied == let_through
+    for name in copied:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    offline = {**os.environ, "PIP_NO_INDEX": "1", "npm_config_offline": "true"}
+    build = [sys.executable, "-m", "hatchling", "build", "-d", tmp_path / "dist", "-t", "wheel"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, env=offline)
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        assert {"hosl_cloud/__main__.py", "hosl_cloud/hosl-cloud.service"} <= set(wheel.namelist())
+
+
+def test_the_unit_names_where_the_program_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unit"]) == 0
+    assert f"ExecStart={sys.prefix}/bin/hosl-cloud serve " in capsys.readouterr().out
+
+
 def test_systemd_gives_the_service_the_time_that_a_drain_may_take() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(CLOUD / "hosl-cloud.service")
+    unit.read(CLOUD / "hosl_cloud" / "hosl-cloud.service")
     drain_s = 2 * DeviceSettings().round_deadline_s + GOODBYE_S
     assert float(unit["Service"]["TimeoutStopSec"]) > drain_s
     assert unit["Service"]["Type"] == "notify"

@@ -19,6 +19,7 @@ from hosl_cloud.api_client import ApiClient
 from hosl_cloud.authority import make_authority
 from hosl_cloud.exceptions import RequestError
 from hosl_cloud.listen import Listen, write_service_file
+from hosl_protocol import ExitCode
 from support import TASK, Service, serving
 
 Cli = Callable[..., Awaitable[int]]
@@ -95,9 +96,9 @@ def test_a_device_is_added_listed_and_revoked(
 @pytest.mark.parametrize("name", ["../run", "a/b", "", ".", "é", "%2e%2e"])
 def test_a_name_that_is_none_is_named(run: Callable[..., None], name: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def test(service: Service) -> None:
-        assert await cli(service, "add", name, "--out", str(service.folder / "out")) == 6
+        assert await cli(service, "add", name, "--out", str(service.folder / "out")) == ExitCode.SETTINGS
         assert "use 1 to 64 characters of A-Za-z0-9._-" in capsys.readouterr().err
-        assert await cli(service, "revoke", name) == 6
+        assert await cli(service, "revoke", name) != ExitCode.OK
         assert not (service.folder / "out").exists()
 
     run(test)

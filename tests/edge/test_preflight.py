@@ -196,7 +196,7 @@ def test_a_certificate_that_is_not_trusted_is_told_apart_from_the_connection(
     assert code == ExitCode.REFUSED
     assert {found[name].outcome for name in ("name", "connection", "clock")} == {OK}
     assert found["tls"].outcome == FAILED
-    assert "trust who signed it" in found["tls"].remedy
+    assert "copy the whole token again" in found["tls"].remedy
     assert answers.asked == ["/healthz"], "the token is not sent to a server that is not trusted"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,3 +83,28 @@ def test_another_attempt_or_lateness_ends_a_step(message: Reply) -> None:
     got, _, between = drive(None, 0.0, message, ANSWER)
     assert got == ["closed"]
     assert between == Frame(message)
+
+
+def test_a_step_is_closed_once_its_thread_is_done_however_often_it_is_cancelled() -> None:
+    got: list[str] = []
+
+    def steps() -> step.Step:
+        try:
+            time.sleep(0.2)
+            got.append("computed")
+            yield step.Receive(CutGradient, 2)
+        finally:
+            got.append("closed")
+
+    async def main() -> None:
+        nobody: Any = None
+        session = Session(nobody, nobody, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+        driving = asyncio.create_task(session._drive(steps(), nobody))
+        for _ in range(3):
+            await asyncio.sleep(0.03)
+            driving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await driving
+
+    asyncio.run(main())
+    assert got == ["computed", "closed"]

@@ -91,8 +91,8 @@ def test_an_agent_without_a_run_says_once_that_it_waits(tmp_path: Path) -> None:
     with answering() as answers:
         answers.by_path[MANIFEST] = 503, {"Retry-After": "1"}, b""
         with agent(tmp_path, "pi", f"ws://127.0.0.1:{answers.port}", "--stay") as process:
-            found = wait_for(tmp_path / "state", "pi", lambda found: len(answers.asked) >= 3)
-            assert found["state"] == "waiting for a run"
+            wait_for(tmp_path / "state", "pi", lambda found: len(answers.asked) >= 3)
+            found = wait_for(tmp_path / "state", "pi", lambda found: found["state"] == "waiting for a run")
             assert found["last_error"] is None
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == ExitCode.INTERRUPTED

@@ -128,7 +128,12 @@ def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:
     assert [(each["name"], each["is_ready"]) for each in shown["members"]] == [("pi", True)]
     assert site.ask("run", "show", second)["state"] == "pending", "a bundle has one run at a time"
     assert site.ask("run", "show", other)["waits_for"]["what"] == "devices", "another bundle's run need not wait"
-    assert "is running: stop it first" in site.run("run", "rm", endless, code=ExitCode.REFUSED)
+    for run, state in ((endless, "running"), (second, "pending")):
+        assert f"is {state}: stop it first" in site.run("run", "rm", run, code=ExitCode.REFUSED)
+    config = site.folder / "run.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace("batch_size", "batchsize"), encoding="utf-8")
+    said = site.run("run", "start", "--bundle", "two", "--config", str(config), code=ExitCode.SETTINGS)
+    assert "no setting has the name batchsize; did you mean batch_size?" in said
 
     stopped = site.ask("run", "stop", endless)
     assert (stopped["state"], device().outcome) == ("stopped", "stopped")

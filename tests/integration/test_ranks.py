@@ -19,7 +19,9 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
+from hosl_cloud.__main__ import main
 from hosl_cloud.api_client import ApiClient, service_file
 from hosl_cloud.checkpoint import find_checkpoint, read_tensors
 from hosl_cloud.exceptions import CloudError
@@ -165,6 +167,13 @@ class Site:
         weights = {name: tensor.numpy() for name, tensor in tail.items() if name.startswith("weights/")}
         return {"losses": losses, "client": np.concatenate(trained), **weights}
 
+    def merged(self, run: str) -> dict[str, Any]:
+        """The tensors of the model that `hosl-cloud merge` makes of a run."""
+        out = self.folder / f"merged-{run}"
+        options = ("--data-dir", str(self.data_dir), "--out", str(out), "--checkpoint", "last")
+        assert main(["merge", run, *options]) == ExitCode.OK
+        return load_file(out / "model.safetensors")
+
 
 def difference(got: dict[str, Any], expected: dict[str, Any]) -> float:
     """The largest relative difference of any of its arrays."""
@@ -220,3 +229,4 @@ def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     algorithms = ("ho-sfl", "ho-sfl", "hosl", "hosl", "ho-sfl", "hosl", "ho-sfl", "hosl")
     for run, algorithm in zip((*two, *four, from_two, from_one), algorithms, strict=True):
         assert difference(site.result(run), expected[algorithm]) < 1e-5, run
+    assert difference(site.merged(two[0]), site.merged(one["ho-sfl"])) < 1e-5

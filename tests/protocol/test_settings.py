@@ -82,11 +82,12 @@ def test_inputs_longer_than_the_bundle_was_checked_for_are_refused():
 @pytest.mark.parametrize(
     ("changes", "path", "sentence"),
     [
-        ({"rounds": "10"}, "rounds", "Expected `int`, got `str`"),
-        ({"rounds": True}, "rounds", "Expected `int`, got `bool`"),
-        ({"algorithm": "fedavg"}, "algorithm", "Invalid enum value 'fedavg'"),
-        ({"client": {"optimizer": "lion"}}, "client.optimizer", "Invalid enum value 'lion'"),
-        ({"learning_rate": 1.0}, "", "unknown field `learning_rate`"),
+        ({"rounds": "10"}, "rounds", "use a whole number instead of '10'"),
+        ({"rounds": True}, "rounds", "use a whole number instead of True"),
+        ({"algorithm": "fedavg"}, "algorithm", "'fedavg' is none of frozen, ho-sfl, hosl"),
+        ({"client": {"optimizer": "lion"}}, "client.optimizer", "'lion' is none of adamw, sgd"),
+        ({"max_lenght": 1}, "", "no setting has the name max_lenght; did you mean max_length?"),
+        ({"learning_rate": 1.0}, "", "no setting has the name learning_rate; one of "),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_by_its_path(changes, path, sentence):
