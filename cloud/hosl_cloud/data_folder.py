@@ -15,6 +15,7 @@ from hosl_cloud.store import Store
 
 DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
+RUNS = "runs"
 
 
 def default_data_dir() -> Path:
@@ -34,10 +35,11 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def make_data_dir(data_dir: Path) -> None:
-    """Make it where it is missing, for its user alone, with the folder that bundles go to."""
+    """Make it where it is missing, for its user alone, with the folders of bundles and checkpoints."""
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     data_dir.mkdir(mode=0o700, exist_ok=True)
-    (data_dir / BUNDLES).mkdir(exist_ok=True)
+    for name in (BUNDLES, RUNS):
+        (data_dir / name).mkdir(exist_ok=True)
 
 
 def hint(command: str, data_dir: Path) -> str:
@@ -48,7 +50,7 @@ def hint(command: str, data_dir: Path) -> str:
 
 def run_folder(data_dir: Path, run: str) -> Path:
     """Where a run's checkpoints are."""
-    return data_dir / "runs" / run
+    return data_dir / RUNS / run
 
 
 def new_run_id(name: str, store: Store) -> str:
