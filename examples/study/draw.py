@@ -21,21 +21,23 @@ AXES = ("round", "MB on the wire", "seconds, alone on the machine")
 def draw_accuracy(title: str, rows: Sequence[Row], path: Path) -> None:
     """One panel a task and split: a dot a run, a bar at the methods' means, a line at the frozen client's."""
     places = list(dict.fromkeys(row.place for row in rows))
-    methods = list(dict.fromkeys(row.cell.method for row in rows))
-    colors = _colors(methods)
-    columns = min(3, len(places))
+    styles = _styles(rows)
+    columns = min(2, len(places))
     lines = -(-len(places) // columns)
-    size = (4.6 * columns, (0.28 * len(methods) + 1.1) * lines + 0.5)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    counts = [len({row.cell.method for row in rows if row.place == place}) for place in places]
+    heights = [0.3 * max(counts[columns * line : columns * (line + 1)]) + 1.1 for line in range(lines)]
+    size = (6.6 * columns, sum(heights) + 0.5)
+    ratios = {"height_ratios": heights}
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", gridspec_kw=ratios)
     for place, axis in zip(places, axes.flat, strict=False):
+        methods = [method for method in styles if _scores(rows, place, method)]
         for height, method in enumerate(reversed(methods)):
-            scores = _scores(rows, place, method)
-            if scores:
-                mean = float(np.mean(scores))
-                axis.plot(scores, [height] * len(scores), "o", color=colors[method], alpha=0.6, markersize=5)
-                axis.plot([mean, mean], [height - 0.35, height + 0.35], color=colors[method], linewidth=2.5)
-            if method.startswith("frozen") and scores:
-                axis.axvline(mean, color=colors[method], linestyle=":", linewidth=1)
+            scores, color = _scores(rows, place, method), styles[method]["color"]
+            mean = float(np.mean(scores))
+            axis.plot(scores, [height] * len(scores), "o", color=color, alpha=0.6, markersize=5)
+            axis.plot([mean, mean], [height - 0.35, height + 0.35], color=color, linewidth=2.5)
+            if method.startswith("frozen"):
+                axis.axvline(mean, color=color, linestyle=":", linewidth=1)
         axis.set_title(_name(place), fontsize=10)
         axis.set_yticks(range(len(methods)), reversed(methods), fontsize=8)
         axis.grid(axis="x", alpha=0.3)
@@ -56,32 +58,36 @@ def _scores(rows: Sequence[Row], place: Any, method: str) -> list[float]:
 
 
 def draw_curves(title: str, rows: Sequence[Row], path: Path) -> None:
-    """One line of panels a task and split: training loss against rounds, megabytes and seconds."""
+    """One line of panels a task and split: training loss against rounds, megabytes and, where timed, seconds."""
     places = list(dict.fromkeys(row.place for row in rows))
-    methods = list(dict.fromkeys(row.cell.method for row in rows))
-    colors = _colors(methods)
-    size = (13, 2.9 * len(places) + 1.2)
-    figure, axes = plt.subplots(len(places), len(AXES), figsize=size, squeeze=False, layout="constrained")
+    styles = _styles(rows)
+    names = AXES if any(row.round_seconds is not None for row in rows) else AXES[:2]
+    size = (4.6 * len(names), 2.9 * len(places) + 1.2)
+    figure, axes = plt.subplots(len(places), len(names), figsize=size, squeeze=False, layout="constrained")
+    legend: dict[str, Any] = {}
     for place, line in zip(places, axes, strict=True):
-        for method in methods:
+        for method, style in styles.items():
             group = [row for row in rows if row.place == place and row.cell.method == method and row.table]
             if group:
-                _draw_method(line, group, method, colors[method])
-        for axis, name in zip(line, AXES, strict=True):
+                legend[method] = _draw_method(line, group, style)
+        for axis, name in zip(line, names, strict=True):
             axis.set_xlabel(name, fontsize=8)
-            axis.set_xlim(left=0)
+            if name == AXES[1]:
+                axis.set_xscale("log")
+            else:
+                axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
         line[0].set_ylabel("training loss", fontsize=8)
         line[0].set_title(_name(place), fontsize=10, loc="left")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, fontsize=9)
     what = "training loss, mean over seeds of a running mean over a tenth of the rounds"
-    figure.suptitle(f"{title}: {what}", fontsize=11)
+    figure.suptitle(f"{title}\n{what}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_method(line: Sequence[Any], group: list[Row], name: str, color: Any) -> None:
+def _draw_method(line: Sequence[Any], group: list[Row], style: dict[str, Any]) -> Any:
+    """The line of the first panel."""
     curves = [[point for point in row.table if "loss" in point] for row in group]
     length = min(len(curve) for curve in curves)
     width = max(1, length // 10)
@@ -93,22 +99,28 @@ def _draw_method(line: Sequence[Any], group: list[Row], name: str, color: Any) -
     places = [rounds, megabytes]
     if group[0].round_seconds is not None:
         places.append(rounds * group[0].round_seconds)
-    for axis, where in zip(line, places, strict=False):
-        axis.plot(where, losses, color=color, label=name, linewidth=1.3)
+    drawn = [axis.plot(where, losses, **style)[0] for axis, where in zip(line, places, strict=False)]
+    return drawn[0]
 
 
 def _smooth(values: list[float], width: int) -> np.ndarray:
     return np.convolve(values, np.full(width, 1.0 / width), mode="valid")
 
 
-def _colors(methods: list[str]) -> dict[str, Any]:
-    """The frozen client is grey, first-order black; the rest have colours."""
-    palette = iter(plt.get_cmap("tab10").colors)
-    fixed = {"frozen": "0.55", "first-order": "0.0"}
-    return {
-        method: next((shade for start, shade in fixed.items() if method.startswith(start)), None) or next(palette)
-        for method in methods
-    }
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By method, all of them in order: frozen clients are grey, first-order ones black, the rest have colours. A second
+    grey or black one is dashed."""
+    palette = iter(
+        (*plt.get_cmap("tab10").colors[:7], *plt.get_cmap("tab10").colors[8:], *plt.get_cmap("Dark2").colors)
+    )
+    fixed, seen = {"frozen": "0.55", "first-order": "0.0"}, set[str]()
+    styles = {}
+    for method in dict.fromkeys(row.cell.method for row in sorted(rows, key=lambda row: row.order)):
+        start = next((start for start in fixed if method.startswith(start)), "")
+        color = fixed[start] if start else next(palette)
+        styles[method] = {"color": color, "linestyle": "--" if start in seen and start else "-", "linewidth": 1.3}
+        seen.add(start)
+    return styles
 
 
 def _name(place: tuple[str, int, str]) -> str:

@@ -29,6 +29,8 @@ class Row:
     table: list[dict[str, float]]
     round_seconds: float | None
     """Median time of a round alone on the machine; None where it was not timed."""
+    order: int
+    """The method's place in the settings."""
 
     @property
     def place(self) -> tuple[str, int, str]:
@@ -47,8 +49,9 @@ def write_results(shop: Workshop, tuning: list[Cell], cells: list[Cell], timing:
     folder.mkdir(parents=True, exist_ok=True)
     _write_tuning(shop, tuning, folder / f"{shop.name}-tuning.csv")
     times = round_times(shop, timing)
+    order = {method: place for place, method in enumerate(shop.study.methods)}
     rows = [
-        Row(cell, summary, table_of(shop, cell), times.get((cell.task, cell.split, cell.method)))
+        Row(cell, summary, table_of(shop, cell), times.get((cell.task, cell.split, cell.method)), order[cell.method])
         for cell in cells
         if (summary := summary_of(shop, cell))
     ]
@@ -122,7 +125,7 @@ def _page(shop: Workshop, rows: list[Row], planned: int) -> Iterator[str]:
         yield "| method | d_c | final | best | vs frozen | eval loss | train loss | MB | s a round |"
         yield "|---|---|---|---|---|---|---|---|---|"
         here = [row for row in rows if row.place == place]
-        for method in dict.fromkeys(row.cell.method for row in here):
+        for method in sorted({row.cell.method for row in here}, key=list(study.methods).index):
             control = [row for row in here if row.cell.method == study.methods[method].control]
             yield _line(method, [row for row in here if row.cell.method == method], control)
     yield ""
