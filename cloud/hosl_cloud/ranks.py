@@ -114,7 +114,9 @@ class Shard(RankTrainer):
     def _place(self, tail: Tail) -> Tail:
         if self.device.type == "cpu":
             keep_heap_small(LARGE_BYTES)
-        half = torch.bfloat16 if self.config.tail.precision == "bfloat16" else None
+        # A CPU's norms refuse weights of a smaller type than what they work on; a GPU's autocast casts them back.
+        is_half = self.config.tail.precision == "bfloat16" and self.device.type != "cpu"
+        half = torch.bfloat16 if is_half else None
         # OPT's blocks return a view, of which FSDP warns; nothing works on it in place.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
         # Autocast decides what is computed in which type; the policy has the weights travel in the smaller one.

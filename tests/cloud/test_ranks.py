@@ -29,6 +29,7 @@ PAIRS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "shard, split": ("opt", TEXT, SGD, {"ranks": "shard", **SPLIT}),
     "replicate, split": ("bert", CLASSES, LORA, {"ranks": "replicate", **SPLIT}),
     "shard, classes": ("bert", CLASSES, SGD, {"ranks": "shard"}),
+    "shard, bfloat16": ("opt", PROMPTS, {**SGD, "precision": "bfloat16"}, {"ranks": "shard"}),
 }
 """Architecture, task, settings of the tail, and those that only the run on many ranks has."""
 
@@ -59,7 +60,7 @@ def figures(make_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
 def test_ranks_compute_what_one_process_does(figures: dict[str, Any], pair: str) -> None:
     worst = figures[pair]
     assert worst.keys() == {"loss", "cut", "norm", "weights", "optimizer", "evaluation"}
-    assert max(worst.values()) < 1e-5, worst
+    assert max(worst.values()) < (1e-2 if "bfloat16" in pair else 1e-5), worst
 
 
 def test_a_tail_that_a_rank_cannot_load_is_refused_on_all(figures: dict[str, Any]) -> None:
