@@ -75,7 +75,7 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
         return Response(status_code=404) if ca is None else FileResponse(ca, media_type="application/x-pem-file")
 
     async def figures(request: Request) -> Response:
-        metrics.count_runs(runs.store.states())
+        metrics.count_runs(await asyncio.to_thread(runs.store.states))
         return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def bundle_file(request: Request) -> Response:
