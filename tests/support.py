@@ -7,8 +7,9 @@ import contextlib
 import json
 import signal
 import socket
+import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.store import Store
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_edge import step
+from hosl_edge.agent import Summary, run_agent
 from hosl_edge.data import Batch
+from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_protocol import ClientWeights, Frame, Manifest, RoundStart, load_manifest, make_client_weights
 
@@ -134,6 +137,38 @@ def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Devi
     except StopIteration as stop:
         outcome: rounds.Outcome = stop.value
         return outcome
+
+
+class Crew:
+    """Agents in threads of this process, each with an event loop of its own."""
+
+    def __init__(self) -> None:
+        self._agents: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Summary], threading.Thread]] = []
+
+    def start(self, settings: EdgeSettings) -> Callable[[float], Summary]:
+        """Start one; the function waits so many seconds for its end."""
+        loop = asyncio.new_event_loop()
+        agent = loop.create_task(run_agent(settings))
+
+        def run() -> None:
+            with contextlib.suppress(asyncio.CancelledError), contextlib.closing(loop):
+                loop.run_until_complete(agent)
+
+        def wait(limit_s: float) -> Summary:
+            thread.join(limit_s)
+            return agent.result()
+
+        thread = threading.Thread(target=run, name=settings.name)
+        thread.start()
+        self._agents.append((loop, agent, thread))
+        return wait
+
+    def dismiss(self) -> None:
+        """Let all of them go."""
+        for loop, agent, thread in self._agents:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(agent.cancel)
+            thread.join()
 
 
 @dataclass

@@ -119,7 +119,7 @@ async def _run(site: Site, faults: list[Any], done: Counter[str], limit_s: float
     finally:
         breaking.cancel()
         await asyncio.gather(breaking, return_exceptions=True)
-        site.close()
+        await site.close()
 
 
 def _unbroken(settings: Settings, bundle: Path, work: Path, limit_s: float) -> dict[str, Any]:

@@ -271,9 +271,9 @@ class Site:
         logs = [self.workers[name].log for name in self.proxies]
         return sum(log.read_text(encoding="utf-8").count("downloads a snapshot") for log in logs if log.exists())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for proxy in self.proxies.values():
-            proxy.close()
+            await proxy.close()
 
     def summary(self, name: str) -> dict[str, Any] | None:
         """What a device printed at its end; None where it was away then."""

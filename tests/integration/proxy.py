@@ -114,6 +114,12 @@ class _Count:
     action: Callable[[], None]
 
 
+async def _end(writer: asyncio.StreamWriter) -> None:
+    """Wait until a connection that was closed is gone."""
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
 @dataclass
 class Proxy:
     """Forwards connections to a port of this machine."""
@@ -126,6 +132,8 @@ class Proxy:
     port: int = 0
     _server: asyncio.Server | None = None
     _links: set[_Link] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """One a connection."""
     _counts: list[_Count] = field(default_factory=list)
     _repeats: dict[Direction, list[Callable[[], None]]] = field(default_factory=lambda: {"up": [], "down": []})
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
@@ -136,12 +144,13 @@ class Proxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Cut everything, and listen no more."""
         if self._server is not None:
             self._server.close()
         self.release()
         self.cut()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
         """End every connection with whatever is under way."""
@@ -165,6 +174,10 @@ class Proxy:
         self._repeats[direction].append(action)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(asyncio.CancelledError):  # asyncio would print it
             await self._forward(reader, writer)
 
@@ -174,6 +187,7 @@ class Proxy:
             upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
         except OSError:
             writer.transport.abort()
+            await _end(writer)
             return
         link = _Link((writer, upstream_writer))
         self._links.add(link)
@@ -185,6 +199,7 @@ class Proxy:
             self._links.discard(link)
             for each in link.writers:
                 each.close()
+                await _end(each)
 
     async def _pump(
         self, link: _Link, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from safetensors.numpy import load_file
 
 from hosl_cloud.__main__ import main
 from hosl_cloud.data_folder import is_locked
-from hosl_edge.agent import Summary, run_agent
+from hosl_edge.agent import Summary
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode
 from processes import Program
-from support import TASK, write_reviews
+from support import TASK, Crew, write_reviews
 
 MakeBundle = Callable[[str, int], Path]
 WAIT_S = 60.0
@@ -37,6 +36,7 @@ class Site:
     capsys: pytest.CaptureFixture[str]
     process: Program | None = None
     address: str = ""
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def data_dir(self) -> Path:
@@ -96,15 +96,7 @@ class Site:
             state_dir=str(self.folder / "state"),
             cache_dir=str(self.folder / "cache"),
         )
-        summaries: list[Summary] = []
-        thread = threading.Thread(target=lambda: summaries.append(asyncio.run(run_agent(settings))), daemon=True)
-        thread.start()
-
-        def wait() -> Summary:
-            thread.join(WAIT_S)
-            return summaries[0]
-
-        return wait
+        return partial(self.crew.start(settings), WAIT_S)
 
 
 @pytest.fixture
@@ -117,6 +109,7 @@ def site(tmp_path: Path, make_bundle: MakeBundle, capsys: pytest.CaptureFixture[
     if site.process is not None and site.process.poll() is None:
         site.process.kill()
         site.process.communicate()
+    site.crew.dismiss()
 
 
 def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:

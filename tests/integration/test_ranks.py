@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,10 +25,9 @@ from hosl_cloud.checkpoint import find_checkpoint, read_tensors
 from hosl_cloud.exceptions import CloudError
 from hosl_cloud.mirror import replay_client
 from hosl_cloud.store import Store
-from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode, load_manifest
-from support import TASK, free_port, write_reviews
+from support import TASK, Crew, free_port, write_reviews
 
 DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 20
 WAIT_S = 120.0
@@ -64,7 +61,7 @@ class Site:
         shutil.copytree(bundle, self.data_dir / "bundles" / "tiny")
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.agents: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any], threading.Thread]] = []
+        self.crew = Crew()
 
     def serve(self, ranks: int) -> None:
         """Start the service, under torchrun where it has several ranks, and wait until it listens."""
@@ -133,23 +130,7 @@ class Site:
             cache_dir=str(self.folder / "cache"),
             stay=True,
         )
-        loop = asyncio.new_event_loop()
-        agent = loop.create_task(run_agent(settings))
-
-        def run() -> None:
-            with contextlib.suppress(asyncio.CancelledError), contextlib.closing(loop):
-                loop.run_until_complete(agent)
-
-        thread = threading.Thread(target=run, name=name)
-        thread.start()
-        self.agents.append((loop, agent, thread))
-
-    def dismiss(self) -> None:
-        """Let all devices go."""
-        for loop, agent, thread in self.agents:
-            with contextlib.suppress(RuntimeError):  # it has ended by itself
-                loop.call_soon_threadsafe(agent.cancel)
-            thread.join()
+        self.crew.start(settings)
 
     def result(self, run: str) -> dict[str, Any]:
         """What a run came to: losses, what the devices trained, and the tail's weights."""
@@ -189,7 +170,7 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path], monkeypatch: p
     monkeypatch.setattr("hosl_edge.agent.LONGEST_PAUSE_S", 1.0)  # 20
     site = Site(tmp_path, make_bundle("lora", 2))
     yield site
-    site.dismiss()
+    site.crew.dismiss()
     if site.process is not None and site.process.poll() is None:
         for each in (*psutil.Process(site.process.pid).children(), site.process):
             each.kill()

@@ -60,8 +60,7 @@ async def _train(
             arm("down")
         summary = await asyncio.wait_for(agent, 15.0)
         await service.serving
-        proxy.close()
-        await asyncio.sleep(0)  # its sockets close
+        await proxy.close()
         run = service.coordinator.run
         end = {
             "digest": summary.weights_digest,
