@@ -51,8 +51,10 @@ class TuneEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     task: str = ""
     """The task whose training data choose for all; empty: each task chooses for itself."""
+    split: int = 0
+    """The split whose runs choose for all; 0: each split chooses for itself."""
     budget: int = 3
-    """Runs that each method may spend at each split."""
+    """Runs that each method may spend on each task and split that chooses."""
     holdout: int = 400
     """Training examples that are put aside to compare on."""
     seed: int = 1001
@@ -127,8 +129,9 @@ def candidates(method: MethodEntry) -> Iterator[dict[str, Any]]:
 def tuning_cells(study: Study) -> list[Cell]:
     """The runs that choose."""
     tasks = [study.tune.task] if study.tune.task else list(study.tasks)
+    splits = [study.tune.split] if study.tune.split else study.splits
     cells = []
-    for task, split, (name, method) in itertools.product(tasks, study.splits, study.methods.items()):
+    for task, split, (name, method) in itertools.product(tasks, splits, study.methods.items()):
         if not (method.tune and is_tried(study, method, split, task)):
             continue
         for choice in candidates(method):
@@ -139,9 +142,9 @@ def tuning_cells(study: Study) -> list[Cell]:
 
 
 def is_tried(study: Study, method: MethodEntry, split: int, task: str) -> bool:
-    """Whether the method has runs there; what a whole study is tuned on counts for every task."""
+    """Whether the method has runs there; what a whole study is tuned on counts for all."""
     is_task = not method.tasks or task in method.tasks or task == study.tune.task
-    return is_task and (not method.splits or split in method.splits)
+    return is_task and (not method.splits or split in method.splits or split == study.tune.split)
 
 
 def study_cells(study: Study, chosen: Mapping[tuple[str, int, str], dict[str, Any]]) -> list[Cell]:
@@ -151,7 +154,7 @@ def study_cells(study: Study, chosen: Mapping[tuple[str, int, str], dict[str, An
         for name, method in study.methods.items():
             if (method.tasks and task not in method.tasks) or (method.splits and split not in method.splits):
                 continue
-            choice = chosen.get((study.tune.task or task, split, name), {})
+            choice = chosen.get((study.tune.task or task, study.tune.split or split, name), {})
             run = merge(study.run, study.tasks[task].run, method.run, nested(choice))
             cells.append(Cell(task, split, name, partition, seed, run))
     return cells
