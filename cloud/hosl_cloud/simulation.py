@@ -150,7 +150,7 @@ class Site:
             settings=self.settings,
             shard=self.shard,
             weights=self.weights,
-            held_sets=1 if self.settings.algorithm == "hosl" else self.settings.directions,
+            held_sets=1 if self.settings.algorithm == "hosl" else min(self.settings.directions, step.MOST_HELD_SETS),
             attempt=message.attempt,
         )
 

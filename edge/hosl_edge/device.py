@@ -25,6 +25,7 @@ from hosl_edge.pace import RATED_COEFFICIENTS, Pace, load_link, measure_replay_s
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_edge.snapshot import check_offer, drop_others, read_snapshot, snapshot_path
+from hosl_edge.step import MOST_HELD_SETS
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
     BundleError,
@@ -274,6 +275,8 @@ class Device:
         # sent (HOSL); one more is in transit.
         held = (3 if settings.anchor == "midpoint" else 2) if settings.algorithm == "ho-sfl" else 1
         necessary = (held + 1) * set_bytes
+        if self.manifest.prefix is not None:
+            necessary += self.manifest.prefix.set_bytes(settings.batch_size, settings.max_length)
         trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
         untouched = 0 if self.applied_round else trainable
         budget = self.settings.memory_budget_bytes
@@ -284,7 +287,7 @@ class Device:
             necessary + untouched,
             budget,
         )
-        self.held_sets = 1 if settings.algorithm == "hosl" else settings.directions
+        self.held_sets = 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
         if budget is not None:
             anonymous = read_memory().anonymous
             free = budget - anonymous - spare_bytes(anonymous - before) - necessary - untouched

@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import onnxruntime as ort
 from hosl_edge.data import AnyBatch
 from hosl_edge.graph import check_graph
 from hosl_protocol import BundleError, Manifest, TensorEntry
-from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS
+from hosl_protocol.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS
 
 Weights = dict[str, npt.NDArray[np.float32]]
+Inputs = dict[str, npt.NDArray[Any]]
 
 MAX_HEADER_BYTES = 100_000_000
 """Of a safetensors file, as the format has it."""
@@ -147,8 +148,34 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
+class _Graph:
+    """A session, and what is bound to its inputs."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        with _usable(path):
+            data = path.read_bytes()
+            check_graph(data)
+            self._session = ort.InferenceSession(data, _session_options(threads), ["CPUExecutionProvider"])
+            self._binding = self._session.io_binding()
+            self.inputs = {value.name for value in self._session.get_inputs()}
+
+    def bind(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Let the inputs of these names read this memory, as often as it changes."""
+        for name, array in arrays.items():
+            if name in self.inputs:
+                self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self, output: str, out: npt.NDArray[np.float32]) -> None:
+        """Compute `output` into `out`."""
+        self._binding.bind_output(output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+
+
 class Shard:
-    """Weights, and the forward that reads them."""
+    """Weights, and the forward that reads them.
+
+    Where the manifest has a prefix, a forward is two: of the blocks before the first that trains, and of the others.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         self.manifest = manifest
@@ -159,27 +186,29 @@ class Shard:
         self.rows = 1
         """Rows of a micro-batch at full length."""
         self.max_length = manifest.max_length
-        self._graph = folder / SHARD_GRAPH
+        self._folder = folder
         self._threads = threads
-        self._session: ort.InferenceSession | None = None
-        self._binding: Any = None
+        self._graph: _Graph | None = None
+        self._prefix: _Graph | None = None
         self._output = np.empty(0, np.float32)
+        self._held: dict[int, list[Inputs]] = {}
+        """By batch, what `shard.onnx` is given of each micro-batch, once the prefix has computed it."""
 
     def open(self) -> None:
-        """Build a session, with nothing in its arena yet, and bind the weights.
+        """Build the sessions, with nothing in their arenas yet, and bind the weights.
 
         Separate, because a tokenizer may still fill memory before.
         """
-        self._session = self._binding = None
-        options = _session_options(self._threads)
-        with _usable(self._graph):
-            graph = self._graph.read_bytes()
-            check_graph(graph)
-            self._session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
-            self._binding = self._session.io_binding()
-            for entry in self.manifest.tensors:
-                if not entry.constant and (self._table is None or entry.name != self._table.name):
-                    self._bind(entry.name, self.weights[entry.name])
+        self._graph = self._prefix = None
+        self._graph = self._open(SHARD_GRAPH)
+        if self.manifest.prefix is not None:
+            self._prefix = self._open(SHARD_PREFIX)
+
+    def _open(self, name: str) -> _Graph:
+        graph = _Graph(self._folder / name, self._threads)
+        with _usable(self._folder / name):
+            graph.bind(self.weights)
+        return graph
 
     def reset(self) -> None:
         """Put the trainable weights back to the base shard."""
@@ -191,12 +220,25 @@ class Shard:
         The activations are scratch, valid until the next one is asked for.
         """
         place = 0
-        for rows in self._micro_batches(batch):
+        for number, rows in enumerate(self._micro_batches(batch)):
             lengths = batch.lengths_B[rows]
-            out_BLD = self._run(batch.inputs(rows), len(lengths), int(lengths.max()))
+            given = self._begin(batch, rows, number)
+            out_BLD = self._run(given, len(lengths), int(lengths.max()))
             for length, out_LD in zip(lengths.tolist(), out_BLD, strict=True):
                 yield slice(place, place + length), out_LD[:length]
                 place += length
+
+    @contextlib.contextmanager
+    def holding(self, batch: AnyBatch) -> Iterator[None]:
+        """Within this, the blocks before the first that trains run once for all forwards of `batch`.
+
+        What they compute stays in memory till the end: `PrefixEntry.set_bytes` of it, and nothing without a prefix.
+        """
+        self._held[id(batch)] = []
+        try:
+            yield
+        finally:
+            del self._held[id(batch)]
 
     def activations(self, batch: AnyBatch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The whole batch's activations, packed into `out_TD` [T, D]."""
@@ -214,20 +256,36 @@ class Shard:
                 yield slice(start, stop)
                 start = stop
 
-    def _run(self, given: dict[str, npt.NDArray[Any]], rows: int, length: int) -> npt.NDArray[np.float32]:
-        assert self._session is not None
-        shape = (rows, length, self.manifest.width)
-        if self._output.size < np.prod(shape):
-            self._output = np.empty(int(np.prod(shape)), np.float32)
-        inputs = {name: given[name] for name in self.manifest.inputs}
-        if self._table is not None:
-            inputs["input_ids"], table = self._table.read(inputs["input_ids"])
-            self._bind(self._table.name, table)
-        for name, array in inputs.items():
-            self._bind(name, array)
-        self._binding.bind_output(self.manifest.output, "cpu", 0, np.float32, shape, self._output.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
-        return self._output[: int(np.prod(shape))].reshape(shape)
+    def _begin(self, batch: AnyBatch, rows: slice, number: int) -> Inputs:
+        """What `shard.onnx` is given of a micro-batch; with a prefix what that computes, or has computed."""
+        held = self._held.get(id(batch), [])
+        if number < len(held):
+            return held[number]
+        given = self._look_up(batch.inputs(rows))
+        if self._prefix is None or self.manifest.prefix is None:
+            return given
+        assert self._graph is not None
+        prefix, length = self.manifest.prefix, int(batch.lengths_B[rows].max())
+        boundary = np.empty((rows.stop - rows.start, prefix.positions or length, prefix.width), np.float32)
+        self._prefix.bind(given)
+        self._prefix.run(self.manifest.output, boundary)
+        given = {name: array for name, array in {**given, BOUNDARY: boundary}.items() if name in self._graph.inputs}
+        held.append(given)
+        return given
 
-    def _bind(self, name: str, array: npt.NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def _look_up(self, given: Inputs) -> Inputs:
+        """Inputs with the rows of a frozen token table that they name, and their tokens numbered anew."""
+        if self._table is None:
+            return given
+        ids, rows = self._table.read(given["input_ids"])
+        return {**given, "input_ids": ids, self._table.name: rows}
+
+    def _run(self, given: Inputs, rows: int, length: int) -> npt.NDArray[np.float32]:
+        assert self._graph is not None
+        size, shape = rows * length * self.manifest.width, (rows, length, self.manifest.width)
+        if self._output.size < size:
+            self._output = np.empty(size, np.float32)
+        out_BLD = self._output[:size].reshape(shape)
+        self._graph.bind(given)
+        self._graph.run(self.manifest.output, out_BLD)
+        return out_BLD

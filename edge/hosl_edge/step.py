@@ -6,7 +6,8 @@ Whatever ends a generator, the weights stand at θ again. Shapes: T tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,6 +33,9 @@ from hosl_protocol import (
 )
 
 Activations: TypeAlias = npt.NDArray[np.float32]
+
+MOST_HELD_SETS = 8
+"""Activation sets that a round holds at most besides those it must, while the cloud computes."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,15 @@ class RoundContext:
         """The fields that name a message of this round."""
         return {"run": self.run, "epoch": self.epoch, "round": self.round, "attempt": self.attempt, "id": id_}
 
+    @contextmanager
+    def probing(self, batch: AnyBatch) -> Iterator[None]:
+        """Forwards of `batch` at θ and around it; θ again at the end."""
+        with self.shard.holding(batch):
+            try:
+                yield
+            finally:
+                self.weights.probe(None)
+
     def empty_set(self, batch: AnyBatch) -> Activations:
         """Memory for one set of activations [T, D]."""
         return np.empty((batch.tokens, self.shard.manifest.width), np.float32)
@@ -85,7 +98,7 @@ def ho_sfl_round(context: RoundContext, batch: AnyBatch) -> Step:
     """
     is_midpoint = context.settings.anchor == "midpoint"
     directions = range(context.settings.directions)
-    try:
+    with context.probing(batch):
         differences: list[Activations] = []
         if is_midpoint:
             anchor_TD, first_TD = _probe_pair(context, batch, 0)
@@ -111,8 +124,6 @@ def ho_sfl_round(context: RoundContext, batch: AnyBatch) -> Step:
         differences.clear()
         for p in directions[early:]:
             projections.append(_project(context, batch, p, anchor_TD, lambda_TD))
-    finally:
-        context.weights.probe(None)
     scaled = np.ldexp(np.array(projections), reply.message.exponent).astype(np.float32)
     yield Send(Projections(**context.name(1)), {"projections": scaled})
 
@@ -171,7 +182,7 @@ def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
     if context.settings.anchor == "clean":
         points.append(None)
     may_overlap = context.held_sets > 0
-    try:
+    with context.probing(batch):
         for id_, point in enumerate(points):
             if id_ and not may_overlap:
                 yield Receive(ProbeLoss, id_ - 1)
@@ -181,8 +192,6 @@ def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
                 yield Receive(ProbeLoss, id_ - 1)
             yield Send(_hosl_message(context, id_, point), _upload(set_TD, batch))
             del set_TD
-    finally:
-        context.weights.probe(None)
     if points[-1] is not None:
         yield Receive(ProbeLoss, len(points) - 1)
 

@@ -34,7 +34,7 @@ class MethodEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[methods.NAME]`."""
 
     train: str
-    """`hosl-export --train`; `norm:1` trains the norms of the first block alone."""
+    """`hosl-export --train`; `norm:1` trains the norms of the first block alone, `norm:-1` those of the last."""
     run: dict[str, Any] = {}
     tune: dict[str, list[Any]] = {}
     """Settings to choose on training data, and their candidates."""

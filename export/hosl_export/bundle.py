@@ -13,19 +13,21 @@ from tokenizers import Tokenizer
 
 from hosl_export.exceptions import SpaceError
 from hosl_export.graph import write_graph
-from hosl_export.halves import ClientHalf, Tail
+from hosl_export.halves import ClientHalf, Tail, divide
 from hosl_export.staging import nearest_folder
 from hosl_export.trainable import plain_tensors
 from hosl_export.weights import write_tensors
 from hosl_protocol.manifest import (
     MANIFEST,
     SHARD_GRAPH,
+    SHARD_PREFIX,
     SHARD_TOKENIZER,
     SHARD_WEIGHTS,
     TAIL_CONFIG,
     TAIL_WEIGHTS,
     FileEntry,
     Manifest,
+    PrefixEntry,
     TensorEntry,
     describe_file,
     encode_manifest,
@@ -45,10 +47,23 @@ def check_space(out: Path, weight_bytes: int) -> None:
         raise SpaceError(str(folder), needed, free)
 
 
-def write_shard_graph(bundle: Path, client: ClientHalf, tensors: Sequence[TensorEntry]) -> None:
-    """`shard/shard.onnx`, without weights but for constants."""
+def write_shard_graphs(
+    bundle: Path,
+    client: ClientHalf,
+    tensors: Sequence[TensorEntry],
+    prefix: PrefixEntry | None = None,
+    grid: tuple[int, int] | None = None,
+) -> None:
+    """`shard/shard.onnx`, and `shard/prefix.onnx` where there is one, without weights but for constants.
+
+    `grid` is the shape of the activations between them where they are a feature map.
+    """
     (bundle / SHARD_GRAPH).parent.mkdir(exist_ok=True)
-    write_graph(client, bundle / SHARD_GRAPH, {entry.name for entry in tensors if entry.constant})
+    constants = {entry.name for entry in tensors if entry.constant}
+    if prefix is not None:
+        first, client = divide(client, prefix.blocks, grid)
+        write_graph(first, bundle / SHARD_PREFIX, constants)
+    write_graph(client, bundle / SHARD_GRAPH, constants, prefix)
 
 
 def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:

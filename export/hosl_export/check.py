@@ -19,7 +19,7 @@ from hosl_export.exceptions import ParityError
 from hosl_export.families import find_family
 from hosl_export.halves import Tail, load_tail
 from hosl_export.weights import read_tensors
-from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS, ImageEntry, Manifest
+from hosl_protocol.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
 
 TOLERANCE = 1e-4
 """Largest difference as a share of the output's largest magnitude. Two float32 runtimes that sum in different orders
@@ -199,19 +199,21 @@ class Shard:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        graph = str(bundle / SHARD_GRAPH)
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        constants = {entry.name for entry in manifest.tensors if entry.constant}
-        weights = read_tensors(bundle / SHARD_WEIGHTS)
-        self._weights = {name: tensor.numpy() for name, tensor in weights.items() if name not in constants}
-        self._manifest = manifest
+        graphs = (SHARD_GRAPH,) if manifest.prefix is None else (SHARD_PREFIX, SHARD_GRAPH)
+        self._sessions = [
+            ort.InferenceSession(str(bundle / graph), options, providers=["CPUExecutionProvider"]) for graph in graphs
+        ]
+        self._weights = {name: tensor.numpy() for name, tensor in read_tensors(bundle / SHARD_WEIGHTS).items()}
+        self._output = manifest.output
 
     def run(self, case: Case) -> Tensor:
         """Activations [B, T, D]."""
-        given = case.feed()
-        feed: dict[str, npt.NDArray[Any]] = {name: given[name].numpy() for name in self._manifest.inputs}
-        (activations,) = self._session.run([self._manifest.output], {**feed, **self._weights})
-        return torch.from_numpy(np.asarray(activations))
+        feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.feed().items()}
+        for session in self._sessions:
+            given = {**feed, **self._weights}
+            inputs = {value.name: given[value.name] for value in session.get_inputs()}
+            (feed[BOUNDARY],) = session.run([self._output], inputs)
+        return torch.from_numpy(np.asarray(feed[BOUNDARY]))
 
 
 @torch.no_grad()

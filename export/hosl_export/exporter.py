@@ -20,7 +20,7 @@ from hosl_export.loading import Source, find_source, load_config, load_model
 from hosl_export.lora import inject_lora
 from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
-from hosl_export.trainable import put_on_lattice, uses_lora
+from hosl_export.trainable import put_on_lattice, trained_blocks, uses_lora
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.manifest import LoraEntry, Manifest, TrainMode
 
@@ -40,7 +40,10 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     train: TrainMode = "lora"
     """What the device trains."""
     train_blocks: int | None = None
-    """Only in the first so many blocks of the device, 1 to `split`; None for all of them."""
+    """Only in the first so many blocks of the device, 1 to `split`, or, below zero, the last; None for all of them.
+
+    What comes before the first of them is a graph of its own, which a round runs once.
+    """
     max_length: int | None = None
     """Longest input in tokens, 2 to the model's positions; None for 512, or the model's positions if fewer."""
     revision: str | None = None
@@ -79,12 +82,14 @@ def _write(
     if lora is not None:
         inject_lora(client, lora, family, settings.seed)
     files.check_space(folder, _count_bytes(client) + _count_bytes(tail))
-    tensors, largest_change = put_on_lattice(client, settings.train, settings.train_blocks)
+    trained = trained_blocks(settings.split, settings.train_blocks)
+    tensors, largest_change = put_on_lattice(client, settings.train, trained)
     facts = given.facts(client)
+    prefix, grid = given.prefix(client, trained.start) if trained.start > 0 else (None, None)
     with step("computing reference outputs"):
         references = compute_references(model, given.cases(model.config))
     with step("tracing the client half"):
-        files.write_shard_graph(folder, client, tensors)
+        files.write_shard_graphs(folder, client, tensors, prefix, grid)
     with step("writing the weights"):
         files.write_weights(folder, client, tail)
         model.config.architectures = [type(model).__name__]
@@ -102,6 +107,7 @@ def _write(
             output=OUTPUT,
             tensors=tensors,
             lattice_max_change=largest_change,
+            prefix=prefix,
             files=files.describe_files(folder),
             versions=files.tool_versions(),
             **facts,
@@ -124,8 +130,9 @@ def _check_settings(settings: ExportSettings, config: Any) -> None:
 
 
 def _check_train_blocks(settings: ExportSettings, blocks: int) -> None:
-    if not 1 <= blocks <= settings.split:
-        remedy = f"the device has {settings.split} blocks, use 1 to {settings.split}"
+    if not 1 <= abs(blocks) <= settings.split:
+        few = f"use 1 to {settings.split}, or -1 to -{settings.split} for the last ones"
+        remedy = f"the device has {settings.split} blocks, {few}"
         raise SettingsError("train-blocks", blocks, remedy)
     if settings.train == "none":
         raise SettingsError("train-blocks", blocks, "--train none trains no block")

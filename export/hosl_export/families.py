@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +127,9 @@ def find_family(model_type: str) -> Family:
         return FAMILIES[model_type]
     except KeyError:
         raise UnknownFamily(model_type, sorted(FAMILIES)) from None
+
+
+def renumber(name: str, blocks: str, shift: int) -> str:
+    """A parameter's name where the list of blocks at the path `blocks` has `shift` more before it."""
+    match = re.fullmatch(rf"({re.escape(blocks)}\.)(\d+)(\..*)", name)
+    return f"{match[1]}{int(match[2]) + shift}{match[3]}" if match else name

@@ -14,8 +14,10 @@ import torch
 from onnxscript import optimizer
 
 from hosl_export.exceptions import ExportError
+from hosl_export.families import renumber
 from hosl_export.halves import ClientHalf
 from hosl_export.lora import plain_name
+from hosl_protocol.manifest import BOUNDARY, PrefixEntry
 
 OPSET = 18
 IR_VERSION = 10
@@ -27,19 +29,21 @@ OUTPUT = "activations"
 
 def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
     """Names of the inputs that are not weights."""
-    if half.family.takes_images:
-        return ("pixel_values",)
-    return ("input_ids", "attention_mask") if half.family.is_encoder else ("input_ids",)
+    given = BOUNDARY if half.first_block else "pixel_values" if half.family.takes_images else "input_ids"
+    return (given, "attention_mask") if half.family.is_encoder and not half.family.takes_images else (given,)
 
 
-def write_graph(half: ClientHalf, path: Path, constants: Collection[str] = ()) -> None:
+def write_graph(
+    half: ClientHalf, path: Path, constants: Collection[str] = (), prefix: PrefixEntry | None = None
+) -> None:
     """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`.
 
-    Parameters whose plain names are among `constants` stay inside. The size of images is fixed.
+    Parameters whose plain names are among `constants` stay inside. The size of images is fixed. `prefix` says what a
+    half is given that goes on from others.
     """
     # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
     half.model.set_attn_implementation("eager")
-    model = _trace(half)
+    model = _trace(half, prefix)
     _lift_parameters(model, half, constants)
     if half.family.keeps_constants:
         # Only now, when what trains is an input that nothing can fold away.
@@ -52,7 +56,7 @@ def write_graph(half: ClientHalf, path: Path, constants: Collection[str] = ()) -
     ir.save(model, path)
 
 
-def _trace(half: ClientHalf) -> ir.Model:
+def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
     names = graph_inputs(half)
     # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
     examples = {name: torch.ones(2, 8, dtype=torch.long) for name in names}
@@ -60,12 +64,16 @@ def _trace(half: ClientHalf) -> ir.Model:
     if half.image is not None:
         examples = {"pixel_values": torch.ones(2, half.image.channels, half.image.height, half.image.width)}
         del axes[1]
+    if half.first_block:
+        assert prefix is not None
+        examples = {name: examples[name] for name in names if name != BOUNDARY}
+        examples[BOUNDARY] = torch.ones(2, prefix.positions or 8, prefix.width)
     with _quiet_exporter():
         # optimize=True would fold transposed weights into constants, which cannot be lifted.
         program = torch.onnx.export(
             half,
             (),
-            kwargs=examples,
+            kwargs={name: examples[name] for name in names},
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
@@ -99,13 +107,14 @@ def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[st
     """Turn each parameter's initializer into a graph input under its plain name; buffers and constants stay inside."""
     graph = model.graph
     for name, parameter in half.model.named_parameters():
-        if plain_name(name) in constants:
+        plain = renumber(plain_name(name), half.family.blocks, half.first_block)
+        if plain in constants:
             continue
         value = graph.initializers.pop(f"model.{name}", None)
         if value is None:
             raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
         value.const_value = None
-        value.name = plain_name(name)
+        value.name = plain
         is_table = parameter is half.token_table
         value.shape = ir.Shape(["rows", *parameter.shape[1:]] if is_table else parameter.shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)

@@ -28,35 +28,57 @@ from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manife
 
 
 class ClientHalf(nn.Module):
-    """The first blocks. `model` is the cut Hugging Face model, whose parameters keep their names."""
+    """The first blocks, or those of them from `first_block` on.
 
-    def __init__(self, model: Any, family: Family, image: ImageEntry | None = None) -> None:
+    `model` is the cut Hugging Face model. Its parameters have the uncut model's names, but blocks count from 0.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        image: ImageEntry | None = None,
+        first_block: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.family = family
         self.image = image
+        self.first_block = first_block
+        self.grid = grid
+        """Rows and columns of what `first_block` is given, where that is a feature map."""
 
     @property
     def token_table(self) -> nn.Parameter | None:
-        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None for images."""
-        return None if self.family.takes_images else self.model.get_input_embeddings().weight
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None where there is none."""
+        has_none = self.family.takes_images or self.first_block
+        return None if has_none else self.model.get_input_embeddings().weight
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        boundary: Tensor | None = None,
     ) -> Tensor:
-        """Token ids [B, T] (and the mask [B, T] for an encoder), or images [B, C, H, W], to activations [B, T, D]."""
-        if pixel_values is not None:
-            h = self.features(pixel_values)
+        """Token ids [B, T] (and the mask [B, T] for an encoder), or images [B, C, H, W], to activations [B, T, D].
+
+        From a `first_block` on, what is before it computed, `boundary` [B, T, D], takes the place of ids and images.
+        """
+        if self.family.takes_images:
+            h = self._continue(boundary) if boundary is not None else self.features(pixel_values)
             return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
         mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
-        h_BTD: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False, **mask).last_hidden_state
+        given = {"input_ids": input_ids} if boundary is None else {"inputs_embeds": boundary}
+        h_BTD: Tensor = self.model.base_model(**given, use_cache=False, **mask).last_hidden_state
         return h_BTD
 
-    def features(self, pixel_values: Tensor) -> Tensor:
+    def _continue(self, boundary: Tensor) -> Tensor:
+        return _run(self.model.get_submodule(self.family.blocks), _unpack(boundary, self.grid))
+
+    def features(self, pixel_values: Tensor | None) -> Tensor:
         """Images [B, C, H, W] to tokens [B, T, D], or to a feature map [B, D, rows, columns]."""
         parts = [self.model.get_submodule(path) for path in self.family.embeddings]
         return _run((*parts, *self.model.get_submodule(self.family.blocks)), pixel_values)
@@ -105,8 +127,7 @@ class Tail(nn.Module):
 
     def _classify_image(self, h_BTD: Tensor) -> Tensor:
         """Logits [B, L] from the positions of each image."""
-        h = h_BTD if self.grid is None else h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *self.grid)
-        h = _run(self.model.get_submodule(self.family.blocks), h)
+        h = _run(self.model.get_submodule(self.family.blocks), _unpack(h_BTD, self.grid))
         if self.family.final_norm is not None:
             h = self.model.get_submodule(self.family.final_norm)(h)
         pooled = h[:, 0] if self.family.pool is None else self.model.get_submodule(self.family.pool)(h)
@@ -120,10 +141,15 @@ class Tail(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _run(parts: Iterable[nn.Module], h: Tensor) -> Tensor:
+def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
     for part in parts:
         h = part(h)
-    return h
+    return h  # type: ignore[no-any-return]
+
+
+def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Positions [B, T, D] as the feature map [B, D, rows, columns] that they are of, if any."""
+    return h_BTD if grid is None else h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
 
 
 def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -173,6 +199,22 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
     if family.final_norm is not None:
         _replace(half, family.final_norm, nn.Identity())
     return ClientHalf(half, family, image).eval()
+
+
+def divide(
+    client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None
+) -> tuple[ClientHalf, ClientHalf]:
+    """The first `blocks` of a client half and the others, sharing its tensors; the client half stays whole.
+
+    `grid` is the shape of the activations between them where they are a feature map.
+    """
+    family, first, rest = client.family, share(client.model), share(client.model)
+    _keep_blocks(first, family, slice(None, blocks))
+    _cut_tail(rest, family, blocks)
+    return (
+        ClientHalf(first, family, client.image).eval(),
+        ClientHalf(rest, family, client.image, first_block=blocks, grid=grid).eval(),
+    )
 
 
 def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:

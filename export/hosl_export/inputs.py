@@ -13,11 +13,11 @@ from hosl_export import bundle as files
 from hosl_export.check import Case, make_image_cases, make_text_cases
 from hosl_export.exceptions import ModelError
 from hosl_export.families import find_family
-from hosl_export.halves import ClientHalf
+from hosl_export.halves import ClientHalf, divide
 from hosl_export.images import read_image_entry, write_preprocessor
 from hosl_export.loading import Source, load_preprocessor, load_tokenizer
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.manifest import ImageEntry
+from hosl_protocol.manifest import ImageEntry, PrefixEntry
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -40,6 +40,10 @@ class Input(Protocol):
 
     def facts(self, client: ClientHalf) -> dict[str, Any]:
         """The manifest's fields about inputs and activations."""
+        ...
+
+    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
+        """What the first `blocks` of the device's half come to, and its grid where that is a feature map."""
         ...
 
 
@@ -77,6 +81,10 @@ class TextInput:
         padding = _choose_padding(self.tokenizer, self.config)
         return {"width": self.config.hidden_size, "max_length": self.max_length, "pad_token_id": padding}
 
+    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, None]:
+        """As of an Input."""
+        return PrefixEntry(blocks=blocks, width=self.config.hidden_size), None
+
 
 @dataclass(frozen=True)
 class ImageInput:
@@ -93,17 +101,26 @@ class ImageInput:
         files.write_config(bundle, model)
         write_preprocessor(bundle, self.image)
 
-    @torch.no_grad()
     def facts(self, client: ClientHalf) -> dict[str, Any]:
-        """As of an Input: shapes are what one image comes to."""
+        """As of an Input."""
+        positions, width, grid = self._measure(client)
+        image = msgspec.structs.replace(self.image, grid=grid)
+        return {"width": width, "max_length": positions, "pad_token_id": 0, "image": image}
+
+    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
+        """As of an Input."""
+        first, _ = divide(client, blocks)
+        positions, width, grid = self._measure(first)
+        return PrefixEntry(blocks=blocks, width=width, positions=positions), grid
+
+    @torch.no_grad()
+    def _measure(self, client: ClientHalf) -> tuple[int, int, tuple[int, int] | None]:
+        """Positions, width, and rows and columns of a feature map, that one image comes to."""
         features = client.features(torch.zeros(1, self.image.channels, self.image.height, self.image.width))
         if features.ndim == 3:
-            positions, width, image = features.shape[1], features.shape[2], self.image
-        else:
-            rows, columns = features.shape[2:]
-            image = msgspec.structs.replace(self.image, grid=(rows, columns))
-            positions, width = rows * columns, features.shape[1]
-        return {"width": width, "max_length": positions, "pad_token_id": 0, "image": image}
+            return features.shape[1], features.shape[2], None
+        rows, columns = features.shape[2:]
+        return rows * columns, features.shape[1], (rows, columns)
 
 
 def _choose_max_length(asked: int | None, positions: int) -> int:

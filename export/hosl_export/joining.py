@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from hosl_export.families import find_family
+from hosl_export.families import find_family, renumber
 from hosl_export.halves import load_config
 from hosl_protocol.manifest import Manifest
 
@@ -23,11 +22,9 @@ def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Te
     family = find_family(manifest.family)
     has_task_head = bool(family.base_prefix) and any(name.startswith(family.base_prefix) for name in tail)
     prefix = family.base_prefix if has_task_head else ""
-    numbered = re.compile(rf"({re.escape(prefix + family.blocks)}\.)(\d+)(\..*)")
     joined = {prefix + name: tensor for name, tensor in client.items()}
     for name, tensor in tail.items():
-        match = numbered.fullmatch(name)
-        whole = f"{match[1]}{int(match[2]) + manifest.split}{match[3]}" if match else name
+        whole = renumber(name, prefix + family.blocks, manifest.split)
         if whole in joined:
             raise ValueError(f"both halves hold {whole}")
         joined[whole] = tensor

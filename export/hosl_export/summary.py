@@ -32,6 +32,8 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     train: TrainMode
     trainable_tensors: int
     trainable_parameters: int
+    prefix_blocks: int
+    """Blocks before the first that trains, which a round runs once."""
     lattice_max_change: float
     """Largest absolute change of a weight when it was put on the lattice."""
     parity_error: float
@@ -65,6 +67,7 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
         train=manifest.train,
         trainable_tensors=len(manifest.trainable),
         trainable_parameters=sum(math.prod(entry.shape) for entry in manifest.trainable),
+        prefix_blocks=0 if manifest.prefix is None else manifest.prefix.blocks,
         lattice_max_change=manifest.lattice_max_change,
         parity_error=parity_error,
         checked_length=min(manifest.max_length, LONGEST),
@@ -102,10 +105,13 @@ def _side(blocks: int, parameters: int, size_bytes: int) -> str:
 def _trains(summary: Summary) -> str:
     if summary.train == "none":
         return "nothing on the device (--train none)"
-    return (
+    text = (
         f"{summary.trainable_parameters:,} parameters in {summary.trainable_tensors} tensors on the device "
         f"(--train {summary.train}); rounding moved them by at most {summary.lattice_max_change:.2g}"
     )
+    if summary.prefix_blocks:
+        text += f"; the first {summary.prefix_blocks} of the device's blocks run once a round"
+    return text
 
 
 def _parity(summary: Summary) -> str:

@@ -30,10 +30,17 @@ def uses_lora(mode: TrainMode) -> bool:
     return mode in ("lora", "lora-b")
 
 
-def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blocks: int | None = None) -> bool:
-    """Whether `--train mode --train-blocks blocks` moves the parameter with this plain name."""
+def trained_blocks(split: int, count: int | None) -> range:
+    """The blocks that `--train-blocks count` lets train, of the `split` on the device; -1 is what comes before them."""
+    if count is None:
+        return range(-1, split)
+    return range(-1, count) if count > 0 else range(split + count, split)
+
+
+def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blocks: range | None = None) -> bool:
+    """Whether `--train mode` moves the parameter with this plain name, where only `blocks` train (None: all)."""
     block = _block_of(name, family)
-    if blocks is not None and block >= blocks:
+    if blocks is not None and block not in blocks:
         return False
     if mode == "lora":
         return is_lora(name)
@@ -54,7 +61,7 @@ def _block_of(name: str, family: Family) -> int:
 
 
 def put_on_lattice(
-    half: ClientHalf, mode: TrainMode, blocks: int | None = None
+    half: ClientHalf, mode: TrainMode, blocks: range | None = None
 ) -> tuple[tuple[TensorEntry, ...], float]:
     """Round what trains to its lattice, in place. Returns the manifest's entries and the largest change of a weight.
 

@@ -18,10 +18,14 @@ from hosl_protocol.exceptions import ExitCode, HoslError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_GRAPH = "shard/shard.onnx"
+SHARD_PREFIX = "shard/prefix.onnx"
 SHARD_WEIGHTS = "shard/shard.safetensors"
 SHARD_TOKENIZER = "shard/tokenizer.json"
 TAIL_CONFIG = "tail/config.json"
 TAIL_WEIGHTS = "tail/tail.safetensors"
+
+BOUNDARY = "boundary"
+"""What `shard.onnx` takes of `prefix.onnx`, where there is one: float32 [batch, position, width]."""
 
 TrainMode = Literal["none", "lora", "lora-b", "norm", "blocks", "all"]
 
@@ -77,6 +81,21 @@ class LoraEntry(msgspec.Struct, kw_only=True, frozen=True):
     """Names of the adapted modules inside a block, as in PEFT's `target_modules`."""
 
 
+class PrefixEntry(msgspec.Struct, kw_only=True, frozen=True):
+    """The blocks before the first that trains. They are a graph of their own, because a round runs them once."""
+
+    blocks: int
+    """1 to `split` less 1."""
+    width: int
+    """Of the activations after them."""
+    positions: int = 0
+    """Of an image there; 0 for text, which has as many as tokens."""
+
+    def set_bytes(self, rows: int, length: int) -> int:
+        """Most that the activations of so many examples take, of texts of at most `length` tokens."""
+        return 4 * rows * (self.positions or length) * self.width
+
+
 class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
     """One file of the bundle."""
 
@@ -124,6 +143,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     """Versions of the tools that wrote the bundle."""
     image: ImageEntry | None = None
     """What an image becomes; None where the model takes text."""
+    prefix: PrefixEntry | None = None
+    """What `shard/prefix.onnx` computes; None where `shard.onnx` is the whole of the device's half."""
 
     @property
     def trainable(self) -> tuple[TensorEntry, ...]:
@@ -183,6 +204,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
             raise BundleError(f"{where}: {entry.name} trains and is a constant of the graph")
     if manifest.image is not None:
         _check_image(manifest.image, manifest.max_length, where)
+    if manifest.prefix is not None:
+        _check_prefix(manifest, manifest.prefix, where)
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
         repeated = next((name for name, times in Counter(names).items() if times > 1), None)
         if repeated is not None:
@@ -205,6 +228,19 @@ def _check_image(image: ImageEntry, positions: int, where: str) -> None:
     )
     if not fits:
         raise BundleError(f"{where}: the image entry contradicts itself: {image}")
+
+
+def _check_prefix(manifest: Manifest, prefix: PrefixEntry, where: str) -> None:
+    counts_positions = manifest.image is not None
+    fits = (
+        1 <= prefix.blocks < manifest.split
+        and 1 <= prefix.width < 2**31
+        and (prefix.positions > 0) == counts_positions
+        and prefix.positions < 2**31
+        and any(entry.path == SHARD_PREFIX for entry in manifest.files)
+    )
+    if not fits:
+        raise BundleError(f"{where}: the prefix entry contradicts the rest: {prefix}")
 
 
 def load_manifest(bundle: Path) -> Manifest:

@@ -510,7 +510,7 @@ def export(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     half = make_half(case)
     tensors, _ = put_on_lattice(half, case.train)  # type: ignore[arg-type]
-    bundle.write_shard_graph(folder, half, tensors)
+    bundle.write_shard_graphs(folder, half, tensors)
     write_tensors(folder / SHARD_WEIGHTS, plain_parameters(half))
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{n}": n for n in range(4, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

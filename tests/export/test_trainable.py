@@ -9,7 +9,7 @@ from tiny import make_model
 from hosl_export.families import find_family
 from hosl_export.halves import client_half
 from hosl_export.lora import inject_lora
-from hosl_export.trainable import plain_parameters, put_on_lattice, uses_lora
+from hosl_export.trainable import plain_parameters, put_on_lattice, trained_blocks, uses_lora
 from hosl_export.weights import read_tensors
 from hosl_protocol.lattice import exponent_for, is_on_lattice, spacing
 from hosl_protocol.manifest import LoraEntry
@@ -41,7 +41,7 @@ def test_train_blocks_keeps_training_to_the_first_blocks(mode) -> None:
     client = client_half(make_model("opt"), 2)
     if uses_lora(mode):
         inject_lora(client, LoraEntry(targets=("q_proj", "v_proj")), client.family, seed=0)
-    entries, _ = put_on_lattice(client, mode, blocks=1)
+    entries, _ = put_on_lattice(client, mode, trained_blocks(2, 1))
     names = plain_parameters(client)
     allowed = {name for name, tensor in names.items() if EXPECTED[mode](name, tensor.ndim)}
     expected = {name for name in allowed if ".layers.0." in name}
