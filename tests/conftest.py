@@ -118,15 +118,17 @@ def save_tiny_bert(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def export_bundle(made_once: MadeOnce) -> Callable[[Path, str, int], Path]:
-    """The bundle of a model's folder by what trains and where it is cut; made once each."""
+    """The bundle of a model's folder by what trains (`norm:-1`: of the last block) and where it is cut; made once."""
     from hosl_export.__main__ import main
 
     def make(model: Path, train: str = "lora", split: int = 2) -> Path:
         def export(folder: Path) -> None:
-            options = ["--model", str(model), "--split", str(split), "--train", train, "--max-length", "32"]
+            mode, _, blocks = train.partition(":")
+            options = ["--model", str(model), "--split", str(split), "--train", mode, "--max-length", "32"]
+            options += ["--train-blocks", blocks] if blocks else []
             assert main([*options, "--out", str(folder / "bundle")]) == 0
 
-        return made_once(f"{model.name}-{train}-{split}", export) / "bundle"
+        return made_once(f"{model.name}-{train.replace(':', '-')}-{split}", export) / "bundle"
 
     return make
 

@@ -201,9 +201,7 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
     return ClientHalf(half, family, image).eval()
 
 
-def divide(
-    client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None
-) -> tuple[ClientHalf, ClientHalf]:
+def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None) -> tuple[ClientHalf, ClientHalf]:
     """The first `blocks` of a client half and the others, sharing its tensors; the client half stays whole.
 
     `grid` is the shape of the activations between them where they are a feature map.

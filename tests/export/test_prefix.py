@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import save_image_model
 from tiny import BLOCKS, make_batch
 
 from hosl_edge.data import Batch
@@ -16,6 +15,7 @@ from hosl_edge.shard import Shard
 from hosl_export.check import TOLERANCE
 from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_protocol.manifest import SHARD_PREFIX, load_manifest
+from pictures import save_image_model
 
 IMAGE_KINDS = ("vit", "resnet-bottleneck")
 KINDS = ("opt-350m", "gemma3_text", "gpt2", "bert", *IMAGE_KINDS)
@@ -78,7 +78,9 @@ def test_what_is_held_runs_the_prefix_once_and_sees_the_trained_weights_move(
 
 
 def test_as_many_last_blocks_as_there_are_need_no_prefix(tmp_path: Path, model_folder) -> None:
-    settings = ExportSettings(model=str(model_folder("opt")), split=2, out=tmp_path / "b", train="norm", train_blocks=-2)
+    settings = ExportSettings(
+        model=str(model_folder("opt")), split=2, out=tmp_path / "b", train="norm", train_blocks=-2
+    )
     assert export_bundle(settings).prefix_blocks == 0
     assert not (tmp_path / "b" / SHARD_PREFIX).exists()
     manifest = load_manifest(tmp_path / "b")

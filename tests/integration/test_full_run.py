@@ -140,12 +140,18 @@ start_with = 2
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "client"), [("ho-sfl", {}), ("ho-sfl", {"optimizer": "adamw"}), ("hosl", {}), ("frozen", {})]
+    ("algorithm", "train", "client"),
+    [
+        ("ho-sfl", "lora", {}),
+        ("ho-sfl", "norm:-1", {"optimizer": "adamw"}),
+        ("hosl", "lora", {}),
+        ("frozen", "lora", {}),
+    ],
 )
 def test_a_run_with_two_devices_ends_in_a_checkpoint_that_computes_what_the_halves_do(
-    site: Callable[[str], Site], tmp_path: Path, algorithm: str, client: dict[str, object]
+    site: Callable[[str], Site], tmp_path: Path, algorithm: str, train: str, client: dict[str, object]
 ) -> None:
-    here = site("lora")
+    here = site(train)
     cloud = here.start_cloud(settings(algorithm, **client))
     devices = [here.start_device(name) for name in ("pi-1", "pi-2")]
     first, second = (here.summary(device) for device in devices)
