@@ -1,6 +1,7 @@
 """One training step on the device: hosl's three rounds against plain forwards and against clients in torch.
 
-    python tests/benchmarks/edge_step.py [--models ...] [--splits ...] [--trains ...] [--shapes ...] [--all] [--json]
+    python tests/benchmarks/edge_step.py [--models ...] [--splits ...] [--trains ...] [--train-blocks N] [--shapes ...]
+        [--all] [--json]
 
 Client halves with random weights. Each method has a process of its own, which tells its peak resident memory at its
 end; the processes are asked in turn for one repetition each, and times are medians. A hosl step is the device's own
@@ -65,11 +66,13 @@ class Case:
     train: str
     batch: int
     length: int
+    train_blocks: int | None = None
+    """As of hosl-export."""
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
     """What the options ask for; without any, a part of the grid that takes about a quarter of an hour."""
-    narrowed = (options.models, options.splits, options.trains, options.shapes)
+    narrowed = (options.models, options.splits, options.trains, options.shapes, options.train_blocks)
     if not any(narrowed) and not options.all:
         return [
             Case("OPT-125M", 6, "blocks", 8, 64),
@@ -80,7 +83,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
         ]
     defaults = {"OPT-125M": [(8, 64), (16, 128), (64, 128)], "OPT-1.3B": [(16, 128)]}
     return [
-        Case(model, split, train, *shape)
+        Case(model, split, train, *shape, train_blocks=options.train_blocks)
         for model in options.models or GEOMETRIES
         for split in options.splits or (6, 3)
         for train in options.trains or ("blocks", "lora")
@@ -415,7 +418,7 @@ class TorchClient:
         import torch
 
         from hosl_export.lora import plain_name
-        from hosl_export.trainable import is_trainable
+        from hosl_export.trainable import is_trainable, trained_blocks
         from hosl_export.weights import read_tensors
         from hosl_protocol.manifest import SHARD_WEIGHTS
 
@@ -427,7 +430,8 @@ class TorchClient:
         half.model.load_state_dict({name: state[plain_name(name)] for name in half.model.state_dict()}, assign=True)
         self._trained: list[torch.nn.Parameter] = []
         for name, parameter in half.model.named_parameters():
-            parameter.requires_grad = is_trainable(plain_name(name), parameter, case.train, half.family)  # type: ignore[arg-type]
+            blocks = trained_blocks(case.split, case.train_blocks)
+            parameter.requires_grad = is_trainable(plain_name(name), parameter, case.train, half.family, blocks)  # type: ignore[arg-type]
             self._trained += [parameter] if parameter.requires_grad else []
         self._half = half
         self._ids_BL = torch.from_numpy(np.load(folder / "ids.npy"))
@@ -503,14 +507,17 @@ def export(case: Case, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from hosl_export import bundle
-    from hosl_export.trainable import plain_parameters, put_on_lattice
+    from hosl_export.trainable import plain_parameters, put_on_lattice, trained_blocks
     from hosl_export.weights import write_tensors
-    from hosl_protocol.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
+    from hosl_protocol.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
 
     torch.manual_seed(0)
     half = make_half(case)
-    tensors, _ = put_on_lattice(half, case.train)  # type: ignore[arg-type]
-    bundle.write_shard_graphs(folder, half, tensors)
+    trained = trained_blocks(case.split, case.train_blocks)
+    tensors, _ = put_on_lattice(half, case.train, trained)  # type: ignore[arg-type]
+    width = half.model.config.hidden_size
+    prefix = PrefixEntry(blocks=trained.start, width=width) if trained.start > 0 else None
+    bundle.write_shard_graphs(folder, half, tensors, prefix)
     write_tensors(folder / SHARD_WEIGHTS, plain_parameters(half))
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{n}": n for n in range(4, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -522,7 +529,7 @@ def export(case: Case, folder: Path) -> None:
         architecture="OPTForCausalLM",
         split=case.split,
         blocks=case.split,
-        width=half.model.config.hidden_size,
+        width=width,
         max_length=2048,
         pad_token_id=1,
         train=case.train,  # type: ignore[arg-type]
@@ -530,6 +537,7 @@ def export(case: Case, folder: Path) -> None:
         inputs=("input_ids",),
         tensors=tensors,
         files=bundle.describe_files(folder),
+        prefix=prefix,
     )
     bundle.write_manifest(folder, manifest)
 
@@ -543,6 +551,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(GEOMETRIES))
     parser.add_argument("--splits", nargs="+", type=int)
     parser.add_argument("--trains", nargs="+", choices=("lora", "norm", "blocks", "all"))
+    parser.add_argument("--train-blocks", type=int, metavar="N", help="as of hosl-export")
     parser.add_argument("--shapes", nargs="+", type=as_shape, metavar="BATCHxLENGTH")
     parser.add_argument("--all", action="store_true", help="every model, split, --train and shape (an hour and more)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
