@@ -30,7 +30,7 @@ demo-hosl: $(VENV)/installed
 	$(BIN)/python examples/reviews/demo.py --config examples/reviews/hosl.toml
 
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 
 test-aarch64: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/aarch64.sh

@@ -17,8 +17,8 @@ from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_protocol.manifest import SHARD_PREFIX, load_manifest
 from pictures import save_image_model
 
-IMAGE_KINDS = ("vit", "resnet-bottleneck")
-KINDS = ("opt-350m", "gemma3_text", "gpt2", "bert", *IMAGE_KINDS)
+IMAGE_KINDS = ("resnet-bottleneck",)
+KINDS = ("gemma3_text", "gpt2", "bert", *IMAGE_KINDS)
 """One of each way to cut."""
 
 
