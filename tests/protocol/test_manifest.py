@@ -74,6 +74,15 @@ def tensor(**changes):
     return {"name": "w", "shape": [2], "trainable": True, "exponent": -24, **changes}
 
 
+WITH_PREFIX = {"files": [{"path": "shard/prefix.onnx", "size_bytes": 1, "sha256": "0"}]}
+
+
+def test_a_prefix_is_read() -> None:
+    manifest = decode_manifest(changed_json(prefix={"blocks": 1, "width": 4}, **WITH_PREFIX))
+    assert manifest.prefix is not None
+    assert manifest.prefix.set_bytes(rows=3, length=5) == 4 * 3 * 5 * 4
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -87,6 +96,10 @@ def tensor(**changes):
         ({"files": [msgspec.to_builtins(FILES[0])] * 2}, "lists file shard/shard.onnx twice"),
         ({"files": [{"path": "shard/../../x", "size_bytes": 1, "sha256": "0"}]}, "names a file outside the bundle"),
         ({"files": [{"path": "/etc/x", "size_bytes": 1, "sha256": "0"}]}, "names a file outside the bundle"),
+        ({"prefix": {"blocks": 6, "width": 4}}, "the prefix entry contradicts the rest"),
+        ({"prefix": {"blocks": 1, "width": 0}, **WITH_PREFIX}, "the prefix entry contradicts the rest"),
+        ({"prefix": {"blocks": 1, "width": 4, "positions": 9}, **WITH_PREFIX}, "the prefix entry contradicts the rest"),
+        ({"prefix": {"blocks": 1, "width": 4}}, "the prefix entry contradicts the rest"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(changes, sentence):
