@@ -150,7 +150,7 @@ class Site:
             settings=self.settings,
             shard=self.shard,
             weights=self.weights,
-            held_sets=1 if self.settings.algorithm == "hosl" else min(self.settings.directions, step.MOST_HELD_SETS),
+            held_sets=step.useful_sets(self.settings),
             attempt=message.attempt,
         )
 

@@ -25,7 +25,7 @@ from hosl_edge.pace import RATED_COEFFICIENTS, Pace, load_link, measure_replay_s
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
 from hosl_edge.snapshot import check_offer, drop_others, read_snapshot, snapshot_path
-from hosl_edge.step import MOST_HELD_SETS
+from hosl_edge.step import useful_sets
 from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
 from hosl_protocol import (
     BundleError,
@@ -287,7 +287,7 @@ class Device:
             necessary + untouched,
             budget,
         )
-        self.held_sets = 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
+        self.held_sets = useful_sets(settings)
         if budget is not None:
             anonymous = read_memory().anonymous
             free = budget - anonymous - spare_bytes(anonymous - before) - necessary - untouched
