@@ -1,4 +1,4 @@
-"""One connection to the cloud, from Hello to its end: the shell around the sans-I/O protocol and the steps."""
+"""One connection to the cloud, from Hello to its end: what each message asks of the device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from hosl_edge import step
 from hosl_edge.device import Device
@@ -25,36 +23,31 @@ from hosl_edge.exceptions import (
     ConsentError,
     DataError,
     MemoryBudgetError,
-    NoRun,
     RefusedError,
     SnapshotError,
 )
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.health import read_health
+from hosl_edge.link import Link
 from hosl_edge.memory import read_memory
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
+from hosl_edge.trust import Cloud
 from hosl_protocol import (
-    PIECE_BYTES,
     BundleError,
     CatchUp,
     Complete,
-    Connection,
     CutGradient,
     EvalResult,
     EvalStart,
     Frame,
-    Goodbye,
     Hello,
     HoslError,
     Late,
     Message,
-    Phase,
     ProbeLoss,
     ProtocolError,
     Ready,
     Refusal,
     Report,
-    Role,
     RoundStart,
     Snapshot,
     Update,
@@ -65,9 +58,6 @@ from hosl_protocol import (
 )
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S = 15.0
-"""A peer that answers no ping for this long, after as long a silence, is gone."""
 
 PATIENCE = 3
 """Deadlines of a stage for which a device waits for a reply of a cloud that still answers pings."""
@@ -86,21 +76,6 @@ _FAREWELLS: tuple[tuple[type[HoslError], str], ...] = (
 )
 
 T = TypeVar("T")
-
-
-class _Connect(connect):
-    """Follows no redirect: the cloud may not send a device, with its token, anywhere else."""
-
-    def process_redirect(self, exc: Exception) -> Exception:
-        """The redirect is an error."""
-        return exc
-
-
-def _quiet_logger() -> logging.Logger:
-    """For websockets, whose debug lines show every header, and so the token."""
-    quiet = logging.getLogger("hosl_edge.websocket")
-    quiet.setLevel(logging.INFO)
-    return quiet
 
 
 async def _at_once(progress: Progress, deadline_s: float) -> None:
@@ -125,125 +100,54 @@ class Session:
     cloud: Cloud
     pace: Callable[[Progress, float], Awaitable[None]] = _at_once
     """Awaited before each round's work, with its deadline: a hot device pauses."""
-    _connection: Connection = field(default_factory=lambda: Connection(Role.EDGE))
-    _incoming: asyncio.Queue[Frame | HoslError] = field(default_factory=asyncio.Queue)
-    _outgoing: asyncio.Queue[tuple[Message, Mapping[str, Any]]] = field(default_factory=asyncio.Queue)
     _welcome: Welcome | None = None
-    _writer: asyncio.Task[None] | None = None
     _started: RoundStart | EvalStart | None = None
     """The last round or evaluation that began."""
     _has_warned: bool = False
 
+    def __post_init__(self) -> None:
+        self.link = Link(self.progress)
+
     async def run(self) -> Complete:
         """Take part until the run ends. Raises ConnectionLost, RefusedError, or what the device's data deserves."""
-        url = self.cloud.address
-        try:
-            async with _Connect(
-                url.rstrip("/") + "/v1/device",
-                additional_headers=self.cloud.headers,
-                ssl=self.cloud.context,
-                logger=_quiet_logger(),
-                compression=None,
-                max_size=PIECE_BYTES,
-                ping_interval=HEARTBEAT_S,
-                ping_timeout=HEARTBEAT_S,
-            ) as socket:
-                return await self._talk(socket)
-        except InvalidStatus as error:
-            code = error.response.status_code
-            if code in (401, 403):
-                raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
-            if code == 503:
-                raise NoRun(error.response.headers.get("Retry-After")) from error
-            raise ConnectionLost(f"{url} answered {code}") from error
-        except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
-            raise ConnectionLost(f"cannot talk to {url}: {explain(error)}") from error
+        async with self.link.open(self.cloud):
+            try:
+                await self._say_hello()
+                return await self._talk()
+            except (ConnectionLost, RefusedError):
+                raise
+            except HoslError as error:
+                await self.link.leave(_farewell(error))
+                raise
+            except OSError as error:  # a full disk may have room again
+                await self.link.leave("its disk cannot be used, see its log")
+                raise ConnectionLost(f"this device's disk: {error}") from error
 
-    async def _talk(self, socket: ClientConnection) -> Complete:
-        self._writer = asyncio.create_task(self._write(socket))
-        tasks = [asyncio.create_task(self._read(socket)), self._writer]
-        try:
-            await self._say_hello()
-            interruption: Frame | None = None
-            while True:
-                frame = interruption or await self._next()
-                if isinstance(frame.message, Complete):
-                    return frame.message
-                self.progress.state = STATES.get(type(frame.message), self.progress.state)
-                interruption = await self._handle(frame)
-                self.progress.state = "waiting"
-        except HoslError as error:
-            if not isinstance(error, (ConnectionLost, RefusedError)):
-                await self._leave(_farewell(error))
-            raise
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _read(self, socket: ClientConnection) -> None:
-        """Drain the socket, so that pings are answered whatever the rest is doing."""
-        try:
-            async for piece in socket:
-                if isinstance(piece, str):
-                    piece = piece.encode()
-                self.progress.received_bytes += len(piece)
-                if self._connection.phase is Phase.CLOSED:
-                    continue
-                frame = self._connection.receive(piece)
-                if frame is not None:
-                    self._incoming.put_nowait(frame)
-            error: HoslError = ConnectionLost("the cloud closed the connection")
-        except HoslError as broken:
-            error = broken
-        except (ConnectionClosed, OSError) as broken:
-            error = ConnectionLost(f"the connection broke: {broken}")
-        except Exception as broken:
-            log.exception("reading failed")
-            error = ConnectionLost(f"reading failed: {broken}")
-        self._incoming.put_nowait(error)
-
-    async def _write(self, socket: ClientConnection) -> None:
-        try:
-            while True:
-                message, tensors = await self._outgoing.get()
-                for piece in self._connection.send(message, tensors):
-                    await socket.send(piece)
-                    self.progress.sent_bytes += len(piece)
-                del tensors
-                self._outgoing.task_done()
-        except ConnectionClosed:
-            pass  # the reader reports it
-        except Exception as error:
-            log.exception("writing failed")
-            self._incoming.put_nowait(ConnectionLost(f"writing failed: {error}"))
+    async def _talk(self) -> Complete:
+        interruption: Frame | None = None
+        while True:
+            frame = interruption or await self._next()
+            if isinstance(frame.message, Complete):
+                return frame.message
+            self.progress.state = STATES.get(type(frame.message), self.progress.state)
+            interruption = await self._handle(frame)
+            self.progress.state = "waiting"
 
     async def _next(self) -> Frame:
-        item = await self._incoming.get()
-        if isinstance(item, HoslError):
-            raise item
-        if isinstance(item.message, Refusal):
-            if item.message.code in ("data", "eval-data"):
+        """The next frame; raises what a Refusal says."""
+        frame = await self.link.receive()
+        if isinstance(frame.message, Refusal):
+            if frame.message.code in ("data", "eval-data"):
                 settings = self.device.settings
-                path = settings.data if item.message.code == "data" else settings.eval or "--eval"
-                raise DataError(Path(path), None, item.message.reason)
-            raise RefusedError(item.message.reason, retry=item.message.retry)
-        return item
-
-    def _send(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
-        self._outgoing.put_nowait((message, tensors or {}))
-
-    async def _leave(self, reason: str) -> None:
-        if self._connection.phase is Phase.CLOSED:
-            return
-        self._send(Goodbye(reason=reason))
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._outgoing.join(), 5.0)
+                path = settings.data if frame.message.code == "data" else settings.eval or "--eval"
+                raise DataError(Path(path), None, frame.message.reason)
+            raise RefusedError(frame.message.reason, retry=frame.message.retry)
+        return frame
 
     async def _say_hello(self) -> None:
         device, header = self.device, self.device.header
         pace = await _in_thread(device.pace)
-        self._send(
+        self.link.send(
             Hello(
                 software=self.software,
                 device=device.settings.name,
@@ -302,7 +206,7 @@ class Session:
         except SnapshotError as error:
             raise ConnectionLost(f"{error}; the missed rounds are replayed instead") from error
         except ConnectionLost:
-            if self._connection.phase is not Phase.CLOSED:
+            if not self.link.is_closed:
                 raise
             return await self._last_word()
         return None
@@ -313,7 +217,7 @@ class Session:
         self.display.say(f"downloads a snapshot of round {snapshot.round}, {size_mb:.1f} MB, instead of replaying")
 
         def on_progress(done: int, size: int) -> None:
-            if left.is_set() or self._connection.phase is Phase.CLOSED:
+            if left.is_set() or self.link.is_closed:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
             self.display.show_download("snapshot", done, size)
 
@@ -336,7 +240,7 @@ class Session:
 
     async def _ready(self) -> None:
         device, welcome = self.device, self._joined()
-        self._send(
+        self.link.send(
             Ready(
                 run=welcome.run,
                 epoch=welcome.epoch,
@@ -375,7 +279,7 @@ class Session:
     async def _report(self) -> None:
         memory = read_memory()
         welcome = self._joined()
-        self._send(
+        self.link.send(
             Report(
                 run=welcome.run,
                 epoch=welcome.epoch,
@@ -396,7 +300,7 @@ class Session:
             raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
         train = device.train
         assert train is not None
-        await self._drain()
+        await self.link.drain()
         await self.pace(self.progress, start.deadline_s)
         name = device.settings.name
         indices = batch_indices(settings.seed, start.round, name, len(train), settings.batch_size)
@@ -418,20 +322,13 @@ class Session:
 
         if self.device.eval is None:
             raise ProtocolError("eval-start, and this device has no held-out data")
-        await self._drain()
+        await self.link.drain()
         context = self._begin(start)
         interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)
         if interruption is None and totals[1]:
             self.progress.accuracy = float(totals[0] / totals[1])
             self.display.show(self.progress)
         return interruption
-
-    async def _drain(self) -> None:
-        """Wait until everything is sent: on a slow link sets of activations would pile up behind each other."""
-        assert self._writer is not None
-        emptied = asyncio.create_task(self._outgoing.join())
-        await asyncio.wait({emptied, self._writer}, return_when=asyncio.FIRST_COMPLETED)
-        emptied.cancel()
 
     def _begin(self, start: RoundStart | EvalStart) -> step.RoundContext:
         self._started = start
@@ -463,7 +360,7 @@ class Session:
                 if action is None:
                     return None
                 if isinstance(action, step.Send):
-                    self._send(action.message, action.tensors)
+                    self.link.send(action.message, action.tensors)
                 else:
                     reply = await asyncio.wait_for(self._reply(action, context), patience_s)
         except asyncio.TimeoutError:

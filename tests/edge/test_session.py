@@ -38,7 +38,7 @@ def drive(patience_s: float | None, answer_after_s: float, *answers: Reply) -> t
         driving = asyncio.create_task(session._drive(steps(), context, patience_s))
         await asyncio.sleep(answer_after_s)
         for answer in answers:
-            session._incoming.put_nowait(Frame(answer))
+            session.link._incoming.put_nowait(Frame(answer))
         return await driving
 
     return got, said, asyncio.run(main())

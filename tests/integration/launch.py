@@ -19,7 +19,7 @@ from typing import Any
 SHORTER = {
     "hosl_edge": {
         "hosl_edge.agent.LONGEST_PAUSE_S": 1.0,  # 20
-        "hosl_edge.session.HEARTBEAT_S": 2.0,  # 15
+        "hosl_edge.link.HEARTBEAT_S": 2.0,  # 15
         "hosl_edge.fetch.TIMEOUT_S": 3.0,  # 30
         "hosl_edge.device.measure_replay_s": lambda *_: 1.0,  # beside a known link: a snapshot is always faster
     },
