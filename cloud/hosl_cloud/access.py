@@ -18,7 +18,8 @@ from starlette.requests import HTTPConnection
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.limits import Limits
-from hosl_cloud.store import Store, TokenRow
+from hosl_cloud.records import TokenRow
+from hosl_cloud.store import Store
 from hosl_cloud.tokens import SEPARATOR, token_text
 
 _NOBODY = secrets.token_bytes(32)

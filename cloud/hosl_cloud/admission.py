@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from hosl_cloud.access import is_device_name
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.fleet import Fleet, Participant
 from hosl_cloud.peer import Peer
-from hosl_cloud.run import Run
+from hosl_cloud.run import Compute, Run
 from hosl_cloud.snapshots import Snapshots
 from hosl_protocol import (
     CATCH_UP_ROUNDS,
@@ -49,7 +48,7 @@ class Admission:
 
     run: Run
     fleet: Fleet
-    compute: Callable[[Callable[[], Any]], Awaitable[Any]]
+    compute: Compute
     """Runs work on the thread that owns the mirror."""
     snapshots: Snapshots
     say: Callable[[str], None]

@@ -13,9 +13,9 @@ from hosl_cloud.checkpoint import Checkpoint, Metrics, list_checkpoints
 from hosl_cloud.coordinator import Coordinator
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.operations import Call, Operation, Query
+from hosl_cloud.records import Evaluation, RunRow
 from hosl_cloud.runs import Runs
 from hosl_cloud.settings import parse_config
-from hosl_cloud.store import Evaluation, RunRow
 from hosl_protocol import load_manifest
 from hosl_protocol.manifest import MANIFEST
 

@@ -18,25 +18,18 @@ import numpy as np
 
 from hosl_cloud import metrics
 from hosl_cloud.admission import Admission, aside
-from hosl_cloud.checkpoint import (
-    Metrics,
-    find_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    rank,
-    record_metrics,
-    save_checkpoint,
-)
+from hosl_cloud.checkpoint import load_checkpoint
 from hosl_cloud.curves import CURVES, Curves
 from hosl_cloud.evaluation import evaluate
-from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError, StoreError, is_disk_full
+from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError
 from hosl_cloud.exchange import Exchange, Fault, RoundContext, TailHolder
-from hosl_cloud.fleet import Fleet, Waiting
+from hosl_cloud.fleet import Fleet
+from hosl_cloud.keeper import Keeper
+from hosl_cloud.records import Evaluation
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.snapshots import Snapshots
-from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Manifest, Refusal, Update, UpdateRecord, sample_devices
 from hosl_protocol.logs import note_place
@@ -45,17 +38,6 @@ log = logging.getLogger(__name__)
 
 MAX_FRUITLESS = 5
 """Tries of one round after which the run fails."""
-
-DISK_PAUSE_S = 5.0
-"""Between tries to write to a full disk."""
-
-ROOM = "room on the disk"
-"""What a run waits for whose disk is full."""
-
-_PARTIAL = (
-    "devices left before they had sent everything: {evaluation.examples} of {evaluation.of_examples} examples, "
-    "which do not count for the best"
-)
 
 MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], TailHolder]
 """Loads a bundle's tail."""
@@ -79,12 +61,9 @@ class Coordinator:
         self.fleet = Fleet(self._compute, self._strike, run.bundle.name)
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
+        self.keeper = Keeper(run, self.fleet, self._compute, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._leaving = contextlib.ExitStack()
-        self._best: Evaluation | None = None
-        self._since_best = 0
-        self._checkpointed = 0
-        """The round of the newest checkpoint; 0 is what the bundle holds."""
         self._round = round_ or ROUNDS[run.config.algorithm]
         self._roster: list[str] = []
         """Who was there at the start: the devices of a strict run."""
@@ -94,7 +73,6 @@ class Coordinator:
         """Tries of a round in a row that came to nothing."""
         self._counted_bytes = 0
         self._is_checkpoint_due = False
-        self._checkpointed_at = time.monotonic()
         self._is_stopping = self._is_pausing = False
 
     async def prepare(self, checkpoint: Path | None = None) -> None:
@@ -106,9 +84,8 @@ class Coordinator:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
         self._curves = Curves(run.folder / CURVES, run.round + 1)
-        self._checkpointed = run.round
         for evaluation in self.store.evaluations(run.id):
-            self._note_rank(evaluation)
+            self.keeper.note(evaluation)
 
     def _load_tail(self) -> TailHolder:
         run = self.run
@@ -124,11 +101,6 @@ class Coordinator:
         """Stop the compute thread after what it does now, and let the tail go."""
         self._executor.submit(self._leaving.close)
         self._executor.shutdown(wait=False)
-
-    @property
-    def is_waiting_for_room(self) -> bool:
-        """Whether the disk is full."""
-        return self.fleet.waiting is not None and self.fleet.waiting.what == ROOM
 
     async def request_stop(self, *, pause: bool = False) -> None:
         """End the run after the round that is under way, or `pause` it, so that a later service goes on with it."""
@@ -146,17 +118,17 @@ class Coordinator:
             if not self._is_evaluated():  # the service stopped before it could
                 await self._wait_for_quorum()
                 await self._evaluate()
-            if self._is_overdue():
+            if self.keeper.is_overdue:
                 return await self._finish("stopped-early")
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
                 continue
             if self._is_evaluation_due():
                 await self._evaluate()
-                if self._is_overdue():
+                if self.keeper.is_overdue:
                     return await self._finish("stopped-early")
-            if self._is_checkpoint_due or self._is_checkpoint_time():
-                await self._checkpoint(None)
+            if self._is_checkpoint_due or self.keeper.is_due:
+                await self.keeper.keep(self.trainer)
                 self._is_checkpoint_due = False
         if run.round == rounds and (self._is_evaluated() or not self._is_pausing):
             return await self._finish("completed")
@@ -171,11 +143,11 @@ class Coordinator:
             self._roster = self.fleet.ready_names()
             await asyncio.to_thread(self.store.set_roster, self.run.id, self._roster)
         if not self._is_stopping:
-            await (self._evaluate() if self.config.evaluation.start else self._checkpoint(None))
+            await (self._evaluate() if self.config.evaluation.start else self.keeper.keep(self.trainer))
 
     async def _pause(self) -> Paused:
         """Leave everything so that a later service goes on with this round."""
-        await self._checkpoint(None)
+        await self.keeper.keep(self.trainer)
         await self.pause()
         return "paused"
 
@@ -241,7 +213,7 @@ class Coordinator:
         known = len(self.run.mirror.coarsenings)
         await self._compute(lambda: self.run.apply(update))
         wire_bytes = self._count_bytes()
-        await self._durably(
+        await self.keeper.durably(
             lambda: self.store.add_round(
                 self.run.id,
                 self.run.epoch,
@@ -317,19 +289,15 @@ class Coordinator:
     async def _evaluate(self) -> None:
         evaluation = await self._score()
         if evaluation is None:
-            await self._checkpoint(None)
+            await self.keeper.keep(self.trainer)
             return
-        await self._durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
+        await self.keeper.durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
         figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
         await self._compute(lambda: self._curves.add(self.run.round, figures))
-        self.say(
-            f"evaluation at round {self.run.round}: accuracy {100 * evaluation.accuracy:.1f} % "
-            f"({evaluation.correct} of {evaluation.scored}), loss {evaluation.loss:.4f}"
-            + ("" if evaluation.is_complete else f"; {_PARTIAL.format(evaluation=evaluation)}")
-        )
-        self._note_rank(evaluation)
-        await self._checkpoint(evaluation)
+        self.say(f"evaluation at round {self.run.round}: {_sentence(evaluation)}")
+        self.keeper.note(evaluation)
+        await self.keeper.keep(self.trainer, evaluation)
 
     def _is_evaluation_due(self) -> bool:
         every, round_ = self.config.evaluation.every, self.run.round
@@ -358,61 +326,8 @@ class Coordinator:
     def _is_complete(self, devices: Collection[str]) -> bool:
         return set(devices) <= set(self.fleet.ready_names())
 
-    def _note_rank(self, evaluation: Evaluation) -> None:
-        if not evaluation.is_complete:
-            return
-        self._since_best += 1
-        if self._best is None or self._rank(evaluation) > self._rank(self._best):
-            self._best, self._since_best = evaluation, 0
-
-    def _rank(self, evaluation: Evaluation) -> tuple[float, float]:
-        return rank(_metrics(evaluation), self.config.task.kind)
-
-    def _is_overdue(self) -> bool:
-        patience = self.config.evaluation.patience
-        return bool(patience) and self._since_best >= patience and self.run.round < self.config.rounds
-
-    async def _checkpoint(self, evaluation: Evaluation | None) -> None:
-        """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
-        keep = self.config.checkpoints.keep
-        scores = None if evaluation is None else _metrics(evaluation)
-        run = self.run
-        if self._checkpointed == run.round:
-            if run.round and scores is not None:
-                path = find_checkpoint(run.folder, run.round).path
-                await self._durably(lambda: record_metrics(path, scores))
-            return
-        await self._durably(
-            lambda: save_checkpoint(run.folder, run.round, run.epoch, self.trainer, self.config, scores)
-        )
-        await self._compute(lambda: prune_checkpoints(run.folder, keep))
-        self._checkpointed, self._checkpointed_at = run.round, time.monotonic()
-        metrics.checkpoint_time.labels(run.bundle.name).set_to_current_time()
-
-    def _is_checkpoint_time(self) -> bool:
-        settings = self.config.checkpoints
-        is_due = bool(settings.every) and self.run.round % settings.every == 0
-        is_late = bool(settings.minutes) and time.monotonic() - self._checkpointed_at >= 60.0 * settings.minutes
-        return is_due or is_late
-
-    async def _durably(self, work: Callable[[], object]) -> None:
-        """Write to disk; where that is full, the run waits for room, and says so."""
-        while True:
-            try:
-                await self._compute(work)
-            except (OSError, StoreError) as error:
-                if not is_disk_full(error):
-                    raise
-                if not self.is_waiting_for_room:
-                    self.say(f"the disk is full ({error}); the run goes on when there is room")
-                    self.fleet.waiting = Waiting(ROOM, (), time.time())
-                await asyncio.sleep(DISK_PAUSE_S)
-            else:
-                self.fleet.waiting = None
-                return
-
     async def _finish(self, ending: Ending) -> Ending:
-        await self._checkpoint(None)
+        await self.keeper.keep(self.trainer)
         await self.end(ending)
         return ending
 
@@ -440,11 +355,13 @@ class Coordinator:
             await asyncio.sleep(0.1)
 
 
-def _metrics(evaluation: Evaluation) -> Metrics:
-    return Metrics(
-        loss=evaluation.loss,
-        correct=evaluation.correct,
-        scored=evaluation.scored,
-        examples=evaluation.examples,
-        of_examples=evaluation.of_examples,
+def _sentence(evaluation: Evaluation) -> str:
+    """What a person is told of an evaluation."""
+    text = (
+        f"accuracy {100 * evaluation.accuracy:.1f} % ({evaluation.correct} of {evaluation.scored}), "
+        f"loss {evaluation.loss:.4f}"
     )
+    if evaluation.is_complete:
+        return text
+    part = f"{evaluation.examples} of {evaluation.of_examples} examples"
+    return f"{text}; devices left before they had sent everything: {part}, which do not count for the best"

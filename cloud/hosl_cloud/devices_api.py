@@ -9,7 +9,7 @@ import msgspec
 
 from hosl_cloud.access import Access
 from hosl_cloud.operations import Call, Operation
-from hosl_cloud.store import TokenRow
+from hosl_cloud.records import TokenRow
 
 Disconnect = Callable[[str, str], None]
 """Ends the connection of a device, by name and with a reason, where it has one."""

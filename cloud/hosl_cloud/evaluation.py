@@ -13,7 +13,7 @@ import numpy as np
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.exchange import Action, Ask, Exchange, RoundContext, Tell, batch_of, blame, first_few, refuse
-from hosl_cloud.store import Evaluation
+from hosl_cloud.records import Evaluation
 from hosl_protocol import EvalBatch, EvalResult, EvalStart, Frame
 
 log = logging.getLogger(__name__)

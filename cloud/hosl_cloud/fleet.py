@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from hosl_cloud import metrics
 from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Shared, Tally, Tell
+from hosl_cloud.run import Compute
 from hosl_protocol import Frame, Message, Refusal, name_of
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Waiting:
 class Fleet:
     """The connected devices. Its methods run on the event loop; `compute` is what runs a generator's work."""
 
-    compute: Callable[[Callable[[], Any]], Awaitable[Any]]
+    compute: Compute
     on_fault: Callable[[Fault], Awaitable[None]]
     bundle: str = ""
     """Its name, for the figures."""

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from hosl_cloud.store import RunRow, Store
+from hosl_cloud.records import RunRow
+from hosl_cloud.store import Store
 from hosl_protocol import BundleError, Manifest, make_client_weights
 from hosl_protocol.manifest import SHARD_WEIGHTS
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hosl_cloud.checkpoint import Checkpoint, list_checkpoints, set_aside, verify
 from hosl_cloud.exceptions import CheckpointError
+from hosl_cloud.records import RunRow
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import RunRow, Store
+from hosl_cloud.store import Store
 from hosl_protocol import Manifest
 
 log = logging.getLogger(__name__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.settings import RunConfig
@@ -15,6 +16,9 @@ Ending = Literal["completed", "stopped-early", "stopped", "failed"]
 """How a run ends; a paused one does not."""
 
 Paused = Literal["paused"]
+
+Compute: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs work on the one thread that owns the tail and the mirror."""
 
 KEPT_DIGESTS = 16
 """Rounds whose digest is remembered; a device that reports on an older one is not checked."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from hosl_cloud.coordinator import Coordinator, MakeTail
 from hosl_cloud.data_folder import new_run_id, run_folder
 from hosl_cloud.exceptions import ApiError
+from hosl_cloud.records import UNENDED, BegunBy, RunRow
 from hosl_cloud.resume import cut
 from hosl_cloud.returning import Returning
 from hosl_cloud.run import Ending, Paused, Run
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import UNENDED, BegunBy, RunRow, Store
+from hosl_cloud.store import Store
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
 from hosl_protocol.logs import log_scope
@@ -293,7 +294,7 @@ class Runs:
             self.store.states()
         except HoslError as error:
             found.append(str(error))
-        full = [slot for slot in self.slots() if slot.coordinator and slot.coordinator.is_waiting_for_room]
+        full = [slot for slot in self.slots() if slot.coordinator and slot.coordinator.keeper.is_waiting_for_room]
         return found + [f"run {slot.run} waits for room on the disk" for slot in full]
 
     async def _halt(self, slot: Slot, limit_s: float | None, *, pause: bool) -> None:

@@ -13,8 +13,8 @@ from urllib.parse import quote
 from hosl_cloud.api_client import ApiClient, add_client_options, client_of, is_local
 from hosl_cloud.data_folder import add_data_dir, is_locked
 from hosl_cloud.exceptions import RequestError, ServiceError
+from hosl_cloud.records import UNENDED
 from hosl_cloud.settings import read_config
-from hosl_cloud.store import UNENDED
 from hosl_protocol import ExitCode
 from hosl_protocol.terminal import add_common_options
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hosl_cloud.run import Run
+from hosl_cloud.run import Compute, Run
 from hosl_protocol import ClientState, Hello, Moments, Snapshot, SnapshotHeader, sha256_of_file
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Snapshots:
     """A run's snapshots. Its methods run on the event loop."""
 
     run: Run
-    compute: Callable[[Callable[[], Any]], Awaitable[Any]]
+    compute: Compute
     """Runs work on the thread that owns the mirror."""
     _kept: dict[tuple[int, int], Snapshot] = field(default_factory=dict)
     """By epoch and round, oldest first."""

@@ -13,201 +13,20 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
+from hosl_cloud.records import UNENDED, BegunBy, DeviceRow, Evaluation, EventRow, RoundRow, RunRow, TokenRow
+from hosl_cloud.schema import migrate
 from hosl_cloud.settings import RunConfig
 from hosl_protocol import Report, UpdateRecord
 
-SCHEMA_VERSION = 7
-
-UNENDED = ("pending", "running", "paused")
-"""States of runs that go on, now or later."""
-
-_FIRST_SCHEMA = """
-CREATE TABLE runs (
-    id TEXT PRIMARY KEY,
-    created_at REAL NOT NULL,
-    bundle TEXT NOT NULL,
-    shard_digest TEXT NOT NULL,
-    config TEXT NOT NULL,
-    state TEXT NOT NULL,
-    epoch INTEGER NOT NULL DEFAULT 0,
-    round INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE devices (
-    run TEXT NOT NULL REFERENCES runs (id),
-    name TEXT NOT NULL,
-    data_digest TEXT NOT NULL,
-    train_examples INTEGER NOT NULL DEFAULT 0,
-    eval_examples INTEGER NOT NULL DEFAULT 0,
-    joined_at REAL NOT NULL,
-    connections INTEGER NOT NULL DEFAULT 0,
-    applied_round INTEGER NOT NULL DEFAULT 0,
-    step_seconds REAL,
-    peak_rss_bytes INTEGER,
-    anonymous_bytes INTEGER,
-    sent_bytes INTEGER,
-    received_bytes INTEGER,
-    PRIMARY KEY (run, name)
-);
-CREATE TABLE rounds (
-    run TEXT NOT NULL REFERENCES runs (id),
-    epoch INTEGER NOT NULL,
-    round INTEGER NOT NULL,
-    finished_at REAL NOT NULL,
-    seconds REAL NOT NULL,
-    loss REAL NOT NULL,
-    devices TEXT NOT NULL,
-    coefficients BLOB NOT NULL,
-    learning_rate REAL NOT NULL,
-    superseded INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (run, epoch, round)
-);
-CREATE TABLE evaluations (
-    run TEXT NOT NULL REFERENCES runs (id),
-    epoch INTEGER NOT NULL,
-    round INTEGER NOT NULL,
-    loss REAL NOT NULL,
-    correct INTEGER NOT NULL,
-    scored INTEGER NOT NULL,
-    PRIMARY KEY (run, epoch, round)
-);
-"""
-
-
-_MIGRATIONS = (
-    _FIRST_SCHEMA,
-    "ALTER TABLE devices ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;"
-    "ALTER TABLE rounds ADD COLUMN wire_bytes INTEGER NOT NULL DEFAULT 0;",
-    "ALTER TABLE runs ADD COLUMN roster TEXT NOT NULL DEFAULT '[]';"
-    "ALTER TABLE evaluations ADD COLUMN superseded INTEGER NOT NULL DEFAULT 0;"
-    "CREATE TABLE cuts (run TEXT NOT NULL REFERENCES runs (id), epoch INTEGER NOT NULL, round INTEGER NOT NULL, "
-    "made_at REAL NOT NULL, PRIMARY KEY (run, epoch));",
-    "ALTER TABLE rounds ADD COLUMN checksum INTEGER;",
-    "CREATE TABLE tokens (name TEXT PRIMARY KEY, digest BLOB NOT NULL, created_at REAL NOT NULL, revoked_at REAL, "
-    "bundle TEXT NOT NULL DEFAULT '');",
-    "ALTER TABLE runs ADD COLUMN reason TEXT NOT NULL DEFAULT '';"
-    "ALTER TABLE runs ADD COLUMN queued_at REAL NOT NULL DEFAULT 0;"
-    "UPDATE runs SET queued_at = created_at;"
-    "ALTER TABLE devices ADD COLUMN last_seen REAL NOT NULL DEFAULT 0;"
-    "UPDATE devices SET last_seen = joined_at;"
-    "ALTER TABLE devices ADD COLUMN temperature_c REAL;"
-    "CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, "
-    "level TEXT NOT NULL, text TEXT NOT NULL);"
-    "CREATE INDEX events_of_run ON events (run, id);",
-    # Who began an older run is not known: one that somebody may have asked for is not stopped.
-    "ALTER TABLE runs ADD COLUMN begun_by TEXT NOT NULL DEFAULT 'start';"
-    # The digest was of training and held-out data together; each device is bound anew.
-    "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';"
-    "ALTER TABLE evaluations ADD COLUMN examples INTEGER NOT NULL DEFAULT 0;"
-    "ALTER TABLE evaluations ADD COLUMN of_examples INTEGER NOT NULL DEFAULT 0;",
-)
-"""What leads from each version to the next, from none at all on."""
-
-
-BegunBy = Literal["start", "serve", "simulate"]
-"""How a run began: by `run start` or the HTTP API, by `serve --config`, or in a simulation."""
-
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
 _CONFIG = msgspec.json.Decoder(RunConfig)
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A run as stored."""
-
-    id: str
-    bundle: Path
-    shard_digest: str
-    config: RunConfig
-    state: str
-    epoch: int
-    round: int
-    reason: str = ""
-    """Why it failed, or could not go on."""
-    created_at: float = 0.0
-    """Unix time."""
-    begun_by: BegunBy = "start"
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """A finished round's figures."""
-
-    round: int
-    loss: float
-    seconds: float
-    wire_bytes: int
-    """On the wire, both ways, since the round before."""
-    finished_at: float
-    """Unix time."""
-
-
-@dataclass(frozen=True)
-class EventRow:
-    """A sentence of a run's log."""
-
-    id: int
-    at: float
-    """Unix time."""
-    level: str
-    text: str
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """A device's own token."""
-
-    name: str
-    digest: bytes
-    """SHA-256 of its secret."""
-    created_at: float
-    revoked_at: float | None
-    """Unix times."""
-    bundle: str = ""
-    """Whose runs the device may take part in; empty: all."""
-
-
-@dataclass(frozen=True)
-class DeviceRow:
-    """What admission asks about a device that joined before."""
-
-    data_digest: str
-    """Of its training data when it was ready last; empty for one that never was."""
-    eval_digest: str
-    """Of its held-out data then; empty without."""
-    strikes: int
-    """Faults counted against it."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the devices' held-out data scored."""
-
-    round: int
-    loss: float
-    correct: int
-    scored: int
-    examples: int = 0
-    """Of devices that sent all they have."""
-    of_examples: int = 0
-    """Of all devices that were there at the start."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether no device left half way, so that it can be compared with others."""
-        return self.examples == self.of_examples
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right predictions."""
-        return self.correct / self.scored
 
 
 class Store:
@@ -224,7 +43,7 @@ class Store:
                 self._database.execute("PRAGMA journal_mode = WAL")
                 self._database.execute("PRAGMA synchronous = FULL")
                 self._database.execute("PRAGMA foreign_keys = ON")
-                self._migrate(path)
+                migrate(self._database, path)
             except BaseException:
                 self._database.close()
                 raise
@@ -254,13 +73,6 @@ class Store:
         (verdict,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise self._damaged(" ".join(verdict.split()))
-
-    def _migrate(self, path: Path) -> None:
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"{path} has schema {version}, this hosl reads up to {SCHEMA_VERSION}: use a newer hosl")
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-            self._database.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
 
     def close(self) -> None:
         """Close the database."""

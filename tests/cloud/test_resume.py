@@ -15,11 +15,12 @@ import pytest
 from hosl_cloud.admission import _plan
 from hosl_cloud.checkpoint import list_checkpoints, save_checkpoint
 from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.records import Evaluation
 from hosl_cloud.resume import Cut, cut, find_run
 from hosl_cloud.run import Run
 from hosl_cloud.runs import Runs
 from hosl_cloud.serve_command import _ahead_of, _choose_first
-from hosl_cloud.store import Evaluation, Store
+from hosl_cloud.store import Store
 from hosl_protocol import Hello, UpdateRecord
 
 

@@ -15,9 +15,9 @@ from hosl_cloud import rounds
 from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import RoundSpoiltError
 from hosl_cloud.exchange import Action, Answer, Ask, Await, Exchange, Fault, RoundContext, Tell
+from hosl_cloud.records import Evaluation
 from hosl_cloud.rounds import Outcome
 from hosl_cloud.settings import DeviceSettings, RunConfig
-from hosl_cloud.store import Evaluation
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import (
     Anchor,

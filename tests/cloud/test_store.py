@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
+from hosl_cloud.records import DeviceRow, Evaluation
+from hosl_cloud.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.store import _MIGRATIONS, SCHEMA_VERSION, DeviceRow, Evaluation, Store
+from hosl_cloud.store import Store
 from hosl_protocol import Report, Task, UpdateRecord
 
 CONFIG = RunConfig(
@@ -143,7 +145,7 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
 def test_an_older_database_is_brought_up_to_date_with_its_runs(tmp_path: Path) -> None:
     path = tmp_path / "hosl.sqlite"
     with sqlite3.connect(path) as database:
-        for number, script in enumerate(_MIGRATIONS[:6], 1):
+        for number, script in enumerate(MIGRATIONS[:6], 1):
             database.executescript(f"{script} PRAGMA user_version = {number};")
         text = msgspec.json.encode(CONFIG).decode()
         row = ("run-1", 1.0, str(tmp_path), "5" * 64, text, "running")

@@ -50,7 +50,7 @@ POINTS = {
         "store-state": "hosl_cloud.store.Store.set_state",
         "store-updates": "hosl_cloud.store.Store.updates",
         "checkpoint-file": "hosl_cloud.checkpoint._put",
-        "checkpoint-prune": "hosl_cloud.coordinator.prune_checkpoints",
+        "checkpoint-prune": "hosl_cloud.keeper.prune_checkpoints",
         "tail-step": "hosl_cloud.trainer.TailTrainer.step",
         "mirror-apply": "hosl_cloud.run.Run.apply",
         "snapshot-write": "hosl_cloud.snapshots.write_snapshot",

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.store import Evaluation
+from hosl_cloud.records import Evaluation
 from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
 from support import Service, serving, write_reviews
 

@@ -1,0 +1,107 @@
+"""What the store keeps, as its readers see it: runs, rounds, evaluations, devices, tokens and a run's log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hosl_cloud.settings import RunConfig
+
+UNENDED = ("pending", "running", "paused")
+"""States of runs that go on, now or later."""
+
+BegunBy = Literal["start", "serve", "simulate"]
+"""How a run began: by `run start` or the HTTP API, by `serve --config`, or in a simulation."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as stored."""
+
+    id: str
+    bundle: Path
+    shard_digest: str
+    config: RunConfig
+    state: str
+    epoch: int
+    round: int
+    reason: str = ""
+    """Why it failed, or could not go on."""
+    created_at: float = 0.0
+    """Unix time."""
+    begun_by: BegunBy = "start"
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A finished round's figures."""
+
+    round: int
+    loss: float
+    seconds: float
+    wire_bytes: int
+    """On the wire, both ways, since the round before."""
+    finished_at: float
+    """Unix time."""
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """A sentence of a run's log."""
+
+    id: int
+    at: float
+    """Unix time."""
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A device's own token."""
+
+    name: str
+    digest: bytes
+    """SHA-256 of its secret."""
+    created_at: float
+    revoked_at: float | None
+    """Unix times."""
+    bundle: str = ""
+    """Whose runs the device may take part in; empty: all."""
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """What admission asks about a device that joined before."""
+
+    data_digest: str
+    """Of its training data when it was ready last; empty for one that never was."""
+    eval_digest: str
+    """Of its held-out data then; empty without."""
+    strikes: int
+    """Faults counted against it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the devices' held-out data scored."""
+
+    round: int
+    loss: float
+    correct: int
+    scored: int
+    examples: int = 0
+    """Of devices that sent all they have."""
+    of_examples: int = 0
+    """Of all devices that were there at the start."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no device left half way, so that it can be compared with others."""
+        return self.examples == self.of_examples
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return self.correct / self.scored
