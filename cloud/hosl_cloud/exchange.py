@@ -92,7 +92,7 @@ Exchange: TypeAlias = Generator[Action, Answer | None, T]
 
 
 class Trainer(Protocol):
-    """What a round needs of the tail; see hosl_cloud.trainer, and hosl_cloud.ranks for one of many processes."""
+    """What a round needs of the tail; see hosl_cloud.trainer, and hosl_cloud.leading for one of many processes."""
 
     @property
     def at_once(self) -> int:

@@ -91,8 +91,8 @@ def _ranks() -> int:
 
 
 def _follow(options: argparse.Namespace) -> int:
+    from hosl_cloud.following import follow
     from hosl_cloud.group import Group
-    from hosl_cloud.ranks import follow
 
     return follow(Group(options.rank_timeout_s))
 
@@ -173,7 +173,7 @@ def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
         yield TailTrainer
         return
     from hosl_cloud.group import Group
-    from hosl_cloud.ranks import GroupTrainer
+    from hosl_cloud.leading import GroupTrainer
 
     group = Group(options.rank_timeout_s)
     group.begin_beating()

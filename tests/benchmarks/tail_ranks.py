@@ -75,8 +75,9 @@ TASK = {"name": "classes", "kind": "sequence-classification", "template": "{text
 @contextlib.contextmanager
 def make_tail(bundle: Path, config: Any, manifest: Any, out: Path) -> Iterator[Any]:
     """The trainer of one process or of all ranks; does not return on ranks that only obey."""
+    from hosl_cloud.following import follow
     from hosl_cloud.group import Group
-    from hosl_cloud.ranks import GroupTrainer, follow
+    from hosl_cloud.leading import GroupTrainer
     from hosl_cloud.trainer import TailTrainer
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

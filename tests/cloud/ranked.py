@@ -18,8 +18,9 @@ import torch
 
 from hosl_cloud.checkpoint import load_checkpoint, save_checkpoint
 from hosl_cloud.exchange import BatchArrays
+from hosl_cloud.following import follow
 from hosl_cloud.group import Group
-from hosl_cloud.ranks import GroupTrainer, follow
+from hosl_cloud.leading import GroupTrainer
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import HoslError, Manifest, load_manifest

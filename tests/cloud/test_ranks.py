@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hosl_cloud.ranks import spread
+from hosl_cloud.leading import spread
 
 SCRIPT = Path(__file__).with_name("ranked.py")
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
