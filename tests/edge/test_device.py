@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.snapshots import write_snapshot
 from hosl_edge import device as device_module
 from hosl_edge.device import Device
-from hosl_edge.exceptions import ConnectionLost, SnapshotError
+from hosl_edge.exceptions import ConnectionLost, MemoryBudgetError, SnapshotError
 from hosl_edge.journal import journal_path
+from hosl_edge.memory import Memory
 from hosl_edge.pace import Pace
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import (
@@ -101,8 +103,8 @@ class Site:
 def make_site(make_bundle: Callable[[str, int], Path], tmp_path: Path) -> Iterator[Callable[[str], Site]]:
     made: list[Site] = []
 
-    def make(kind: str = "sgd") -> Site:
-        made.append(Site(tmp_path, make_bundle("lora", 2), kind))
+    def make(kind: str = "sgd", train: str = "lora") -> Site:
+        made.append(Site(tmp_path, make_bundle(train, 2), kind))
         return made[-1]
 
     yield make
@@ -296,3 +298,41 @@ def test_the_pace_of_a_replay_is_that_of_the_last_long_one(
     assert device.pace().replay_s == 123.0, "a single round tells nothing"
     device.apply(make_updates(2, 100))
     assert 0 < device.pace().replay_s < 1.0
+
+
+@pytest.mark.parametrize(("directions", "sets"), [(2, 2), (32, 8)])
+def test_without_a_budget_a_round_holds_a_set_for_each_direction_up_to_eight(
+    make_site: Callable[..., Site], directions: int, sets: int
+) -> None:
+    site = make_site()
+    site.run_settings = msgspec.structs.replace(site.run_settings, directions=directions)
+    device = site.start()
+    device.join(site.welcome("rebuild"), never)
+    assert device.held_sets == sets
+
+
+@pytest.mark.parametrize("train", ["blocks", "norm:-1"])
+@pytest.mark.parametrize("spare", [-1, 0, 1, 5])
+def test_a_memory_budget_pays_for_what_a_round_needs_and_then_for_held_sets(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, train: str, spare: int
+) -> None:
+    site = make_site(train=train)
+    settings = msgspec.structs.replace(site.run_settings, directions=4)
+    set_bytes = settings.max_tokens * site.manifest.width * 4
+    trained_bytes = sum(4 * math.prod(entry.shape) for entry in site.manifest.trainable)
+    needed = 3 * set_bytes + trained_bytes  # the anchor's set, λ, one in transit; the shard's pages, once copied
+    if train == "norm:-1":
+        needed += set_bytes  # what the blocks that stand still computed
+    nothing = Memory(resident=0, peak=0, anonymous=0, file_backed=0)
+    monkeypatch.setattr("hosl_edge.memory.read_memory", lambda: nothing)
+    monkeypatch.setattr("hosl_edge.device.read_memory", lambda: nothing)
+    site.run_settings = settings
+    site.settings = msgspec.structs.replace(site.settings, memory_budget=str(needed + spare * set_bytes))
+    device = site.start()
+    if spare < 0:
+        with pytest.raises(MemoryBudgetError) as caught:
+            device.join(site.welcome("rebuild"), never)
+        assert caught.value.needed_bytes == needed
+    else:
+        device.join(site.welcome("rebuild"), never)
+        assert device.held_sets == min(spare, 4)
