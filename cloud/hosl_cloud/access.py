@@ -9,11 +9,13 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import ApiError
@@ -21,6 +23,8 @@ from hosl_cloud.limits import Limits
 from hosl_cloud.records import TokenRow
 from hosl_cloud.store import Store
 from hosl_cloud.tokens import SEPARATOR, token_text
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 _NOBODY = secrets.token_bytes(32)
 """Stands for the digest of a name that is not known, so that unknown names take the same path."""
@@ -237,3 +241,16 @@ def is_cross_site(connection: HTTPConnection) -> bool:
 
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
+
+
+def guarded(endpoint: Endpoint, identify: Callable[[Request], Caller]) -> Endpoint:
+    """An endpoint that only those reach whom `identify` knows, as `request.state.caller`."""
+
+    async def checked(request: Request) -> Response:
+        try:
+            request.state.caller = identify(request)
+        except Denied as denied:
+            return Response(status_code=denied.status, headers=denied.headers)
+        return await endpoint(request)
+
+    return checked

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from hosl_cloud.access import Denied, Guard
+from hosl_cloud.access import Denied, Endpoint, Guard
 from hosl_cloud.exceptions import ApiError, RunNotFound, StoreError
 from hosl_cloud.limits import read_body
 from hosl_protocol import HoslError
@@ -89,7 +89,7 @@ def make_routes(operations: Sequence[Operation], guard: Guard) -> list[Route]:
     return [Route("/v1/openapi.json", openapi), *routes]
 
 
-def _endpoint(operations: Sequence[Operation], guard: Guard) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(operations: Sequence[Operation], guard: Guard) -> Endpoint:
     by_method = {operation.method: operation for operation in operations}
     decoders: dict[str, msgspec.json.Decoder[Any]] = {
         each.method: msgspec.json.Decoder(each.body) for each in operations if each.body is not None

@@ -23,8 +23,8 @@ import pytest
 
 from hosl_cloud import page_routes
 from hosl_cloud.access import Access, Guard
+from hosl_cloud.app import make_app
 from hosl_cloud.runs import Runs
-from hosl_cloud.service import make_app
 from hosl_cloud.store import Store
 from support import TASK, Service, serving, write_reviews
 
