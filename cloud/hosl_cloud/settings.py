@@ -196,8 +196,31 @@ def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
             data[key] = value
 
 
+NORM_DIRECTIONS = 8
+"""Of HO-SFL where norms train: they cost forwards alone. HOSL's are dear, each sends a round's activations twice."""
+
+NORM_CLIENT = {"optimizer": "adamw", "learning_rate": 3e-3}
+"""What suits norms, which are so few that AdamW's moments cost nothing (examples/study)."""
+
+
+def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """With what suits the part that the device trains, where `data` leaves it open."""
+    if manifest.train != "norm":
+        return data
+    client = data.get("client", {})
+    if isinstance(client, dict) and "optimizer" not in client:
+        data = {**data, "client": {**NORM_CLIENT, **client}}
+    if data.get("algorithm", "ho-sfl") == "ho-sfl":
+        data = {"directions": NORM_DIRECTIONS, **data}
+    return data
+
+
 def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.toml") -> RunConfig:
-    """A checked configuration from a mapping. Raises SettingsError."""
+    """A checked configuration from a mapping; what it leaves open follows from what the device trains.
+
+    Raises SettingsError.
+    """
+    data = _with_defaults(data, manifest)
     task = data.get("task")
     if isinstance(task, dict) and "preset" in task:
         overrides = {key: value for key, value in task.items() if key != "preset"}

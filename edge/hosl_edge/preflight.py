@@ -296,7 +296,7 @@ def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: i
     shard = sum(entry.size_bytes for entry in manifest.shard_files)
     needed, budget = AGENT_BYTES + trained, settings.memory_budget_bytes
     detail = f"{available / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB the least, without activations"
-    remedy = "use a smaller split, or --train lora, or free memory on this machine"
+    remedy = "use a smaller split, or --train norm, or free memory on this machine"
     if budget is not None and budget < needed:
         return Check("memory", FAILED, f"memory_budget is {budget / 1e6:.0f} MB; {detail}", remedy, ExitCode.RESOURCES)
     if available < needed:

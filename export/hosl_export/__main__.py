@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")
     parser.add_argument(
         "--train",
-        default="lora",
+        default="norm",
         choices=get_args(TrainMode),
         help="what the device trains: nothing, adapters, only their B, norms and biases, whole blocks, or embeddings "
         "too (default: %(default)s)",

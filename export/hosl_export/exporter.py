@@ -37,7 +37,7 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """Blocks (stages of a ResNet) on the device, 1 to the model's blocks less 1."""
     out: Path
     """The bundle's folder, which must not exist."""
-    train: TrainMode = "lora"
+    train: TrainMode = "norm"
     """What the device trains."""
     train_blocks: int | None = None
     """Only in the first so many blocks of the device, 1 to `split`, or, below zero, the last; None for all of them.

@@ -48,6 +48,23 @@ def test_a_task_may_be_given_in_full() -> None:
     assert (task.name, task.fields) == ("own", ("body",))
 
 
+@pytest.mark.parametrize(
+    ("train", "given", "expected"),
+    [
+        ("norm", {}, (8, "adamw", 3e-3)),
+        ("norm", {"client": {"learning_rate": 1e-2}}, (8, "adamw", 1e-2)),
+        ("norm", {"client": {"optimizer": "sgd"}, "directions": 3}, (3, "sgd", 1e-3)),
+        ("norm", {"algorithm": "hosl"}, (2, "adamw", 3e-3)),
+        ("lora", {}, (2, "sgd", 1e-3)),
+    ],
+)
+def test_what_is_left_open_follows_from_what_the_device_trains(
+    train: str, given: dict[str, Any], expected: tuple[int, str, float]
+) -> None:
+    config = parse(train, **given)
+    assert (config.directions, config.client.optimizer, config.client.learning_rate) == expected
+
+
 def test_a_file_is_read_with_its_tables(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(

@@ -225,7 +225,7 @@ def test_sigterm_removes_what_was_written(tmp_path, model_folder) -> None:
 
 
 def test_json_summary_counts_what_is_written(export, capsys, tmp_path) -> None:
-    assert export("--json", "--max-length", "20") == ExitCode.OK
+    assert export("--json", "--train", "lora", "--max-length", "20") == ExitCode.OK
     out, err = capsys.readouterr()
     summary, manifest = json.loads(out), load_manifest(tmp_path / "bundle")
     client = 64 * 16 + (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16) + 8 * (16 + 16) + 8 * (16 + 8)
