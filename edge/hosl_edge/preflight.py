@@ -73,10 +73,11 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
     try:
         settings = resolve().settings()
         token = read_token(Path(settings.token_file))
+        name = device_name(settings, token)
     except HoslError as error:
         yield Check("settings", FAILED, str(error), code=error.exit_code)
         return
-    yield Check("settings", OK, f"device {device_name(settings, token)}, {settings.server}")
+    yield Check("settings", OK, f"device {name}, {settings.server}")
     manifest: Manifest | None = None
     place = Place()
     for found in check_server(settings, token):

@@ -256,5 +256,10 @@ def read_token(path: Path) -> Token:
 
 
 def device_name(settings: EdgeSettings, token: Token) -> str:
-    """What the device is called."""
+    """What the device is called. Raises SettingsError where its token is of another name: the cloud would refuse it."""
+    if settings.name and token.name and settings.name != token.name:
+        remedy = (
+            f"the token in {settings.token_file} is that of {token.name!r}: leave the name out, or use its own token"
+        )
+        raise SettingsError("name", settings.name, remedy)
     return settings.name or token.name or _default_name()

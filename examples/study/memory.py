@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parents[1] / "tests" / "benchmarks" / "edge_step.py"
 CASES = (
+    ("OPT-125M", "norm", "16x128"),
     ("OPT-125M", "lora", "16x128"),
     ("OPT-125M", "blocks", "16x128"),
     ("OPT-125M", "blocks", "64x128"),
@@ -42,12 +43,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    rows = [measure(*case) for case in CASES]
-    with (options.results / "memory.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "trains", "batch", *METHODS])
-        writer.writeheader()
-        writer.writerows(rows)
-    (options.results / "memory.md").write_text("\n".join(page(rows)) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        rows.append(measure(*case))
+        with (options.results / "memory.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["model", "trains", "batch", *METHODS])
+            writer.writeheader()
+            writer.writerows(rows)
+        (options.results / "memory.md").write_text("\n".join(page(rows)) + "\n", encoding="utf-8")
     print("\n".join(page(rows)))
 
 

@@ -361,9 +361,11 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
     capsys: pytest.CaptureFixture[str], make_bundle: Callable[..., Path], options: list[str], tmp_path: Path
 ) -> None:
     config = msgspec.toml.decode(f"max_length = 16\n{TASK}")
+    bundle = make_bundle("lora", 2)
+    capsys.readouterr()  # what the export said
 
     async def main() -> None:
-        async with serving(make_bundle("lora", 2), tmp_path / "cloud", config) as service:
+        async with serving(bundle, tmp_path / "cloud", config) as service:
             token = tmp_path / "kitchen.token"
             token.write_text(service.guard.access.add("kitchen"), encoding="ascii")
             arguments = ["--server", service.address, *options, "--token-file", str(token)]
@@ -371,8 +373,12 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
             assert (code, found["device"].detail) == (ExitCode.OK, "the token is that of kitchen")
             assert found["data"].detail.endswith("which task reviews can use")
             code, found = await asyncio.to_thread(preflight, capsys, *arguments, "--name", "hall")
+            assert (code, found["settings"].outcome) == (ExitCode.SETTINGS, FAILED)
+            assert "is that of 'kitchen': leave the name out" in found["settings"].detail
+            local = ["--token-file", str(service.token_file), "--name", "kitchen"]
+            code, found = await asyncio.to_thread(preflight, capsys, *arguments, *local)
             assert (code, found["device"].outcome) == (ExitCode.REFUSED, FAILED)
-            assert found["device"].detail == "the token is not one of device hall"
+            assert found["device"].detail == "the token is not one of device kitchen"
 
     asyncio.run(main())
 

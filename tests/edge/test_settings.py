@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hosl_edge.settings import load_settings, parse_bytes, read_token
+from hosl_edge.settings import device_name, load_settings, parse_bytes, read_token
 from hosl_edge.trust import Token
 from hosl_protocol import SettingsError
 
@@ -77,3 +77,13 @@ def test_a_token_file_holds_one_token(tmp_path: Path) -> None:
         read_token(path)
     with pytest.raises(SettingsError, match="No such file"):
         read_token(tmp_path / "absent")
+
+
+def test_a_device_is_called_as_its_token_says() -> None:
+    settings = load_settings(GIVEN, None)
+    own, local = Token("kitchen", "kitchen~secret"), Token("", "secret")
+    assert device_name(settings, own) == "kitchen"
+    named = load_settings(GIVEN | {"name": "kitchen"}, None)
+    assert (device_name(named, own), device_name(named, local)) == ("kitchen", "kitchen")
+    with pytest.raises(SettingsError, match="name is 'attic': the token in t is that of 'kitchen'"):
+        device_name(load_settings(GIVEN | {"name": "attic"}, None), own)
