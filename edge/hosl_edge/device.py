@@ -19,7 +19,7 @@ from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError
 from hosl_edge.fetch import part_of
 from hosl_edge.images import blank_images, load_images
-from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal, read_updates
+from hosl_edge.journal import Journal, JournalHeader, create_journal, open_journal
 from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
 from hosl_edge.pace import RATED_COEFFICIENTS, Pace, load_link, measure_replay_s, save_link
 from hosl_edge.settings import EdgeSettings
@@ -204,7 +204,7 @@ class Device:
             raise ProtocolError(
                 f"rewind to round {last}, this device holds {header.base_round} to {self.applied_round}"
             )
-        updates = read_updates(self._state)
+        updates = self._journal.updates()
         kept = [update for update in updates if update.round <= last]
         dropped = updates[len(kept) :]
         if dropped:

@@ -62,32 +62,49 @@ _HEADER = msgspec.json.Decoder(JournalHeader)
 
 
 class Journal:
-    """One run's journal, open for appending."""
+    """One run's journal, open for appending.
+
+    What a full disk does not take waits in memory for room: a device that ends before gets it from the cloud again.
+    """
 
     def __init__(self, path: Path, header: JournalHeader) -> None:
         self.path = path
         self.header = header
         self.sync_interval_s = SYNC_INTERVAL_S
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._is_refused = False
         self._synced_at = time.monotonic()
 
     def append(self, updates: Sequence[UpdateRecord]) -> None:
         """Add updates; synced to disk at most `sync_interval_s` later."""
-        self._file.write(b"".join(_record(_encode_update(update)) for update in updates))
-        self._file.flush()
-        if time.monotonic() - self._synced_at >= self.sync_interval_s:
-            self.sync()
+        self._unwritten += b"".join(_record(_encode_update(update)) for update in updates)
+        self._flush(syncs=time.monotonic() - self._synced_at >= self.sync_interval_s)
 
-    def sync(self) -> None:
-        """Make everything durable."""
-        os.fsync(self._file.fileno())
-        self._synced_at = time.monotonic()
+    def updates(self) -> list[UpdateRecord]:
+        """All of them, read anew; also what no disk has taken yet."""
+        records = list(_records(self.path.read_bytes() + self._unwritten))
+        return [_decode_update(payload) for _, payload in records[1:]]
 
     def close(self) -> None:
         """Sync and close."""
         if not self._file.closed:
-            self.sync()
+            self._flush(syncs=True)
             self._file.close()
+
+    def _flush(self, *, syncs: bool) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            if syncs:
+                os.fsync(self._file.fileno())
+                self._synced_at = time.monotonic()
+        except OSError as error:
+            if not self._is_refused:
+                log.warning("%s cannot be written (%s); what is not in it comes again from the cloud", self.path, error)
+            self._is_refused = True
+        else:
+            self._is_refused = False
 
 
 def create_journal(folder: Path, header: JournalHeader, updates: Sequence[UpdateRecord] = ()) -> Journal:
@@ -101,12 +118,6 @@ def create_journal(folder: Path, header: JournalHeader, updates: Sequence[Update
         os.fsync(file.fileno())
     new.replace(path)
     return Journal(path, header)
-
-
-def read_updates(folder: Path) -> list[UpdateRecord]:
-    """The updates of the journal in `folder`."""
-    records = list(_records(journal_path(folder).read_bytes()))
-    return [_decode_update(payload) for _, payload in records[1:]]
 
 
 def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:

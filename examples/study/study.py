@@ -49,7 +49,7 @@ def main() -> None:
         if not options.report:
             run_cells(shop, [cell for cell in cells if options.only in cell.name])
         if options.time:
-            run_cells(replace(shop, jobs=1), timing)
+            run_cells(replace(shop, jobs=1), [cell for cell in timing if options.only in cell.name])
         write_results(shop, tuned, cells, timing, options.results)
 
 

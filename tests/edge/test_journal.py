@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -74,6 +77,42 @@ def test_nothing_after_a_damaged_record_is_believed(tmp_path: Path) -> None:
     data[-40] ^= 1
     path.write_bytes(bytes(data))
     assert read(tmp_path) == [1]
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """What the kernel refuses beyond that, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_full_disk_refuses_is_written_once_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = create_journal(tmp_path, HEADER)
+    full = journal.path.stat().st_size + 40
+    with no_file_larger_than(full):
+        for update in updates(3):
+            journal.append([update])
+        assert journal.path.stat().st_size == full, "the second is torn"
+        assert [update.round for update in journal.updates()] == [1, 2, 3]
+    assert caplog.text.count("cannot be written") == 1
+    journal.append(updates(4)[3:])
+    journal.close()
+    assert read(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_device_ends_though_its_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = create_journal(tmp_path, HEADER)
+    with no_file_larger_than(journal.path.stat().st_size):
+        journal.append(updates(1))
+        journal.close()
+    assert read(tmp_path) == []
+    assert "comes again from the cloud" in caplog.text
 
 
 def test_a_journal_without_a_readable_header_is_none(tmp_path: Path) -> None:

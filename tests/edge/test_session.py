@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from hosl_edge import step
 from hosl_edge.display import Progress
+from hosl_edge.exceptions import ConnectionLost
 from hosl_edge.session import Session
 from hosl_edge.trust import Cloud, Token
 from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late
@@ -83,6 +86,25 @@ def test_another_attempt_or_lateness_ends_a_step(message: Reply) -> None:
     got, _, between = drive(None, 0.0, message, ANSWER)
     assert got == ["closed"]
     assert between == Frame(message)
+
+
+def test_a_disk_that_cannot_be_used_is_not_called_a_cloud_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state/journal.new")
+
+    device: Any = SimpleNamespace(header=None, pace=fail)
+    display: Any = None
+    session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+    monkeypatch.setattr(session.link, "open", lambda cloud: contextlib.nullcontext())
+    left: list[str] = []
+
+    async def leave(reason: str) -> None:
+        left.append(reason)
+
+    monkeypatch.setattr(session.link, "leave", leave)
+    with pytest.raises(ConnectionLost, match=r"^this device's disk: .*No space left on device: 'state/journal.new'$"):
+        asyncio.run(session.run())
+    assert left == ["its disk cannot be used, see its log"]
 
 
 def test_a_step_is_closed_once_its_thread_is_done_however_often_it_is_cancelled() -> None:

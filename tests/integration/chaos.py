@@ -34,7 +34,7 @@ from typing import Any
 from hosl_cloud.checkpoint import find_checkpoint, read_tensors
 from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.store import Store
-from hosl_edge.journal import journal_path, read_updates
+from hosl_edge.journal import open_journal
 from hosl_protocol import load_manifest, make_client_weights
 from integration.chaos_site import DATABASE, ROUNDS, Settings, Site
 from integration.faults import do_faults, draw_faults, draw_settings, targets_of
@@ -170,8 +170,12 @@ def _check_devices(site: Site, digest: str, away: set[str], store: Store, run: s
         if name not in away and summary is not None:
             assert summary["weights_digest"] == digest, f"{name} ends with other weights than the cloud's mirror"
             continue
-        folder = site.folder / "state" / name
-        for update in read_updates(folder) if journal_path(folder).exists() else ():
+        found = open_journal(site.folder / "state" / name)
+        if found is None:
+            continue
+        journal, updates = found
+        journal.close()
+        for update in updates:
             is_known = (update.round, update.coefficients.tobytes()) in known
             assert is_known, f"{name}'s journal has a round {update.round} that was not"
 

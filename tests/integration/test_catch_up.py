@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import itertools
 import json
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ import pytest
 
 from hosl_edge import EdgeSettings, Summary, run_agent
 from hosl_edge.fetch import OnProgress, OnRate
-from hosl_edge.journal import Journal, open_journal
-from hosl_protocol import Snapshot, UpdateRecord
+from hosl_edge.journal import open_journal
+from hosl_protocol import Snapshot
 from hosl_protocol.manifest import SHARD_WEIGHTS
 from support import TASK, Service, serving, write_reviews
 
@@ -220,27 +218,6 @@ def test_a_device_whose_files_were_damaged_or_lost_gets_them_again(
     run_site(make_bundle("lora", 2), tmp_path, test)
     assert ("is damaged; it is fetched again" in caplog.text) == (damage is damage_shard)
     assert ("starting at the base shard" in caplog.text) == (damage is damage_snapshot)
-
-
-def test_a_device_whose_disk_is_full_for_a_while_goes_on(
-    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append, appended = Journal.append, itertools.count(1)
-
-    def fill(journal: Journal, updates: Sequence[UpdateRecord]) -> None:
-        append(journal, updates)
-        if next(appended) in (3, 4):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    async def test(site: Site) -> None:
-        monkeypatch.setattr(Journal, "append", fill)
-        site.start("also")
-        await site.is_back("also")
-        await site.rounds(10)
-        assert any("its disk cannot be used, see its log" in line for line in site.service.said)
-
-    run_site(make_bundle("lora", 2), tmp_path, test)
-    assert next(appended) > 10
 
 
 def test_a_snapshot_that_is_gone_is_offered_anew_when_the_device_connects_again(
