@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cells import Workshop, choose, run_cells
 from msgspec import structs
-from plan import read_study, study_cells, timing_cells, tuning_cells
+from plan import Cell, read_study, study_cells, timing_cells, tuning_cells
 from report import write_results
 
 HERE = Path(__file__).parent
@@ -32,7 +32,9 @@ def main() -> None:
         "--results", type=Path, default=HERE / "results", help="tables and curves (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only runs whose name holds one of these"
+    )
     parser.add_argument("--time", action="store_true", help="also time a few rounds of each method, one run at a time")
     parser.add_argument("--report", action="store_true", help="only write the report of what has run")
     options = parser.parse_args()
@@ -43,14 +45,19 @@ def main() -> None:
         shop = Workshop(study, name, options.data, options.work, options.jobs)
         tuned = tuning_cells(shop.study)
         if not options.report:
-            run_cells(shop, [cell for cell in tuned if options.only in cell.name])
+            run_cells(shop, wanted(tuned, options.only))
         cells = study_cells(shop.study, choose(shop, tuned))
         timing = timing_cells(shop.study, cells)
         if not options.report:
-            run_cells(shop, [cell for cell in cells if options.only in cell.name])
+            run_cells(shop, wanted(cells, options.only))
         if options.time:
-            run_cells(replace(shop, jobs=1), [cell for cell in timing if options.only in cell.name])
+            run_cells(replace(shop, jobs=1), wanted(timing, options.only))
         write_results(shop, tuned, cells, timing, options.results)
+
+
+def wanted(cells: list[Cell], texts: list[str]) -> list[Cell]:
+    """Cells whose name holds one of the texts."""
+    return [cell for cell in cells if any(text in cell.name for text in texts)]
 
 
 if __name__ == "__main__":
