@@ -18,9 +18,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench audit lint format clean
 
+# What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/kernel.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
+	$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
 	touch $@
 
 demo: $(VENV)/installed

@@ -213,7 +213,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lora_of_a_resnet_is_refused_with_what_to_use_instead(models: Path, tmp_path: Path, capsys: Any) -> None:
-    assert run(tmp_path, models / "resnet") == ExitCode.SETTINGS
+    assert run(tmp_path, models / "resnet", "--train", "lora") == ExitCode.SETTINGS
     assert said(capsys).endswith(
         "train is 'lora': resnet has no modules for adapters: use --train norm, blocks, all or none"
     )

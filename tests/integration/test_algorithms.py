@@ -31,6 +31,7 @@ MakeBundle = Callable[[str, int], Path]
 
 def configure(manifest: Manifest, algorithm: str, **more: Any) -> RunConfig:
     data = {"algorithm": algorithm, "seed": SEED, "batch_size": 8, "max_length": 16, "probe_step": 1e-3, **more}
+    data["client"] = {"optimizer": "sgd", **more.get("client", {})}  # whatever trains, the papers' step
     return parse_config({**msgspec.toml.decode(TASK), **data}, manifest)
 
 
