@@ -199,8 +199,8 @@ def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
 NORM_DIRECTIONS = 8
 """Of HO-SFL where norms train: they cost forwards alone. HOSL's are dear, each sends a round's activations twice."""
 
-NORM_OPTIMIZER = "adamw"
-"""Where norms train, which are so few that its moments cost nothing (examples/study)."""
+NORM_CLIENT = {"optimizer": "adamw", "learning_rate": 3e-3}
+"""What suits norms, which are so few that AdamW's moments cost nothing (examples/study)."""
 
 
 def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         return data
     client = data.get("client", {})
     if isinstance(client, dict) and "optimizer" not in client:
-        data = {**data, "client": {"optimizer": NORM_OPTIMIZER, **client}}
+        data = {**data, "client": {**NORM_CLIENT, **client}}
     if data.get("algorithm", "ho-sfl") == "ho-sfl":
         data = {"directions": NORM_DIRECTIONS, **data}
     return data

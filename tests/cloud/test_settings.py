@@ -51,10 +51,10 @@ def test_a_task_may_be_given_in_full() -> None:
 @pytest.mark.parametrize(
     ("train", "given", "expected"),
     [
-        ("norm", {}, (8, "adamw", 1e-3)),
+        ("norm", {}, (8, "adamw", 3e-3)),
         ("norm", {"client": {"learning_rate": 1e-2}}, (8, "adamw", 1e-2)),
         ("norm", {"client": {"optimizer": "sgd"}, "directions": 3}, (3, "sgd", 1e-3)),
-        ("norm", {"algorithm": "hosl"}, (2, "adamw", 1e-3)),
+        ("norm", {"algorithm": "hosl"}, (2, "adamw", 3e-3)),
         ("lora", {}, (2, "sgd", 1e-3)),
     ],
 )
