@@ -16,6 +16,9 @@ CHAOS ?= --work .cache/chaos
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Where this is set, each program that a test starts compiles torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
