@@ -100,13 +100,12 @@ def table_of(shop: Workshop, cell: Cell) -> list[dict[str, float]]:
 
 
 def round_times(shop: Workshop, cells: Iterable[Cell]) -> dict[tuple[str, int, str], float]:
-    """Median seconds of a round by task, split and method, of the runs that were alone on the machine."""
-    times = {}
+    """Median seconds of a round by task, split and method."""
+    lasted: dict[tuple[str, int, str], list[float]] = {}
     for cell in cells:
         ends = [0.0, *(row["seconds"] for row in table_of(shop, cell) if "loss" in row)]
-        if len(ends) > 1:
-            times[cell.task, cell.split, cell.method] = statistics.median(np.diff(ends))
-    return times
+        lasted.setdefault((cell.task, cell.split, cell.method), []).extend(np.diff(ends).tolist())
+    return {place: statistics.median(seconds) for place, seconds in lasted.items() if seconds}
 
 
 def choose(shop: Workshop, cells: Iterable[Cell]) -> dict[tuple[str, int, str], dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from report import Row
 
-AXES = ("round", "MB on the wire", "seconds, alone on the machine")
+MEGABYTES = "MB on the wire"
 
 
 def draw_accuracy(title: str, rows: Sequence[Row], path: Path) -> None:
@@ -57,11 +57,11 @@ def _scores(rows: Sequence[Row], place: Any, method: str) -> list[float]:
     ]
 
 
-def draw_curves(title: str, rows: Sequence[Row], path: Path) -> None:
-    """One line of panels a task and split: training loss against rounds, megabytes and, where timed, seconds."""
+def draw_curves(title: str, rows: Sequence[Row], seconds: str, path: Path) -> None:
+    """One line of panels a task and split: training loss against rounds, megabytes and, where timed, `seconds`."""
     places = list(dict.fromkeys(row.place for row in rows))
     styles = _styles(rows)
-    names = AXES if any(row.round_seconds is not None for row in rows) else AXES[:2]
+    names = ("round", MEGABYTES, *((seconds,) if any(row.round_seconds is not None for row in rows) else ()))
     size = (4.6 * len(names), 2.9 * len(places) + 1.2)
     figure, axes = plt.subplots(len(places), len(names), figsize=size, squeeze=False, layout="constrained")
     legend: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def draw_curves(title: str, rows: Sequence[Row], path: Path) -> None:
                 legend[method] = _draw_method(line, group, style)
         for axis, name in zip(line, names, strict=True):
             axis.set_xlabel(name, fontsize=8)
-            if name == AXES[1]:
+            if name == MEGABYTES:
                 axis.set_xscale("log")
             else:
                 axis.set_xlim(left=0)

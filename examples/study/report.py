@@ -28,7 +28,7 @@ class Row:
     summary: dict[str, Any]
     table: list[dict[str, float]]
     round_seconds: float | None
-    """Median time of a round alone on the machine; None where it was not timed."""
+    """Median time of a round; None where nothing was timed."""
     order: int
     """The method's place in the settings."""
 
@@ -48,7 +48,8 @@ def write_results(shop: Workshop, tuning: list[Cell], cells: list[Cell], timing:
     """Write what there is so far."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_tuning(shop, tuning, folder / f"{shop.name}-tuning.csv")
-    times = round_times(shop, timing)
+    alone = round_times(shop, timing)
+    times = alone or round_times(shop, cells)
     order = {method: place for place, method in enumerate(shop.study.methods)}
     rows = [
         Row(cell, summary, table_of(shop, cell), times.get((cell.task, cell.split, cell.method)), order[cell.method])
@@ -60,9 +61,10 @@ def write_results(shop: Workshop, tuning: list[Cell], cells: list[Cell], timing:
         return
     _write_csv(shop, rows, folder / f"{shop.name}.csv")
     draw_accuracy(shop.study.title, rows, folder / f"{shop.name}-accuracy.png")
-    draw_curves(shop.study.title, rows, folder / f"{shop.name}-curves.png")
+    where = "alone on the machine" if alone else "beside other runs, one a core"
+    draw_curves(shop.study.title, rows, f"seconds, {where}", folder / f"{shop.name}-curves.png")
     page = folder / f"{shop.name}.md"
-    page.write_text("\n".join(_page(shop, rows, len(cells))) + "\n", encoding="utf-8")
+    page.write_text("\n".join(_page(shop, rows, len(cells), where)) + "\n", encoding="utf-8")
     print(f"{shop.name}: {len(rows)} of {len(cells)} runs are in {page}")
 
 
@@ -108,7 +110,7 @@ def _rounded(value: float | None, digits: int = 5) -> float | str:
     return "" if value is None else round(value, digits)
 
 
-def _page(shop: Workshop, rows: list[Row], planned: int) -> Iterator[str]:
+def _page(shop: Workshop, rows: list[Row], planned: int, where: str) -> Iterator[str]:
     study = shop.study
     yield f"# {study.title}"
     yield ""
@@ -116,7 +118,7 @@ def _page(shop: Workshop, rows: list[Row], planned: int) -> Iterator[str]:
     done = f"{len(rows)} of {planned} runs" if len(rows) < planned else f"{planned} runs"
     yield f"Written by `study.py {shop.name}.toml`: {done}. " + (f"{fleet}. " if fleet else "")
     yield "Accuracies are in percent, mean ± standard deviation over seeds (how many); *vs frozen* is the difference"
-    yield "from the frozen client of the same seed."
+    yield f"from the frozen client of the same seed. Seconds of a round are medians, {where}."
     for place in dict.fromkeys(row.place for row in rows):
         task, split, partition = place
         yield ""
