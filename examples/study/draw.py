@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 if TYPE_CHECKING:
     from report import Row
@@ -74,6 +75,9 @@ def draw_curves(title: str, rows: Sequence[Row], seconds: str, path: Path) -> No
             axis.set_xlabel(name, fontsize=8)
             if name == MEGABYTES:
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axis.xaxis.set_minor_formatter(NullFormatter())
             else:
                 axis.set_xlim(left=0)
             axis.grid(alpha=0.3)
