@@ -98,7 +98,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     from hosl_cloud.checkpoint import find_checkpoint
-    from hosl_cloud.merge import merge_run
+    from hosl_cloud.merge import PROMPT_FOLDER, merge_run
     from hosl_cloud.mirror import replay_client
 
     database = options.data_dir / DATABASE
@@ -125,6 +125,10 @@ def _merge(options: argparse.Namespace) -> int:
         print(json.dumps({"run": run.id, "round": info.round, "out": str(options.out)}))
     else:
         print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
+        if manifest.prompt_tokens:
+            print(
+                f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{options.out / PROMPT_FOLDER}')"
+            )
     return int(ExitCode.OK)
 
 

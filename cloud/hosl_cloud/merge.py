@@ -1,4 +1,7 @@
-"""Join a run's two halves into what Hugging Face loads: a model folder and, where both are LoRA, a PEFT adapter."""
+"""Join a run's two halves into what Hugging Face loads: a model folder and, where both are LoRA, a PEFT adapter.
+
+A soft prompt is no part of a model; it becomes a PEFT adapter in a folder of the model's.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,15 @@ from hosl_cloud.checkpoint import CheckpointInfo, read_weights
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail import class_count, tail_lora
 from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
+from hosl_export.prompt import is_prompt, peft_prompt
 from hosl_export.staging import staging
 from hosl_protocol import BundleError, Manifest
 from hosl_protocol.manifest import TAIL_CONFIG, TAIL_WEIGHTS
 
 _GENERATION_CONFIG = "generation_config.json"
+
+PROMPT_FOLDER = "prompt"
+"""In the merged folder, where the device trained a soft prompt."""
 
 State = dict[str, Tensor]
 
@@ -42,6 +49,7 @@ def merge_run(
 
     `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
     what the two halves compute: adapters are folded in, and embeddings are untied (`tie_word_embeddings` is false).
+    After a soft prompt it does so with the PEFT adapter `out`/prompt.
     Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
     CheckpointMissing or CheckpointDamaged.
     """
@@ -83,6 +91,12 @@ def _write_model(
     folder: Path, bundle: Path, manifest: Manifest, info: CheckpointInfo, client: State, tail: State
 ) -> None:
     lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
+    prompts = [name for name in client if is_prompt(name)] if manifest.prompt_tokens else []
+    for name in prompts:
+        (folder / PROMPT_FOLDER).mkdir()
+        has_head = info.config.task.has_class_head
+        _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(manifest, client[name], has_head=has_head))
+    client = {name: tensor for name, tensor in client.items() if name not in prompts}
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
     if info.config.task.has_class_head:
@@ -137,6 +151,10 @@ def _write_adapter(folder: Path, manifest: Manifest, client: State, tail: State)
     if manifest.lora is None:
         # The device's half has no adapters: without this PEFT would expect them there too.
         config["layers_to_transform"] = list(range(manifest.split, manifest.blocks))
+    _save_adapter(folder, state, config)
+
+
+def _save_adapter(folder: Path, state: State, config: dict[str, Any]) -> None:
     _save(state, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -57,9 +57,10 @@ def _score_classes(logits_BC: Tensor, labels_B: Tensor) -> Score:
 
 
 def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) -> Score:
-    """Each token but the first of an example is predicted from those before it."""
+    """Each token but the first of an example is predicted from those before it, and none of a soft prompt is."""
     padded_BL = torch.full(mask_BL.shape, _NO_TARGET, device=tokens_T.device)
     padded_BL[mask_BL.bool()] = tokens_T
+    padded_BL[:, : tail.prompt_tokens] = _NO_TARGET
     targets = padded_BL[:, 1:].flatten()
     places_BS = torch.arange(mask_BL.shape[1] - 1, device=tokens_T.device).expand(len(mask_BL), -1)
     logits = tail(h_BLD, mask_BL, places_BS).flatten(0, 1).float()
@@ -69,15 +70,18 @@ def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) 
     return Score(loss, int((logits.detach().argmax(dim=1) == targets).sum()), scored)
 
 
-def targets(kind: TaskKind, lengths_B: Tensor) -> int:
+def targets(kind: TaskKind, tail: Tail, lengths_B: Tensor) -> int:
     """Over how many predictions the loss of these examples is a mean."""
-    return int(lengths_B.sum()) - len(lengths_B) if kind == "lm" else len(lengths_B)
+    if kind != "lm":
+        return len(lengths_B)
+    return int(lengths_B.sum()) - len(lengths_B) * max(tail.prompt_tokens, 1)
 
 
 def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor, labels_N: Tensor) -> None:
     """Raise BatchError for the first thing that a well-behaved device would not send."""
-    if len(lengths_B) == 0 or int(lengths_B.min()) < 1:
-        raise BatchError("lengths of a batch", "one or more, each 1 or more", lengths_B.tolist())
+    shortest = tail.prompt_tokens + 1
+    if len(lengths_B) == 0 or int(lengths_B.min()) < shortest:
+        raise BatchError("lengths of a batch", f"one or more, each {shortest} or more", lengths_B.tolist())
     if int(lengths_B.sum()) != token_count:
         raise BatchError("tokens of a batch", f"{int(lengths_B.sum())} by its lengths", token_count)
     expected = token_count if kind == "lm" else len(lengths_B)

@@ -106,7 +106,8 @@ def open_data(bundle: Path, manifest: Manifest, settings: RunSettings, path: Pat
     if manifest.image is not None:
         return load_images(path, settings.task, manifest.image, manifest.max_length)
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
-    return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id)
+    length, prompt = settings.max_length, manifest.prompt_tokens
+    return load_dataset(path, settings.task, tokenizer, length, manifest.pad_token_id, prompt)
 
 
 def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:

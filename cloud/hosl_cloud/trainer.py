@@ -210,10 +210,10 @@ class TailTrainer:
             raise NotFiniteError("an activation", math.nan)
         h_TD, labels = self._uploads.take(activations_TD, torch.float32), self._uploads.take(labels_N, torch.int64)
         lengths, ends = torch.from_numpy(lengths_B.astype(np.int64)), np.concatenate([[0], np.cumsum(lengths_B)])
-        whole, parts = objectives.targets(self.kind, lengths), []
+        whole, parts = objectives.targets(self.kind, self.tail, lengths), []
         for row in rows:
             tokens = slice(int(ends[row.start]), int(ends[row.stop]))
-            share = objectives.targets(self.kind, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
+            share = objectives.targets(self.kind, self.tail, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
             labels_N_ = labels[tokens if self.kind == "lm" else row]
             parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
         return parts

@@ -142,8 +142,10 @@ class Dataset:
         return Dataset(np.concatenate(rows), offsets, labels, self.pad_token_id)
 
 
-def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int) -> Dataset:
-    """Read and tokenize a file. Raises DataError with file and line."""
+def load_dataset(
+    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int, prompt_tokens: int = 0
+) -> Dataset:
+    """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
     lines, texts, labels = [], [], []
     for line, example in read_examples(path):
         texts.append(_text_of(task, example, path, line))
@@ -152,10 +154,13 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
             labels.append(_label_of(task, example, path, line))
     if not texts:
         raise DataError(path, None, "holds no examples")
-    rows = tokenize(tokenizer, texts, max_length, keep_end=task.kind == "prompt-classification")
+    rows = tokenize(tokenizer, texts, max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    # The graph puts its prompt in the place of these.
+    places = np.full(prompt_tokens, pad_token_id, np.int32)
+    rows = [np.concatenate([places, row]) for row in rows] if prompt_tokens else rows
     offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
     label_array = None if task.kind == "lm" else np.array(labels, np.int32)
     return Dataset(np.concatenate(rows), offsets, label_array, pad_token_id)

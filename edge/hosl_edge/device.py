@@ -259,10 +259,11 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
+        manifest, prompt = self.manifest, self.manifest.prompt_tokens
         tokenizer = _load_tokenizer(self._folder / SHARD_TOKENIZER)
         paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
         return {
-            split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest.pad_token_id)
+            split: load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id, prompt)
             for split, path in paths.items()
             if path is not None
         }

@@ -33,15 +33,18 @@ def _parser() -> argparse.ArgumentParser:
         "--train",
         default="norm",
         choices=get_args(TrainMode),
-        help="what the device trains: nothing, adapters, only their B, norms and biases, whole blocks, or embeddings "
-        "too (default: %(default)s)",
+        help="what the device trains: nothing, adapters, only their B, norms and biases, a soft prompt, whole "
+        "blocks, or embeddings too (default: %(default)s)",
     )
     parser.add_argument("--train-blocks", type=int, metavar="N", help="train only the first N blocks; -N: the last N")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=8, metavar="N", help="vectors of a soft prompt (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the adapters' first weights (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of an adapter's or prompt's first weights (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_common_options(parser)
@@ -62,6 +65,7 @@ def _export(options: argparse.Namespace) -> int:
         out=options.out,
         train=options.train,
         train_blocks=options.train_blocks,
+        prompt_tokens=options.prompt_tokens,
         max_length=options.max_length,
         revision=options.revision,
         seed=options.seed,

@@ -155,16 +155,17 @@ def make_image_cases(image: ImageEntry) -> list[Case]:
     return [ImageCase(torch.randn(rows, *shape, generator=generator)) for rows in (1, 3)]
 
 
-def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int) -> list[Case]:
-    """Batches from one token to the longest length, with rows of different lengths."""
+def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int, prompt_tokens: int = 0) -> list[Case]:
+    """Batches from one token after the soft prompt's to the longest length, with rows of different lengths."""
     tokens = tokenizer(SAMPLE, truncation=False)["input_ids"]
-    longest = min(max_length, LONGEST)
+    longest = min(max_length, LONGEST) - prompt_tokens
     shapes = dict.fromkeys((rows, min(length, longest)) for rows, length in ((1, 1), (3, 7), (2, 33), (2, longest)))
-    return [_make_case(tokens, pad_token_id, rows, length) for rows, length in shapes]
+    return [_make_case(tokens, pad_token_id, rows, length, prompt_tokens) for rows, length in shapes]
 
 
-def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int) -> TextCase:
-    lengths = torch.tensor([max(1, length - row * length // 3) for row in range(rows)])
+def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int, prompt_tokens: int) -> TextCase:
+    lengths = prompt_tokens + torch.tensor([max(1, length - row * length // 3) for row in range(rows)])
+    length += prompt_tokens
     # Each row starts elsewhere in the sample, which repeats as often as the length needs.
     stream = torch.tensor(tokens * (2 + (length + rows) // len(tokens)))
     input_ids = torch.stack([stream[row : row + length] for row in range(rows)])

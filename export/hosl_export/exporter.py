@@ -18,6 +18,7 @@ from hosl_export.halves import ClientHalf, Tail, client_half, tail_half
 from hosl_export.inputs import Input, choose_input
 from hosl_export.loading import Source, find_source, load_config, load_model
 from hosl_export.lora import inject_lora
+from hosl_export.prompt import add_prompt, draw_prompt
 from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
 from hosl_export.trainable import put_on_lattice, trained_blocks, uses_lora
@@ -44,12 +45,14 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
 
     What comes before the first of them is a graph of its own, which a round runs once.
     """
+    prompt_tokens: int = 8
+    """Vectors of a soft prompt, where that trains: 1 or more."""
     max_length: int | None = None
     """Longest input in tokens, 2 to the model's positions; None for 512, or the model's positions if fewer."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     seed: int = 0
-    """Seed of LoRA's initial weights."""
+    """Seed of the first weights of adapters or of a soft prompt."""
     image_size: int | None = None
     """Height and width of images, where positions do not fix them; None for what the preprocessor says."""
 
@@ -62,6 +65,7 @@ def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext)
         config = load_config(source)
         _check_settings(settings, config)
         given = choose_input(source, config, settings.max_length, settings.image_size)
+        _check_prompt(settings, given)
     with staging(settings.out) as folder:
         manifest, references = _write(settings, source, config, given, folder, step)
         with step("checking the halves against the uncut model"):
@@ -77,6 +81,10 @@ def _write(
     family = find_family(config.model_type)
     with step("loading the weights"):
         model = load_model(source, config=config, seed=settings.seed)
+    prompt_tokens = settings.prompt_tokens if settings.train == "prompt" else 0
+    if prompt_tokens:
+        add_prompt(model, prompt_tokens)
+        draw_prompt(model, settings.seed)
     client, tail = client_half(model, settings.split, given.image), tail_half(model, settings.split)
     lora = LoraEntry(targets=family.lora_targets) if uses_lora(settings.train) else None
     if lora is not None:
@@ -87,7 +95,7 @@ def _write(
     facts = given.facts(client)
     prefix, grid = given.prefix(client, trained.start) if trained.start > 0 else (None, None)
     with step("computing reference outputs"):
-        references = compute_references(model, given.cases(model.config))
+        references = compute_references(model, given.cases(model.config, prompt_tokens))
     with step("tracing the client half"):
         files.write_shard_graphs(folder, client, tensors, prefix, grid)
     with step("writing the weights"):
@@ -107,6 +115,7 @@ def _write(
             output=OUTPUT,
             tensors=tensors,
             lattice_max_change=largest_change,
+            prompt_tokens=prompt_tokens,
             prefix=prefix,
             files=files.describe_files(folder),
             versions=files.tool_versions(),
@@ -134,8 +143,19 @@ def _check_train_blocks(settings: ExportSettings, blocks: int) -> None:
         few = f"use 1 to {settings.split}, or -1 to -{settings.split} for the last ones"
         remedy = f"the device has {settings.split} blocks, {few}"
         raise SettingsError("train-blocks", blocks, remedy)
-    if settings.train == "none":
-        raise SettingsError("train-blocks", blocks, "--train none trains no block")
+    if settings.train in ("none", "prompt"):
+        raise SettingsError("train-blocks", blocks, f"--train {settings.train} trains no block")
+
+
+def _check_prompt(settings: ExportSettings, given: Input) -> None:
+    if settings.train != "prompt":
+        return
+    if given.max_length is None:
+        raise SettingsError("train", settings.train, "a model of images has no prompt: use --train norm, blocks or all")
+    longest = given.max_length - 2
+    if not 1 <= settings.prompt_tokens <= longest:
+        remedy = f"use 1 to {longest}, which leaves a text of --max-length {given.max_length} room"
+        raise SettingsError("prompt-tokens", settings.prompt_tokens, remedy)
 
 
 def _count_bytes(half: ClientHalf | Tail) -> int:

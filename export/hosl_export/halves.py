@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hosl_export.families import Family, find_family
+from hosl_export.prompt import add_prompt
 from hosl_export.weights import read_tensors
 from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manifest
 
@@ -54,6 +55,11 @@ class ClientHalf(nn.Module):
         """The token embedding [V, D], of which a run only gathers the rows of its tokens; None where there is none."""
         has_none = self.family.takes_images or self.first_block
         return None if has_none else self.model.get_input_embeddings().weight
+
+    @property
+    def prompt_tokens(self) -> int:
+        """N of a soft prompt; 0 where there is none."""
+        return 0 if self.token_table is None else len(getattr(self.model.get_input_embeddings(), "prompt", ()))
 
     def forward(
         self,
@@ -87,12 +93,14 @@ class ClientHalf(nn.Module):
 class Tail(nn.Module):
     """The later blocks and the head. `model` is the cut Hugging Face model; its blocks count from 0."""
 
-    def __init__(self, model: Any, family: Family, grid: tuple[int, int] | None = None) -> None:
+    def __init__(self, model: Any, family: Family, grid: tuple[int, int] | None = None, prompt_tokens: int = 0) -> None:
         super().__init__()
         self.model = model
         self.family = family
         self.grid = grid
         """Rows and columns of the activations, where they are a feature map."""
+        self.prompt_tokens = prompt_tokens
+        """How many of a text's first positions are the device's soft prompt."""
 
     @property
     def classifier(self) -> nn.Module | None:
@@ -271,7 +279,10 @@ def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> C
     from hosl_export.lora import inject_lora, plain_name  # lora imports this module by way of joining
 
     family = find_family(manifest.family)
-    half = client_half(_skeleton(load_config(bundle), family, None), manifest.split, manifest.image)
+    model = _skeleton(load_config(bundle), family, None)
+    if manifest.prompt_tokens:
+        add_prompt(model, manifest.prompt_tokens)
+    half = client_half(model, manifest.split, manifest.image)
     if manifest.lora is not None:
         inject_lora(half, manifest.lora, family, seed=0)
     fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
@@ -296,7 +307,8 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _HEADS}
         state.update(_new_head(model, seed))
     fill(model, state)
-    return Tail(model, family, None if manifest.image is None else manifest.image.grid).eval()
+    grid = None if manifest.image is None else manifest.image.grid
+    return Tail(model, family, grid, manifest.prompt_tokens).eval()
 
 
 _HEADS = ("lm_head", "classifier")
@@ -363,6 +375,22 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
     for path, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            # Rotary frequencies are computed from the config, not stored.
-            _replace(model, path, type(module)(config=model.config))
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if missing:
+            _compute_buffers(model, path, module, missing)
+
+
+def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
+    """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
+    if isinstance(module, nn.Embedding):
+        # Gemma's multiplies what it looks up.
+        module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        return
+    fresh = type(module)(config=model.config)
+    if next(module.parameters(), None) is None:
+        # Rotary frequencies.
+        _replace(model, path, fresh)
+        return
+    for name in names:
+        # Position numbers of a BERT's embeddings, whose weights are filled already.
+        setattr(module, name, getattr(fresh, name))

@@ -30,8 +30,13 @@ class Input(Protocol):
         """What an image becomes; None for text."""
         ...
 
-    def cases(self, config: Any) -> list[Case]:
-        """Batches for the parity check."""
+    @property
+    def max_length(self) -> int | None:
+        """Longest text in tokens; None for images."""
+        ...
+
+    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
+        """Batches for the parity check, of texts that are longer than a soft prompt."""
         ...
 
     def write(self, bundle: Path, model: Any) -> None:
@@ -68,9 +73,9 @@ class TextInput:
     config: Any
     image: None = None
 
-    def cases(self, config: Any) -> list[Case]:
+    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
         """As of an Input."""
-        return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length)
+        return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length, prompt_tokens)
 
     def write(self, bundle: Path, model: Any) -> None:
         """As of an Input."""
@@ -91,8 +96,9 @@ class ImageInput:
     """Pixels."""
 
     image: ImageEntry
+    max_length: None = None
 
-    def cases(self, config: Any) -> list[Case]:
+    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
         """As of an Input."""
         return make_image_cases(self.image)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hosl_export.families import Family
 from hosl_export.halves import ClientHalf
 from hosl_export.lora import is_lora, is_lora_b, plain_name, plain_state
+from hosl_export.prompt import is_prompt
 from hosl_protocol.lattice import exponent_for, round_to_lattice
 from hosl_protocol.manifest import TensorEntry, TrainMode
 
@@ -46,6 +47,8 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
         return is_lora(name)
     if mode == "lora-b":
         return is_lora_b(name)
+    if mode == "prompt":
+        return is_prompt(name)
     if mode == "norm":
         # Norms and biases are exactly what has one dimension.
         return tensor.ndim == 1

@@ -27,7 +27,7 @@ TAIL_WEIGHTS = "tail/tail.safetensors"
 BOUNDARY = "boundary"
 """What `shard.onnx` takes of `prefix.onnx`, where there is one: float32 [batch, position, width]."""
 
-TrainMode = Literal["none", "lora", "lora-b", "norm", "blocks", "all"]
+TrainMode = Literal["none", "lora", "lora-b", "norm", "prompt", "blocks", "all"]
 
 
 class BundleError(HoslError):
@@ -143,6 +143,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     """Versions of the tools that wrote the bundle."""
     image: ImageEntry | None = None
     """What an image becomes; None where the model takes text."""
+    prompt_tokens: int = 0
+    """Tokens before every text whose embeddings the graph replaces by vectors that train; `max_length` counts them."""
     prefix: PrefixEntry | None = None
     """What `shard/prefix.onnx` computes; None where `shard.onnx` is the whole of the device's half."""
 
@@ -204,6 +206,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
             raise BundleError(f"{where}: {entry.name} trains and is a constant of the graph")
     if manifest.image is not None:
         _check_image(manifest.image, manifest.max_length, where)
+    if not 0 <= manifest.prompt_tokens <= (0 if manifest.image else manifest.max_length - 1):
+        raise BundleError(f"{where}: prompt_tokens {manifest.prompt_tokens} leave no room for a text")
     if manifest.prefix is not None:
         _check_prefix(manifest, manifest.prefix, where)
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):

@@ -132,6 +132,9 @@ def check_run(settings: RunSettings, manifest: Manifest) -> None:
     if settings.task.is_image != (manifest.image is not None):
         takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"
         raise SettingsError("task.kind", settings.task.kind, f"the bundle's model takes {takes}")
+    if not settings.task.is_image and settings.max_length < manifest.prompt_tokens + 2:
+        remedy = f"the bundle's soft prompt takes {manifest.prompt_tokens} of them: use more"
+        raise SettingsError("max_length", settings.max_length, remedy)
     if settings.task.is_image and settings.max_length != manifest.max_length:
         raise SettingsError("max_length", settings.max_length, f"an image has {manifest.max_length} positions")
 

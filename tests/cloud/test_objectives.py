@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hosl_cloud.exceptions import BatchError, CloudError, VerbalizerError
 from hosl_cloud.objectives import unpack
@@ -133,3 +134,17 @@ def test_a_verbalizer_that_is_not_one_token_of_its_own_is_named(
 def test_an_encoder_has_no_head_for_words(make_bundle: Callable[..., Any], kind: str) -> None:
     with pytest.raises(SettingsError, match="use 'sequence-classification'"):
         make_bundle("bert").trainer(kind)
+
+
+def test_a_text_is_scored_from_the_end_of_its_soft_prompt_on(bundle: Any) -> None:
+    trainer, batch = bundle.trainer(TEXT), bundle.batch(TEXT, (4, 7))
+    halved = bundle.trainer(TEXT, micro_batch_tokens=7)
+    for each in (trainer, halved):
+        each.tail.prompt_tokens = 3
+    logits = [bundle.uncut(ids[None]).logits[0, 2:-1] for ids in batch.ids]
+    expected = F.cross_entropy(torch.cat(logits), torch.cat([ids[3:] for ids in batch.ids]))
+    score = trainer.forward_backward(*batch.sent)
+    assert (score.scored, score.loss) == (5, pytest.approx(expected.item(), rel=1e-5))
+    assert halved.forward_backward(*batch.sent).loss == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(BatchError, match="each 4 or more"):
+        trainer.forward_backward(*bundle.batch(TEXT, (3, 5)).sent)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hosl_export import check, exporter
 from hosl_export.__main__ import main
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.halves import client_half, load_tail, tail_half
+from hosl_export.halves import client_half, load_client, load_tail, tail_half
 from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS, TAIL_WEIGHTS, Manifest, load_manifest
@@ -94,6 +94,7 @@ def test_bundle_computes_what_the_model_computes_for_any_batch(exported, kind: s
         h_BTD = case.run_shard(images)
         assert h_BTD.shape == (rows, case.manifest.max_length, case.manifest.width)
         assert_same(tail(h_BTD), model.eval()(images).logits, 2e-5)
+        assert_same(load_client(case.path, case.manifest, case.weights)(pixel_values=images), h_BTD, 2e-5)
     assert case.summary.parity_error < check.TOLERANCE
 
 

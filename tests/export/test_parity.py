@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import BLOCKS, CONFIGS, DECODERS, WINDOWED, largest_difference, make_batch, make_model, run_shard
 
-from hosl_export.halves import client_half, load_tail, tail_half
+from hosl_export.halves import client_half, load_client, load_tail, tail_half
 
 SHAPES = [(1, 1), (3, 7), (2, 16), (3, 37)]
 
@@ -34,6 +34,18 @@ def test_bundle_computes_what_the_model_computes(exported, kind: str) -> None:
         expected = model(input_ids=ids, attention_mask=mask)[0]
         got = tail(run_shard(case.bundle, case.weights, ids, mask), mask)
         assert largest_difference(got, expected, mask) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_devices_half_as_a_torch_module_computes_what_its_graph_does(exported, kind: str) -> None:
+    """A baseline backpropagates through it."""
+    case = exported(kind)
+    client = load_client(case.bundle, case.manifest, case.weights)
+    for rows, length in SHAPES:
+        ids, mask = make_batch(rows, length)
+        expected = run_shard(case.bundle, case.weights, ids, mask)
+        assert largest_difference(client(ids, mask), expected, mask) < 2e-5
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.partition import Partition
@@ -85,21 +88,22 @@ def run_real(bundle: Path, folder: Path, settings: dict[str, Any]) -> Store:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("train", "more"),
     [
-        {},
-        {"client": {"learning_rate": 0.01, "optimizer": "adamw"}, "anchor": "midpoint"},
-        {"wire_dtype": "bfloat16"},
-        {"wire_dtype": "float16"},
-        {"algorithm": "hosl"},
-        {"algorithm": "frozen"},
+        ("lora", {}),
+        ("lora", {"client": {"learning_rate": 0.01, "optimizer": "adamw"}, "anchor": "midpoint"}),
+        ("lora", {"wire_dtype": "bfloat16"}),
+        ("lora", {"wire_dtype": "float16"}),
+        ("lora", {"algorithm": "hosl"}),
+        ("lora", {"algorithm": "frozen"}),
+        ("prompt", {}),
     ],
-    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen"],
+    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen", "prompt"],
 )
 def test_a_simulated_run_gives_the_bits_of_a_real_one(
-    make_bundle: MakeBundle, tmp_path: Path, more: dict[str, Any]
+    make_bundle: MakeBundle, tmp_path: Path, train: str, more: dict[str, Any]
 ) -> None:
-    bundle = make_bundle("lora", 2)
+    bundle = make_bundle(train, 2)
     simulated, real = (
         run_simulated(bundle, tmp_path / "s", configure(**more)),
         run_real(bundle, tmp_path / "r", configure(**more)),
@@ -132,14 +136,16 @@ def test_uneven_parts_train_differently(make_bundle: MakeBundle, tmp_path: Path)
         store.close()
 
 
+@pytest.mark.parametrize("train", ["lora", "prompt"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 def test_the_command_writes_a_table_and_a_run_that_merges(
-    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], train: str
 ) -> None:
-    train, held_out = write_reviews(tmp_path / "train.jsonl", 40), write_reviews(tmp_path / "eval.jsonl", 10, 400)
+    data, held_out = write_reviews(tmp_path / "train.jsonl", 40), write_reviews(tmp_path / "eval.jsonl", 40, 400)
     (tmp_path / "run.toml").write_text(TASK, encoding="utf-8")
-    options = ["--bundle", str(make_bundle("lora", 2)), "--config", str(tmp_path / "run.toml")]
-    options += ["--data", str(train), "--eval", str(held_out), "--devices", "8", "--per-round", "3"]
-    options += ["--set", "rounds=4", "--set", "tail.device=cpu", "--set", "name=fleet", "--set", "max_length=16"]
+    options = ["--bundle", str(make_bundle(train, 2)), "--config", str(tmp_path / "run.toml")]
+    options += ["--data", str(data), "--eval", str(held_out), "--devices", "8", "--per-round", "3"]
+    options += ["--set", "rounds=4", "--set", "tail.device=cpu", "--set", "name=fleet", "--set", "max_length=24"]
     options += ["--data-dir", str(tmp_path / "data"), "--csv", str(tmp_path / "table.csv"), "--json", "--threads", "1"]
     assert cloud_main(["simulate", *options]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -153,6 +159,25 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert rows[0]["accuracy"]
     merged = ["merge", summary["run"], "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "data")]
     assert cloud_main(merged) == 0
+    said = capsys.readouterr().out
+    assert ("its soft prompt is a PEFT adapter" in said) == (train == "prompt")
+    assert count_right(tmp_path / "merged", held_out) == round(40 * summary["final_accuracy"])
+
+
+def count_right(folder: Path, path: Path) -> int:
+    """Right answers of the merged model, with what it may have of a prompt, by transformers and peft alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if (folder / "prompt").exists():
+        model = PeftModel.from_pretrained(model, folder / "prompt")
+    answers, right = tokenizer.convert_tokens_to_ids(["bad", "good"]), 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        example = json.loads(line)
+        inputs = tokenizer(f"{example['text']} it was", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits[0, -1, answers]
+        right += int(logits.argmax()) == example["label"]
+    return right
 
 
 def test_a_run_may_begin_without_an_evaluation(make_bundle: MakeBundle, tmp_path: Path) -> None:

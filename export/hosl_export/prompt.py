@@ -1,0 +1,60 @@
+"""A soft prompt (Lester et al., arXiv 2104.08691): vectors before every text, in the place of token embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosl_protocol.manifest import Manifest
+
+NAME = "prompt"
+
+
+def add_prompt(model: Any, tokens: int) -> nn.Parameter:
+    """Let `model` read `tokens` vectors [N, D] in the place of the embeddings of every text's first N tokens.
+
+    They are a parameter of the token embedding, `<embedding>.prompt`, still without values. Whoever tokenizes puts N
+    tokens before the text, which may be any: lengths, masks and positions then count the prompt, as PEFT's do.
+    """
+    embedding = model.get_input_embeddings()
+    values = torch.empty(tokens, embedding.embedding_dim, device=embedding.weight.device)
+    embedding.register_parameter(NAME, nn.Parameter(values))
+    embedding.register_forward_hook(_put_prompt_first)
+    return embedding.prompt  # type: ignore[no-any-return]
+
+
+def _put_prompt_first(embedding: Any, _: object, h_BTD: Tensor) -> Tensor:
+    prompt_ND = embedding.prompt
+    return torch.cat([prompt_ND.expand(len(h_BTD), -1, -1), h_BTD[:, len(prompt_ND) :]], dim=1)
+
+
+@torch.no_grad()
+def draw_prompt(model: Any, seed: int) -> None:
+    """Begin with the embeddings of tokens drawn from the vocabulary, all different."""
+    embedding = model.get_input_embeddings()
+    order = torch.randperm(embedding.num_embeddings, generator=torch.Generator().manual_seed(seed))
+    # By way of `forward`, which scales what some embeddings look up, and leaves the hook out.
+    embedding.prompt.copy_(embedding.forward(order[: len(embedding.prompt)]))
+
+
+def is_prompt(name: str) -> bool:
+    """Whether this is the plain name of a soft prompt."""
+    return name.endswith(f".{NAME}")
+
+
+def peft_prompt(manifest: Manifest, prompt: Tensor, *, has_head: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` puts the prompt [N, D] before
+    the texts of the merged model."""
+    from peft import PromptTuningConfig, TaskType
+
+    config = PromptTuningConfig(
+        task_type=TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        base_model_name_or_path=manifest.model,
+        inference_mode=True,
+    )
+    return {"prompt_embeddings": prompt}, config.to_dict()
