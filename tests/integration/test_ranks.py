@@ -177,6 +177,7 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path], monkeypatch: p
         site.process.wait()
 
 
+@pytest.mark.timeout(900)  # several torchruns, one after the other
 def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     kinds = [(algorithm, ranks) for algorithm in ("ho-sfl", "hosl") for ranks in ("shard", "replicate")]
 
