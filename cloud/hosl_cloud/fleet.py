@@ -16,6 +16,7 @@ from hosl_cloud import metrics
 from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Shared, Tally, Tell
 from hosl_cloud.run import Compute
 from hosl_protocol import Frame, Message, Refusal, name_of
+from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Fleet:
         self.waiting = Waiting("devices", (), time.time())
         try:
             async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(is_time), timeout_s)
+                await within(timeout_s, self._changed.wait_for(is_time))
         finally:
             self.waiting = None
 
@@ -163,7 +164,7 @@ class Fleet:
 
     async def _wait_for_arrival(self, timeout_s: float) -> None:
         try:
-            await asyncio.wait_for(self._arrived.wait(), None if math.isinf(timeout_s) else max(timeout_s, 0.0))
+            await within(None if math.isinf(timeout_s) else max(timeout_s, 0.0), self._arrived.wait())
         except asyncio.TimeoutError:
             return
 

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hosl_cloud import metrics
+from hosl_protocol.waiting import within
 
 HEAD_TIMEOUT_S = 10.0
 """Longest time for a TLS handshake, and then for the head of a request."""
@@ -220,7 +221,7 @@ class HttpProtocol(H11Protocol):
 async def read_body(request: Request) -> bytes | None:
     """A request's body; None where it is longer than MAX_BODY_BYTES, or slower than BODY_TIMEOUT_S."""
     with contextlib.suppress(asyncio.TimeoutError):
-        return await asyncio.wait_for(_read_body(request), BODY_TIMEOUT_S)
+        return await within(BODY_TIMEOUT_S, _read_body(request))
     return None
 
 

@@ -33,6 +33,7 @@ from hosl_protocol import (
     RoundStart,
     name_of,
 )
+from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class Peer:
 
     async def emptied(self, timeout_s: float) -> None:
         """Wait until all that was queued is sent, or the connection has ended. Raises TimeoutError."""
-        await asyncio.wait_for(self._emptied.wait(), timeout_s)
+        await within(timeout_s, self._emptied.wait())
 
     def end(self, message: Message) -> None:
         """Say a last message and close."""
@@ -236,7 +237,7 @@ class Peer:
     async def next(self, timeout_s: float) -> Frame:
         """The next message that is no answer of a round. Raises PeerGone, or TimeoutError."""
         if self._inbox.empty():
-            frame = await asyncio.wait_for(self._inbox.get(), max(timeout_s, 0.0))
+            frame = await within(max(timeout_s, 0.0), self._inbox.get())
         else:
             frame = self._inbox.get_nowait()
         if frame is None:

@@ -312,10 +312,8 @@ class Runs:
             await coordinator.request_stop(pause=pause)
             most_s = 2 * coordinator.run.config.devices.round_deadline_s if limit_s is None else limit_s
             await asyncio.wait({task}, timeout=most_s)
-        while not task.done():
-            # Up to Python 3.11 wait_for may lose a cancellation that meets its result.
-            task.cancel()
-            await asyncio.wait({task}, timeout=0.5)
+        task.cancel()
+        await asyncio.wait({task})
         if not task.cancelled():
             return
         if coordinator is None:

@@ -16,6 +16,7 @@ from hosl_edge.display import Progress
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import PIECE_BYTES, Connection, Frame, Goodbye, HoslError, Message, Phase, Role
+from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Link:
             return
         self.send(Goodbye(reason=reason))
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._outgoing.join(), GOODBYE_S)
+            await within(GOODBYE_S, self._outgoing.join())
 
     async def _read(self, socket: ClientConnection) -> None:
         """Drain the socket, so that pings are answered whatever the rest is doing."""

@@ -11,6 +11,8 @@ import logging
 import socket
 import struct
 
+from hosl_protocol.waiting import within
+
 log = logging.getLogger(__name__)
 
 # From linux/rtnetlink.h.
@@ -34,7 +36,7 @@ class NetworkWatch:
             return False
         self._drain()
         try:
-            await asyncio.wait_for(self._changed(self._listener), seconds)
+            await within(seconds, self._changed(self._listener))
         except asyncio.TimeoutError:
             return False
         return True

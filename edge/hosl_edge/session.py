@@ -56,6 +56,7 @@ from hosl_protocol import (
     batch_indices,
     name_of,
 )
+from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -362,7 +363,7 @@ class Session:
                 if isinstance(action, step.Send):
                     self.link.send(action.message, action.tensors)
                 else:
-                    reply = await asyncio.wait_for(self._reply(action, context), patience_s)
+                    reply = await within(patience_s, self._reply(action, context))
         except asyncio.TimeoutError:
             self.display.say(
                 f"no answer in round {context.round} for {patience_s:.0f} s; it goes on without this device"
