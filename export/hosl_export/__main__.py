@@ -37,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "blocks, or embeddings too (default: %(default)s)",
     )
     parser.add_argument("--train-blocks", type=int, metavar="N", help="train only the first N blocks; -N: the last N")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=8, metavar="N", help="vectors of a soft prompt (default: %(default)s)"
-    )
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="vectors of a soft prompt (default: 8)")
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")

@@ -29,6 +29,9 @@ Step = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""
 
 
+DEFAULT_PROMPT_TOKENS = 8
+
+
 class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """What `hosl-export` is asked for."""
 
@@ -45,8 +48,8 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
 
     What comes before the first of them is a graph of its own, which a round runs once.
     """
-    prompt_tokens: int = 8
-    """Vectors of a soft prompt, where that trains: 1 or more."""
+    prompt_tokens: int | None = None
+    """Vectors of a soft prompt, where that trains: 1 or more; None for 8."""
     max_length: int | None = None
     """Longest input in tokens, 2 to the model's positions; None for 512, or the model's positions if fewer."""
     revision: str | None = None
@@ -81,7 +84,7 @@ def _write(
     family = find_family(config.model_type)
     with step("loading the weights"):
         model = load_model(source, config=config, seed=settings.seed)
-    prompt_tokens = settings.prompt_tokens if settings.train == "prompt" else 0
+    prompt_tokens = _count_prompt(settings)
     if prompt_tokens:
         add_prompt(model, prompt_tokens)
         draw_prompt(model, settings.seed)
@@ -147,15 +150,23 @@ def _check_train_blocks(settings: ExportSettings, blocks: int) -> None:
         raise SettingsError("train-blocks", blocks, f"--train {settings.train} trains no block")
 
 
+def _count_prompt(settings: ExportSettings) -> int:
+    if settings.train != "prompt":
+        return 0
+    return DEFAULT_PROMPT_TOKENS if settings.prompt_tokens is None else settings.prompt_tokens
+
+
 def _check_prompt(settings: ExportSettings, given: Input) -> None:
     if settings.train != "prompt":
+        if settings.prompt_tokens is not None:
+            raise SettingsError("prompt-tokens", settings.prompt_tokens, f"--train {settings.train} has no soft prompt")
         return
     if given.max_length is None:
         raise SettingsError("train", settings.train, "a model of images has no prompt: use --train norm, blocks or all")
-    longest = given.max_length - 2
-    if not 1 <= settings.prompt_tokens <= longest:
+    tokens, longest = _count_prompt(settings), given.max_length - 2
+    if not 1 <= tokens <= longest:
         remedy = f"use 1 to {longest}, which leaves a text of --max-length {given.max_length} room"
-        raise SettingsError("prompt-tokens", settings.prompt_tokens, remedy)
+        raise SettingsError("prompt-tokens", tokens, remedy)
 
 
 def _count_bytes(half: ClientHalf | Tail) -> int:

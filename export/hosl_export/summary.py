@@ -105,8 +105,9 @@ def _side(blocks: int, parameters: int, size_bytes: int) -> str:
 def _trains(summary: Summary) -> str:
     if summary.train == "none":
         return "nothing on the device (--train none)"
+    tensors = "tensor" if summary.trainable_tensors == 1 else "tensors"
     text = (
-        f"{summary.trainable_parameters:,} parameters in {summary.trainable_tensors} tensors on the device "
+        f"{summary.trainable_parameters:,} parameters in {summary.trainable_tensors} {tensors} on the device "
         f"(--train {summary.train}); rounding moved them by at most {summary.lattice_max_change:.2g}"
     )
     if summary.prefix_blocks:

@@ -86,13 +86,14 @@ def test_a_prompt_begins_as_tokens_of_the_vocabulary_by_its_seed() -> None:
     [
         ({"prompt_tokens": 0}, "prompt-tokens is 0"),
         ({"prompt_tokens": 15, "max_length": 16}, "prompt-tokens is 15: use 1 to 14"),
+        ({"train": "norm", "prompt_tokens": 4}, "prompt-tokens is 4: --train norm has no soft prompt"),
         ({"train_blocks": 1}, "train-blocks is 1: --train prompt trains no block"),
     ],
 )
 def test_a_prompt_that_cannot_be_is_refused(tmp_path: Path, model_folder, more: dict[str, int], field: str) -> None:
     settings = {"model": str(model_folder("llama")), "split": 2, "out": tmp_path / "bundle", "train": "prompt"}
     with pytest.raises(SettingsError, match=field):
-        export_bundle(ExportSettings(**settings, **more))
+        export_bundle(ExportSettings(**{**settings, **more}))
     assert list(tmp_path.iterdir()) == []
 
 
