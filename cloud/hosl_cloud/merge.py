@@ -91,18 +91,16 @@ def _write_model(
     folder: Path, bundle: Path, manifest: Manifest, info: CheckpointInfo, client: State, tail: State
 ) -> None:
     lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
-    prompts = [name for name in client if is_prompt(name)] if manifest.prompt_tokens else []
-    for name in prompts:
-        (folder / PROMPT_FOLDER).mkdir()
-        has_head = info.config.task.has_class_head
-        _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(manifest, client[name], has_head=has_head))
-    client = {name: tensor for name, tensor in client.items() if name not in prompts}
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
     if info.config.task.has_class_head:
         config.id2label = dict(enumerate(info.config.task.labels))
         config.label2id = {label: place for place, label in enumerate(info.config.task.labels)}
-    _save(_checked(state, config, info), folder / "model.safetensors")
+    state = _checked(state, config, info)
+    _save(state, folder / "model.safetensors")
+    for prompt in [tensor for name, tensor in client.items() if is_prompt(name)]:
+        (folder / PROMPT_FOLDER).mkdir()
+        _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(prompt, state))
     config.to_json_file(folder / "config.json")
     _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
 

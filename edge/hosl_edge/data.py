@@ -143,7 +143,7 @@ class Dataset:
 
 
 def load_dataset(
-    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int, prompt_tokens: int = 0
+    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int, prompt_tokens: int
 ) -> Dataset:
     """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
     lines, texts, labels = [], [], []

@@ -23,7 +23,7 @@ from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
 from hosl_export.trainable import put_on_lattice, trained_blocks, uses_lora
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.manifest import LoraEntry, Manifest, TrainMode
+from hosl_protocol.manifest import SHORTEST_TEXT, LoraEntry, Manifest, TrainMode
 
 Step = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""
@@ -68,7 +68,7 @@ def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext)
         config = load_config(source)
         _check_settings(settings, config)
         given = choose_input(source, config, settings.max_length, settings.image_size)
-        _check_prompt(settings, given)
+        _check_prompt(settings, given, config)
     with staging(settings.out) as folder:
         manifest, references = _write(settings, source, config, given, folder, step)
         with step("checking the halves against the uncut model"):
@@ -156,14 +156,16 @@ def _count_prompt(settings: ExportSettings) -> int:
     return DEFAULT_PROMPT_TOKENS if settings.prompt_tokens is None else settings.prompt_tokens
 
 
-def _check_prompt(settings: ExportSettings, given: Input) -> None:
+def _check_prompt(settings: ExportSettings, given: Input, config: Any) -> None:
     if settings.train != "prompt":
         if settings.prompt_tokens is not None:
             raise SettingsError("prompt-tokens", settings.prompt_tokens, f"--train {settings.train} has no soft prompt")
         return
     if given.max_length is None:
         raise SettingsError("train", settings.train, "a model of images has no prompt: use --train norm, blocks or all")
-    tokens, longest = _count_prompt(settings), given.max_length - 2
+    if given.max_length < SHORTEST_TEXT + 1:
+        raise SettingsError("max-length", given.max_length, "a soft prompt and a text have no room in it")
+    tokens, longest = _count_prompt(settings), min(given.max_length - SHORTEST_TEXT, config.vocab_size)
     if not 1 <= tokens <= longest:
         remedy = f"use 1 to {longest}, which leaves a text of --max-length {given.max_length} room"
         raise SettingsError("prompt-tokens", tokens, remedy)

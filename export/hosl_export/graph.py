@@ -59,7 +59,10 @@ def write_graph(
 def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
     names = graph_inputs(half)
     # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
-    examples = {name: torch.ones(2, half.prompt_tokens + 8, dtype=torch.long) for name in names}
+    length = half.prompt_tokens + 8
+    if half.prompt_tokens:
+        length = min(length, half.model.config.max_position_embeddings)
+    examples = {name: torch.ones(2, length, dtype=torch.long) for name in names}
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     if half.image is not None:
         examples = {"pixel_values": torch.ones(2, half.image.channels, half.image.height, half.image.width)}

@@ -10,19 +10,21 @@ from transformers import AutoModelForSequenceClassification
 
 from hosl_export.families import find_family, renumber
 from hosl_export.halves import load_config
+from hosl_export.prompt import is_prompt
 from hosl_protocol.manifest import Manifest
 
 
 def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Tensor]) -> dict[str, Tensor]:
     """One state under the uncut model's names: the tail's block j becomes block split + j.
 
-    Folds nothing: adapters keep their plain names. A tail built as a classifier gives the classifier's names to both.
+    Folds nothing: adapters keep their plain names. A soft prompt, which is no part of the uncut model, is left out. A
+    tail built as a classifier gives the classifier's names to both.
     The state loads strictly where the config is `full_config`, which unties the embeddings.
     """
     family = find_family(manifest.family)
     has_task_head = bool(family.base_prefix) and any(name.startswith(family.base_prefix) for name in tail)
     prefix = family.base_prefix if has_task_head else ""
-    joined = {prefix + name: tensor for name, tensor in client.items()}
+    joined = {prefix + name: tensor for name, tensor in client.items() if not is_prompt(name)}
     for name, tensor in tail.items():
         whole = renumber(name, prefix + family.blocks, manifest.split)
         if whole in joined:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosl_protocol.manifest import Manifest
-
 NAME = "prompt"
 
 
@@ -44,17 +42,20 @@ def is_prompt(name: str) -> bool:
     return name.endswith(f".{NAME}")
 
 
-def peft_prompt(manifest: Manifest, prompt: Tensor, *, has_head: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def peft_prompt(prompt: Tensor, merged: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` puts the prompt [N, D] before
-    the texts of the merged model."""
+    the texts of a model whose state is `merged`.
+
+    PEFT takes a classification head for its own, so that goes along.
+    """
     from peft import PromptTuningConfig, TaskType
 
+    head = {name: tensor for name, tensor in merged.items() if name.partition(".")[0] in ("score", "classifier")}
     config = PromptTuningConfig(
-        task_type=TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
         num_virtual_tokens=len(prompt),
         token_dim=prompt.shape[1],
         num_transformer_submodules=1,
-        base_model_name_or_path=manifest.model,
         inference_mode=True,
     )
-    return {"prompt_embeddings": prompt}, config.to_dict()
+    return {"prompt_embeddings": prompt, **{f"base_model.{name}": head[name] for name in head}}, config.to_dict()

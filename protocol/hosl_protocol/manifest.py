@@ -27,6 +27,9 @@ TAIL_WEIGHTS = "tail/tail.safetensors"
 BOUNDARY = "boundary"
 """What `shard.onnx` takes of `prefix.onnx`, where there is one: float32 [batch, position, width]."""
 
+SHORTEST_TEXT = 2
+"""Tokens that a soft prompt leaves a text room for, at least."""
+
 TrainMode = Literal["none", "lora", "lora-b", "norm", "prompt", "blocks", "all"]
 
 
@@ -206,8 +209,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
             raise BundleError(f"{where}: {entry.name} trains and is a constant of the graph")
     if manifest.image is not None:
         _check_image(manifest.image, manifest.max_length, where)
-    if not 0 <= manifest.prompt_tokens <= (0 if manifest.image else manifest.max_length - 1):
-        raise BundleError(f"{where}: prompt_tokens {manifest.prompt_tokens} leave no room for a text")
+    _check_prompt(manifest, where)
     if manifest.prefix is not None:
         _check_prefix(manifest, manifest.prefix, where)
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
@@ -232,6 +234,16 @@ def _check_image(image: ImageEntry, positions: int, where: str) -> None:
     )
     if not fits:
         raise BundleError(f"{where}: the image entry contradicts itself: {image}")
+
+
+def _check_prompt(manifest: Manifest, where: str) -> None:
+    tokens, trained = manifest.prompt_tokens, [entry.shape[:1] for entry in manifest.trainable]
+    if manifest.train == "prompt":
+        fits = trained == [(tokens,)] and 1 <= tokens <= manifest.max_length - SHORTEST_TEXT and manifest.image is None
+    else:
+        fits = tokens == 0
+    if not fits:
+        raise BundleError(f"{where}: prompt_tokens {tokens} contradicts the rest")
 
 
 def _check_prefix(manifest: Manifest, prefix: PrefixEntry, where: str) -> None:

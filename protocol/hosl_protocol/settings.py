@@ -14,7 +14,7 @@ import msgspec.inspect
 
 from hosl_protocol.directions import MAX_DIRECTION, MAX_SEED, Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
-from hosl_protocol.manifest import Manifest
+from hosl_protocol.manifest import SHORTEST_TEXT, Manifest
 from hosl_protocol.tasks import Task, check_task
 
 Algorithm = Literal["ho-sfl", "hosl", "frozen"]
@@ -132,7 +132,7 @@ def check_run(settings: RunSettings, manifest: Manifest) -> None:
     if settings.task.is_image != (manifest.image is not None):
         takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"
         raise SettingsError("task.kind", settings.task.kind, f"the bundle's model takes {takes}")
-    if not settings.task.is_image and settings.max_length < manifest.prompt_tokens + 2:
+    if not settings.task.is_image and settings.max_length < manifest.prompt_tokens + SHORTEST_TEXT:
         remedy = f"the bundle's soft prompt takes {manifest.prompt_tokens} of them: use more"
         raise SettingsError("max_length", settings.max_length, remedy)
     if settings.task.is_image and settings.max_length != manifest.max_length:

@@ -18,14 +18,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from hosl_cloud.settings import RunConfig, load_config
+from hosl_cloud.simulation import open_data
 from hosl_cloud.trainer import TailTrainer
-from hosl_edge.data import Batch, load_dataset
+from hosl_edge.data import Batch
 from hosl_edge.shard import Shard
 from hosl_protocol import ClientWeights, Manifest, ProbePoint, load_manifest, make_client_weights
-from hosl_protocol.manifest import SHARD_TOKENIZER
 
 REVIEWS = Path(__file__).parents[2] / "examples" / "reviews"
 STEPS = (1e-4, 1e-3, 1e-2)
@@ -106,8 +105,7 @@ def main() -> None:
         return
     manifest = load_manifest(options.bundle)
     config = load_config(options.config, manifest)
-    tokenizer = Tokenizer.from_file(str(options.bundle / SHARD_TOKENIZER))
-    data = load_dataset(options.data, config.task, tokenizer, config.max_length, manifest.pad_token_id)
+    data = open_data(options.bundle, manifest, config.wire_settings(), options.data)
     size = config.batch_size
     batches = [data.batch(np.arange(n * size, (n + 1) * size)) for n in range(options.batches)]
     halves = Halves(options.bundle, manifest, config)

@@ -29,8 +29,8 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def load(path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8) -> Dataset:
-    return load_dataset(path, task, tokenizer, max_length, pad_token_id=2)
+def load(path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8, prompt_tokens: int = 0) -> Dataset:
+    return load_dataset(path, task, tokenizer, max_length, pad_token_id=2, prompt_tokens=prompt_tokens)
 
 
 def write(folder: Path, text: str, name: str = "data.jsonl") -> Path:
@@ -159,3 +159,17 @@ def test_the_data_digest_is_of_what_a_file_holds_and_a_missing_file_is_named(tmp
     assert digest_of_data(one) == digest_of_data(same) != digest_of_data(two)
     with pytest.raises(DataError, match=r"nope.jsonl: No such file"):
         digest_of_data(tmp_path / "nope.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["prompt-classification", "lm"])
+def test_a_soft_prompts_places_come_first_and_count(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    task = TASK if kind != "lm" else Task(name="texts", kind="lm", template="{text}")
+    path = write(tmp_path, '{"text": "good bad good bad good", "label": 1}\n')
+    whole, cut = (load(path, tokenizer, task, length).ids.tolist() for length in (64, 6))
+    with_prompt = load(path, tokenizer, task, max_length=6, prompt_tokens=2)
+    room = whole[-4:] if kind != "lm" else whole[:4]
+    assert with_prompt.ids.tolist() == [2, 2, *room]
+    assert len(cut) == min(6, len(whole)), "without a prompt there is more room"
+    batch = with_prompt.batch(np.array([0]))
+    assert batch.lengths_B.tolist() == [6]
+    assert batch.labels_N.tolist() == ([2, 2, *room] if kind == "lm" else [1])

@@ -53,6 +53,13 @@ def test_the_halves_compute_what_peft_computes_with_the_same_prompt(tmp_path: Pa
     np.testing.assert_allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_a_prompt_may_take_all_positions_but_two(tmp_path: Path, model_folder) -> None:
+    settings = ExportSettings(
+        model=str(model_folder("bert")), split=2, out=tmp_path / "bundle", train="prompt", prompt_tokens=46
+    )
+    assert export_bundle(settings).parity_error < TOLERANCE
+
+
 def run_peft(model: Any, prompt: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     is_encoder = model.config.model_type == "bert"
     task = peft.TaskType.FEATURE_EXTRACTION if is_encoder else peft.TaskType.CAUSAL_LM
@@ -86,6 +93,7 @@ def test_a_prompt_begins_as_tokens_of_the_vocabulary_by_its_seed() -> None:
     [
         ({"prompt_tokens": 0}, "prompt-tokens is 0"),
         ({"prompt_tokens": 15, "max_length": 16}, "prompt-tokens is 15: use 1 to 14"),
+        ({"max_length": 2}, "max-length is 2: a soft prompt and a text have no room in it"),
         ({"train": "norm", "prompt_tokens": 4}, "prompt-tokens is 4: --train norm has no soft prompt"),
         ({"train_blocks": 1}, "train-blocks is 1: --train prompt trains no block"),
     ],

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.partition import Partition
@@ -144,6 +144,7 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     data, held_out = write_reviews(tmp_path / "train.jsonl", 40), write_reviews(tmp_path / "eval.jsonl", 40, 400)
     (tmp_path / "run.toml").write_text(TASK, encoding="utf-8")
     options = ["--bundle", str(make_bundle(train, 2)), "--config", str(tmp_path / "run.toml")]
+    capsys.readouterr()  # what the export said
     options += ["--data", str(data), "--eval", str(held_out), "--devices", "8", "--per-round", "3"]
     options += ["--set", "rounds=4", "--set", "tail.device=cpu", "--set", "name=fleet", "--set", "max_length=24"]
     options += ["--data-dir", str(tmp_path / "data"), "--csv", str(tmp_path / "table.csv"), "--json", "--threads", "1"]
@@ -164,19 +165,40 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert count_right(tmp_path / "merged", held_out) == round(40 * summary["final_accuracy"])
 
 
-def count_right(folder: Path, path: Path) -> int:
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_encoder"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
+def test_a_classifier_and_its_soft_prompt_load_in_peft_with_the_trained_head(
+    request: pytest.FixtureRequest, export_bundle: Callable[..., Path], tmp_path: Path, model: str
+) -> None:
+    task = {"name": "classes", "kind": "sequence-classification", "template": "{text}", "labels": ["0", "1"]}
+    tail = {"learning_rate": 3e-3, "device": "cpu", "train": "lora"}
+    bundle = export_bundle(request.getfixturevalue(model), "prompt", 2)
+    store = run_simulated(bundle, tmp_path / "run", configure(task=task, tail=tail, max_length=24))
+    evaluation = store.evaluations("run-1")[-1]
+    store.close()
+    merged = ["merge", "run-1", "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "run")]
+    assert cloud_main([*merged, "--checkpoint", "last"]) == 0
+    right = count_right(tmp_path / "merged", tmp_path / "run" / "eval.jsonl", is_classifier=True)
+    assert (right, 10) == (evaluation.correct, evaluation.scored)
+
+
+def count_right(folder: Path, path: Path, *, is_classifier: bool = False) -> int:
     """Right answers of the merged model, with what it may have of a prompt, by transformers and peft alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, auto = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM
+    if is_classifier:
+        auto = AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder)
     if (folder / "prompt").exists():
         model = PeftModel.from_pretrained(model, folder / "prompt")
     answers, right = tokenizer.convert_tokens_to_ids(["bad", "good"]), 0
     for line in path.read_text(encoding="utf-8").splitlines():
         example = json.loads(line)
-        inputs = tokenizer(f"{example['text']} it was", return_tensors="pt", return_token_type_ids=False)
+        text = example["text"] if is_classifier else f"{example['text']} it was"
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
-            logits = model.eval()(**inputs).logits[0, -1, answers]
-        right += int(logits.argmax()) == example["label"]
+            logits = model.eval()(**inputs).logits[0]
+        scores = logits if is_classifier else logits[-1, answers]
+        right += int(scores.argmax()) == example["label"]
     return right
 
 

@@ -99,6 +99,9 @@ def test_a_prefix_is_read() -> None:
         ({"prefix": {"blocks": 6, "width": 4}}, "the prefix entry contradicts the rest"),
         ({"prefix": {"blocks": 1, "width": 0}, **WITH_PREFIX}, "the prefix entry contradicts the rest"),
         ({"prefix": {"blocks": 1, "width": 4, "positions": 9}, **WITH_PREFIX}, "the prefix entry contradicts the rest"),
+        ({"train": "prompt", "tensors": [tensor()]}, "prompt_tokens 0 contradicts the rest"),
+        ({"train": "prompt", "tensors": [tensor()], "prompt_tokens": 3}, "prompt_tokens 3 contradicts the rest"),
+        ({"train": "norm", "tensors": [tensor()], "prompt_tokens": 2}, "prompt_tokens 2 contradicts the rest"),
         ({"prefix": {"blocks": 1, "width": 4}}, "the prefix entry contradicts the rest"),
     ],
 )

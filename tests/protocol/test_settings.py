@@ -136,10 +136,10 @@ def make_image_settings(**changes):
     return RunSettings(**{"task": task, "max_length": 4, **changes})
 
 
-def make_manifest(image=None):
+def make_manifest(image=None, **changes):
     return Manifest(
         model="m", family="f", architecture="a", split=1, blocks=2, width=4, max_length=4, pad_token_id=0, train="none",
-        tensors=(), files=(), image=image,
+        tensors=(), files=(), image=image, **changes,
     )  # fmt: skip
 
 
@@ -153,6 +153,12 @@ def test_texts_and_images_go_with_their_own_bundles():
         check_run(make_image_settings(), make_manifest())
     with pytest.raises(SettingsError, match=r"task.kind .* the bundle's model takes images"):
         check_run(make_settings(max_length=4), make_manifest(IMAGE))
+
+
+def test_a_soft_prompt_leaves_texts_room():
+    check_run(make_settings(max_length=4), make_manifest(prompt_tokens=2))
+    with pytest.raises(SettingsError, match="max_length is 3: the bundle's soft prompt takes 2 of them: use more"):
+        check_run(make_settings(max_length=3), make_manifest(prompt_tokens=2))
 
 
 def test_an_image_has_as_many_positions_as_the_bundle_says():
