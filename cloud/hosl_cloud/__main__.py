@@ -121,14 +121,14 @@ def _merge(options: argparse.Namespace) -> int:
     finally:
         store.close()
     info = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter)
+    prompt = options.out / PROMPT_FOLDER if manifest.prompt_tokens else None
     if options.json:
-        print(json.dumps({"run": run.id, "round": info.round, "out": str(options.out)}))
-    else:
-        print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
-        if manifest.prompt_tokens:
-            print(
-                f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{options.out / PROMPT_FOLDER}')"
-            )
+        facts = {"run": run.id, "round": info.round, "out": str(options.out)}
+        print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
+        return int(ExitCode.OK)
+    print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
+    if prompt is not None:
+        print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
     return int(ExitCode.OK)
 
 
