@@ -49,6 +49,32 @@ def write_reviews(path: Path, count: int, offset: int = 0) -> Path:
     return path
 
 
+def count_right(folder: Path, files: list[Path], *, is_classifier: bool = False) -> tuple[int, int]:
+    """Right answers of a merged model to the reviews, with what it has of a soft prompt, and out of how many.
+
+    Of hosl it uses nothing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), auto.from_pretrained(folder)
+    if (folder / "prompt").exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder / "prompt")
+    model, answers = model.eval(), tokenizer.convert_tokens_to_ids(["bad", "good"])
+    examples = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    right = 0
+    for example in examples:
+        text = example["text"] if is_classifier else f"{example['text']} it was"
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        right += int((logits if is_classifier else logits[-1, answers]).argmax()) == example["label"]
+    return right, len(examples)
+
+
 TASK = """
 [task]
 name = "reviews"

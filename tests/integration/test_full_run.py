@@ -19,7 +19,7 @@ import pytest
 
 from hosl_protocol import ExitCode, load_manifest
 from processes import Program
-from support import TASK, write_reviews
+from support import TASK, count_right, write_reviews
 
 DEADLINE_S = 120.0
 MakeBundle = Callable[[str, int], Path]
@@ -173,24 +173,6 @@ def merge(here: Site, out: Path) -> Path:
     )
     here.finish(process)
     return out
-
-
-def count_right(model_path: Path, files: list[Path]) -> tuple[int, int]:
-    """Right predictions of the merged checkpoint, with transformers alone."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-    answers = [tokenizer.convert_tokens_to_ids(word) for word in ("bad", "good")]
-    examples = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    right = 0
-    for example in examples:
-        inputs = tokenizer(f"{example['text']} it was", return_tensors="pt")
-        with torch.no_grad():
-            logits = model(input_ids=inputs.input_ids).logits[0, -1, answers]
-        right += int(logits.argmax()) == example["label"]
-    return right, len(examples)
 
 
 def test_a_device_that_is_killed_comes_back_and_holds_the_same_bits(site: Callable[[str], Site]) -> None:

@@ -68,4 +68,4 @@ def test_a_cancellation_that_meets_a_result_is_not_lost(turns: int, more: Callab
         assert done, "it works on"
         assert worker.cancelled()
 
-    asyncio.run(main(), debug=False)
+    asyncio.run(main())
