@@ -126,6 +126,29 @@ def candidates(method: MethodEntry) -> Iterator[dict[str, Any]]:
         yield dict(zip(method.tune, values, strict=True))
 
 
+def untried_rates(study: Study) -> Iterator[str]:
+    """One line for each control that never has a rate of the tail which methods compared with it may have.
+
+    Zeroth-order training of the tail has rates of another kind and is left out.
+    """
+    for name, control in study.methods.items():
+        untried: set[float] = set()
+        for method in study.methods.values():
+            is_compared = method.control == name and method.run.get("algorithm") != "frozen"
+            if is_compared and method.run.get("baseline") != "zeroth-order":
+                untried |= tail_rates(study, method) - tail_rates(study, control)
+        if untried:
+            rates = " or ".join(f"{rate:g}" for rate in sorted(untried))
+            yield f"the tail of {name} never learns at {rates}, others' may; what they gain may be the rate's"
+
+
+def tail_rates(study: Study, method: MethodEntry) -> set[float]:
+    """Learning rates that the method's tail may have; empty where the settings leave it to the default."""
+    key = "tail.learning_rate"
+    settled = dict(flattened(merge(study.run, method.run))).get(key)
+    return set(method.tune.get(key, [] if settled is None else [settled]))
+
+
 def tuning_cells(study: Study) -> list[Cell]:
     """The runs that choose."""
     tasks = [study.tune.task] if study.tune.task else list(study.tasks)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cells import Workshop, choose, round_times, summary_of, table_of
 from draw import draw_accuracy, draw_curves
-from plan import Cell
+from plan import Cell, untried_rates
 
 COLUMNS = (
     *("task", "split", "partition", "method", "trains", "trained", "seed", "rounds", "final_accuracy"),
@@ -119,6 +119,9 @@ def _page(shop: Workshop, rows: list[Row], planned: int, where: str) -> Iterator
     yield f"Written by `study.py {shop.name}.toml`: {done}. " + (f"{fleet}. " if fleet else "")
     yield "Accuracies are in percent, mean ± standard deviation over seeds (how many); *vs frozen* is the difference"
     yield f"from the frozen client of the same seed. Seconds of a round are medians, {where}."
+    for line in untried_rates(study):
+        yield ""
+        yield f"- {line}."
     for place in dict.fromkeys(row.place for row in rows):
         task, split, partition = place
         yield ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cells import Workshop, choose, run_cells
 from msgspec import structs
-from plan import Cell, read_study, study_cells, timing_cells, tuning_cells
+from plan import Cell, read_study, study_cells, timing_cells, tuning_cells, untried_rates
 from report import write_results
 
 HERE = Path(__file__).parent
@@ -43,6 +43,8 @@ def main() -> None:
         name = path.stem if options.model is None else f"{path.stem}-{Path(options.model).stem.lower()}"
         study = structs.replace(study, model=options.model or study.model, splits=options.splits or study.splits)
         shop = Workshop(study, name, options.data, options.work, options.jobs)
+        for line in untried_rates(shop.study):
+            print(f"{name}: {line}")
         tuned = tuning_cells(shop.study)
         if not options.report:
             run_cells(shop, wanted(tuned, options.only))

@@ -54,6 +54,8 @@ run.directions = 2
 tune."client.learning_rate" = [1e-3, 1e9]
 """
 
+FROZEN = 'run.algorithm = "frozen"\ntune."tail.learning_rate" = {}'
+
 
 def study(folder: Path, *options: str) -> str:
     """What the driver prints."""
@@ -94,6 +96,20 @@ def test_a_study_tunes_runs_and_reports_and_runs_nothing_twice(folder: Path) -> 
     again = study(folder)
     assert "tiny: 2 runs, 0 to do\n" in again
     assert (results / "tiny.md").read_text(encoding="utf-8") == page
+
+
+def test_a_control_without_a_rate_that_others_may_have_is_named(folder: Path) -> None:
+    settings = folder / "tiny.toml"
+    warning = "the tail of frozen never learns at 0.001, others' may"
+    assert warning not in study(folder, "--report")
+
+    rates = 'tune."client.learning_rate" = [1e-3]\ntune."tail.learning_rate" = [1e-4, 1e-3]'
+    text = settings.read_text(encoding="utf-8").replace('tune."client.learning_rate" = [1e-3, 1e9]', rates)
+    settings.write_text(text.replace('run.algorithm = "frozen"', FROZEN.format("[1e-4, 3e-4]")), encoding="utf-8")
+    assert warning in study(folder, "--report")
+
+    settings.write_text(text.replace('run.algorithm = "frozen"', FROZEN.format("[1e-4, 1e-3]")), encoding="utf-8")
+    assert warning not in study(folder, "--report")
 
 
 def test_the_shipped_settings_can_be_read() -> None:
