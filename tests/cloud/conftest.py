@@ -31,10 +31,11 @@ from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.trainer import TailTrainer
 from hosl_export import client_half, find_family, inject_lora, plain_state, tail_half
 from hosl_protocol import LoraEntry, Manifest, encode_manifest
-from hosl_protocol.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS
+from hosl_protocol.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS, TensorEntry
 
 VOCABULARY = 48
 BLOCKS, SPLIT = 3, 1
+PROMPT_TOKENS = 2
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(
@@ -266,6 +267,7 @@ def _cut(path: Path, name: str, train: str) -> Bundle:
     lora = LoraEntry(r=2, alpha=4, targets=family.lora_targets) if train == "lora" else None
     if lora is not None:
         inject_lora(client, lora, family, seed=1)
+    prompt = TensorEntry(name="prompt", shape=(PROMPT_TOKENS, 32), trainable=True, exponent=-20)
     (path / TAIL_CONFIG).parent.mkdir()
     uncut.config.architectures = [type(uncut).__name__]
     uncut.config.to_json_file(path / TAIL_CONFIG)
@@ -282,7 +284,8 @@ def _cut(path: Path, name: str, train: str) -> Bundle:
         pad_token_id=0,
         train=train,  # type: ignore[arg-type]
         lora=lora,
-        tensors=(),
+        prompt_tokens=PROMPT_TOKENS if train == "prompt" else 0,
+        tensors=(prompt,) if train == "prompt" else (),
         files=(),
     )
     (path / MANIFEST).write_bytes(encode_manifest(manifest))

@@ -26,13 +26,14 @@ from hosl_cloud.trainer import TailTrainer
 from hosl_protocol import HoslError, Manifest, load_manifest
 
 LENGTHS = ((3, 7, 1, 5), (9, 2), (4, 4, 4), (11,), (1, 1, 6))
-"""Of the batches of an uneven number of devices."""
+"""Of the batches of an uneven number of devices, without a soft prompt."""
 
 
-def make_batches(config: RunConfig, round_: int, width: int) -> list[BatchArrays]:
+def make_batches(config: RunConfig, manifest: Manifest, round_: int) -> list[BatchArrays]:
     """What the devices of a round send."""
     random = np.random.default_rng(round_)
-    return [make_batch(config, random, lengths, width) for lengths in LENGTHS]
+    texts = [[manifest.prompt_tokens + length for length in lengths] for lengths in LENGTHS]
+    return [make_batch(config, random, lengths, manifest.width) for lengths in texts]
 
 
 def make_batch(config: RunConfig, random: np.random.Generator, lengths: Sequence[int], width: int) -> BatchArrays:
@@ -66,7 +67,7 @@ class Pair:
 
     def round(self, round_: int) -> None:
         """One round of both, with λ for every device."""
-        batches = make_batches(self.config, round_, self.manifest.width)
+        batches = make_batches(self.config, self.manifest, round_)
         weights = [float(len(batch[1])) for batch in batches]
         expected = self.one.forward_backward_many(batches, weights, wants_cut_gradient=True)
         got = self.all.forward_backward_many(batches, weights, wants_cut_gradient=True)
@@ -88,13 +89,13 @@ class Pair:
             self.note(optimizer=relative(*map(torch.cat, zip(*moments, strict=True))))
 
     def evaluate(self) -> None:
-        batches = make_batches(self.config, 99, self.manifest.width)
+        batches = make_batches(self.config, self.manifest, 99)
         for got, expected in zip(self.all.evaluate_many(batches), self.one.evaluate_many(batches), strict=True):
             self.note(evaluation=relative(got.loss, expected.loss))
 
     def spoil(self) -> None:
         """A batch that contradicts itself and one that is not finite leave the others as they are."""
-        batches = make_batches(self.config, 98, self.manifest.width)
+        batches = make_batches(self.config, self.manifest, 98)
         bad = batches[:]
         bad[1] = (np.full_like(bad[1][0], np.inf), *bad[1][1:])
         bad[3] = (bad[3][0], bad[3][1] + np.int32(1), bad[3][2])
@@ -121,7 +122,7 @@ class Pair:
         """A tail whose weights are not numbers: every batch is left out, and nothing hangs."""
         state = {name: torch.full_like(tensor, math.nan) for name, tensor in self.one.state().items()}
         self.all.load_state(state)
-        batches = make_batches(self.config, 97, self.manifest.width)
+        batches = make_batches(self.config, self.manifest, 97)
         got = self.all.forward_backward_many(batches, [1.0] * 5, wants_cut_gradient=True)
         assert [type(each).__name__ for each in got] == ["NotFiniteError"] * 5
         self.all.discard()

@@ -26,6 +26,7 @@ PAIRS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "shard": ("llama", PROMPTS, ADAMW, {"ranks": "shard"}),
     "replicate": ("opt", PROMPTS, SGD, {"ranks": "replicate"}),
     "shard, LoRA, text": ("gpt2", TEXT, LORA, {"ranks": "shard"}),
+    "shard, soft prompt": ("llama", TEXT, SGD, {"ranks": "shard"}),
     "shard, split": ("opt", TEXT, SGD, {"ranks": "shard", **SPLIT}),
     "replicate, split": ("bert", CLASSES, LORA, {"ranks": "replicate", **SPLIT}),
     "shard, classes": ("bert", CLASSES, SGD, {"ranks": "shard"}),
@@ -39,10 +40,10 @@ def figures(make_bundle: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     """The largest relative differences of each pair, on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     job, out = folder / "job.json", folder / "figures.json"
-    pairs = {
-        name: (str(make_bundle(family).path), {**make_bundle(family).settings(kind), "rounds": 60, "tail": tail}, many)
-        for name, (family, kind, tail, many) in PAIRS.items()
-    }
+    pairs = {}
+    for name, (family, kind, tail, many) in PAIRS.items():
+        bundle = make_bundle(family, "prompt" if "prompt" in name else "lora")
+        pairs[name] = (str(bundle.path), {**bundle.settings(kind), "rounds": 60, "tail": tail}, many)
     job.write_text(json.dumps({"out": str(out), "pairs": pairs}))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = subprocess.run(

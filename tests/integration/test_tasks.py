@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.records import Evaluation
 from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
+from hosl_protocol import load_manifest
 from support import Service, serving, write_reviews
 
 NAMES = ("pi-1", "pi-2")
@@ -104,6 +106,29 @@ def test_a_language_model_learns_the_devices_texts_and_merges(
         ids = tokenizer(example["text"], return_tensors="pt").input_ids
         with torch.no_grad():
             scored.append((model(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+    assert evaluations[-1] == score(scored, ROUNDS)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
+def test_a_soft_prompt_learns_the_devices_texts_and_merges(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(tiny_model, "prompt", 2)
+    prompt = load_manifest(bundle).prompt_tokens
+    settings = configure({"preset": "lm"}, max_length=16 + prompt)
+    summaries, evaluations = train(bundle, tmp_path, settings, share_text=True)
+    assert summaries[0].weights_digest == summaries[1].weights_digest != ""
+    assert evaluations[-1].loss < evaluations[0].loss - 0.5
+    merged = merge(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(merged), merged / "prompt").eval()
+    scored = []
+    for example in held_out(tmp_path):
+        ids = tokenizer(example["text"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        # The last place of the prompt tells the first token.
+        scored.append((logits[0, prompt - 1 : -1], ids[0]))
     assert evaluations[-1] == score(scored, ROUNDS)
 
 
