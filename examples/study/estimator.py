@@ -87,8 +87,8 @@ class Site:
         return (values[0] - values[1]) / (2.0 * self.settings.probe_step)
 
 
-def open_site(bundle: Path, data: Path, run: dict[str, Any]) -> Site:
-    """Load both halves, and compute the gradient of one batch."""
+def open_site(bundle: Path, data: Path, run: dict[str, Any], place: int = 0) -> Site:
+    """Load both halves, and compute the gradient of the data's batch at `place`."""
     manifest, threads = load_manifest(bundle), torch.get_num_threads()
     config = parse_config(run, manifest)
     settings = config.wire_settings()
@@ -97,7 +97,7 @@ def open_site(bundle: Path, data: Path, run: dict[str, Any]) -> Site:
     shard.open()
     shard.max_length, shard.rows = settings.max_length, settings.batch_size
     dataset = open_data(bundle, manifest, settings, data)
-    batch = dataset.batch(np.arange(settings.batch_size))
+    batch = dataset.batch(settings.batch_size * place + np.arange(settings.batch_size))
     clean_TD = shard.activations(batch, np.empty((batch.tokens, manifest.width), np.float32))
     result = TailTrainer(bundle, manifest, config).forward_backward(clean_TD, batch.lengths_B, batch.labels_N)
     assert result.cut_gradient_TD is not None
