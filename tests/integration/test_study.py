@@ -59,9 +59,19 @@ FROZEN = 'run.algorithm = "frozen"\ntune."tail.learning_rate" = {}'
 
 def study(folder: Path, *options: str) -> str:
     """What the driver prints."""
-    command = [sys.executable, str(STUDY / "study.py"), str(folder / "tiny.toml"), "--data", str(folder)]
-    places = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--jobs", "1"]
+    return call("study.py", folder, "--jobs", "1", *options)
+
+
+def call(script: str, folder: Path, *options: str) -> str:
+    """What a script of the study prints."""
+    command = [sys.executable, str(STUDY / script), str(folder / "tiny.toml"), "--data", str(folder)]
+    places = ["--work", str(folder / "work"), "--results", str(folder / "results")]
     return subprocess.run([*command, *places, *options], check=True, text=True, capture_output=True).stdout
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -76,15 +86,13 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
 def test_a_study_tunes_runs_and_reports_and_runs_nothing_twice(folder: Path) -> None:
     assert "tiny: 2 runs, 2 to do\n" in study(folder)
     results = folder / "results"
-    with (results / "tiny-tuning.csv").open(encoding="utf-8") as file:
-        tried = list(csv.DictReader(file))
+    tried = read_table(results / "tiny-tuning.csv")
     # A rate of 1e9 leaves the lattice: the failure is on record, and not chosen.
     assert [(row["candidate"], row["chosen"], bool(row["error"])) for row in tried] == [
         ('{"client.learning_rate": 0.001}', "yes", False),
         ('{"client.learning_rate": 1000000000.0}', "", True),
     ]
-    with (results / "tiny.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(results / "tiny.csv")
     assert [(row["method"], row["seed"]) for row in rows] == [("frozen", "5"), ("HO-SFL, norms", "5")]
     assert all(0.0 <= float(row["final_accuracy"]) <= 1.0 and row["rounds"] == "3" for row in rows)
     assert (results / "tiny-accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -110,6 +118,23 @@ def test_a_control_without_a_rate_that_others_may_have_is_named(folder: Path) ->
 
     settings.write_text(text.replace('run.algorithm = "frozen"', FROZEN.format("[1e-4, 1e-3]")), encoding="utf-8")
     assert warning not in study(folder, "--report")
+
+
+def test_estimates_have_the_cosine_that_their_dimension_allows(folder: Path) -> None:
+    call("estimator.py", folder, "--batch", "8", "--directions", "32")
+    measured = read_table(folder / "results" / "tiny-estimator.csv")
+    assert [row["directions"] for row in measured] == ["1", "2", "8", "32"]
+    assert all(float(row["correlation"]) > 0.99 for row in measured)
+    assert float(measured[2]["cosine"]) == pytest.approx(float(measured[2]["limit"]), rel=0.3)
+
+    call("shapes.py", folder, "--tasks", "words", "--train", "norm:1", "--batch", "4")
+    cosines = {
+        (row["shape"], row["directions"]): float(row["cosine"])
+        for row in read_table(folder / "results" / "tiny-shapes.csv")
+    }
+    assert cosines["even", "8"] == pytest.approx((8 / (64 + 7)) ** 0.5, rel=0.15)
+    assert cosines["even", "32"] == pytest.approx((32 / (64 + 31)) ** 0.5, rel=0.15)
+    assert cosines["number, own", "8"] > cosines["even", "8"]
 
 
 def test_the_shipped_settings_can_be_read() -> None:
