@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from report import Row
 
 MEGABYTES = "MB on the wire"
+LEAST_SPAN = 5.0
+"""Points of accuracy that a panel shows at least, so that a tenth of one does not look like much."""
 
 
 def draw_accuracy(title: str, rows: Sequence[Row], path: Path) -> None:
@@ -39,6 +41,9 @@ def draw_accuracy(title: str, rows: Sequence[Row], path: Path) -> None:
             axis.plot([mean, mean], [height - 0.35, height + 0.35], color=color, linewidth=2.5)
             if method.startswith("frozen"):
                 axis.axvline(mean, color=color, linestyle=":", linewidth=1)
+        first, last = axis.get_xlim()
+        margin = max(0.0, LEAST_SPAN - (last - first)) / 2
+        axis.set_xlim(first - margin, last + margin)
         axis.set_title(_name(place), fontsize=10)
         axis.set_yticks(range(len(methods)), reversed(methods), fontsize=8)
         axis.grid(axis="x", alpha=0.3)
