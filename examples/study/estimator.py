@@ -138,16 +138,22 @@ def _cosine(site: Site, slopes: np.ndarray, true: np.ndarray, first: int) -> flo
     return float(slopes @ true / (np.linalg.norm(estimate) * np.linalg.norm(site.gradient)))
 
 
-def main() -> None:
-    """Measure every task, split and set of weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """What a script that measures gradients is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", type=Path, help="settings/*.toml")
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' data")
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--batch", type=int, default=64, help="examples (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    """Measure every task, split and set of weights."""
+    parser = make_parser(__doc__)
     parser.add_argument("--directions", type=int, default=32, help="probed in all (default: %(default)s)")
     parser.add_argument("--steps", type=float, nargs="+", default=[1e-3], help="μ (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="examples (default: %(default)s)")
     parser.add_argument("--splits", type=int, nargs="+", help="of the settings (default: all)")
     parser.add_argument("--tasks", nargs="+", help="of the settings (default: all)")
     options = parser.parse_args()

@@ -18,11 +18,10 @@ estimator.py finds to be small. Shapes of directions, by the mean cosine of esti
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from estimator import HERE, Table, open_site
+from estimator import Table, make_parser, open_site
 from msgspec import structs
 from plan import Cell, Study, TaskEntry, merge, read_study
 from sources import export_bundle, prepare_data
@@ -57,24 +56,25 @@ def scales(seen: Gradients, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
 def measure(own: Gradients, known: Gradients, sizes: list[int]) -> Iterator[dict[str, float | str]]:
     """Mean cosines of each shape over batches and draws."""
     by_tensor, by_number = scales(known, sizes)
+    by_others = [scales(np.delete(own, batch, axis=0), sizes)[1] for batch in range(BATCHES)]
     for size in GROUPS:
         share = np.concatenate([np.full(count, size * place // len(sizes)) for place, count in enumerate(sizes)])
         of_blocks = (share == np.arange(size)[:, None]).astype(float)
-        shapes: dict[str, Callable[[int], float | np.ndarray]] = {
-            "even": lambda _: 1.0,
-            "by blocks": lambda _, mask=of_blocks: mask,  # type: ignore[misc]
-            "tensor, known": lambda _: by_tensor,
-            "number, known": lambda _: by_number,
-            "number, own": lambda batch: scales(np.delete(own, batch, axis=0), sizes)[1],
+        shapes: dict[str, Sequence[float | np.ndarray]] = {
+            "even": [1.0] * BATCHES,
+            "by blocks": [of_blocks] * BATCHES,
+            "tensor, known": [by_tensor] * BATCHES,
+            "number, known": [by_number] * BATCHES,
+            "number, own": by_others,
         }
         for name, shape in shapes.items():
             yield {"directions": size, "shape": name, "cosine": _cosine(own, size, shape)}
 
 
-def _cosine(own: Gradients, size: int, shape: Callable[[int], float | np.ndarray]) -> float:
+def _cosine(own: Gradients, size: int, scale_of: Sequence[float | np.ndarray]) -> float:
+    """`scale_of` each batch: of every number alike, of each [d_c], or of each in every direction [P, d_c]."""
     random, cosines = np.random.default_rng(0), []
-    for batch, gradient in enumerate(own):
-        scale = shape(batch)
+    for gradient, scale in zip(own, scale_of, strict=True):
         for _ in range(DRAWS):
             directions = scale * random.choice([-1.0, 1.0], (size, gradient.size))
             estimate = directions @ gradient @ directions
@@ -84,16 +84,11 @@ def _cosine(own: Gradients, size: int, shape: Callable[[int], float | np.ndarray
 
 def main() -> None:
     """Measure the tasks that are named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", type=Path, help="settings/*.toml")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' data")
-    parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser = make_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", required=True, help="of the settings")
     parser.add_argument("--known", default="clean", help="data that scales are taken from (default: %(default)s)")
     parser.add_argument("--train", default="norm", help="as a method of the settings has it (default: %(default)s)")
     parser.add_argument("--split", type=int, help="of the settings (default: the first)")
-    parser.add_argument("--batch", type=int, default=64, help="examples (default: %(default)s)")
     options = parser.parse_args()
     study = read_study(options.settings)
     split = options.split or study.splits[0]
