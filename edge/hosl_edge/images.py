@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hosl_edge.exceptions import DataError
 from hosl_protocol import ImageEntry, RunSettings, Task, draw_variations, vary
+from hosl_protocol.installing import install_line
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _pillow(path: Path, need: str) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise DataError(path, None, f'{need}: pip install "hosl[images]"') from None
+        raise DataError(path, None, f"{need}: {install_line('images')}") from None
     return Image
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from hosl_protocol.exceptions import ExitCode, HoslError
+from hosl_protocol.installing import install_line
 from hosl_protocol.logs import configure_logs
 
 _EXTRAS = {"hosl-cloud": "cloud", "hosl-export": "export"}
@@ -57,7 +58,7 @@ def run_command(
     except ModuleNotFoundError as error:
         if parser.prog not in _EXTRAS or (error.name or "hosl").startswith("hosl"):
             raise
-        needs = f'{parser.prog} needs: pip install "hosl[{_EXTRAS[parser.prog]}]"'
+        needs = f"{parser.prog} needs: {install_line(_EXTRAS[parser.prog])}"
         return _fail(parser.prog, f"{needs} ({error.name} is missing)", ExitCode.SETTINGS, options)
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, options)

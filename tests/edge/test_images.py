@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hosl_edge.exceptions import DataError
 from hosl_edge.images import ImageDataset, fit, load_images, normalize
 from hosl_edge.shard import Shard
 from hosl_protocol import Augmentation, ImageEntry, RunSettings, Task, draw_variations, load_manifest, vary
+from hosl_protocol.installing import install_line
 from pictures import CLASSES, SIZES, TASK, make_image_model, make_pictures
 
 IMAGE = ImageEntry(channels=3, height=32, width=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), resample="bicubic")
@@ -269,7 +271,7 @@ def test_without_pillow_one_line_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     load(stored)  # images of the model's size need none
     for path in (wide, tmp_path / "pictures"):
-        with pytest.raises(DataError, match=r'by Pillow: pip install "hosl\[images\]"'):
+        with pytest.raises(DataError, match=f"by Pillow: {re.escape(install_line('images'))}"):
             load(path)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.installing import install_line
 
 MODULE = """
 import argparse, os, signal, sys
@@ -65,4 +66,4 @@ def test_in_the_devices_environment_the_others_say_what_they_need(
     assert done.returncode == ExitCode.SETTINGS, done.stderr
     line = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert line.startswith(f'hosl-{program}: error: hosl-{program} needs: pip install "hosl[{program}]" (')
+    assert line.startswith(f"hosl-{program}: error: hosl-{program} needs: {install_line(program)} (")
