@@ -1,7 +1,8 @@
 /* values <- values + sum over terms of step * z, with z the Rademacher directions of protocol/README.md.
  *
- * One pass over the weights whatever the number of terms: a block of 256 entries is made, summed and added while it is
- * in registers and the nearest cache. The sum of the terms is taken in their order, from +0.0, and then added.
+ * One pass over the weights whatever the number of terms: a block of 256 entries is made and added while it is in
+ * registers and the nearest cache. Each term is added to the value by itself, in their order: so the bits are those of
+ * numpy, and of terms that come in several calls.
  */
 
 #include <stdint.h>
@@ -59,7 +60,18 @@ VARIANTS static void add_block(float *values, int64_t count, const uint32_t (*bi
     };
     const words sign = {1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31, 1u << 31};
     for (int64_t lane = 0; lane * LANE < count; lane++) {
-        floats sum[4] = {{0}, {0}, {0}, {0}};
+        float tail[LANE], *place = values + lane * LANE;
+        int64_t left = count - lane * LANE;
+        if (left < LANE) {
+            memcpy(tail, place, (size_t)left * sizeof(float));
+            memset(tail + left, 0, (size_t)(LANE - left) * sizeof(float));
+            place = tail;
+        }
+        floats sum[4], value;
+        for (int part = 0; part < 4; part++) {
+            memcpy(&value, place + 8 * part, sizeof value);
+            sum[part] = value;
+        }
         for (int64_t term = 0; term < terms; term++) {
             float negative = -steps[term];
             uint32_t pattern;
@@ -70,27 +82,18 @@ VARIANTS static void add_block(float *values, int64_t count, const uint32_t (*bi
                 sum[part] += (floats)signed_step;
             }
         }
-        float *place = values + lane * LANE;
-        int64_t left = count - lane * LANE;
-        if (left >= LANE) {
-            for (int part = 0; part < 4; part++) {
-                floats value;
-                memcpy(&value, place + 8 * part, sizeof value);
-                value += sum[part];
-                memcpy(place + 8 * part, &value, sizeof value);
-            }
-        } else {
-            float tail[LANE];
-            memcpy(tail, sum, sizeof tail);
-            for (int64_t j = 0; j < left; j++) {
-                place[j] += tail[j];
-            }
+        for (int part = 0; part < 4; part++) {
+            value = sum[part];
+            memcpy(place + 8 * part, &value, sizeof value);
+        }
+        if (left < LANE) {
+            memcpy(values + lane * LANE, tail, (size_t)left * sizeof(float));
         }
     }
 }
 
 /* `start` is a multiple of 256, `terms` at most 64. */
-void hosl_add_directions(float *values, int64_t start, int64_t count, const hosl_term *all, int64_t terms) {
+void hosl_add_terms(float *values, int64_t start, int64_t count, const hosl_term *all, int64_t terms) {
     uint32_t bits[MAX_TERMS][BLOCK / LANE];
     float steps[MAX_TERMS];
     for (int64_t term = 0; term < terms; term++) {

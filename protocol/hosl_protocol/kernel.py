@@ -34,7 +34,7 @@ def load() -> AddDirections | None:
     if sys.byteorder != "little":
         return None
     try:
-        function = ctypes.CDLL(str(LIBRARY)).hosl_add_directions
+        function = ctypes.CDLL(str(LIBRARY)).hosl_add_terms
     except (OSError, AttributeError) as error:
         log.debug("directions are made with numpy: %s", error)
         return None
@@ -47,8 +47,8 @@ def load() -> AddDirections | None:
     return add
 
 
-def pack(rows: Sequence[tuple[tuple[int, int], int, float, int]]) -> npt.NDArray[np.void]:
-    """Terms as kernel.c reads them: key words, tensor, step, 0. Raises ValueError above MAX_TERMS."""
+def pack(rows: Sequence[tuple[tuple[int, int], int, float]]) -> npt.NDArray[np.void]:
+    """Terms as kernel.c reads them, of key words, tensor and step. Raises ValueError above MAX_TERMS."""
     if len(rows) > MAX_TERMS:
         raise ValueError(f"{len(rows)} terms, expected at most {MAX_TERMS}")
-    return np.array(rows, TERM)
+    return np.array([(*row, 0) for row in rows], TERM)

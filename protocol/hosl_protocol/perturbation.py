@@ -20,7 +20,7 @@ SEGMENT = 16 * CHUNK
 """Elements of one job: long enough to make its set-up cheap, short enough to share tensors between threads."""
 
 TERMS_PER_PASS = kernel.MAX_TERMS
-"""Directions that one pass adds; more take further passes, so that a long catch-up needs no more memory."""
+"""Directions that one pass adds; more take further passes over a job's elements, so that many need no more memory."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,18 @@ class Recipe:
     ) -> None:
         """values ← values + Σ_terms step · z over elements [start, start + n) of a tensor; n is values.size.
 
-        `start` is a multiple of CHUNK. Entries are on the tensor's lattice where `is_rounded`.
+        Terms are added one by one, in their order: however they are grouped, the bits are the same. `start` is a
+        multiple of CHUNK. Entries are on the tensor's lattice where `is_rounded`.
         """
         present = [term for term in terms if term.steps[tensor.index]]
         compiled = kernel.load() if self.distribution == "rademacher" else None
-        if compiled is None:
-            self._add_with_numpy(values, tensor, start, present, is_rounded)
-            return
-        rows = [((self.seed, t.round << 16 | t.direction), tensor.index, t.steps[tensor.index], 0) for t in present]
-        compiled(values, start, kernel.pack(rows))
+        for first in range(0, len(present), TERMS_PER_PASS):
+            group = present[first : first + TERMS_PER_PASS]
+            if compiled is None:
+                self._add_with_numpy(values, tensor, start, group, is_rounded)
+            else:
+                rows = [((self.seed, t.round << 16 | t.direction), tensor.index, t.steps[tensor.index]) for t in group]
+                compiled(values, start, kernel.pack(rows))
 
     def _add_with_numpy(
         self, values: Vector, tensor: LatticeTensor, start: int, terms: Sequence[Term], is_rounded: bool
@@ -88,15 +91,13 @@ def add_directions(
     tensors: Sequence[LatticeTensor], terms: Sequence[Term], recipe: Recipe, executor: Executor | None = None
 ) -> None:
     """θ ← θ + Σ_terms step · z, in place. The caller keeps every partial sum inside the exact range."""
-    for first in range(0, len(terms), TERMS_PER_PASS):
-        group = terms[first : first + TERMS_PER_PASS]
-        jobs = list(_jobs(tensors, group))
-        if executor is None:
-            for job in jobs:
-                _add_job(job, group, recipe)
-        else:
-            for _ in executor.map(partial(_add_job, terms=group, recipe=recipe), jobs):
-                pass
+    jobs = list(_jobs(tensors, terms))
+    if executor is None:
+        for job in jobs:
+            _add_job(job, terms, recipe)
+    else:
+        for _ in executor.map(partial(_add_job, terms=terms, recipe=recipe), jobs):
+            pass
 
 
 def estimate(tensor: LatticeTensor, start: int, stop: int, terms: Sequence[Term], recipe: Recipe, out: Vector) -> None:

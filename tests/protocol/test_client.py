@@ -41,6 +41,7 @@ GOLDEN_DIGESTS = (
     "5cd7a681e949af0e98d6be2af4c1cbbe5787198d24ee500d080934b9363d2488",
     "97c9331fa25ca20c7dffe7629b2558a7d16d29be128c415af8807f43378ed364",
 )
+GOLDEN_MANY_DIRECTIONS = "510a8797bf2989be7a8dfdb08ec91404ef46f128321d552c1cd83dfbe0ba81e0"
 # After 1,000 rounds, across re-lattice events; the same on every machine.
 GOLDEN_LONG = {
     "sgd": "543f2e908b41c6a063a79abbac561c0f12ee05264fb48e66b98b9977036a6d81",
@@ -66,9 +67,9 @@ def make_weights(
     )
 
 
-def make_updates(count, *, scale=1.0, rate=1e-3):
+def make_updates(count, *, directions=2, scale=1.0, rate=1e-3):
     """Coefficients that are exact in float32 and the same everywhere."""
-    rows = [[((7 * r + 5 * p) % 13 - 6) * 2.0**-13 * scale for p in range(2)] for r in range(1, count + 1)]
+    rows = [[((7 * r + 5 * p) % 13 - 6) * 2.0**-13 * scale for p in range(directions)] for r in range(1, count + 1)]
     return [UpdateRecord(n, np.array(row, np.float32), rate) for n, row in enumerate(rows, 1)]
 
 
@@ -470,6 +471,12 @@ def test_weights_have_their_golden_digest():
     sgd.apply(make_updates(5))
     adamw.apply(make_updates(5))
     assert (base, sgd.digest(), adamw.digest()) == GOLDEN_DIGESTS
+
+
+def test_more_directions_than_one_pass_takes_have_their_golden_digest():
+    weights = make_weights("adamw", weight_decay=0.01)
+    weights.apply(make_updates(5, directions=200))
+    assert weights.digest() == GOLDEN_MANY_DIRECTIONS
 
 
 @pytest.mark.parametrize(

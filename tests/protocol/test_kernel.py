@@ -38,28 +38,19 @@ def make_terms(chance, count):
 @given(
     st.integers(0, 2**53 - 1),
     st.one_of(st.integers(1, 700), st.integers(CHUNK - 300, CHUNK)),
-    st.integers(1, TERMS_PER_PASS),
+    st.one_of(st.integers(1, TERMS_PER_PASS), st.sampled_from([TERMS_PER_PASS + 1, 3 * TERMS_PER_PASS, 1024])),
     st.sampled_from([0, CHUNK, 5 * CHUNK]),
 )
 def test_kernel_adds_what_numpy_adds(seed, length, count, start):
-    """From +0.0 and in the order of the terms, so that even steps off the lattice give the same bits."""
+    """In the order of the terms, so that even steps off the lattice give the same bits."""
     tensor = LatticeTensor("w", 2, np.empty(0, np.float32), -24)
-    terms = make_terms(np.random.default_rng(seed), count)
+    chance = np.random.default_rng(seed)
+    terms = make_terms(chance, count)
     compiled, plain = np.zeros(length + 16, np.float32), np.zeros(length + 16, np.float32)
+    compiled[3 : 3 + length] = plain[3 : 3 + length] = chance.normal(size=length).astype(np.float32)
     # Three elements from the start, so that nothing is aligned; what lies before and behind must stay.
     Recipe(seed).add(compiled[3 : 3 + length], tensor, start, terms)
     Recipe(seed)._add_with_numpy(plain[3 : 3 + length], tensor, start, terms, False)
     assert compiled.tobytes() == plain.tobytes()
     assert not compiled[:3].any()
     assert not compiled[3 + length :].any()
-    assert compiled[3 : 3 + length].any()
-
-
-@needs_kernel
-def test_a_pass_takes_as_many_terms_as_the_kernel_holds():
-    tensor = LatticeTensor("w", 0, np.empty(0, np.float32), -24)
-    values = np.zeros(300, np.float32)
-    Recipe(1).add(values, tensor, 0, [Term(1, p, [2.0**-10]) for p in range(kernel.MAX_TERMS)])
-    assert np.abs(values).max() <= kernel.MAX_TERMS * 2.0**-10
-    with pytest.raises(ValueError, match="at most 64"):
-        Recipe(1).add(values, tensor, 0, [Term(1, p, [2.0**-10]) for p in range(kernel.MAX_TERMS + 1)])

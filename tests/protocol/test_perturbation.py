@@ -117,6 +117,17 @@ def test_more_terms_than_one_pass_takes_all_count():
     assert np.array_equal(tensor.values / np.float32(lattice.spacing(-24)), expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 64, 65, 128, 129, 1024])
+def test_estimate_of_any_number_of_directions_is_one_sum_in_their_order(count):
+    tensor = LatticeTensor("w", 1, np.zeros(50, np.float32), -24)
+    steps = np.random.default_rng(count).normal(size=count)
+    expected, out = np.zeros(50, np.float32), np.empty(50, np.float32)
+    for p, step in enumerate(steps):
+        expected += np.float32(step) * direction(8, 1, p, 1, 50)
+    estimate(tensor, 0, 50, [Term(1, p, [0.0, step]) for p, step in enumerate(steps)], Recipe(8), out)
+    assert out.tobytes() == expected.tobytes()
+
+
 def test_estimate_of_a_chunk_is_that_part_of_the_whole_sum():
     tensor = LatticeTensor("w", 2, np.zeros(CHUNK + 100, np.float32), -24)
     out = np.empty(100, np.float32)
