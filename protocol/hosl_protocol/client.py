@@ -6,7 +6,7 @@ The device holds one over its memory-mapped shard; the cloud holds a mirror; mer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,12 +18,15 @@ from hosl_protocol.adamw import LARGEST_ESTIMATE, AdamW
 from hosl_protocol.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
 from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
 from hosl_protocol.manifest import Manifest
-from hosl_protocol.perturbation import LatticeTensor, Recipe, Term, add_directions
+from hosl_protocol.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.settings import ClientOptimizer, RunSettings
 from hosl_protocol.state import ClientState
 
 THREADED_ABOVE = 1 << 20
 """Elements from which threads pay."""
+
+PORTION = 1 << 16
+"""Steps, one for each coefficient and tensor, that a replay holds in memory: so few that a device has room for them."""
 
 MAX_COARSENING = 8
 """Bits by which a run may make a tensor's lattice coarser; weights that outgrow even that have diverged."""
@@ -128,22 +131,42 @@ class ClientWeights:
     def _add(self, terms: Sequence[Term]) -> None:
         add_directions(self.tensors, terms, self._recipe, self._executor)
 
-    def apply(self, updates: Sequence[UpdateRecord]) -> None:
+    def apply(self, updates: Iterable[UpdateRecord]) -> None:
         """Apply the updates of consecutive rounds; SGD adds as many in one pass as the exact range surely holds.
 
-        Raises LatticeError where the weights have diverged; they then stand at `applied_round`.
+        They are taken from an iterator a portion at a time. Raises LatticeError where the weights have diverged, and
+        HoslError for an update that is not the next one's; the weights then stand at `applied_round`.
         """
         self.probe(None)
+        for portion in self._portions(updates):
+            self._check_updates(portion)
+            if self._adamw is None:
+                self._add_updates(portion, +1)
+            else:
+                for update in portion:
+                    self._apply_adamw(self._adamw, update)
+
+    def _portions(self, updates: Iterable[UpdateRecord]) -> Iterator[list[UpdateRecord]]:
+        """Rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
+        passes = max(1, PORTION // max(1, len(self.tensors)) // TERMS_PER_PASS)
+        portion: list[UpdateRecord] = []
+        coefficients = 0
+        for update in updates:
+            size = max(1, update.coefficients.size)
+            if portion and coefficients + size > passes * TERMS_PER_PASS:
+                yield portion
+                portion, coefficients = [], 0
+            portion.append(update)
+            coefficients += size
+        if portion:
+            yield portion
+
+    def _check_updates(self, updates: Sequence[UpdateRecord]) -> None:
         for expected, update in enumerate(updates, self.applied_round + 1):
             if update.round != expected:
                 raise HoslError(f"update of round {update.round}, expected round {expected}")
             if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
                 raise HoslError(f"update of round {update.round} holds a number that is not finite")
-        if self._adamw is None:
-            self._add_updates(updates, +1)
-        else:
-            for update in updates:
-                self._apply_adamw(self._adamw, update)
 
     def _add_updates(self, updates: Sequence[UpdateRecord], sign: int) -> None:
         """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
@@ -194,11 +217,16 @@ class ClientWeights:
         if self.coarsenings and updates and self.coarsenings[-1].round >= updates[0].round:
             last = self.coarsenings[-1]
             raise IrreversibleError(f"round {last.round} made the lattice of {last.tensor} coarser")
-        self._add_updates(updates[::-1], -1)
+        for portion in self._portions(reversed(updates)):
+            self._add_updates(portion, -1)
 
     def _growths(self, terms: Sequence[Term]) -> list[float]:
         """How far `terms` can move a weight of each tensor."""
-        return [self._largest_entry * sum(abs(term.steps[tensor.index]) for term in terms) for tensor in self.tensors]
+        if not terms:
+            return [0.0] * len(self.tensors)
+        steps_CT = np.array([term.steps for term in terms])  # coefficient, tensor
+        growths: list[float] = (self._largest_entry * np.abs(steps_CT).sum(axis=0)).tolist()
+        return growths
 
     def _reach(self, index: int, growth: float) -> float:
         """The largest magnitude that a probe can meet after the tensor has grown."""
@@ -250,18 +278,17 @@ class ClientWeights:
         return self._probe_step / self._probe_steps[index]
 
     def _sgd_terms(self, updates: Sequence[UpdateRecord], sign: int) -> list[Term]:
-        return [
-            Term(update.round, direction, self._sgd_steps(update.round, direction, coefficient, sign))
-            for update in updates
-            for direction, coefficient in enumerate(update.coefficients.tolist())
-        ]
-
-    def _sgd_steps(self, round_: int, direction: int, coefficient: float, sign: int) -> list[float]:
-        chance = uniforms(self._recipe.seed, round_, direction, Stream.ROUNDING, len(self.tensors)).tolist()
-        return [
-            sign * lattice.round_stochastically(coefficient * self._correction(t.index), t.exponent, chance[t.index])
-            for t in self.tensors
-        ]
+        places = [(update.round, direction) for update in updates for direction in range(update.coefficients.size)]
+        if not places:
+            return []
+        coefficients_C = np.concatenate([update.coefficients for update in updates]).astype(np.float64)
+        count = len(self.tensors)
+        chances_CT = np.array([uniforms(self._recipe.seed, *place, Stream.ROUNDING, count) for place in places])
+        exponents_T = np.array([tensor.exponent for tensor in self.tensors], np.intc)
+        corrections_T = np.array([self._correction(tensor.index) for tensor in self.tensors])
+        steps_CT = lattice.round_stochastically(coefficients_C[:, None] * corrections_T, exponents_T, chances_CT)
+        rows: list[list[float]] = (sign * steps_CT).tolist()
+        return [Term(*place, row) for place, row in zip(places, rows, strict=True)]
 
     def _estimate_terms(self, update: UpdateRecord) -> list[Term]:
         return [

@@ -63,8 +63,10 @@ def round_probe_step(step: float, exponent: int, tensor: str) -> float:
     return rounded
 
 
-def round_stochastically(step: float, exponent: int, uniform: float) -> float:
-    """`step` rounded to a multiple of g, up with probability equal to the remainder; `uniform` is in [0, 1)."""
-    scaled = step / spacing(exponent)
-    below = math.floor(scaled)
-    return math.ldexp(float(below + (uniform < scaled - below)), exponent)
+def round_stochastically(
+    steps: npt.ArrayLike, exponents: npt.ArrayLike, uniforms: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """Each step rounded to a multiple of its g, up with probability equal to the remainder; `uniforms` in [0, 1)."""
+    scaled = np.ldexp(np.asarray(steps, np.float64), -np.asarray(exponents, np.intc))
+    below = np.floor(scaled)
+    return np.asarray(np.ldexp(below + (np.asarray(uniforms) < scaled - below), exponents))

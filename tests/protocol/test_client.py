@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -562,3 +563,42 @@ def test_a_frozen_run_has_no_trainable_weights_and_counts_its_rounds():
     weights.apply([UpdateRecord(1, np.empty(0, np.float32), 0.0)])
     assert (weights.elements, weights.applied_round) == (0, 1)
     assert weights.digest() == hashlib.sha256().hexdigest()
+
+
+# Replays in portions
+
+
+@pytest.mark.parametrize(("size", "has_events"), [(1.0, False), (1024.0, True)])
+def test_portions_of_any_size_give_the_same_bits(monkeypatch, size, has_events):
+    updates = make_updates(150, scale=size)
+    whole = make_weights()
+    whole.apply(updates)
+    assert bool(whole.coarsenings) == has_events
+    for portion in (0, 200, 1000):
+        monkeypatch.setattr(client, "PORTION", portion)
+        monkeypatch.setattr(client, "TERMS_PER_PASS", 3)
+        parts = make_weights()
+        parts.apply(iter(updates))
+        assert (bits_of(parts), parts.coarsenings) == (bits_of(whole), whole.coarsenings)
+        if not has_events:
+            parts.revert(updates[20:])
+            assert parts.applied_round == 20
+            parts.apply(updates[20:])
+            assert bits_of(parts) == bits_of(whole)
+
+
+def test_a_replay_takes_no_more_memory_where_more_rounds_were_missed(monkeypatch):
+    monkeypatch.setattr(client, "PORTION", 640)
+
+    def peak_bytes(rounds):
+        tensors = [LatticeTensor(f"w{index}", index, np.zeros(8, np.float32), -24) for index in range(10)]
+        weights = ClientWeights(tensors, seed=SEED, probe_step=1e-3, optimizer=ClientOptimizer())
+        updates = (UpdateRecord(n, np.full(4, 2.0**-20, np.float32), 1e-3) for n in range(1, rounds + 1))
+        tracemalloc.start()
+        weights.apply(updates)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert weights.applied_round == rounds
+        return peak
+
+    assert peak_bytes(400) < 1.5 * peak_bytes(40)
