@@ -24,9 +24,11 @@ from hosl_cloud.checkpoint import CheckpointInfo, read_weights
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail import class_count, tail_lora
 from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
+from hosl_export.halves import load_config
+from hosl_export.heads import keeps_head, own_labels
 from hosl_export.prompt import is_prompt, peft_prompt
 from hosl_export.staging import staging
-from hosl_protocol import BundleError, Manifest
+from hosl_protocol import BundleError, Manifest, Task
 from hosl_protocol.manifest import TAIL_CONFIG, TAIL_WEIGHTS
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -94,8 +96,8 @@ def _write_model(
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
     if info.config.task.has_class_head:
-        config.id2label = dict(enumerate(info.config.task.labels))
-        config.label2id = {label: place for place, label in enumerate(info.config.task.labels)}
+        config.id2label = dict(enumerate(_class_names(bundle, manifest, info.config.task)))
+        config.label2id = {label: place for place, label in config.id2label.items()}
     state = _checked(state, config, info)
     _save(state, folder / "model.safetensors")
     for prompt in [tensor for name, tensor in client.items() if is_prompt(name)]:
@@ -103,6 +105,14 @@ def _write_model(
         _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(prompt, state))
     config.to_json_file(folder / "config.json")
     _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
+
+
+def _class_names(bundle: Path, manifest: Manifest, task: Task) -> tuple[str, ...]:
+    """The task's labels; or the names of the head that the run went on with, where the task only numbers them."""
+    own = load_config(bundle)
+    is_numbered = task.labels == tuple(map(str, range(len(task.labels))))
+    names = own_labels(own) if is_numbered and keeps_head(manifest, own, len(task.labels)) else ()
+    return names or task.labels
 
 
 _CLASSES: dict[str, Any] = {

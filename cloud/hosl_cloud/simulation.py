@@ -106,8 +106,7 @@ def open_data(bundle: Path, manifest: Manifest, settings: RunSettings, path: Pat
     if manifest.image is not None:
         return load_images(path, settings.task, manifest.image, manifest.max_length)
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
-    length, prompt = settings.max_length, manifest.prompt_tokens
-    return load_dataset(path, settings.task, tokenizer, length, manifest.pad_token_id, prompt)
+    return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest)
 
 
 def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:

@@ -5,10 +5,12 @@ Shapes: V vocabulary, C classes, D width.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from hosl_cloud.exceptions import VerbalizerError
 from hosl_cloud.settings import RunConfig
 from hosl_export.families import Family
-from hosl_export.halves import Tail, base_prefix, load_tail
+from hosl_export.halves import Tail, base_prefix, load_config, load_tail
+from hosl_export.heads import has_class_head, keeps_head, linear_of, own_labels
 from hosl_export.lora import inject_lora, plain_name
 from hosl_protocol import BundleError, LoraEntry, Manifest, SettingsError, Task
 from hosl_protocol.manifest import SHARD_TOKENIZER
+
+log = logging.getLogger(__name__)
 
 
 def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tail, tuple[int, ...]]:
@@ -32,7 +37,9 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
     # The tail's head is its own tensor; PEFT would look for the embedding that the config says it is tied to.
     tail.model.config.tie_word_embeddings = False
     rows: tuple[int, ...] = ()
-    if not config.task.has_class_head:
+    if config.task.has_class_head:
+        _settle_head(tail, bundle, manifest, config.task)
+    else:
         _check_language_head(tail, manifest, config.task)
     if config.task.kind == "prompt-classification":
         rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
@@ -44,6 +51,24 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
 def class_count(task: Task) -> int | None:
     """Classes of the trained head; None where the language model's own head scores."""
     return len(task.labels) if task.has_class_head else None
+
+
+def _settle_head(tail: Tail, bundle: Path, manifest: Manifest, task: Task) -> None:
+    """Say whether the model's own classification head is kept, and put its rows in the order of the task's labels."""
+    if not has_class_head(manifest):
+        return
+    own = load_config(bundle)
+    if not keeps_head(manifest, own, len(task.labels)):
+        made = f"a head of {own.num_labels} labels, and the task has {len(task.labels)}: a new one takes its place"
+        log.warning("%s has %s", manifest.model, made)
+        return
+    log.info("the classification head of %s is kept", manifest.model)
+    names, wanted = ([label.casefold() for label in labels] for labels in (own_labels(own), task.labels))
+    if names != wanted and sorted(names) == sorted(wanted):
+        order = [names.index(label) for label in wanted]
+        assert tail.classifier is not None
+        for parameter in linear_of(tail.classifier)[1].parameters():
+            parameter.data = parameter.data[torch.tensor(order)]
 
 
 def _check_language_head(tail: Tail, manifest: Manifest, task: Task) -> None:

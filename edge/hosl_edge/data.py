@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from hosl_edge.exceptions import ConsentError, DataError
-from hosl_protocol import RunSettings, Task, label_of, preset_fields, render
+from hosl_protocol import Manifest, RunSettings, Task, label_of, preset_fields, render
 
 
 class AnyBatch(Protocol):
@@ -142,10 +142,9 @@ class Dataset:
         return Dataset(np.concatenate(rows), offsets, labels, self.pad_token_id)
 
 
-def load_dataset(
-    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, pad_token_id: int, prompt_tokens: int
-) -> Dataset:
+def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> Dataset:
     """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
+    prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
     lines, texts, labels = [], [], []
     for line, example in read_examples(path):
         texts.append(_text_of(task, example, path, line))
@@ -155,6 +154,8 @@ def load_dataset(
     if not texts:
         raise DataError(path, None, "holds no examples")
     rows = tokenize(tokenizer, texts, max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
+    if _ends_before_padding(task, manifest):
+        rows = [without_end_padding(row, pad_token_id) for row in rows]
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
@@ -178,6 +179,21 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], max_length: int, *, keep_en
         encodings = tokenizer.encode_batch_fast(texts[start : start + 256])
         rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
     return rows
+
+
+def _ends_before_padding(task: Task, manifest: Manifest) -> bool:
+    """Whether the merged model looks for a text's last token by its id, as transformers' causal classifiers do.
+
+    After a soft prompt, whose texts PEFT hands over as embeddings, they take the last one whatever it is.
+    """
+    is_causal = "attention_mask" not in manifest.inputs
+    return task.kind == "sequence-classification" and is_causal and not manifest.prompt_tokens
+
+
+def without_end_padding(row: npt.NDArray[np.int32], pad_token_id: int) -> npt.NDArray[np.int32]:
+    """The tokens up to the last that is not the padding's, or the first alone: what comes after changes nothing."""
+    real = np.flatnonzero(row != pad_token_id)
+    return row[: real[-1] + 1 if real.size else 1]
 
 
 def read_examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -251,7 +251,8 @@ class Device:
             self.train = load_images(train, settings.task, image, positions)
             self.eval = load_images(held_out, settings.task, image, positions) if held_out else None
             return
-        key = tokens_key(self.manifest.shard_digest, self.data_digest + self.eval_digest, settings)
+        shard = f"{self.manifest.shard_digest} {self.manifest.pad_token_id}"
+        key = tokens_key(shard, self.data_digest + self.eval_digest, settings)
         splits = load_or_tokenize(self._state, key, self.manifest.pad_token_id, lambda: self._tokenize(settings))
         self.train, self.eval = splits["train"], splits.get("eval")
         # A vocabulary of 49,000 tokens is 30 MB that training has no use for.
@@ -259,11 +260,10 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
-        manifest, prompt = self.manifest, self.manifest.prompt_tokens
         tokenizer = _load_tokenizer(self._folder / SHARD_TOKENIZER)
         paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
         return {
-            split: load_dataset(path, settings.task, tokenizer, settings.max_length, manifest.pad_token_id, prompt)
+            split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest)
             for split, path in paths.items()
             if path is not None
         }

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from hosl_export.exceptions import SpaceError
 from hosl_export.graph import write_graph
-from hosl_export.halves import ClientHalf, Tail, divide
+from hosl_export.halves import ClientHalf, Tail, base_prefix, divide
 from hosl_export.staging import nearest_folder
 from hosl_export.trainable import plain_tensors
 from hosl_export.weights import write_tensors
@@ -67,20 +67,27 @@ def write_shard_graphs(
 
 
 def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
-    """Both halves' weights. Tied embeddings are written twice: from here on the halves are untied."""
+    """Both halves' weights, under the names that they have without a task head. Tied embeddings are written twice: from
+    here on the halves are untied."""
     for name in (SHARD_WEIGHTS, TAIL_WEIGHTS):
         (bundle / name).parent.mkdir(exist_ok=True)
     write_tensors(bundle / SHARD_WEIGHTS, plain_tensors(client))
-    write_tensors(bundle / TAIL_WEIGHTS, tail.model.state_dict())
+    prefix = base_prefix(tail.model, tail.family)
+    state = {name.removeprefix(prefix): tensor for name, tensor in tail.model.state_dict().items()}
+    write_tensors(bundle / TAIL_WEIGHTS, state)
 
 
-def write_texts(bundle: Path, model: Any, tokenizer: Any) -> None:
+def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> None:
     """The device's tokenizer; the uncut model's config, generation config and tokenizer files beside the tail."""
     # Padding and truncation stored in the file would change every text's tokens; hosl pads and cuts by itself.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
     plain.save(str(bundle / SHARD_TOKENIZER))
+    if tokenizer.pad_token_id != pad_token_id and pad_token_id in tokenizer.all_special_ids:
+        # A merged model's batches are padded as its config says. A token that is not special yet stays as it is: texts
+        # would be split at it.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
     tokenizer.save_pretrained((bundle / TAIL_CONFIG).parent)
     write_config(bundle, model)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hosl_export.exceptions import ParityError
 from hosl_export.families import find_family
 from hosl_export.halves import Tail, load_tail
+from hosl_export.heads import class_head
 from hosl_export.weights import read_tensors
 from hosl_protocol.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
 
@@ -91,21 +92,26 @@ class TextCase:
 
     def whole(self, model: Any) -> dict[str, Tensor]:
         """As of a Case."""
-        arguments = self.feed()
-        is_encoder = find_family(model.config.model_type).is_encoder
-        if not is_encoder:
-            arguments["logits_to_keep"] = self.positions
-        return _name_outputs(model(**arguments), is_encoder=is_encoder)
+        head = class_head(model)
+        if find_family(model.config.model_type).is_encoder:
+            outputs = _name_outputs(model.base_model(**self.feed()))
+            return outputs if head is None else {**outputs, "classes": model(**self.feed()).logits}
+        if head is None:
+            return {"logits": model(**self.feed(), logits_to_keep=self.positions).logits}
+        # At every position that is compared, wherever the classifier would look for the end of a text.
+        h_BTD = model.base_model(**self.feed()).last_hidden_state
+        return {"logits": head(h_BTD[:, self.positions])}
 
     def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
         """As of a Case."""
-        if tail.family.is_encoder:
-            return _name_outputs(tail.model(inputs_embeds=h_BTD, attention_mask=self.mask), is_encoder=True)
-        return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
+        if not tail.family.is_encoder:
+            return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
+        outputs = _name_outputs(tail.model.base_model(inputs_embeds=h_BTD, attention_mask=self.mask))
+        return outputs if tail.classifier is None else {**outputs, "classes": tail(h_BTD, self.mask)}
 
     def kept(self, name: str, difference: Tensor) -> Tensor:
         """Those of real tokens."""
-        if name == "pooler_output":
+        if name in ("pooler_output", "classes"):
             return difference
         positions = self.positions if name == "logits" else torch.arange(self.shape[1])
         return difference[positions < self.lengths[:, None]]
@@ -179,9 +185,8 @@ def compute_references(model: Any, cases: list[Case]) -> list[Reference]:
     return [Reference(case, case.whole(model)) for case in cases]
 
 
-def _name_outputs(outputs: Any, *, is_encoder: bool) -> dict[str, Tensor]:
-    if not is_encoder:
-        return {"logits": outputs.logits}
+def _name_outputs(outputs: Any) -> dict[str, Tensor]:
+    """Of an encoder."""
     names = ("last_hidden_state", "pooler_output")
     return {name: outputs[name] for name in names if outputs.get(name) is not None}
 

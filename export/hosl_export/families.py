@@ -60,7 +60,7 @@ class Family:
 _LLAMA = Family(
     blocks="model.layers",
     embeddings=("model.embed_tokens",),
-    final=("lm_head",),
+    final=("lm_head", "score"),
     final_norm="model.norm",
     head="lm_head",
     lora_targets=("q_proj", "v_proj"),
@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
         blocks="model.decoder.layers",
         # project_in and project_out: OPT-350m embeds tokens in a narrower space than its blocks'.
         embeddings=("model.decoder.embed_tokens", "model.decoder.project_in"),
-        final=("lm_head", "model.decoder.project_out"),
+        final=("lm_head", "score", "model.decoder.project_out"),
         final_norm="model.decoder.final_layer_norm",
         positions="model.decoder.embed_positions",
         head="lm_head",
@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         blocks="transformer.h",
         embeddings=("transformer.wte",),
-        final=("lm_head",),
+        final=("lm_head", "score"),
         final_norm="transformer.ln_f",
         positions="transformer.wpe",
         head="lm_head",

@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
 
 from hosl_export.families import Family, find_family
+from hosl_export.heads import HEADS, class_head, has_class_head, keeps_head, linear_of, new_head, uncut_class
 from hosl_export.prompt import add_prompt
 from hosl_export.weights import read_tensors
 from hosl_protocol.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manifest
@@ -105,13 +100,12 @@ class Tail(nn.Module):
     @property
     def classifier(self) -> nn.Module | None:
         """The head of a classification; None for a language model or a bare encoder."""
-        head = getattr(self.model, "score", None) or getattr(self.model, "classifier", None)
-        return head if isinstance(head, nn.Module) else None
+        return class_head(self.model)
 
     @property
     def class_count(self) -> int | None:
         """Rows of the classifier; None where there is none."""
-        return None if self.classifier is None else _linear(self.classifier)[1].out_features
+        return None if self.classifier is None else linear_of(self.classifier)[1].out_features
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
@@ -200,7 +194,9 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
 
     `image` says what a model of images is given.
     """
-    family, half = find_family(model.config.model_type), share(model)
+    family = find_family(model.config.model_type)
+    # What an encoder's task head is put on is a whole model by itself, and all that a device needs of it.
+    half = share(model.base_model if base_prefix(model, family) else model)
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
         _replace(half, path, None)
@@ -279,7 +275,7 @@ def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> C
     from hosl_export.lora import inject_lora, plain_name  # lora imports this module by way of joining
 
     family = find_family(manifest.family)
-    model = _skeleton(load_config(bundle), family, None)
+    model = _skeleton(load_config(bundle), manifest, None)
     if manifest.prompt_tokens:
         add_prompt(model, manifest.prompt_tokens)
     half = client_half(model, manifest.split, manifest.image)
@@ -292,27 +288,27 @@ def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> C
 def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
     """The server half of a bundle, float32 on the CPU, in eval mode.
 
-    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a classifier of images keeps the
-    head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
+    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
+    the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
     nothing, and writing to them leaves the file as it is. Raises BundleError.
     """
     family = find_family(manifest.family)
     config = load_config(bundle)
-    keeps_head = family.takes_images and num_labels in (None, config.num_labels)
-    model = _skeleton(config, family, num_labels)
+    keeps = num_labels is None or keeps_head(manifest, config, num_labels)
+    model = _skeleton(config, manifest, num_labels)
     _cut_tail(model, family, manifest.split)
+    state = _read_tail(bundle)
+    if not keeps:
+        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
     prefix = base_prefix(model, family)
-    state = {prefix + name: tensor for name, tensor in _read_tail(bundle).items()}
-    if num_labels is not None and not keeps_head:
-        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _HEADS}
-        state.update(_new_head(model, seed))
-    fill(model, state)
+    fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
     grid = None if manifest.image is None else manifest.image.grid
     return Tail(model, family, grid, manifest.prompt_tokens).eval()
 
 
-_HEADS = ("lm_head", "classifier")
-"""What a new head takes the place of."""
+def is_head(name: str) -> bool:
+    """Whether this is the plain name of a head's tensor, before which an encoder's prefix never stands."""
+    return name.partition(".")[0] in HEADS
 
 
 def load_config(bundle: Path) -> Any:
@@ -320,21 +316,13 @@ def load_config(bundle: Path) -> Any:
     return AutoConfig.from_pretrained(bundle / "tail")
 
 
-def _skeleton(config: Any, family: Family, num_labels: int | None) -> Any:
-    """The uncut model without memory for its weights."""
-    auto = uncut_class(family)
+def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
+    """The uncut model, or its classifier, without memory for its weights."""
     if num_labels is not None:
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
-        auto = auto if family.takes_images else AutoModelForSequenceClassification
+    auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
     with torch.device("meta"):
         return auto.from_config(config, dtype=torch.float32)
-
-
-def uncut_class(family: Family) -> Any:
-    """The Hugging Face class that the uncut model is loaded with."""
-    if family.takes_images:
-        return AutoModelForImageClassification
-    return AutoModel if family.is_encoder else AutoModelForCausalLM
 
 
 def _read_tail(bundle: Path) -> dict[str, Tensor]:
@@ -343,29 +331,6 @@ def _read_tail(bundle: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     except Exception as error:
         raise BundleError(f"cannot read {path}: {error}") from error
-
-
-def _new_head(model: Any, seed: int) -> dict[str, Tensor]:
-    """A classification head as Hugging Face initialises it, from its own generator."""
-    generator = torch.Generator().manual_seed(seed)
-    name = "classifier" if hasattr(model, "classifier") else "score"
-    inner, head = _linear(getattr(model, name))
-    name = f"{name}.{inner}".rstrip(".")
-    weight, bias = torch.empty(head.weight.shape), torch.zeros(head.out_features)
-    # OPT has its own name for it, and a ResNet, which has none, leaves it to torch's linear layer.
-    spread = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None)
-    if spread is None:
-        bound = head.in_features**-0.5
-        weight.uniform_(-bound, bound, generator=generator)
-        bias.uniform_(-bound, bound, generator=generator)
-    else:
-        weight.normal_(0.0, spread, generator=generator)
-    return {f"{name}.weight": weight} | ({} if head.bias is None else {f"{name}.bias": bias})
-
-
-def _linear(head: nn.Module) -> tuple[str, nn.Linear]:
-    """The linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
-    return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
 
 
 def fill(model: Any, state: dict[str, Tensor]) -> None:

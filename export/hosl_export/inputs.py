@@ -79,7 +79,7 @@ class TextInput:
 
     def write(self, bundle: Path, model: Any) -> None:
         """As of an Input."""
-        files.write_texts(bundle, model, self.tokenizer)
+        files.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config))
 
     def facts(self, client: ClientHalf) -> dict[str, Any]:
         """As of an Input."""

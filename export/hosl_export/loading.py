@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from hosl_export.exceptions import ModelError
-from hosl_export.families import Family, find_family
-from hosl_export.halves import uncut_class
+from hosl_export.families import find_family
+from hosl_export.heads import is_classifier, uncut_class
 
 logger = logging.getLogger(__name__)
 
@@ -154,35 +154,40 @@ def load_preprocessor(source: Source) -> dict[str, Any]:
 
 def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
     """The whole Hugging Face model, float32, in eval mode: a causal language model, an encoder with its pooler, or a
-    classifier of images.
+    classifier of images or, where the checkpoint is one, of texts.
 
-    Weights that the checkpoint lacks are an error, but for an encoder's pooler and a classifier's head, which are
-    initialised from `seed`.
+    Weights that the checkpoint lacks are an error, but for an encoder's pooler and head and an image classifier's,
+    which are initialised from `seed`. Other heads that it has are left out, with a warning.
     """
     if isinstance(source, str):
         source = find_source(source)
     config = load_config(source) if config is None else config
     family = find_family(config.model_type)
-    auto = uncut_class(family)
+    auto = uncut_class(family, is_classifier=is_classifier(config))
     with _opening(source, "weights"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, report = auto.from_pretrained(
             source.place, config=config, dtype=torch.float32, output_loading_info=True, **source.arguments
         )
-    _check_complete(source, family, report)
+    _check_complete(source, config, report)
     # Left by the .gguf loader; weights are plain float32 from here on.
     vars(model.config).pop("quantization_config", None)
     return model.eval()
 
 
-def _check_complete(source: Source, family: Family, report: dict[str, Any]) -> None:
+def _check_complete(source: Source, config: Any, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
-    if family.is_encoder:
-        part = "classifier" if family.takes_images else "pooler"
-        absent = [name for name in missing if name.startswith(f"{part}.")]
-        missing = [name for name in missing if name not in absent]
-        if absent:
-            logger.warning("%s has no %s: it starts from random weights", source.name, part)
+    if find_family(config.model_type).is_encoder:
+        for part in ("pooler", "classifier"):
+            absent = [name for name in missing if part in name.split(".")[:2]]
+            missing = [name for name in missing if name not in absent]
+            if absent:
+                logger.warning("%s has no %s: it starts from random weights", source.name, part)
     if missing or report["mismatched_keys"]:
         names = missing or sorted(str(entry) for entry in report["mismatched_keys"])
-        raise ModelError("model", source.name, f"the checkpoint lacks {names[0]} and {len(names) - 1} more")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ModelError("model", source.name, f"the checkpoint lacks {names[0]}{more}")
+    dropped = " and ".join(sorted({name.partition(".")[0] for name in report["unexpected_keys"]}))
+    if dropped:
+        kind = " and ".join(config.architectures or ["checkpoint"])
+        logger.warning("%s is a %s: its %s is left out, no task of hosl has a use for it", source.name, kind, dropped)

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from hosl_export.check import LONGEST
+from hosl_export.families import find_family
+from hosl_export.heads import is_classifier, own_labels
 from hosl_export.weights import read_tensors
 from hosl_protocol.manifest import TAIL_WEIGHTS, Manifest, TrainMode
 
@@ -44,12 +46,17 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     """Tokens that a sliding-window block sees, where the model has such blocks."""
     image_size: tuple[int, int] | None = None
     """Height and width of images, where the model takes such."""
+    classes: int | None = None
+    """Rows of the model's own classification head, where it has one."""
+    class_names: tuple[str, ...] = ()
+    """Its labels in the order of the rows, where they have names."""
 
 
 def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float) -> Summary:
     """The summary of a bundle that was just written from a model with `config`."""
     client = sum(math.prod(entry.shape) for entry in manifest.tensors)
     tail = sum(tensor.numel() for tensor in read_tensors(bundle / TAIL_WEIGHTS).values())
+    has_classes = find_family(manifest.family).takes_images or is_classifier(config)
     return Summary(
         bundle=str(bundle),
         bundle_bytes=sum(entry.size_bytes for entry in manifest.files),
@@ -73,6 +80,8 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
         checked_length=min(manifest.max_length, LONGEST),
         sliding_window=_sliding_window(config),
         image_size=None if manifest.image is None else (manifest.image.height, manifest.image.width),
+        classes=config.num_labels if has_classes else None,
+        class_names=own_labels(config) if has_classes else (),
     )
 
 
@@ -94,7 +103,16 @@ def describe(summary: Summary) -> str:
         f"  trains  {_trains(summary)}",
         f"  parity  {_parity(summary)}",
     ]
+    if summary.classes is not None:
+        names = f" ({_few(summary.class_names)})" if summary.class_names else ""
+        lines.insert(
+            3, f"  head    of {summary.classes} labels{names}; a task of as many keeps it, another gets a new one"
+        )
     return "\n".join(lines)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _side(blocks: int, parameters: int, size_bytes: int) -> str:

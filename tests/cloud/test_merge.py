@@ -18,6 +18,7 @@ from hosl_cloud.checkpoint import save_checkpoint
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.merge import merge_run
 from hosl_cloud.trainer import TailTrainer
+from hosl_edge.data import without_end_padding
 from hosl_export import plain_state
 from hosl_protocol import BundleError, SettingsError
 
@@ -114,6 +115,25 @@ def test_the_merged_classifier_computes_what_the_halves_compute(
         logits = merged(padded, attention_mask=mask).logits
     torch.testing.assert_close(logits, merged(IDS).logits, atol=1e-4, rtol=1e-4)
     assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3_text"])
+def test_the_merged_classifier_reads_a_text_that_ends_with_padding_where_the_device_ends_it(
+    cut: Callable[..., Any], tmp_path: Path, family: str
+) -> None:
+    bundle = cut(family)
+    trainer, checkpoint = trained(bundle, CLASSES, "full", tmp_path)
+    merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    for text in ([5, 6, 7, 0], [5, 0, 7, 0, 0], [0, 0]):
+        sent = without_end_padding(np.array(text, np.int32), bundle.manifest.pad_token_id)
+        expected = halves(bundle, trainer, torch.tensor(sent[None].astype(np.int64)))
+        with torch.no_grad():
+            alone = merged(torch.tensor([text])).logits
+            batch = torch.tensor([text + [0] * (9 - len(text)), IDS[0].tolist()])
+            in_a_batch = merged(batch, attention_mask=torch.tensor([[1] * len(text) + [0] * (9 - len(text)), [1] * 9]))
+        torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(in_a_batch.logits[:1], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data import Dataset, check_consent, digest_of_data, load_dataset, read_examples
 from hosl_edge.exceptions import ConsentError, DataError
-from hosl_protocol import Task
+from hosl_protocol import Manifest, Task
 
 TASK = Task(
     name="reviews",
@@ -30,7 +33,23 @@ def tokenizer() -> Tokenizer:
 
 
 def load(path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8, prompt_tokens: int = 0) -> Dataset:
-    return load_dataset(path, task, tokenizer, max_length, pad_token_id=2, prompt_tokens=prompt_tokens)
+    return load_dataset(path, task, tokenizer, max_length, manifest(prompt_tokens=prompt_tokens))
+
+
+def manifest(**facts: Any) -> Manifest:
+    return Manifest(
+        model="m",
+        family="llama",
+        architecture="LlamaForCausalLM",
+        split=1,
+        blocks=2,
+        width=8,
+        max_length=64,
+        pad_token_id=2,
+        train="none",
+        files=(),
+        **{"inputs": ("input_ids",), "tensors": (), **facts},
+    )
 
 
 def write(folder: Path, text: str, name: str = "data.jsonl") -> Path:
@@ -53,6 +72,30 @@ def test_a_long_prompt_loses_its_beginning_but_keeps_its_special_tokens(tmp_path
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path = write(tmp_path, '{"text": "good good good good good bad", "label": 1}\n')
     assert load(path, tokenizer, max_length=5).ids.tolist() == [1, 3, 4, 6, 7]
+
+
+CLASSES = Task(name="x", kind="sequence-classification", template="{text}", labels=("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("task", "facts", "ids"),
+    [
+        (CLASSES, {}, [[3, 2, 5], [4], [2]]),
+        (CLASSES, {"inputs": ("input_ids", "attention_mask")}, [[3, 2, 5, 2], [4, 2, 2], [2]]),
+        (CLASSES, {"prompt_tokens": 1}, [[2, 3, 2, 5, 2], [2, 4, 2, 2], [2, 2]]),
+        (TASK, {}, [[3, 2, 5, 2], [4, 2, 2], [2]]),
+    ],
+)
+def test_a_causal_classifiers_text_ends_before_padding_that_the_tokenizer_puts_there(
+    tmp_path: Path, tokenizer: Tokenizer, task: Task, facts: dict[str, Any], ids: list[list[int]]
+) -> None:
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <pad>", special_tokens=[("<pad>", 2)])
+    rows = '{"text": "good <pad> film", "label": 0}\n{"text": "bad <pad>", "label": 1}\n{"text": "", "label": 0}\n'
+    bare = msgspec.structs.replace(task, template="{text}")
+    dataset = load_dataset(write(tmp_path, rows), bare, tokenizer, 8, manifest(**facts))
+    parts = [dataset.ids[first:end].tolist() for first, end in pairwise(dataset.offsets)]
+    assert parts == ids
 
 
 def test_a_long_text_of_other_tasks_loses_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -38,7 +38,7 @@ def configure(manifest: Manifest, algorithm: str, **more: Any) -> RunConfig:
 def make_batch(bundle: Path, manifest: Manifest, config: RunConfig, folder: Path, offset: int = 0) -> Batch:
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
     path = write_reviews(folder / f"train-{offset}.jsonl", config.batch_size, offset)
-    dataset = load_dataset(path, config.task, tokenizer, config.max_length, manifest.pad_token_id, 0)
+    dataset = load_dataset(path, config.task, tokenizer, config.max_length, manifest)
     return dataset.batch(np.arange(config.batch_size))
 
 
