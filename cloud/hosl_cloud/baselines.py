@@ -31,6 +31,7 @@ from hosl_protocol import (
     Probe,
     ProbeLoss,
     Projections,
+    SettingsError,
     Stream,
     UpdateRecord,
     philox,
@@ -42,10 +43,12 @@ Floats = npt.NDArray[np.float32]
 
 
 def prepare_config(config: RunConfig) -> RunConfig:
-    """The settings under which a baseline goes through the real code: whose rounds it borrows."""
+    """The settings under which a baseline goes through the real code: whose rounds it borrows. Raises SettingsError."""
     if config.baseline == "first-order":
         return msgspec.structs.replace(config, algorithm="ho-sfl", directions=1, anchor="clean")
     if config.baseline == "zeroth-order":
+        if config.wire_dtype != "float32":
+            raise SettingsError("wire_dtype", config.wire_dtype, "this baseline subtracts losses, which needs float32")
         # No clean activations are needed: the tail makes no first-order step.
         return msgspec.structs.replace(config, algorithm="hosl", anchor="midpoint")
     return config

@@ -107,8 +107,10 @@ class Shard(RankTrainer):
     def _place(self, tail: Tail) -> Tail:
         if self.device.type == "cpu":
             keep_heap_small(LARGE_BYTES)
-        # A CPU's norms refuse weights of a smaller type than what they work on; a GPU's autocast casts them back.
+        # A CPU's norms refuse weights of a smaller type than what they work on; a GPU's autocast casts them back, but
+        # what is to be computed in float32 needs them whole.
         is_half = self.config.tail.precision == "bfloat16" and self.device.type != "cpu"
+        is_half &= not self.config.subtracts_losses
         half = torch.bfloat16 if is_half else None
         # OPT's blocks return a view, of which FSDP warns; nothing works on it in place.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")

@@ -49,7 +49,8 @@ class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     clip_norm: float = 1.0
     """Largest L2 norm of the tail's gradient; 0 does not clip."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16` runs forward and backward under autocast; weights and optimizer stay float32."""
+    """`bfloat16` runs forward and backward under autocast; weights and optimizer stay float32, and so do the losses
+    that HOSL subtracts."""
     device: str = "auto"
     """torch device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
@@ -141,6 +142,11 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     checkpoints: CheckpointSettings = CheckpointSettings()
     devices: DeviceSettings = DeviceSettings()
     augmentation: Augmentation = Augmentation()
+
+    @property
+    def subtracts_losses(self) -> bool:
+        """Whether the device's step comes from differences of losses, which need every digit of float32."""
+        return self.algorithm == "hosl"
 
     def wire_settings(self) -> RunSettings:
         """The part that devices are told."""

@@ -88,6 +88,7 @@ class TailTrainer:
         """Load the tail. Raises SettingsError, VerbalizerError and BundleError."""
         self.config, self.kind = config, config.task.kind
         self.device = self._choose_device()
+        forbid_tf32()
         self._uploads = Uploads(self.device)
         if config.tail.threads:
             torch.set_num_threads(config.tail.threads)
@@ -188,9 +189,9 @@ class TailTrainer:
         return _join(parts, [require_finite(self._look(part)) for part in parts])
 
     def _look(self, part: MicroBatch) -> objectives.Score:
-        """One forward."""
+        """One forward. HOSL subtracts losses of weights that hardly differ: of those bfloat16 leaves only noise."""
         with torch.no_grad():
-            return self._score(part)
+            return self._score(part, is_exact=self.config.subtracts_losses)
 
     def check(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> None:
         """Raise BatchError for a batch that a well-behaved device would not send."""
@@ -218,12 +219,11 @@ class TailTrainer:
             parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
         return parts
 
-    def _score(self, part: MicroBatch) -> objectives.Score:
-        with self._autocast():
+    def _score(self, part: MicroBatch, *, is_exact: bool = False) -> objectives.Score:
+        with self._autocast(is_half=self.config.tail.precision == "bfloat16" and not is_exact):
             return objectives.score(self.kind, self.tail, part.h_TD, part.lengths_B, part.labels_N)
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        is_half = self.config.tail.precision == "bfloat16"
+    def _autocast(self, *, is_half: bool) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
 
     def step(self, round_: int, total_weight: float) -> StepStatistics:
@@ -340,6 +340,12 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not (has_cuda and (device.index or 0) < torch.cuda.device_count()):
         raise SettingsError("tail.device", name, "this machine has no such device; use auto or cpu")
     return device
+
+
+def forbid_tf32() -> None:
+    """Let float32 on a GPU be float32: by itself torch gives convolutions TF32 there, of fewer digits than float16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TailSettings) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partialmethod
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -254,6 +255,22 @@ def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(bundle: Any
     assert cosine > 0.95
     half.step(1, 1.0)
     assert {value.dtype for value in half.parameters.values()} == {torch.float32}
+
+
+def test_losses_that_hosl_subtracts_are_float32_whatever_the_precision(bundle: Any) -> None:
+    config, batch = bundle.config(PROMPTS, precision="bfloat16"), bundle.batch(PROMPTS)
+    hosl = TailTrainer(bundle.path, bundle.manifest, msgspec.structs.replace(config, algorithm="hosl"))
+    assert hosl.evaluate(*batch.sent).loss == bundle.trainer().evaluate(*batch.sent).loss
+    half = bundle.trainer(precision="bfloat16").forward_backward(*batch.sent)
+    assert hosl.forward_backward(*batch.sent).loss == half.loss, "the tail's own step is in bfloat16"
+
+
+def test_float32_is_no_tf32(bundle: Any) -> None:
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    for switch in switches:
+        switch.allow_tf32 = True
+    bundle.trainer()
+    assert [switch.allow_tf32 for switch in switches] == [False, False]
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "warp"])

@@ -22,7 +22,7 @@ from hosl_cloud.run import Run
 from hosl_cloud.settings import parse_config
 from hosl_cloud.simulation import simulate
 from hosl_cloud.store import Store
-from hosl_protocol import ExitCode, batch_indices, load_manifest
+from hosl_protocol import ExitCode, SettingsError, batch_indices, load_manifest
 from support import TASK, write_reviews
 
 ROUNDS, RATE, BATCH, EXAMPLES = 5, 0.02, 6, 20
@@ -91,6 +91,13 @@ def test_first_order_averages_over_devices_and_counts_what_it_would_send(
     assert trained.rounds("run-1")[-1].loss != plain.rounds("run-1")[-1].loss
     for store in (plain, trained):
         store.close()
+
+
+def test_zeroth_order_refuses_to_subtract_losses_of_rounded_activations(make_bundle: MakeBundle) -> None:
+    manifest = load_manifest(make_bundle("norm", 2))
+    data = {**msgspec.toml.decode(TASK), "wire_dtype": "bfloat16", "baseline": "zeroth-order", "max_length": 16}
+    with pytest.raises(SettingsError, match=r"wire_dtype is 'bfloat16': this baseline subtracts losses"):
+        prepare_config(parse_config(data, manifest))
 
 
 def test_zeroth_order_learns_a_little_without_any_gradient(
