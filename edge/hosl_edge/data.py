@@ -8,9 +8,13 @@ Shapes: B examples, T tokens of a batch without padding, L longest example.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +24,15 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from hosl_edge.exceptions import ConsentError, DataError
+from hosl_edge.long_texts import LongTexts
 from hosl_protocol import Manifest, RunSettings, Task, label_of, preset_fields, render
+from hosl_protocol.tasks import is_blank
+
+log = logging.getLogger(__name__)
+
+PORTION_TEXTS = 256
+PORTION_CHARACTERS = 200_000
+"""Of texts that are tokenized together; their encodings take a hundred times the bytes."""
 
 
 class AnyBatch(Protocol):
@@ -145,20 +157,25 @@ class Dataset:
 def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> Dataset:
     """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
     prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
-    lines, texts, labels = [], [], []
-    for line, example in read_examples(path):
-        texts.append(_text_of(task, example, path, line))
-        lines.append(line)
-        if task.kind != "lm":
-            labels.append(_label_of(task, example, path, line))
-    if not texts:
+    lines, labels = [], []
+
+    def texts() -> Iterator[str]:
+        for line, example in read_examples(path):
+            text = _text_of(task, example, path, line)
+            if task.kind != "lm":
+                labels.append(_label_of(task, example, path, line))
+            lines.append(line)
+            yield text
+
+    rows = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
+    if not rows:
         raise DataError(path, None, "holds no examples")
-    rows = tokenize(tokenizer, texts, max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
     if _ends_before_padding(task, manifest):
         rows = [without_end_padding(row, pad_token_id) for row in rows]
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    warn_of_absent(path, task, labels)
     # The graph puts its prompt in the place of these.
     places = np.full(prompt_tokens, pad_token_id, np.int32)
     rows = [np.concatenate([places, row]) for row in rows] if prompt_tokens else rows
@@ -167,17 +184,37 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
     return Dataset(np.concatenate(rows), offsets, label_array, pad_token_id)
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str], max_length: int, *, keep_end: bool) -> list[npt.NDArray[np.int32]]:
+def warn_of_absent(path: Path, task: Task, labels: Iterable[int]) -> None:
+    """Say which classes of the task no example has: a device may lack some, and should know of it."""
+    held = set(labels)
+    absent = [label for place, label in enumerate(task.labels) if place not in held]
+    if held and absent:
+        log.warning("%s: no example of %s", path, ", ".join(absent))
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Iterable[str], max_length: int, *, keep_end: bool
+) -> list[npt.NDArray[np.int32]]:
     """Token ids of each text, special tokens included, cut to `max_length`.
 
-    `keep_end` drops from the left, for a prompt whose question stands at the end.
+    `keep_end` drops from the left, for a prompt whose question stands at the end. Memory is that of a portion of
+    texts, or of one text that must be tokenized whole.
     """
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
-    rows = []
-    for start in range(0, len(texts), 256):
-        encodings = tokenizer.encode_batch_fast(texts[start : start + 256])
-        rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
+    long_texts = LongTexts(tokenizer, max_length, keep_end=keep_end)
+    rows: list[npt.NDArray[np.int32]] = []
+
+    def flush(portion: list[str]) -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
+        rows.extend(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(portion))
+        portion.clear()
+
+    portion: list[str] = []
+    for text in texts:
+        portion.append(long_texts.shorten(text))
+        if sum(map(len, portion)) >= PORTION_CHARACTERS or len(portion) == PORTION_TEXTS:
+            flush(portion)
+    flush(portion)
     return rows
 
 
@@ -198,15 +235,16 @@ def without_end_padding(row: npt.NDArray[np.int32], pad_token_id: int) -> npt.ND
 
 def read_examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line numbers (from 1) and examples of a `.jsonl` or `.csv` file. Raises DataError."""
-    if path.suffix not in (".jsonl", ".csv"):
+    ending = path.suffix.lower()
+    if ending not in (".jsonl", ".csv"):
         raise DataError(path, None, "the name should end in .jsonl or .csv")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _read_csv(file, path) if path.suffix == ".csv" else _read_json_lines(file, path)
+            yield from _read_csv(file, path) if ending == ".csv" else _read_json_lines(file, path)
     except OSError as error:
         raise DataError(path, None, error.strerror or "cannot be read") from error
     except UnicodeDecodeError as error:
-        raise DataError(path, None, f"is not UTF-8 at byte {error.start}") from error
+        raise DataError(path, None, "is not UTF-8: save it with that encoding") from error
 
 
 def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -225,14 +263,27 @@ def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, 
 
 
 def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
+    csv.field_size_limit(sys.maxsize)  # a text may be a whole book
+    delimiter = _delimiter_of(file.readline())
+    file.seek(0)
+    reader = csv.DictReader(file, strict=True, delimiter=delimiter)
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) != len(names):
+            raise DataError(path, reader.line_num, "names two columns alike: the first line should name each column")
         for example in reader:
             if None in example or None in example.values():
-                raise DataError(path, reader.line_num, f"should have {len(reader.fieldnames or ())} columns")
+                raise DataError(path, reader.line_num, f"should have {len(names)} columns, as the first line has")
             yield reader.line_num, example
     except csv.Error as error:
-        raise DataError(path, reader.line_num, f"is not CSV ({error})") from error
+        shown = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
+        raise DataError(path, reader.line_num, f"is not CSV with {shown} ({error})") from error
+
+
+def _delimiter_of(header: str) -> str:
+    """Semicolons or tabs where the first line has them and no comma, as spreadsheets write in half of the world."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    return next((delimiter for delimiter in ",;\t" if delimiter in bare), ",")
 
 
 def check_files(*paths: Path | None) -> None:
@@ -261,13 +312,15 @@ def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> s
     try:
         text = render(task, example)
         text.encode()
-        return text
     except KeyError as error:
         raise _missing(error, example, path, line) from None
     except UnicodeEncodeError:
         raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
     except TypeError as error:
         raise DataError(path, line, str(error)) from None
+    if is_blank(task, text):
+        raise DataError(path, line, "has no text: the fields that the task reads are empty")
+    return text
 
 
 def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:
@@ -276,14 +329,21 @@ def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> 
     except KeyError as error:
         raise _missing(error, example, path, line) from None
     except ValueError as error:
-        known = ", ".join(task.labels)
-        raise DataError(
-            path, line, f"label {str(error)[:40]!r} in {task.label_field!r} is not one of {known}"
-        ) from None
+        raise DataError(path, line, f"the label in {task.label_field!r} {error}") from None
 
 
 def _missing(error: KeyError, example: Mapping[str, Any], path: Path, line: int) -> DataError:
-    return DataError(path, line, f"has no field {error.args[0]!r}; it has {', '.join(map(repr, example)) or 'none'}")
+    """Names that may be data, as the first line of a table without a header is, are not told."""
+    field, count = str(error.args[0]), len(example)
+    by_folded = {name.strip().casefold(): name for name in example}
+    near = difflib.get_close_matches(field.casefold(), by_folded, 1)
+    if path.suffix.lower() == ".csv":
+        there = f"the first line should name the columns, and names {count} others"
+        there += f", of them {by_folded[near[0]]!r}" if near else ""
+    else:
+        names = [repr(name) for name in example if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", name)]
+        there = f"it has {', '.join(names) or 'none'}" + (" and others" if len(names) < count else "")
+    return DataError(path, line, f"has no field {field!r}; {there}")
 
 
 def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: bool) -> None:

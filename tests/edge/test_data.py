@@ -126,7 +126,13 @@ def test_csv_is_read_like_json_lines(tmp_path: Path, tokenizer: Tokenizer) -> No
         ("", None, "holds no examples"),
         ('{"text": "good", "label": 1}\n{"text": "good"}\n', 2, "has no field 'label'"),
         ('{"label": 1}\n', 1, "has no field 'text'"),
-        ('{"text": "good", "label": 7}\n', 1, "label '7' in 'label' is not one of 0, 1"),
+        ('{"text": "good", "label": 7}\n', 1, "the label in 'label' is not one of 0, 1"),
+        ('{"text": "good", "label": 1}\n{"text": NaN, "label": 1}\n', 2, "'text' .* is a number that is not finite"),
+        ('{"text": 1e999, "label": 1}\n', 1, "it is a number that is not finite"),
+        ('{"text": null, "label": 1}\n', 1, "it is null"),
+        ('{"text": " \\n", "label": 1}\n', 1, "has no text: the fields that the task reads are empty"),
+        ('{"text": "good", "label": "a good one"}\n', 1, "the label in 'label' is not one of 0, 1"),
+        ('{"text": "x", "good morning": 1}\n', 1, "has no field 'label'; it has 'text' and others"),
         ('{"text": "good", "label": 1}\n{"text"\n', 2, "is not JSON"),
         ("[1]\n", 1, "should be a JSON object"),
     ],
@@ -142,11 +148,60 @@ def test_a_fault_is_named_with_file_and_line(
     assert "good" not in str(caught.value), "an error must not quote the text"
 
 
-def test_a_text_without_tokens_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    task = Task(name="x", kind="sequence-classification", template="{text}", labels=("0", "1"))
-    path = write(tmp_path, '{"text": "good", "label": 1}\n{"text": "  ", "label": 1}\n')
-    with pytest.raises(DataError, match=r":2: the text comes to 0 tokens"):
-        load(path, tokenizer, task)
+def test_a_text_with_too_few_tokens_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, '{"text": "good film"}\n{"text": "good"}\n')
+    with pytest.raises(DataError, match=r":2: the text comes to 1 tokens"):
+        load(path, tokenizer, Task(name="texts", kind="lm", template="{text}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("semicolons.csv", 'text;label\n"good; film";1\n'),
+        ("tabs.csv", "text\tlabel\ngood, film\t1\n"),
+        ("marked.csv", "\ufefftext,label\r\ngood film,1.0\r\n"),
+        ("UPPER.CSV", "text,label\ngood film,1\n"),
+        ("marked.jsonl", '\ufeff{"text": "good film", "label": 1.0}\n'),
+        ("UPPER.JSONL", '{"text": "good film", "label": "1"}\n'),
+    ],
+)
+def test_what_other_programs_write_is_read(tmp_path: Path, tokenizer: Tokenizer, name: str, text: str) -> None:
+    dataset = load(write(tmp_path, text, name), tokenizer)
+    assert (len(dataset), dataset.labels is not None and dataset.labels.tolist()) == (1, [1])
+    assert [each for each in dataset.ids.tolist() if each] == [3, 5, 6, 7], "without what is unknown"
+
+
+def test_a_long_cell_of_a_table_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, f"text,label\n{'good film ' * 20_000},1\n", "long.csv")
+    assert load(path, tokenizer).ids.tolist() == [3, 5, 3, 5, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "Dear support,technical\ngood,1\n",
+            "has no field 'text'; the first line should name the columns, and names 2",
+        ),
+        ("Text,label\ngood,1\n", "has no field 'text'; .* of them 'Text'"),
+        ("Dear support,,\ngood,1,1\n", "names two columns alike"),
+        ("text;label\n'good';1\n\"good;\";;1", "should have 2 columns"),
+        ('text;label\n"good" morning;1\n', "is not CSV with semicolons"),
+    ],
+)
+def test_a_table_that_is_not_as_it_should_be_is_named_without_its_data(
+    tmp_path: Path, tokenizer: Tokenizer, text: str, what: str
+) -> None:
+    with pytest.raises(DataError, match=what) as caught:
+        load(write(tmp_path, text, "data.csv"), tokenizer)
+    assert not any(word in str(caught.value) for word in ("Dear", "technical", "good", "morning"))
+
+
+def test_a_class_without_examples_is_told(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(write(tmp_path, '{"text": "good", "label": 1}\n'), tokenizer)
+    assert "data.jsonl: no example of 0" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from hosl_protocol import (
     name_of,
 )
 from hosl_protocol.client import MAX_COARSENING
+from hosl_protocol.tasks import text_of_value
 
 README = Path(__file__).parents[2] / "protocol" / "README.md"
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
@@ -122,3 +124,14 @@ def test_golden_vectors_are_those_of_the_tests():
     golden = [vector.strip("`") for vector in GOLDEN.findall(README.read_text(encoding="utf-8"))]
     assert len(golden) > 25
     assert [vector for vector in golden if vector not in tests] == []
+
+
+def test_a_value_becomes_the_text_of_its_row():
+    table = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|$", section("## Text of a value"), re.MULTILINE)
+    assert len(table) == 12
+    for values, text in table:
+        expected = None if text == "an error" else text.strip("`")
+        if found := re.fullmatch(r"`(\d+)` and (\d+) times `(\d)`", text):
+            expected = found[1] + int(found[2]) * found[3]
+        for value in re.findall("`([^`]+)`", values):
+            assert text_of_value(json.loads(value)) == expected, value

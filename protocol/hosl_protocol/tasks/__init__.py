@@ -1,13 +1,17 @@
 """Tasks: what an example's text or image and its label are. Presets are the TOML files beside this module.
 
-A template holds field names in braces, `{premise}` or dotted `{target.span1_text}`; fields are looked up strictly.
+A template holds field names in braces: `{premise}`, dotted `{target.span1_text}`, or `{answer|reply}` for the first of
+them that an example has. Fields are looked up strictly.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from importlib import resources
+from itertools import zip_longest
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +23,8 @@ TaskKind = Literal["prompt-classification", "sequence-classification", "lm", "im
 IMAGE_FIELDS = ("images", "labels")
 """What image tasks read of a device's data."""
 
-_FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+_NAME = r"[A-Za-z_][\w.]*"
+_FIELD = re.compile(rf"\{{({_NAME}(?:\|{_NAME})*)\}}")
 
 
 class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +43,8 @@ class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     """Label values as text, in class order; for images the names of the classes."""
     verbalizers: tuple[str, ...] = ()
     """One token per class, its leading space included; only `prompt-classification`."""
+    label_names: tuple[str, ...] = ()
+    """The same labels as other data spells them, in class order; none, or one for each of `labels`."""
 
     @property
     def is_image(self) -> bool:
@@ -55,7 +62,8 @@ class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         if self.is_image:
             return IMAGE_FIELDS
         label = () if self.kind == "lm" else (self.label_field,)
-        return tuple(dict.fromkeys((*_FIELD.findall(self.template), *label)))
+        named = (name for names in _FIELD.findall(self.template) for name in names.split("|"))
+        return tuple(dict.fromkeys((*named, *label)))
 
 
 def check_task(task: Task) -> None:
@@ -71,6 +79,10 @@ def check_task(task: Task) -> None:
         return
     if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
         raise SettingsError("task.labels", list(task.labels), "list two or more different label values")
+    names = (*task.labels, *task.label_names)
+    if task.label_names and (len(names) != 2 * len(task.labels) or len(set(names)) != len(names)):
+        remedy = f"give another name for each of {list(task.labels)}, or none"
+        raise SettingsError("task.label_names", list(task.label_names), remedy)
     if task.kind == "prompt-classification" and len(task.verbalizers) != len(task.labels):
         raise SettingsError("task.verbalizers", list(task.verbalizers), f"give one for each of {list(task.labels)}")
 
@@ -80,20 +92,72 @@ def render(task: Task, example: Mapping[str, Any]) -> str:
     return _FIELD.sub(lambda match: _text_of(example, match.group(1)), task.template)
 
 
-def _text_of(example: Mapping[str, Any], field: str) -> str:
-    value = look_up(example, field)
-    if not isinstance(value, (str, int, float)):
-        raise TypeError(f"field {field!r} should be text or a number, it is {type(value).__name__}")
-    return str(value)
+def is_blank(task: Task, text: str) -> bool:
+    """Whether a rendered text holds nothing but the template's own words."""
+    own = "".join(_FIELD.sub("", task.template).split())
+    written = (character for character in text if not character.isspace())  # a text may be long: no copy of it
+    return all(mine == other for mine, other in zip_longest(own, written))
+
+
+def _text_of(example: Mapping[str, Any], names: str) -> str:
+    """The first of the fields that the example has, as text."""
+    first, *others = names.split("|")
+    try:
+        field, value = first, look_up(example, first)
+    except KeyError:
+        if not others:
+            raise
+        return _text_of(example, "|".join(others))
+    text = text_of_value(value)
+    if text is None:
+        raise TypeError(f"field {field!r} should be text or a number, it is {_kind_of(value)}")
+    return text
+
+
+def text_of_value(value: Any) -> str | None:
+    """What a text, a boolean or a finite number is as text; None for all else (protocol/README.md, Run settings).
+
+    A number counts by its value and not by how it was written: 1.0 is `1`, and 1e-7 is `0.0000001`.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        # repr has the fewest digits that give the number back; adding zero takes the sign of -0.0 away.
+        return f"{Decimal(repr(value + 0.0)):f}".removesuffix(".0")
+    return None
+
+
+def _kind_of(value: Any) -> str:
+    """What JSON calls a value that is no text and no number."""
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        return "a number that is not finite"
+    return "an object" if isinstance(value, Mapping) else "a list"
 
 
 def label_of(task: Task, example: Mapping[str, Any]) -> int:
-    """The example's class index. Raises KeyError (missing field) or ValueError (unknown label, the value)."""
+    """The example's class index. Raises KeyError (missing field) or ValueError, which says what the label is not."""
     value = look_up(example, task.label_field)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if text not in task.labels:
-        raise ValueError(text)
-    return task.labels.index(text)
+    text = text_of_value(value)
+    if text is None:
+        raise ValueError(f"should be one of {', '.join(task.labels)}, it is {_kind_of(value)}")
+    # A table that had gaps writes 1.0 where 1 was meant.
+    for spelling in (text, re.sub(r"^(-?\d+)\.0+$", r"\1", text)):
+        for names in (task.labels, task.label_names):
+            if spelling in names:
+                return names.index(spelling)
+    known = [*task.labels, *task.label_names]
+    alike = next((name for name in known if name.casefold() == text.strip().casefold()), None)
+    if isinstance(value, bool):
+        remedy = ", it is a boolean: name false and true in task.label_names"
+    else:
+        remedy = f"; it differs from {alike} in case or blanks alone" if alike is not None else ""
+    raise ValueError(f"is not one of {', '.join(known)}{remedy}")
 
 
 def look_up(example: Mapping[str, Any], field: str) -> Any:
