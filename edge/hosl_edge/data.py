@@ -157,7 +157,7 @@ class Dataset:
 def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> Dataset:
     """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
     prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
-    lines, labels = [], []
+    lines, labels, blank = [], [], []
 
     def texts() -> Iterator[str]:
         for line, example in read_examples(path):
@@ -165,6 +165,8 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
             if task.kind != "lm":
                 labels.append(_label_of(task, example, path, line))
             lines.append(line)
+            if is_blank(task, text):
+                blank.append(line)
             yield text
 
     rows = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
@@ -175,6 +177,8 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    if blank:
+        log.warning("%s: examples without text: %d, the first in line %d", path, len(blank), blank[0])
     warn_of_absent(path, task, labels)
     # The graph puts its prompt in the place of these.
     places = np.full(prompt_tokens, pad_token_id, np.int32)
@@ -318,8 +322,6 @@ def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> s
         raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
     except TypeError as error:
         raise DataError(path, line, str(error)) from None
-    if is_blank(task, text):
-        raise DataError(path, line, "has no text: the fields that the task reads are empty")
     return text
 
 

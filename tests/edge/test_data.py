@@ -130,7 +130,6 @@ def test_csv_is_read_like_json_lines(tmp_path: Path, tokenizer: Tokenizer) -> No
         ('{"text": "good", "label": 1}\n{"text": NaN, "label": 1}\n', 2, "'text' .* is a number that is not finite"),
         ('{"text": 1e999, "label": 1}\n', 1, "it is a number that is not finite"),
         ('{"text": null, "label": 1}\n', 1, "it is null"),
-        ('{"text": " \\n", "label": 1}\n', 1, "has no text: the fields that the task reads are empty"),
         ('{"text": "good", "label": "a good one"}\n', 1, "the label in 'label' is not one of 0, 1"),
         ('{"text": "x", "good morning": 1}\n', 1, "has no field 'label'; it has 'text' and others"),
         ('{"text": "good", "label": 1}\n{"text"\n', 2, "is not JSON"),
@@ -152,6 +151,19 @@ def test_a_text_with_too_few_tokens_is_named(tmp_path: Path, tokenizer: Tokenize
     path = write(tmp_path, '{"text": "good film"}\n{"text": "good"}\n')
     with pytest.raises(DataError, match=r":2: the text comes to 1 tokens"):
         load(path, tokenizer, Task(name="texts", kind="lm", template="{text}"))
+
+
+def test_a_text_without_tokens_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, '{"text": "good", "label": 1}\n{"text": "  ", "label": 1}\n')
+    with pytest.raises(DataError, match=r":2: the text comes to 0 tokens"):
+        load(path, tokenizer, CLASSES)
+
+
+def test_examples_without_text_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(write(tmp_path, "text,label\ngood,1\n,0\n bad,1\n  ,0\n", "gaps.csv"), tokenizer)
+    assert "gaps.csv: examples without text: 2, the first in line 3" in caplog.text
 
 
 @pytest.mark.parametrize(
