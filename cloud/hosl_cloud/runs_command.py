@@ -16,6 +16,7 @@ from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.records import UNENDED
 from hosl_cloud.settings import read_config
 from hosl_protocol import ExitCode
+from hosl_protocol.plain import plain
 from hosl_protocol.terminal import add_common_options
 
 FOLLOW_S = 1.0
@@ -151,7 +152,8 @@ def _log(options: argparse.Namespace) -> int:
         while events := client.request("GET", _path(options.run, f"/log?after={last}"))["events"]:
             for event in events:
                 at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
-                print(json.dumps(event) if options.json else f"{at} {event['level']} {event['text']}", flush=True)
+                line = plain(f"{at} {event['level']} {event['text']}")
+                print(json.dumps(event) if options.json else line, flush=True)
             last = events[-1]["id"]
         if is_over or not options.follow:
             return int(ExitCode.OK)
@@ -199,7 +201,7 @@ def _score(entry: dict[str, Any]) -> str:
 def _show_run(run: dict[str, Any]) -> None:
     print(_line(run))
     if run["reason"]:
-        print(f"  {run['reason']}")
+        print(plain(f"  {run['reason']}"))
     if run["waits_for"] is not None:
         waits = run["waits_for"]
         since_s, of = time.time() - waits["since"], f" of {', '.join(waits['devices'])}" if waits["devices"] else ""

@@ -20,6 +20,7 @@ from hosl_edge.preflight import FAILED, examine
 from hosl_edge.settings import EdgeSettings, Resolved, masked, resolve, split_fields
 from hosl_edge.status import SERVICE_FOLDER, read_status, status_folder
 from hosl_protocol import ExitCode
+from hosl_protocol.plain import plain
 from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(document))
     else:
-        print("\n".join(f"{name:24}{'' if value is None else value}" for name, value in document.items()))
+        print("\n".join(plain(f"{name:24}{'' if value is None else value}") for name, value in document.items()))
     return int(ExitCode.OK)
 
 

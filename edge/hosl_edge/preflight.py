@@ -29,6 +29,7 @@ from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
 from hosl_edge.trust import Cloud, Token, connect_securely, tls_remedy
 from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, Task, decode_manifest
 from hosl_protocol.manifest import MANIFEST
+from hosl_protocol.plain import plain
 
 OK: Literal["ok"] = "ok"
 WARNING: Literal["warning"] = "warning"
@@ -61,7 +62,7 @@ class Check:
 
     def line(self) -> str:
         """For people."""
-        return f"{self.outcome:8}{self.name}: {self.detail}" + (f"; {self.remedy}" if self.remedy else "")
+        return plain(f"{self.outcome:8}{self.name}: {self.detail}" + (f"; {self.remedy}" if self.remedy else ""))
 
 
 def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:

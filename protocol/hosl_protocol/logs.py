@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+from hosl_protocol.plain import plain
+
 _TIME = "%Y-%m-%d %H:%M:%S"
 PLACES = ("run", "round", "device")
 
@@ -45,7 +47,19 @@ def place_of(record: logging.LogRecord) -> dict[str, Any]:
     return {name: known[name] for name in PLACES if name in known}
 
 
-class TextFormatter(logging.Formatter):
+class _PlainFormatter(logging.Formatter):
+    """Lines of text for people: whatever a message quotes, it is one line, and a terminal obeys none of it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return plain(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, line by line."""
+        return "\n".join(map(plain, super().formatException(ei).split("\n")))
+
+
+class TextFormatter(_PlainFormatter):
     """A line for people; what it is about stands behind the logger's name."""
 
     def __init__(self) -> None:
@@ -86,7 +100,7 @@ def sentence_line(device: str, sentence: str) -> str:
     """What a device says, as a line in the log's format."""
     if not is_json():
         time_ = time.strftime(_TIME + " ") if _needs_time(sys.stderr) else ""
-        return f"{time_}{device}: {sentence}"
+        return plain(f"{time_}{device}: {sentence}")
     record = {"name": "hosl-edge", "levelname": "INFO", "msg": sentence, "device": device}
     return JsonFormatter().format(logging.makeLogRecord(record))
 
@@ -110,7 +124,7 @@ def configure_logs(program: str, level: str, format_: str) -> None:
     log_handler.setFormatter(JsonFormatter() if is_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[log_handler])
     sentences = _Sentences(sys.stdout)
-    text = logging.Formatter(f"{'%(asctime)s ' if _needs_time(sys.stdout) else ''}{program}: %(message)s", _TIME)
+    text = _PlainFormatter(f"{'%(asctime)s ' if _needs_time(sys.stdout) else ''}{program}: %(message)s", _TIME)
     sentences.setFormatter(JsonFormatter() if is_json else text)
     teller = logging.getLogger(program)
     teller.handlers, teller.propagate = [sentences], False

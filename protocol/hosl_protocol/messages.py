@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 import msgspec
 
 from hosl_protocol.directions import MAX_DIRECTION, MAX_ROUND
+from hosl_protocol.plain import plain
 from hosl_protocol.settings import RunSettings
 
 PROTOCOL_VERSION = 1
@@ -29,7 +30,9 @@ Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """SHA-256 in lower-case hexadecimal digits."""
 DigestOrNone: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
-Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+MAX_SENTENCE = 1024
+Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_SENTENCE)]
+"""Text for people, see `_Message.sentences`."""
 Exponent: TypeAlias = Annotated[int, msgspec.Meta(ge=-200, le=200)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
 Rate: TypeAlias = Annotated[float, msgspec.Meta(ge=0.0)]
@@ -57,6 +60,12 @@ _COEFFICIENTS = TensorSpec(("F32",), ("P",))
 
 class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="type"):
     tensors: ClassVar[dict[str, TensorSpec]] = {}
+    sentences: ClassVar[tuple[str, ...]] = ()
+    """Fields of text that somebody else has written and people will read: on both sides they are one plain line."""
+
+    def __post_init__(self) -> None:
+        for name in self.sentences:
+            msgspec.structs.force_setattr(self, name, plain(getattr(self, name))[:MAX_SENTENCE])
 
 
 class _RoundMessage(_Message, kw_only=True, frozen=True):
@@ -76,6 +85,7 @@ class _RoundMessage(_Message, kw_only=True, frozen=True):
 class Hello(_Message, kw_only=True, frozen=True, tag="hello"):
     """edge -> cloud, first: who I am and where I stand."""
 
+    sentences: ClassVar[tuple[str, ...]] = ("software", "device")
     protocol: Count = PROTOCOL_VERSION
     software: Sentence
     """Name and version of the client, for example `hosl-edge 0.1.0`."""
@@ -231,10 +241,17 @@ class EvalResult(_RoundMessage, kw_only=True, frozen=True, tag="eval-result"):
 
 
 class Late(_RoundMessage, kw_only=True, frozen=True, tag="late"):
-    """cloud -> edge: your answer came after its stage had ended; you are left out of what remains of the round."""
+    """cloud -> edge: your answer is not taken; you are left out of what remains of its stage. It brings the answer's
+    own numbers."""
 
+    sentences: ClassVar[tuple[str, ...]] = ("reason",)
     answer: Name
     """Type of the answer that is refused, for example `anchor`; its `id` is this message's."""
+    code: Literal["stage", "run", "epoch", "round", "attempt", "unasked", "numbers"] = "stage"
+    """What is wrong with it: its stage is over, it is of another run, epoch, round or attempt, another answer was asked
+    for, or its numbers cannot be used."""
+    reason: Sentence = ""
+    """That in words, with what would have been right."""
 
 
 class Report(_Message, kw_only=True, frozen=True, tag="report"):
@@ -266,15 +283,17 @@ class Complete(_Message, kw_only=True, frozen=True, tag="complete"):
 class Refusal(_Message, kw_only=True, frozen=True, tag="refusal"):
     """cloud -> edge: the connection ends, and why."""
 
+    sentences: ClassVar[tuple[str, ...]] = ("reason",)
     code: Literal["protocol", "shard", "device", "data", "eval-data", "weights", "run", "message", "late"]
     reason: Sentence
     retry: bool
-    """Whether it makes sense to connect again."""
+    """Whether the same device may be let in when it connects again."""
 
 
 class Goodbye(_Message, kw_only=True, frozen=True, tag="goodbye"):
     """edge -> cloud: the device leaves on purpose."""
 
+    sentences: ClassVar[tuple[str, ...]] = ("reason",)
     reason: Sentence
 
 

@@ -8,12 +8,14 @@ import os
 import socket
 from collections.abc import Callable
 
+from hosl_protocol.plain import plain
+
 SEND_TIMEOUT_S = 0.5
 """A listener whose queue is full must not hold anybody up."""
 
 
 def notify(*lines: str) -> None:
-    """Send sd_notify(3) assignments, such as `READY=1`; nothing where nobody listens."""
+    """Send sd_notify(3) assignments, such as `READY=1`, one a line each; nothing where nobody listens."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -21,7 +23,7 @@ def notify(*lines: str) -> None:
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(SEND_TIMEOUT_S)
-        sender.sendto("\n".join(lines).encode(), address)
+        sender.sendto("\n".join(map(plain, lines)).encode(), address)
 
 
 async def feed_watchdog(is_well: Callable[[], bool] = lambda: True) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from hosl_protocol.exceptions import ExitCode, HoslError
 from hosl_protocol.installing import install_line
 from hosl_protocol.logs import configure_logs
+from hosl_protocol.plain import plain
 
 _EXTRAS = {"hosl-cloud": "cloud", "hosl-export": "export"}
 """What a program needs beside the device's packages."""
@@ -104,7 +105,7 @@ def _code_of(error: OSError) -> ExitCode:
 
 
 def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespace) -> int:
-    sentence, log = " ".join(sentence.split()), logging.getLogger("hosl")
+    sentence, log = plain(sentence), logging.getLogger("hosl")
     is_traced = options.debug and code is not ExitCode.INTERRUPTED
     if options.log_format == "json":
         log.error(sentence, exc_info=is_traced, extra={"exit_code": int(code)})

@@ -40,6 +40,11 @@ def test_what_is_said_is_the_services_status(systemd: socket.socket) -> None:
     assert heard(systemd) == ["STATUS=joins run 7"]
 
 
+def test_what_a_cloud_says_is_no_word_to_systemd(systemd: socket.socket) -> None:
+    notify("STATUS=refused\nMAINPID=1\n\x1b[2J")
+    assert systemd.recv(4096) == rb"STATUS=refused MAINPID=1 \x1b[2J"
+
+
 def test_an_abstract_address_works(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         name = f"hosl-test-{os.getpid()}"

@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from hosl_protocol import FromEdge, Goodbye, Refusal
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.logs import JsonFormatter, TextFormatter, log_scope, note_place
+from hosl_protocol.logs import JsonFormatter, TextFormatter, log_scope, note_place, sentence_line
+from hosl_protocol.plain import plain
 
 MODULE = """
 import argparse, logging, sys
@@ -30,7 +33,7 @@ def work(options):
     print(sentence_line("pi", "it waits"))
     with log_scope(run="run-1"):
         logging.getLogger("hosl.part").warning("%s is\\nlate", "pi", extra={"device": "pi"})
-    raise SettingsError("rounds", 0, "use 1 or more")
+    raise SettingsError("rounds", 0, "use 1\\n\\x1bor more")
 
 parser = argparse.ArgumentParser(prog="work")
 add_common_options(parser)
@@ -69,6 +72,34 @@ def test_a_text_line_names_what_it_is_about_behind_the_logger() -> None:
     with log_scope(run="run-1", device="pi"):
         assert "WARNING hosl.test run=run-1 device=pi: late" in TextFormatter().format(record("late"))
     assert "WARNING hosl.test: late" in TextFormatter().format(record("late"))
+
+
+HOSTILE = "bye\r\n2026-01-01 hosl-cloud: run completed\x1b[2J\x1b]0;owned\x07\x9b1A\x7f\u202eevil\u2028next\udcff"
+HARMLESS = r"bye 2026-01-01 hosl-cloud: run completed\x1b[2J\x1b]0;owned\x07\x9b1A\x7f\u202eevil next\udcff"
+
+
+def test_what_others_say_forges_no_line_and_moves_no_cursor() -> None:
+    assert plain(HOSTILE) == HARMLESS
+    assert plain(HARMLESS) == HARMLESS
+    said = "θ of tensor 'ä': 3 × 4  columns"
+    assert plain(said) == said
+    assert TextFormatter().format(record("%s left: %s", "pi", HOSTILE)).endswith(f": pi left: {HARMLESS}")
+    assert sentence_line("pi", HOSTILE).endswith(f"pi: {HARMLESS}")
+    for message in (Goodbye(reason=HOSTILE), Refusal(code="run", reason=HOSTILE, retry=True)):
+        assert message.reason == HARMLESS
+    heard = msgspec.json.decode(b'{"type":"goodbye","reason":"a\\u001b[2J\\nb"}', type=FromEdge)
+    assert isinstance(heard, Goodbye)
+    assert heard.reason == r"a\x1b[2J b"
+
+
+def test_a_traceback_keeps_its_lines_and_shows_no_other() -> None:
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        line = logging.getLogger("t").makeRecord("t", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
+    text = TextFormatter().format(line)
+    assert "\nTraceback (most recent call last):\n" in text
+    assert all(each.isprintable() for each in text.replace("\n", ""))
 
 
 def test_what_one_task_learns_of_a_place_its_siblings_say_too_and_strangers_do_not() -> None:
@@ -110,7 +141,7 @@ def test_a_command_says_logs_and_fails_in_json(tmp_path: Path, is_traced: bool) 
     assert (begins["level"], begins["message"], begins["run"]) == ("info", "it begins", "run-1")
     assert (waits["level"], waits["message"], waits["device"]) == ("info", "it waits", "pi")
     assert (late["message"], late["device"]) == ("pi is\nlate", "pi")
-    assert (failed["level"], failed["message"], failed["exit_code"]) == ("error", "rounds is 0: use 1 or more", 3)
+    assert (failed["level"], failed["message"], failed["exit_code"]) == ("error", r"rounds is 0: use 1 \x1bor more", 3)
     assert ("Traceback" in failed.get("traceback", "")) == is_traced
 
 
@@ -119,8 +150,8 @@ def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
     assert result.stdout == "work: it begins\npi: it waits\n", "the journal has the time"
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.fullmatch(f"{time} work: it begins\n{time} pi: it waits\n", run_module(tmp_path).stdout)
-    assert "WARNING hosl.part run=run-1 device=pi: pi is" in result.stderr
-    assert result.stderr.endswith("work: error: rounds is 0: use 1 or more\n")
+    assert "WARNING hosl.part run=run-1 device=pi: pi is late\n" in result.stderr
+    assert result.stderr.endswith("work: error: rounds is 0: use 1 \\x1bor more\n")
 
 
 def run_module(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:

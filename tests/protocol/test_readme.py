@@ -18,6 +18,7 @@ from hosl_protocol import (
     FromCloud,
     FromEdge,
     ImageEntry,
+    Late,
     Manifest,
     Refusal,
     RunSettings,
@@ -97,9 +98,10 @@ def test_every_field_of_the_manifests_entries_is_named_below_its_table(kind):
     assert [f.name for f in msgspec.structs.fields(kind) if f"`{f.name}`" not in text] == []
 
 
-def test_every_refusal_code_is_explained():
-    (code,) = (field.type for field in msgspec.structs.fields(Refusal) if field.name == "code")
-    text = section("### Refusal (`refusal`)")
+@pytest.mark.parametrize("kind", [Refusal, Late])
+def test_every_code_is_explained(kind):
+    (code,) = (field.type for field in msgspec.structs.fields(kind) if field.name == "code")
+    text = section(f"### {kind.__name__} (`{name_of(kind)}`)").split("\n| code |")[1]
     assert set(re.findall(r"^\| `([a-z-]+)` \| [^|]* \|$", text, re.MULTILINE)) == set(code.__args__)
 
 
