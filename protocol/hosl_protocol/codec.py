@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,8 +41,17 @@ class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[int, int]
 
 
+class _Kind(msgspec.Struct, frozen=True):
+    type: str = ""
+
+
+_METADATA_KEY = "__metadata__"
+_LONGEST_SENTENCE = 300
+"""Of an error that quotes the peer."""
+
+_KIND = msgspec.json.Decoder(_Kind)
 _ENTRIES = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_METADATA = msgspec.json.Decoder(dict[str, str])
+_TEXT = msgspec.json.Decoder(str)
 _TENSOR_INFO = msgspec.json.Decoder(_TensorInfo)
 
 
@@ -225,14 +235,41 @@ def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Mes
     (length,) = struct.unpack_from("<Q", piece)
     if length != len(piece) - 8:
         raise FrameError(f"header length says {length}, the piece holds {len(piece) - 8}")
-    try:
-        entries = _ENTRIES.decode(piece[8:])
-        metadata = _METADATA.decode(entries.pop("__metadata__", b"null"))
-        message = decoder.decode(metadata.get(MESSAGE_KEY, ""))
-        layout = {name: _TENSOR_INFO.decode(raw) for name, raw in entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FrameError(f"not a frame header: {error}") from error
+    entries = _decode("frame header", piece[8:], _ENTRIES)
+    message = _decode_message(entries.pop(_METADATA_KEY, None), decoder)
+    layout = {
+        name: _decode(f"entry {name!r:.80} of the frame header", raw, _TENSOR_INFO) for name, raw in entries.items()
+    }
     return message, dict(sorted(layout.items(), key=lambda item: item[1].data_offsets))
+
+
+def _decode_message(raw: msgspec.Raw | None, decoder: msgspec.json.Decoder[Any]) -> Message:
+    if raw is None:
+        raise FrameError(f"frame header without {_METADATA_KEY}, where the message is")
+    entries = _decode(f"{_METADATA_KEY} of the frame header", raw, _ENTRIES)
+    metadata = {name: _decode(f"entry {name!r:.80} of {_METADATA_KEY}", each, _TEXT) for name, each in entries.items()}
+    if MESSAGE_KEY not in metadata:
+        raise FrameError(f"{_METADATA_KEY} of the frame header has no entry {MESSAGE_KEY!r}, the message")
+    text = metadata[MESSAGE_KEY]
+    kind = _decode("message", text, _KIND).type
+    known = [name_of(each) for each in typing.get_args(decoder.type)]
+    if kind not in known:
+        raise FrameError(f"message: field type: expected {' or '.join(known)}, got {kind!r:.80}")
+    message: Message = _decode(f"message {kind}", text, decoder)
+    return message
+
+
+def _decode(what: str, text: bytes | str | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Raises FrameError with `what` is wrong, the field and the type that it should have."""
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError as error:
+        sentence, _, path = str(error).partition(" - at ")
+        field = path.strip("`").removeprefix("$").lstrip(".")
+        problem = f"{sentence[:1].lower()}{sentence[1:]}"
+        raise FrameError(f"{what}: {f'field {field}: ' if field else ''}{problem}"[:_LONGEST_SENTENCE]) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"{what} is not JSON: {error}"[:_LONGEST_SENTENCE]) from error
 
 
 def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bounds) -> int:
