@@ -15,7 +15,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import ApiError
@@ -110,6 +110,12 @@ class Caller:
         return self.token.bundle if self.token is not None else ""
 
 
+_REASONS = {
+    401: "no token, or not a right one: it follows Authorization: Bearer, and of a device's token NAME~SECRET alone",
+    403: "this token may not do that",
+}
+
+
 class Denied(Exception):
     """A request that is not answered as asked. Stores the HTTP status and the seconds after which to try again."""
 
@@ -120,9 +126,14 @@ class Denied(Exception):
     @property
     def reason(self) -> str:
         """One line for who asked."""
-        return {401: "no token, or not a right one", 403: "this token may not do that"}.get(
+        return _REASONS.get(
             self.status, f"too many requests from this address: try again in {self.retry_after_s:.0f} s"
         )
+
+    @property
+    def response(self) -> Response:
+        """The answer."""
+        return PlainTextResponse(f"{self.reason}\n", self.status, self.headers)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -250,7 +261,7 @@ def guarded(endpoint: Endpoint, identify: Callable[[Request], Caller]) -> Endpoi
         try:
             request.state.caller = identify(request)
         except Denied as denied:
-            return Response(status_code=denied.status, headers=denied.headers)
+            return denied.response
         return await endpoint(request)
 
     return checked

@@ -60,7 +60,7 @@ class DeviceRoutes:
         """For a device that asks before it joins: 403 where its token is another's."""
         caller: Caller = request.state.caller
         if not self._guard.may_be(caller, request.path_params["name"]):
-            return Response(status_code=403)
+            return Denied(403).response
         slot = self._runs.current(caller.bundle)
         coordinator = slot.coordinator if slot is not None and not slot.is_over else None
         task = coordinator.config.task if coordinator is not None else None
@@ -78,7 +78,7 @@ class DeviceRoutes:
         try:
             caller = self._guard.admit(socket)
         except Denied as denied:
-            await socket.send_denial_response(Response(status_code=denied.status, headers=denied.headers))
+            await socket.send_denial_response(denied.response)
             return
         await socket.accept()
         with log_scope():

@@ -96,13 +96,13 @@ class SnapshotError(EdgeError):
 
 
 class RefusedError(EdgeError):
-    """The cloud refused the device."""
+    """The cloud refused the device, for good or for now."""
 
     exit_code = ExitCode.REFUSED
 
     def __init__(self, reason: str, *, retry: bool) -> None:
         self.reason, self.retry = reason, retry
-        super().__init__(f"the cloud refused this device: {reason}")
+        super().__init__(f"{'the cloud is not ready for' if retry else 'the cloud refused'} this device: {reason}")
 
 
 class TrustError(EdgeError):
