@@ -144,13 +144,14 @@ def _simulate(options: argparse.Namespace) -> int:
     from hosl_cloud.partition import Partition
     from hosl_cloud.results import summarize, write_csv
     from hosl_cloud.run import Run
-    from hosl_cloud.simulation import simulate
+    from hosl_cloud.simulation import check_fleet, simulate
 
     manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
     task = [f"task.preset={options.task}"] if options.task else []
     fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
     baseline = [f"baseline={options.baseline}"] if options.baseline else []
     config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
+    check_fleet(config)
     make_data_dir(options.data_dir)
     check_files(options.bundle, manifest)
     threads = options.threads or len(os.sched_getaffinity(0))

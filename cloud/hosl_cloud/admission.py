@@ -12,6 +12,7 @@ import numpy as np
 from hosl_cloud import metrics
 from hosl_cloud.access import is_device_name
 from hosl_cloud.exceptions import StoreError
+from hosl_cloud.exchange import break_off
 from hosl_cloud.fleet import Fleet, Participant
 from hosl_cloud.peer import Peer
 from hosl_cloud.run import Compute, Run
@@ -23,11 +24,13 @@ from hosl_protocol import (
     Complete,
     Hello,
     Plan,
+    ProtocolError,
     Ready,
     Refusal,
     Report,
     Snapshot,
     Welcome,
+    name_of,
 )
 from hosl_protocol.logs import note_place
 
@@ -67,11 +70,14 @@ class Admission:
                 await peer.gone.wait()
         except asyncio.TimeoutError:
             peer.end(Refusal(code="late", reason="no answer in time while joining", retry=True))
+        except ProtocolError as error:
+            _break_off(peer, error)
         finally:
             reports.cancel()
             if self.fleet.peers.get(peer.name) is peer:
                 del self.fleet.peers[peer.name]
-                self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
+                if self.run.ending is None or peer.farewell:  # else it was told to leave
+                    self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
             await self.fleet.notify()
 
     async def _admit(self, peer: Peer, hello: Hello) -> bool:
@@ -137,13 +143,15 @@ class Admission:
         for attempt, start, base in attempts:
             self._welcome(peer, attempt, start, base)
             ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
-            if ready.weights_digest == run.digests.get(ready.applied_round):
+            if ready.weights_digest == (expected := run.digests.get(ready.applied_round)):
                 await self._make_ready(peer, hello, ready)
                 if run.ending is not None:
                     self.complete(peer)
                 return True
-            log.warning("device %s: digest differs at round %d", peer.name, ready.applied_round)
-        peer.end(Refusal(code="weights", reason="its weights differ even after a rebuild", retry=False))
+            differs = _difference(ready, expected)
+            log.warning("device %s: %s", peer.name, differs)
+        reason = f"even after a rebuild {differs}: delete its state folder, or mend its software"
+        peer.end(Refusal(code="weights", reason=reason, retry=False))
         return False
 
     def _welcome(self, peer: Peer, plan: Plan, applied: int, snapshot: Snapshot | None) -> None:
@@ -168,18 +176,34 @@ class Admission:
         return min(2.0 * (replay_s + download_s), LONGEST_CATCH_UP_S)
 
     async def _catch_up(self, peer: Peer, applied: int, deadline_s: float) -> Ready:
-        """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known."""
+        """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known.
+
+        Raises ProtocolError for a Ready of another state than the CatchUps lead to.
+        """
         while True:
-            await self._send_missed(peer, applied)
+            sent = await self._send_missed(peer, applied)
             ready = (await peer.next(deadline_s)).message
             assert isinstance(ready, Ready)
-            applied = ready.applied_round
+            self._check(ready)
+            if ready.applied_round != sent:
+                raise ProtocolError(f"ready at round {ready.applied_round}, the catch-up ended with round {sent}")
+            applied = sent
             if applied == self.run.round:
                 await self.compute(self.run.note_digest)
             if applied == self.run.round and applied in self.run.digests:
                 return ready
 
-    async def _send_missed(self, peer: Peer, applied: int) -> None:
+    def _check(self, message: Ready | Report) -> None:
+        """Raise ProtocolError for a message that is not of this run, or ahead of it."""
+        what, run = name_of(message), self.run
+        if (message.run, message.epoch) != (run.id, run.epoch):
+            theirs, ours = f"run {message.run}, epoch {message.epoch}", f"run {run.id}, epoch {run.epoch}"
+            raise ProtocolError(f"{what} of {theirs}, this connection is in {ours}")
+        if message.applied_round > run.round:
+            raise ProtocolError(f"{what} at round {message.applied_round}, the run is at round {run.round}")
+
+    async def _send_missed(self, peer: Peer, applied: int) -> int:
+        """The round that a device stands at that has applied all of it."""
         target = self.run.round
         for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
             last = min(first + CATCH_UP_ROUNDS - 1, target)
@@ -190,6 +214,7 @@ class Admission:
             message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
             await peer.emptied(JOIN_DEADLINE_S)
             peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
+        return target
 
     async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:
         # No await before it is ready: an update that is settled meanwhile would miss it.
@@ -204,6 +229,11 @@ class Admission:
     async def _take_reports(self, peer: Peer) -> None:
         while True:
             report: Report = await peer.reports.get()
+            try:
+                self._check(report)
+            except ProtocolError as error:
+                _break_off(peer, error)
+                return
             self._unsaved[peer.name] = report
             self._largest_rss = max(self._largest_rss, report.peak_rss_bytes)
             metrics.edge_peak_rss.labels(self.run.bundle.name).set(self._largest_rss)
@@ -211,10 +241,10 @@ class Admission:
                 self._saving = asyncio.create_task(self._save_reports())
             expected = self.run.digests.get(report.applied_round)
             if expected is not None and report.weights_digest != expected:
-                log.error("device %s: weights differ at round %d", peer.name, report.applied_round)
+                differs = _difference(report, expected)
+                log.error("device %s: %s", peer.name, differs)
                 peer.is_ready = False
-                reason = f"its weights differ from round {report.applied_round}; connect again to rebuild them"
-                peer.end(Refusal(code="weights", reason=reason, retry=True))
+                peer.end(Refusal(code="weights", reason=f"{differs}: connect again to rebuild them", retry=True))
 
     async def flush(self) -> None:
         """Wait until every report that came is stored."""
@@ -231,6 +261,19 @@ class Admission:
                 log.exception("the reports of %d devices are lost", len(reports))
 
 
+def _break_off(peer: Peer, error: ProtocolError) -> None:
+    log.warning("device %s: %s", peer.name, error)
+    peer.is_ready = False
+    peer.end(break_off(str(error)))
+
+
+def _difference(message: Ready | Report, expected: str | None) -> str:
+    return (
+        f"its weights differ at round {message.applied_round}, their digest is {message.weights_digest}, "
+        f"the cloud's {expected}"
+    )
+
+
 def _stranger(peer: Peer, hello: Hello) -> Refusal | None:
     """What a device is told whose token is not that of the device it says it is."""
     if peer.may_be(hello.device):
@@ -240,10 +283,10 @@ def _stranger(peer: Peer, hello: Hello) -> Refusal | None:
 
 
 def aside(strikes: int, limit: int) -> Refusal | None:
-    """What a device is told that has sent too many numbers that no working device sends."""
+    """What a device is told that has sent too much that no working device sends."""
     if not 0 < limit <= strikes:
         return None
-    reason = f"it is put aside: {strikes} of its answers held numbers that no working device sends"
+    reason = f"it is put aside: {strikes} of its answers were such as no working device sends"
     return Refusal(code="device", reason=reason, retry=False)
 
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -71,6 +72,8 @@ class Coordinator:
         """Numbers the starts of rounds and evaluations."""
         self._fruitless = 0
         """Tries of a round in a row that came to nothing."""
+        self._unfinished: Counter[str] = Counter()
+        """Evaluations in a row for which devices did not send all their data."""
         self._counted_bytes = 0
         self._is_checkpoint_due = False
         self._is_stopping = self._is_pausing = False
@@ -137,7 +140,7 @@ class Coordinator:
     async def _begin(self) -> None:
         """Wait for the devices to start with, and measure where the run begins."""
         self.store.set_state(self.run.id, "pending")  # nobody is there yet who would have to wait
-        enough = max(self.config.devices.start_with, len(self._roster))
+        enough = max(self.config.devices.start_with, self.config.devices.quorum, len(self._roster))
         await self._wait_for_devices(enough, timeout_s=None)
         if not self._roster and not self._is_stopping:
             self._roster = self.fleet.ready_names()
@@ -192,11 +195,12 @@ class Coordinator:
 
     async def _wait_for_quorum(self) -> None:
         """Wait for as many devices as a round needs. Raises NoDevicesError."""
-        limit_s = self.config.devices.rejoin_deadline_s
+        limit_s, quorum = self.config.devices.rejoin_deadline_s, self.config.devices.quorum
         try:
-            await self._wait_for_devices(self.config.devices.quorum, timeout_s=limit_s)
+            await self._wait_for_devices(quorum, timeout_s=limit_s)
         except asyncio.TimeoutError:
-            raise NoDevicesError(self.run.id, self.run.round, limit_s) from None
+            present = len(self.fleet.ready_names())
+            raise NoDevicesError(self.run.id, self.run.round, limit_s, present, quorum) from None
 
     def _count_fruitless(self, context: RoundContext) -> None:
         """Raise RoundsFailedError where round after round failed though nobody left."""
@@ -270,9 +274,10 @@ class Coordinator:
         attempt = next(self._attempts)
         return RoundContext(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
 
-    async def _drive(self, exchange: Exchange[T]) -> T:
-        limit_s = math.inf if self.config.strict else self.config.devices.round_deadline_s
-        return await self.fleet.drive(exchange, limit_s)
+    async def _drive(self, exchange: Exchange[T], deadline_s: float = math.inf) -> T:
+        if self.config.strict:
+            return await self.fleet.drive(exchange, math.inf)
+        return await self.fleet.drive(exchange, self.config.devices.round_deadline_s, deadline_s)
 
     async def _strike(self, fault: Fault) -> None:
         """Count a fault against its device, and put it aside where there were too many."""
@@ -314,14 +319,31 @@ class Coordinator:
             devices = [name for name in self.fleet.ready_names() if self.fleet.peers[name].eval_examples]
             if self.config.strict:
                 devices = [name for name in devices if name in self._roster]
+            else:
+                devices = [name for name in devices if not self._is_unreliable(name)]
             if not devices or self._is_stopping:
                 return None
             peers = [self.fleet.peers[name] for name in devices]
             examples = {peer.name: peer.eval_examples for peer in peers}
-            evaluation = await self._drive(evaluate(self._context(self.run.round, devices), examples))
+            context = self._context(self.run.round, devices)
+            came = await self._drive(evaluate(context, examples), self.config.evaluation.deadline_s)
+            self._note_unfinished(devices, came.unfinished)
             # One that has come back since it left has not answered everything.
             if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
-                return evaluation
+                return came.evaluation
+
+    def _is_unreliable(self, device: str) -> bool:
+        """Whether a device has so often not sent what it said it has that no evaluation should wait for it."""
+        return 0 < self.config.devices.strikes <= self._unfinished[device]
+
+    def _note_unfinished(self, devices: Collection[str], unfinished: Collection[str]) -> None:
+        for device in devices:
+            self._unfinished[device] = self._unfinished[device] + 1 if device in unfinished else 0
+            if not self.config.strict and self._is_unreliable(device):
+                times = self._unfinished[device]
+                self.say(
+                    f"device {device} did not send all its held-out data in {times} evaluations: it is asked no more"
+                )
 
     def _is_complete(self, devices: Collection[str]) -> bool:
         return set(devices) <= set(self.fleet.ready_names())

@@ -5,53 +5,132 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
-from hosl_cloud.exchange import Action, Ask, Exchange, RoundContext, Tell, batch_of, blame, first_few, refuse
+from hosl_cloud.exchange import (
+    Action,
+    Ask,
+    Exchange,
+    Fault,
+    RoundContext,
+    Tell,
+    batch_of,
+    blame,
+    break_off,
+    first_few,
+    is_finite,
+    leave_out,
+    refuse,
+)
 from hosl_cloud.records import Evaluation
 from hosl_protocol import EvalBatch, EvalResult, EvalStart, Frame
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Evaluation | None]:
-    """Score the held-out data of `context.devices`, a batch of each in turn; None where nobody sent all of its own.
+@dataclass
+class _Part:
+    """What a device has sent of its held-out data, and what it scored."""
 
-    `examples` is how many each device has. One that leaves half way counts for nothing: a part is no fair sample.
+    promised: int
+    """Examples, by its Ready: neither more nor fewer count."""
+    sent: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Sums over what was scored."""
+    scores: list[tuple[int, int]] = field(default_factory=list)
+    """Right, and out of how many."""
+    is_complete: bool = False
+    is_at_fault: bool = False
+    """It did what no working device does; one that left, or is slow, did not."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation came to."""
+
+    evaluation: Evaluation | None
+    """None where nobody sent all of its own."""
+    unfinished: frozenset[str]
+    """Devices that did not send all they have."""
+
+
+def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Evaluated]:
+    """Score the held-out data of `context.devices`, a batch of each in turn.
+
+    `examples` is how many each device has by its own word. One that leaves half way counts for nothing: a part is no
+    fair sample. One at fault is left out as if it were not there, so that its word weighs nothing.
     """
     for device in context.devices:
         yield Tell(device, EvalStart(**context.name(0)))
-    losses: dict[str, list[float]] = {device: [] for device in context.devices}
-    scores = {device: np.zeros(2, np.int64) for device in context.devices}  # correct, scored
-    complete: list[Ask] = []
+    parts = {device: _Part(examples[device]) for device in context.devices}
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
     while asks:
         answers = yield from first_few(asks, context.trainer.at_once)
-        for ask, frame, result in (yield from evaluate_batches(context, answers)):
-            assert isinstance(frame.message, EvalBatch)
-            if not math.isfinite(result.loss):
-                continue
-            losses[ask.device].append(result.loss * result.scored)
-            scores[ask.device] += result.correct, result.scored
-            reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
-            yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
-            (complete if frame.message.last else asks).append(ask)
-    devices = [ask.device for ask in complete]
-    correct, scored = map(int, sum((scores[device] for device in devices), np.zeros(2, np.int64)))
+        fitting = yield from _count(answers, parts)
+        scored = yield from evaluate_batches(context, fitting)
+        for ask, _ in fitting:  # those that were refused do not come back
+            parts[ask.device].is_at_fault = ask.device not in {each.device for each, _, _ in scored}
+        for ask, frame, result in scored:
+            if (yield from _note(context, ask, frame, result, parts[ask.device])):
+                asks.append(ask)
+    return Evaluated(_pooled(context, parts), frozenset(name for name, part in parts.items() if not part.is_complete))
+
+
+def _count(
+    answers: Sequence[tuple[Ask, Frame | None]], parts: Mapping[str, _Part]
+) -> Generator[Action, None, list[tuple[Ask, Frame]]]:
+    """The answers that came of devices that keep to what they promised; the others are refused."""
+    fitting = []
+    for ask, frame in answers:
+        if frame is None:
+            continue
+        part = parts[ask.device]
+        assert isinstance(frame.message, EvalBatch)
+        part.sent += len(frame.tensors["lengths"])
+        is_short = frame.message.last and part.sent < part.promised
+        if not is_short and part.sent <= part.promised:
+            fitting.append((ask, frame))
+            continue
+        part.is_at_fault = True
+        problem = f"{'fewer' if is_short else 'more'} held-out examples than it said it has"
+        yield Fault(ask.device, problem)
+        got = f"{part.sent} with the last batch" if is_short else f"{part.sent} so far"
+        yield Tell(ask.device, break_off(f"{problem}: ready with {part.promised}, got {got}"))
+    return fitting
+
+
+def _note(context: RoundContext, ask: Ask, frame: Frame, result: Any, part: _Part) -> Generator[Action, None, bool]:
+    """Note a batch's score and tell it; True where the device is to send another."""
+    assert isinstance(frame.message, EvalBatch)
+    if not math.isfinite(result.loss):
+        part.is_at_fault = not is_finite(batch_of(frame))
+        yield leave_out(ask.device, frame.message, result.why)
+        return False
+    part.losses.append(result.loss * result.scored)
+    part.scores.append((result.correct, result.scored))
+    part.is_complete = frame.message.last
+    reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
+    yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
+    return not part.is_complete
+
+
+def _pooled(context: RoundContext, parts: Mapping[str, _Part]) -> Evaluation | None:
+    complete = [part for part in parts.values() if part.is_complete]
+    scores = [score for part in complete for score in part.scores]
+    correct, scored = (sum(each) for each in zip(*scores, strict=True)) if scores else (0, 0)
     if not scored:
         return None
     return Evaluation(
         context.round,
-        math.fsum(chain(*(losses[device] for device in devices))) / scored,
+        math.fsum(loss for part in complete for loss in part.losses) / scored,
         correct,
         scored,
-        examples=sum(examples[device] for device in devices),
-        of_examples=sum(examples[device] for device in context.devices),
+        examples=sum(part.promised for part in complete),
+        of_examples=sum(part.promised for part in parts.values() if not part.is_at_fault),
     )
 
 
@@ -59,6 +138,7 @@ def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Eva
 class _NotFinite:
     """The score of a batch whose loss is no number."""
 
+    why: str
     loss: float = math.nan
     correct: int = 0
     scored: int = 0
@@ -78,7 +158,6 @@ def evaluate_batches(
         if isinstance(score, NotFiniteError):
             extra = {"device": ask.device}
             log.warning("round %d: a batch of %s: %s", context.round, ask.device, score, extra=extra)
-            yield from blame(ask.device, batch_of(frame))
-            score = _NotFinite()
+            score = _NotFinite((yield from blame(ask.device, batch_of(frame), score)))
         scored.append((ask, frame, score))
     return scored

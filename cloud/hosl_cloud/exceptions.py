@@ -26,7 +26,7 @@ class CloudError(HoslError):
     ├── RankLoadError          another process cannot load the tail: see its reason
     ├── AdapterError           what was trained is more than an adapter: merge without one
     ├── RoundsFailedError      round after round came to nothing: read the log
-    ├── NoDevicesError         every device is gone: bring one back and start again
+    ├── NoDevicesError         too few devices are left: bring them back and start again
     ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
     ├── ApiError            a device's token cannot be made or revoked: choose another name
     └── ServiceError           the service cannot listen as asked: change the address
@@ -129,13 +129,16 @@ class AdapterError(CloudError):
 
 
 class NoDevicesError(CloudError):
-    """No device came back in time."""
+    """Fewer devices than the quorum came back in time."""
 
     exit_code = ExitCode.REFUSED
 
-    def __init__(self, run: str, round_: int, waited_s: float) -> None:
-        self.run, self.round, self.waited_s = run, round_, waited_s
-        super().__init__(f"run {run} has had no device for {waited_s:.0f} s after round {round_}")
+    def __init__(self, run: str, round_: int, waited_s: float, present: int, quorum: int) -> None:
+        self.run, self.round, self.waited_s, self.present, self.quorum = run, round_, waited_s, present, quorum
+        super().__init__(
+            f"run {run} has had {present} of the {quorum} devices that a round needs (devices.quorum) "
+            f"for {waited_s:.0f} s after round {round_}"
+        )
 
 
 class RoundsFailedError(CloudError):

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hosl_cloud.aggregation import aggregate
-from hosl_cloud.exceptions import BatchError
+from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.settings import RunConfig
-from hosl_protocol import Frame, Message, Piece, Refusal, RoundStart
+from hosl_protocol import Frame, Late, Message, Piece, Refusal, RoundStart, name_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ class Ask:
     direction: int | None = None
     sign: int | None = None
 
+    def __str__(self) -> str:
+        """In words, for a device that sent something else."""
+        which = "" if self.direction is None else f" of direction {self.direction}, sign {self.sign:+}"
+        return f"{name_of(self.kind)}{which}"
+
 
 @dataclass(frozen=True)
 class Await:
@@ -79,7 +84,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fault:
-    """A device sent numbers that no working device sends: count it against the device."""
+    """A device sent what no working device sends: count it against the device."""
 
     device: str
     reason: str
@@ -190,15 +195,38 @@ def first_few(asks: list[Ask], most: int) -> Exchange[list[tuple[Ask, Frame | No
     return taken
 
 
-def blame(device: str, batch: BatchArrays) -> Generator[Fault, None, None]:
-    """A tail that diverged makes every loss infinite; only infinite activations are their device's fault."""
-    if not np.isfinite(batch[0]).all():
-        yield Fault(device, "activations that are not finite")
+def is_finite(batch: BatchArrays) -> bool:
+    """Whether its activations are numbers."""
+    return bool(np.isfinite(batch[0]).all())
+
+
+def blame(device: str, batch: BatchArrays, error: NotFiniteError) -> Generator[Fault, None, str]:
+    """Why a batch cannot be used, for its device; its activations are its fault, a tail that diverged is not."""
+    if is_finite(batch):
+        return f"{error.what} is {error.value} though its activations are finite: the cloud's tail has diverged"
+    yield Fault(device, "activations that are not finite")
+    return "its activations are not finite"
 
 
 def refuse(device: str, error: BatchError) -> Tell:
     log.warning("device %s is refused: %s", device, error, extra={"device": device})
-    return Tell(device, Refusal(code="message", reason=str(error)[:500], retry=True))
+    return Tell(device, break_off(str(error)))
+
+
+def leave_out(device: str, message: Message, reason: str) -> Tell:
+    """Tell a device that the numbers of its answer cannot be used: it would wait for the reply."""
+    return Tell(device, late(message, "numbers", reason))
+
+
+def late(answer: Message, code: str, reason: str) -> Late:
+    """The refusal of an answer by its own numbers."""
+    named = {name: getattr(answer, name) for name in ("run", "epoch", "round", "attempt", "id")}
+    return Late(**named, answer=name_of(answer), code=code, reason=reason)  # type: ignore[arg-type]
+
+
+def break_off(reason: str) -> Refusal:
+    """The end of a connection whose device broke the protocol: it would do so again."""
+    return Refusal(code="message", reason=reason, retry=False)
 
 
 def batch_of(frame: Frame) -> BatchArrays:

@@ -53,6 +53,16 @@ class Waiting:
     """Unix time."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How long a round's devices are waited for."""
+
+    stage_s: float
+    """For each answer, from when it was first asked for."""
+    ends_at: float
+    """For all of them, in the event loop's time."""
+
+
 @dataclass
 class Fleet:
     """The connected devices. Its methods run on the event loop; `compute` is what runs a generator's work."""
@@ -97,13 +107,14 @@ class Fleet:
         for name in self.ready_names():
             self.peers[name].tell(message, shared)
 
-    async def drive(self, exchange: Exchange[T], stage_deadline_s: float) -> T:
+    async def drive(self, exchange: Exchange[T], stage_deadline_s: float, deadline_s: float = math.inf) -> T:
         """Run a round's generator to its end, its work on the compute thread.
 
         It talks to the connections that stood at its start, so that a device that comes back waits for the next
-        round. A device that is late at a stage has left the round.
+        round. A device that is late at a stage has left the round; after `deadline_s` as a whole, all have.
         """
         peers = dict(self.peers)
+        limits = Limits(stage_deadline_s, asyncio.get_running_loop().time() + deadline_s)
         asked: dict[Ask, float] = {}
         answer: Answer | None = None
         told: deque[Tell] = deque()
@@ -125,7 +136,7 @@ class Fleet:
                 if action is None:
                     return result  # type: ignore[no-any-return]
                 if isinstance(action, Await):
-                    answer = await self._first(action, peers, asked, stage_deadline_s)
+                    answer = await self._first(action, peers, asked, limits)
                 else:
                     await self.on_fault(action)
         finally:
@@ -135,9 +146,9 @@ class Fleet:
                 peer.leave_round()
 
     async def _first(
-        self, wanted: Await, peers: Mapping[str, Participant], asked: dict[Ask, float], limit_s: float
+        self, wanted: Await, peers: Mapping[str, Participant], asked: dict[Ask, float], limits: Limits
     ) -> Answer | None:
-        """The first answer that is in; what already waits is taken even after its deadline.
+        """The first answer that is in; what already waits is taken even after its stage's deadline.
 
         `asked` holds when each ask was first made, in the event loop's time.
         """
@@ -148,19 +159,22 @@ class Fleet:
             self._arrived.clear()
             for ask in asks:
                 peer = peers.get(ask.device)
+                if limits.ends_at <= now():
+                    _give_up(ask, peer, "before the deadline of it all")
+                    return Answer(ask, None)
                 frame = peer.take(ask) if peer is not None else None
                 if frame is not None:
                     del asked[ask]
                     return Answer(ask, frame)
-                if peer is None or peer.gone.is_set() or asked[ask] + limit_s <= now():
-                    _give_up(ask, peer)
+                if peer is None or peer.gone.is_set() or asked[ask] + limits.stage_s <= now():
+                    _give_up(ask, peer, "in time")
                     return Answer(ask, None)
             if not wanted.waits:
                 return None
-            oldest_s = now() - min(asked[ask] for ask in asks)
+            oldest = min(asked[ask] for ask in asks)
             devices = tuple(ask.device for ask in asks)
-            self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - oldest_s)
-            await self._wait_for_arrival(limit_s - oldest_s)
+            self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - (now() - oldest))
+            await self._wait_for_arrival(min(oldest + limits.stage_s, limits.ends_at) - now())
 
     async def _wait_for_arrival(self, timeout_s: float) -> None:
         try:
@@ -180,14 +194,14 @@ def _deliver(action: Tell, peers: Mapping[str, Participant]) -> None:
         peer.tell(action.message, action.tensors)
 
 
-def _give_up(ask: Ask, peer: Participant | None) -> None:
+def _give_up(ask: Ask, peer: Participant | None, when: str) -> None:
     what = name_of(ask.kind)
     if peer is None or peer.gone.is_set():
         log.warning(
             "device %s left before its %s of round %d", ask.device, what, ask.round, extra={"device": ask.device}
         )
         return
-    log.warning("device %s sent no %s of round %d in time", ask.device, what, ask.round, extra={"device": ask.device})
+    log.warning("device %s sent no %s of round %d %s", ask.device, what, ask.round, when, extra={"device": ask.device})
     peer.leave_round()
 
 

@@ -33,7 +33,7 @@ checkpoint_time = Gauge(
 edge_peak_rss = Gauge("hosl_edge_peak_rss_bytes", "Largest peak of resident memory that a device reported.", ["bundle"])
 wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
-faults = Counter("hosl_device_faults", "Answers with numbers that no working device sends.")
+faults = Counter("hosl_device_faults", "Answers that no working device sends.")
 connections_refused = Counter("hosl_connections_refused", "Connections above the limits, closed as they came.")
 auth_failures = Counter("hosl_auth_failures", "Requests that were denied.", ["reason"])
 for _reason in ("missing", "wrong", "revoked", "remote", "role", "origin", "rate"):

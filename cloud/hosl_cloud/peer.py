@@ -12,22 +12,21 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hosl_cloud import metrics
-from hosl_cloud.exchange import Ask, Shared, Tally
+from hosl_cloud.exchange import Ask, Shared, Tally, break_off, late
 from hosl_protocol import (
+    PIECE_BYTES,
     Anchor,
     Connection,
     EvalBatch,
     EvalStart,
     Frame,
     Goodbye,
-    Late,
     Message,
     Phase,
     Piece,
     Probe,
     Projections,
     ProtocolError,
-    Refusal,
     Report,
     Role,
     RoundStart,
@@ -39,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 4
 """Frames that may wait to be asked for; a device that sends more breaks the protocol."""
+
+MESSAGE_TOO_BIG = 1009
+"""Code with which a websocket ends whose peer sent a message too long to be read."""
 
 OUTBOX_BYTES = 64 * 1024 * 1024
 """Bytes that may wait to be sent before one message more; a device that takes nothing for so long is cut off."""
@@ -81,8 +83,10 @@ class Peer:
         """Hears of every answer, and of the connection's end."""
         self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._answers: deque[Frame] = deque()
-        self._round: tuple[int, int, int] | None = None
-        """Epoch, round and attempt in which answers are expected."""
+        self._started: RoundStart | EvalStart | None = None
+        """What the device was last asked to take part in."""
+        self._is_in_round = False
+        """Whether its answers are still expected."""
         self._answered: set[tuple[type, int]] = set()
         """Kinds and ids of the answers that have come in it."""
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
@@ -100,7 +104,7 @@ class Peer:
                 reader.result()
         except ProtocolError as error:
             log.warning("device %s: %s", self.name, error)
-            self.tell(Refusal(code="message", reason=str(error)[:500], retry=True))
+            self.tell(break_off(str(error)))
         finally:
             reader.cancel()
             self._set_gone()
@@ -120,6 +124,8 @@ class Peer:
             event = await self._socket.receive()
             self.heard_at = time.time()
             if event["type"] == "websocket.disconnect":
+                if event.get("code") == MESSAGE_TOO_BIG:
+                    log.warning("device %s sent a piece of more than %d bytes", self.name, PIECE_BYTES)
                 return
             piece = event.get("bytes")
             if piece is None:
@@ -144,8 +150,8 @@ class Peer:
         if isinstance(message, Report):
             self.reports.put_nowait(message)
         elif isinstance(message, _ANSWERS):
-            if (message.epoch, message.round, message.attempt) != self._round:
-                self._refuse_late(message)
+            if (fault := self._lateness(message)) is not None:
+                self._refuse_late(message, *fault)
                 return
             if (type(message), message.id) in self._answered:
                 log.info("device %s: a repeated %s is dropped", self.name, name_of(message))
@@ -158,12 +164,22 @@ class Peer:
             _check_room(message, self._inbox.qsize())
             self._inbox.put_nowait(frame)
 
-    def _refuse_late(self, message: Any) -> None:
+    def _lateness(self, answer: Any) -> tuple[str, str] | None:
+        """Why an answer is not taken, as Late's code and reason; None where it is."""
+        started = self._started
+        if started is None:
+            return "round", "no round has begun for this device on this connection"
+        for field in ("run", "epoch", "round", "attempt"):
+            theirs, ours = getattr(answer, field), getattr(started, field)
+            if theirs != ours:
+                return field, f"its {field} is {theirs}, that of the last start here is {ours}"
+        return None if self._is_in_round else ("stage", "its stage is over")
+
+    def _refuse_late(self, message: Any, code: str, reason: str) -> None:
         kind = name_of(message)
-        log.warning("device %s: its %s of round %d is late", self.name, kind, message.round)
+        log.warning("device %s: its %s of round %d is not taken: %s", self.name, kind, message.round, reason)
         metrics.late_answers.labels(kind).inc()
-        named = {"run": message.run, "epoch": message.epoch, "round": message.round, "attempt": message.attempt}
-        self.tell(Late(**named, id=message.id, answer=kind))
+        self.tell(late(message, code, reason))
 
     async def _write(self) -> None:
         try:
@@ -208,7 +224,7 @@ class Peer:
             self._cut_off()
             return
         if isinstance(message, (RoundStart, EvalStart)):
-            self._round = message.epoch, message.round, message.attempt
+            self._started, self._is_in_round = message, True
             self._answered.clear()
         self._waiting_bytes += _size(tensors)
         self._emptied.clear()
@@ -251,14 +267,14 @@ class Peer:
             frame = self._answers.popleft()
             if _matches(frame.message, ask):
                 return frame
-            self._refuse_late(frame.message)
+            self._refuse_late(frame.message, "unasked", f"what is asked for now is: {ask}")
         return None
 
     def leave_round(self) -> None:
         """Answers of this round are late from here on."""
-        self._round = None
+        self._is_in_round = False
         while self._answers:
-            self._refuse_late(self._answers.popleft().message)
+            self._refuse_late(self._answers.popleft().message, "stage", "its stage is over")
 
 
 def _size(tensors: Mapping[str, Any] | None) -> int:

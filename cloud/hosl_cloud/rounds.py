@@ -30,10 +30,21 @@ from hosl_cloud.exchange import (
     blame,
     first,
     first_few,
+    leave_out,
     refuse,
 )
 from hosl_cloud.settings import RunConfig
-from hosl_protocol import Anchor, CutGradient, Frame, Probe, ProbeLoss, Projections, UpdateRecord, scheduled_rate
+from hosl_protocol import (
+    Anchor,
+    CutGradient,
+    Frame,
+    Message,
+    Probe,
+    ProbeLoss,
+    Projections,
+    UpdateRecord,
+    scheduled_rate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +100,7 @@ def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, 
         values = frame.tensors["projections"].astype(np.float64)
         if not np.abs(values).max() < LARGEST_PROJECTION:
             yield Fault(ask.device, "projections that are not finite, or absurd")
+            yield leave_out(ask.device, frame.message, "its projections are not finite, or absurd")
             continue
         projections[ask.device] = values
     return projections
@@ -266,12 +278,14 @@ def _take_anchors(
     asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
     while asks:
         if midpoints is not None:
-            batches = {ask.device: midpoints[ask.device] for ask in asks[: context.trainer.at_once]}
+            uploads = [_Upload(ask.device, midpoints[ask.device]) for ask in asks[: context.trainer.at_once]]
             del asks[: context.trainer.at_once]
         else:
             answers = yield from _next_answers(context, asks)
-            batches = {ask.device: batch_of(frame) for ask, frame in answers if frame is not None}
-        yield from _backpropagate(context, batches, part, wants_cut_gradient)
+            uploads = [
+                _Upload(ask.device, batch_of(frame), frame.message) for ask, frame in answers if frame is not None
+            ]
+        yield from _backpropagate(context, uploads, part, wants_cut_gradient)
     if not part.weights or len(part.weights) < context.quorum:
         if part.weights:
             log.warning("round %d: %d devices of a quorum of %d", context.round, len(part.weights), context.quorum)
@@ -291,25 +305,41 @@ def _next_answers(context: RoundContext, asks: list[Ask]) -> Exchange[list[tuple
     return answers
 
 
+@dataclass(frozen=True)
+class _Upload:
+    """A device's batch, and the Anchor that brought it; None where its probes' mean stands for one."""
+
+    device: str
+    batch: BatchArrays
+    anchor: Message | None = None
+
+    def leave_out(self, reason: str) -> Generator[Action, None, None]:
+        """Tell the device that no λ will come."""
+        if self.anchor is not None:
+            yield leave_out(self.device, self.anchor, reason)
+
+
 def _backpropagate(
-    context: RoundContext, batches: Mapping[str, BatchArrays], part: _Part, wants_cut_gradient: bool
+    context: RoundContext, uploads: Sequence[_Upload], part: _Part, wants_cut_gradient: bool
 ) -> Generator[Action, None, None]:
     """Add devices' gradients to the round's, and send each its λ."""
-    weights = [context.weight(batch) for batch in batches.values()]
-    results = context.trainer.forward_backward_many(
-        list(batches.values()), weights, wants_cut_gradient=wants_cut_gradient
-    )
+    weights = [context.weight(upload.batch) for upload in uploads]
+    batches = [upload.batch for upload in uploads]
+    results = context.trainer.forward_backward_many(batches, weights, wants_cut_gradient=wants_cut_gradient)
     spoilt = [result for result in results if isinstance(result, RoundSpoiltError)]
-    for (device, batch), weight, result in zip(batches.items(), weights, results, strict=True):
-        extra = {"device": device}
+    for upload, weight, result in zip(uploads, weights, results, strict=True):
+        device, extra = upload.device, {"device": upload.device}
         if isinstance(result, RoundSpoiltError):
             log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, result, extra=extra)
+            yield from upload.leave_out(f"{result.what} is not finite")
         elif isinstance(result, NotFiniteError):
             log.warning("round %d: %s is left out: %s", context.round, device, result, extra=extra)
-            yield from blame(device, batch)
+            yield from upload.leave_out((yield from blame(device, upload.batch, result)))
         elif isinstance(result, BatchError):
             yield refuse(device, result)
-        elif not spoilt:
+        elif spoilt:
+            yield from upload.leave_out("the gradients that it was added to are not finite")
+        else:
             part.weights[device], part.losses[device] = weight, result.loss
             if wants_cut_gradient:
                 yield _cut_gradient(context, device, result)

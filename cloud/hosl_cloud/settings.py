@@ -75,6 +75,8 @@ class EvaluationSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unkno
     """Evaluations without improvement after which the run stops; 0 never stops early."""
     start: bool = True
     """Also before the first round."""
+    deadline_s: float = 3600.0
+    """Longest time for one as a whole; what a device has not sent by then does not count. A strict run has none."""
 
 
 class CheckpointSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -106,7 +108,7 @@ class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     clip: float = 0.0
     """Largest number that counts in full, in units of the median magnitude of its direction; 0 does not clip."""
     strikes: int = 3
-    """Answers of numbers that no working device sends after which a device is put aside; 0 never does."""
+    """Answers that no working device sends after which a device is put aside; 0 never does."""
     round_deadline_s: float = 120.0
     """Longest wait for a device at each stage of a round; who is late is left out of it."""
     rejoin_deadline_s: float = 600.0
@@ -249,6 +251,7 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("tail.learning_rate", config.tail.learning_rate),
         ("devices.round_deadline_s", config.devices.round_deadline_s),
         ("devices.rejoin_deadline_s", config.devices.rejoin_deadline_s),
+        ("evaluation.deadline_s", config.evaluation.deadline_s),
     ):
         if not (math.isfinite(value) and value > 0.0):
             raise SettingsError(name, value, "use a number above 0")

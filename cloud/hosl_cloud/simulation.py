@@ -37,10 +37,12 @@ from hosl_protocol import (
     FrameReader,
     FromCloud,
     FromEdge,
+    Late,
     Manifest,
     Message,
     RoundStart,
     RunSettings,
+    SettingsError,
     Update,
     UpdateRecord,
     batch_indices,
@@ -52,6 +54,13 @@ from hosl_protocol import (
 from hosl_protocol.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS
 
 Say: TypeAlias = Callable[[str], None]
+
+
+def check_fleet(config: RunConfig) -> None:
+    """Raise SettingsError where a round would wait for more devices than are simulated."""
+    devices = config.devices
+    if devices.quorum > devices.start_with:
+        raise SettingsError("devices.quorum", devices.quorum, f"use at most --devices, {devices.start_with}")
 
 
 async def simulate(run: Run, data: Path, held_out: Path | None, partition: Partition, threads: int, say: Say) -> Ending:
@@ -181,6 +190,8 @@ class VirtualDevice:
         elif isinstance(message, Update):
             record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
             self._site.apply(record)
+        elif isinstance(message, Late):
+            self.leave_round()
         else:
             self._replies.append(frame)
 

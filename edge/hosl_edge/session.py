@@ -191,7 +191,8 @@ class Session:
         return isinstance(message, (RoundStart, EvalStart)) and self._started == message
 
     def _show_late(self, message: Late) -> None:
-        self.display.say(f"its {message.answer} of round {message.round} came too late and was left out")
+        why = f"not taken: {message.reason}" if message.reason else "left out"
+        self.display.say(f"its {message.answer} of round {message.round} was {why}")
 
     async def _join(self, welcome: Welcome) -> Frame | None:
         if welcome.width != self.device.manifest.width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from hosl_cloud.peer import Peer
 from hosl_protocol import (
     Anchor,
     CutGradient,
+    EvalBatch,
+    EvalStart,
     Frame,
     Late,
     Message,
@@ -30,6 +33,7 @@ from hosl_protocol import (
     RoundStart,
     Update,
     encode,
+    name_of,
 )
 
 NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
@@ -146,7 +150,7 @@ def test_a_device_that_is_late_is_left_out_and_told_so_by_name(fleet: Fleet) -> 
         assert await driving == [("b", True), ("a", False)]
         assert not any(isinstance(message, Late) for message in slow.told)
         slow.answer(Anchor(**NAME, id=4))
-        assert slow.told[-1] == Late(**NAME, id=4, answer="anchor")
+        assert slow.told[-1] == Late(**NAME, id=4, answer="anchor", code="stage", reason="its stage is over")
 
     asyncio.run(main())
 
@@ -160,6 +164,32 @@ def test_the_deadline_is_one_for_all_that_a_stage_asks(fleet: Fleet) -> None:
         assert 0.3 <= time.monotonic() - began < 0.3 * 3
 
     asyncio.run(main())
+
+
+def test_a_deadline_of_it_all_ends_what_each_answer_keeps_going(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    def endless() -> Exchange[int]:
+        yield Tell("a", EvalStart(**NAME))
+        for came in itertools.count():
+            answer = yield Await((Ask("a", EvalBatch, 1),))
+            if answer is None or answer.frame is None:
+                return came
+        raise AssertionError
+
+    async def feed(device: Device) -> None:
+        for id_ in itertools.count():
+            device.answer(EvalBatch(**NAME, id=id_, last=False))
+            await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        device = Device(fleet, "a")
+        driving = asyncio.create_task(fleet.drive(endless(), 10.0, 0.3))
+        await asyncio.sleep(0.05)
+        feeding = asyncio.create_task(feed(device))
+        assert await asyncio.wait_for(driving, 10.0) > 0
+        feeding.cancel()
+
+    asyncio.run(main())
+    assert "device a sent no eval-batch of round 1 before the deadline of it all" in caplog.text
 
 
 def test_a_device_that_leaves_is_not_waited_for(fleet: Fleet) -> None:
@@ -191,21 +221,51 @@ def test_what_already_waits_is_taken_though_the_deadline_has_passed(fleet: Fleet
     asyncio.run(main())
 
 
+WRONG = {
+    "run": ({"run": "other"}, "its run is other, that of the last start here is r"),
+    "epoch": ({"epoch": 7}, "its epoch is 7, that of the last start here is 0"),
+    "round": ({"round": 7, "attempt": 0}, "its round is 7, that of the last start here is 1"),
+    "attempt": ({"attempt": 0}, "its attempt is 0, that of the last start here is 3"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+@pytest.mark.parametrize("kind", [Anchor, Probe, Projections, EvalBatch])
+def test_every_answer_of_another_run_epoch_round_or_attempt_is_refused_with_what_is_wrong(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, kind: type, field: str
+) -> None:
+    async def main() -> None:
+        device = Device(fleet, "a")
+        changes, reason = WRONG[field]
+        more = {Probe: {"direction": 0, "sign": 1}, EvalBatch: {"last": True}}.get(kind, {})
+        device.tell(RoundStart(**NAME, attempt=3, deadline_s=1.0))
+        device.answer(kind(**{**NAME, "attempt": 3, **changes}, id=2, **more))
+        answer = name_of(kind)
+        named = {**NAME, "attempt": 3, **changes}
+        assert device.told[-1] == Late(**named, id=2, answer=answer, code=field, reason=reason)
+        assert f"device a: its {answer} of round {named['round']} is not taken: {reason}" in caplog.text
+        assert device.take(Ask("a", kind, 1)) is None
+
+    asyncio.run(main())
+
+
 def test_answers_of_another_round_or_stage_are_refused_by_name(fleet: Fleet) -> None:
     async def main() -> None:
         device = Device(fleet, "a")
         device.answer(Anchor(run="r", epoch=0, round=7))
-        assert device.told == [Late(run="r", epoch=0, round=7, answer="anchor")]
+        reason = "no round has begun for this device on this connection"
+        assert device.told == [Late(run="r", epoch=0, round=7, answer="anchor", code="round", reason=reason)]
         device.tell(RoundStart(**NAME, deadline_s=1.0))
         device.answer(Probe(**NAME, id=1, direction=0, sign=-1))
         device.answer(Probe(**NAME, id=2, direction=0, sign=1))
         found = device.take(Ask("a", Probe, 1, 0, 1))
         assert found is not None
         assert found.message == Probe(**NAME, id=2, direction=0, sign=1)
-        assert device.told[-1] == Late(**NAME, id=1, answer="probe")
+        reason = "what is asked for now is: probe of direction 0, sign +1"
+        assert device.told[-1] == Late(**NAME, id=1, answer="probe", code="unasked", reason=reason)
         device.answer(Projections(**NAME, id=3))
         device.leave_round()
-        assert device.told[-1] == Late(**NAME, id=3, answer="projections")
+        assert device.told[-1] == Late(**NAME, id=3, answer="projections", reason="its stage is over")
         assert device.take(Ask("a", Projections, 1)) is None
 
     asyncio.run(main())
@@ -254,7 +314,7 @@ def test_an_error_in_a_round_leaves_nobody_in_it(fleet: Fleet) -> None:
         with pytest.raises(ArithmeticError):
             await fleet.drive(round_(), 1.0)
         device.answer(Anchor(**NAME))
-        assert device.told[-1] == Late(**NAME, answer="anchor")
+        assert device.told[-1] == Late(**NAME, answer="anchor", reason="its stage is over")
 
     asyncio.run(main())
 

@@ -27,6 +27,7 @@ from hosl_protocol import (
     EvalResult,
     EvalStart,
     Frame,
+    Late,
     Probe,
     ProbeLoss,
     Projections,
@@ -488,19 +489,27 @@ class Evaluator:
         return Frame(message, {"activations": activations, "lengths": lengths, "labels": labels})
 
 
-def pooled(cloud: Cloud, devices: Sequence[str]) -> Evaluation:
+def score(cloud: Cloud, answers: Answers) -> tuple[tuple[Any, frozenset[str]], list[Tell]]:
+    """What an evaluation comes to and who did not finish it; and what devices were told."""
+    result, told = run(evaluate(cloud.context(), EXAMPLES), answers)
+    return (result.evaluation, result.unfinished), told
+
+
+def pooled(cloud: Cloud, devices: Sequence[str], of: Sequence[str] = "abc") -> Evaluation:
     scores = [cloud.trainer.evaluate(*cloud.batches[device].sent) for device in devices]
     scored = sum(score.scored for score in scores)
     loss = sum(score.loss * score.scored for score in scores) / scored
     correct, examples = sum(score.correct for score in scores), sum(EXAMPLES[device] for device in devices)
-    return Evaluation(1, pytest.approx(loss, rel=1e-4), correct, scored, examples, sum(EXAMPLES.values()))  # type: ignore[arg-type]
+    of_examples = sum(EXAMPLES[device] for device in of)
+    return Evaluation(1, pytest.approx(loss, rel=1e-4), correct, scored, examples, of_examples)  # type: ignore[arg-type]
 
 
 def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
     before = cloud.weights()
-    evaluation, told = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud))
+    (evaluation, unfinished), told = score(cloud, Evaluator(cloud))
     assert evaluation == pooled(cloud, "abc")
+    assert not unfinished
     assert evaluation.is_complete
     assert evaluation.scored == 9
     results = [tell for tell in told if isinstance(tell.message, EvalResult)]
@@ -512,23 +521,89 @@ def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Clo
 
 def test_a_device_that_leaves_an_evaluation_half_way_counts_for_nothing_in_it(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, _ = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, {"a": 0, "b": 3}))
+    (evaluation, unfinished), _ = score(cloud, Evaluator(cloud, {"a": 0, "b": 3}))
     assert evaluation == pooled(cloud, "c")
     assert not evaluation.is_complete
-    assert run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, {"a": 1, "b": 3, "c": 2}))[0] is None
+    assert unfinished == {"a", "b"}
+    assert score(cloud, Evaluator(cloud, {"a": 1, "b": 3, "c": 2}))[0][0] is None
 
 
 def test_an_evaluation_without_answers_is_none(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    assert run(evaluate(cloud.context(), EXAMPLES), lambda ask: None)[0] is None
-    assert run(evaluate(cloud.context([]), EXAMPLES), lambda ask: None)[0] is None
+    assert score(cloud, lambda ask: None)[0] == (None, {"a", "b", "c"})
+    assert run(evaluate(cloud.context([]), EXAMPLES), lambda ask: None)[0].evaluation is None
 
 
 def test_a_batch_that_cannot_be_evaluated_ends_that_devices_part(make_cloud: Callable[..., Cloud]) -> None:
     cloud = make_cloud("ho-sfl")
-    evaluation, told = run(evaluate(cloud.context(), EXAMPLES), Evaluator(cloud, bad="b"))
-    assert evaluation == pooled(cloud, "ac")
+    (evaluation, unfinished), told = score(cloud, Evaluator(cloud, bad="b"))
+    assert evaluation == pooled(cloud, "ac", "ac")
+    assert unfinished == {"b"}
     assert not [tell for tell in told if tell.device == "b" and isinstance(tell.message, EvalResult)]
+
+
+LIES = {
+    "more": ({"b": 3}, "more held-out examples than it said it has: ready with 3, got 4 so far"),
+    "fewer": ({"b": 99}, "fewer held-out examples than it said it has: ready with 99, got 4 with the last batch"),
+}
+
+
+@pytest.mark.parametrize("how", LIES)
+def test_a_device_that_sends_more_or_fewer_held_out_examples_than_it_said_has_no_say_and_is_named(
+    make_cloud: Callable[..., Cloud], how: str
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    said, sentence = LIES[how]
+    result, seen = drive(evaluate(cloud.context(), EXAMPLES | said), Evaluator(cloud))
+    assert result.evaluation == pooled(cloud, "ac", "ac"), "it can neither weigh more nor spoil the others' evaluation"
+    assert result.evaluation.is_complete
+    assert result.unfinished == {"b"}
+    assert [action.reason for action in seen if isinstance(action, Fault)] == [sentence.partition(":")[0]]
+    (refusal,) = (each.message for each in seen if isinstance(each, Tell) and isinstance(each.message, Refusal))
+    assert refusal == Refusal(code="message", reason=sentence, retry=False)
+
+
+def test_an_evaluation_of_a_device_that_never_says_last_ends(make_cloud: Callable[..., Cloud]) -> None:
+    cloud = make_cloud("ho-sfl")
+    examples = cloud.batches["a"].examples
+    asked = list[Ask]()
+
+    def endless(ask: Ask) -> Frame:
+        asked.append(ask)
+        assert len(asked) < 100
+        activations, lengths, labels = examples[0]
+        tensors = {"activations": activations, "lengths": lengths, "labels": labels}
+        return Frame(EvalBatch(**NAME, id=len(asked), last=False), tensors)
+
+    result, _ = run(evaluate(cloud.context("a"), {"a": 2}), endless)
+    assert result.evaluation is None
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("is_its_fault", [True, False])
+def test_held_out_activations_that_are_not_finite_are_refused_by_name(
+    make_cloud: Callable[..., Cloud], is_its_fault: bool
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    evaluator = Evaluator(cloud)
+    if not is_its_fault:
+        for parameter in cloud.trainer.parameters.values():
+            parameter.data.fill_(np.nan)
+
+    def answers(ask: Ask) -> Frame | None:
+        frame = evaluator(ask)
+        assert frame is not None
+        scale = np.float32(np.nan if is_its_fault and ask.device == "b" else 1.0)
+        return Frame(frame.message, {**frame.tensors, "activations": frame.tensors["activations"] * scale})
+
+    (evaluation, unfinished), told = score(cloud, answers)
+    late = {tell.device: tell.message for tell in told if isinstance(tell.message, Late)}
+    if is_its_fault:
+        assert late == {"b": Late(**NAME, answer="eval-batch", code="numbers", reason="its activations are not finite")}
+        assert evaluation == pooled(cloud, "ac", "ac")
+    else:
+        assert late.keys() == unfinished == set("abc")
+        assert "the cloud's tail has diverged" in late["b"].reason
 
 
 def test_devices_are_dealt_with_in_the_order_that_was_given(make_cloud: Callable[..., Cloud]) -> None:
@@ -649,6 +724,26 @@ def test_absurd_projections_count_against_their_device(make_cloud: Callable[...,
         lambda asks: asks[0],
     )
     assert [action.device for action in seen if isinstance(action, Fault)] == ["a"]
+    (late,) = (each for each in seen if isinstance(each, Tell) and isinstance(each.message, Late))
+    reason = "its projections are not finite, or absurd"
+    assert late == Tell("a", Late(**NAME, id=1, answer="projections", code="numbers", reason=reason))
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "frozen"])
+def test_a_device_hears_that_its_anchor_is_not_finite(make_cloud: Callable[..., Cloud], algorithm: str) -> None:
+    cloud = make_cloud(algorithm)
+    prober = Prober(cloud)
+
+    def answers(ask: Ask) -> Frame | None:
+        is_spoilt = ask.kind is Anchor and ask.device == "b"
+        return Frame(Anchor(**NAME, id=4), cloud.tensors("b", np.nan)) if is_spoilt else prober(ask)
+
+    _, told = run(
+        rounds.ROUNDS[algorithm](cloud.context()), lambda ask: None if ask.kind is Projections else answers(ask)
+    )
+    (late,) = (tell for tell in told if isinstance(tell.message, Late))
+    reason = "its activations are not finite"
+    assert late == Tell("b", Late(**NAME, id=4, answer="anchor", code="numbers", reason=reason))
 
 
 @pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])

@@ -259,6 +259,12 @@ def test_a_snapshot_that_leads_to_other_weights_is_followed_by_a_rebuild(run: Ca
     run(test)
 
 
+SAID = {
+    401: b"no token, or not a right one: it follows Authorization: Bearer, and of a device's token NAME~SECRET alone\n",
+    403: b"this token may not do that\n",
+}
+
+
 def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Callable[..., None]) -> None:
     async def test(service: Service) -> None:
         site = {"origin": "https://example.org"}
@@ -267,6 +273,10 @@ def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Call
                 async with client(service, token, **more):
                     pass
             assert caught.value.response.status_code == status
+            assert caught.value.response.body == SAID[status]
+        whole = service.guard.access.add("pi") + "~fingerprint"
+        answer = await get(service, f"/v1/bundle/{MANIFEST}", Authorization=f"Bearer {whole}")
+        assert answer == (401, SAID[401])
         assert service.coordinator.fleet.peers == {}
 
     run(test)
@@ -367,7 +377,9 @@ def test_held_out_data_may_change_but_in_a_strict_run(run: Callable[..., None], 
     run(test, strict=strict)
 
 
-def test_weights_that_differ_even_after_a_rebuild_are_refused(run: Callable[..., None]) -> None:
+def test_weights_that_differ_even_after_a_rebuild_are_refused_with_both_digests(
+    run: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     async def test(service: Service) -> None:
         async with client(service) as device:
             await device.send(device.hello())
@@ -379,6 +391,107 @@ def test_weights_that_differ_even_after_a_rebuild_are_refused(run: Callable[...,
                 await device.send(device.ready("0" * 64))
             refusal = await device.refusal()
         assert (refusal.code, refusal.retry) == ("weights", False)
+        ours = service.coordinator.run.digests[0]
+        differs = f"its weights differ at round 0, their digest is {'0' * 64}, the cloud's {ours}"
+        assert refusal.reason.startswith(f"even after a rebuild {differs}: ")
+        assert f"device pi: {differs}" in caplog.text
+
+    run(test)
+
+
+def make_round(service: Service) -> None:
+    """A round that no device was asked for."""
+    run = service.coordinator.run
+    update = UpdateRecord(run.round + 1, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
+    run.apply(update)
+    run.store.add_round(run.id, run.epoch, update, seconds=0.0, loss=0.0, devices=[])
+    run.round = update.round
+
+
+ASTRAY = {
+    "ahead": ({"applied_round": 7}, "at round 7, the run is at round 2"),
+    "of another run": ({"run": "other"}, "of run other, epoch 0, this connection is in run run-1, epoch 0"),
+    "of another epoch": ({"epoch": 7}, "of run run-1, epoch 7, this connection is in run run-1, epoch 0"),
+}
+
+
+@pytest.mark.parametrize("how", [*ASTRAY, "behind"])
+def test_a_ready_that_no_catch_up_leads_to_is_refused_with_what_was_expected(
+    run: Callable[..., None], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    changes, sentence = ASTRAY.get(how, ({"applied_round": 1}, "at round 1, the catch-up ended with round 2"))
+
+    async def test(service: Service) -> None:
+        make_round(service)
+        make_round(service)
+        async with client(service) as device:
+            await device.send(device.hello())
+            assert isinstance(await device.receive(), Welcome)
+            await device.send(msgspec.structs.replace(device.ready(), **{"applied_round": 2, **changes}))
+            refusal = await device.refusal()
+        assert (refusal.code, refusal.reason, refusal.retry) == ("message", f"ready {sentence}", False)
+        assert f"device pi: ready {sentence}" in caplog.text
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ASTRAY)
+def test_a_report_of_what_cannot_be_is_refused(run: Callable[..., None], how: str) -> None:
+    changes, sentence = ASTRAY[how]
+
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            await device.next_round()
+            make_round(service)
+            make_round(service)
+            await device.send(msgspec.structs.replace(report(service), **changes))
+            refusal = await device.refusal()
+        assert (refusal.code, refusal.reason, refusal.retry) == ("message", f"report {sentence}", False)
+
+    run(test, start_with=1)
+
+
+def test_a_run_begins_with_the_devices_that_a_round_needs(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as first, client(service) as second:
+            await first.join("first")
+            assert (await status_of(service))["waits_for"]["what"] == "devices"
+            await second.join("second")
+            await first.next_round()
+
+    run(test, start_with=1, quorum=2, rejoin_deadline_s=1e-3)
+
+
+def test_a_device_that_never_sends_its_held_out_data_is_asked_no_more(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        coordinator = service.coordinator
+        async with client(service) as device:
+            await device.send(device.hello())
+            assert isinstance(await device.receive(), Welcome)
+            assert isinstance(await device.receive(), CatchUp)
+            await device.send(msgspec.structs.replace(device.ready(), eval_examples=10**9))
+            while not device.is_ready("pi"):
+                await asyncio.sleep(0.01)
+            for _ in range(2):
+                assert await coordinator._score() is None
+                assert isinstance(await device.receive(), EvalStart)
+            assert await coordinator._score() is None
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(device.socket.recv(), 0.2)
+        assert "device pi did not send all its held-out data in 2 evaluations: it is asked no more" in service.said
+
+    run(test, strikes=2, round_deadline_s=0.05)
+
+
+def test_what_a_device_says_as_it_leaves_stays_on_one_line(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        async with client(service) as device:
+            await device.join("pi")
+            await device.send(Goodbye(reason="bye\n2026 hosl-cloud: it is done\x1b[2J\x9b\u202e"))
+            while "away" not in service.said[-1]:
+                await asyncio.sleep(0.01)
+        assert service.said[-1] == r"device pi is away: bye 2026 hosl-cloud: it is done\x1b[2J\x9b\u202e"
 
     run(test)
 
@@ -445,7 +558,7 @@ def test_a_client_that_breaks_the_protocol_is_refused_and_disturbs_nobody(run: C
                 async with client(service) as bad:
                     await wrong(bad)
                     refusal = await bad.refusal()
-                    assert (refusal.code, refusal.retry) == ("message", True), wrong.__name__
+                    assert (refusal.code, refusal.retry) == ("message", False), wrong.__name__
                 assert good.is_ready("good"), wrong.__name__
             async with client(service) as second:
                 await second.join("second")
@@ -481,7 +594,9 @@ def test_a_frame_larger_than_the_run_allows_is_refused_before_it_is_sent(run: Ca
     run(test, start_with=1)
 
 
-def test_a_websocket_message_beyond_a_piece_ends_the_connection(run: Callable[..., None]) -> None:
+def test_a_websocket_message_beyond_a_piece_ends_the_connection(
+    run: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     async def test(service: Service) -> None:
         async with client(service) as device:
             await device.socket.send(b" " * (PIECE_BYTES + 1))
@@ -489,6 +604,7 @@ def test_a_websocket_message_beyond_a_piece_ends_the_connection(run: Callable[..
                 await asyncio.wait_for(device.socket.recv(), WAIT_S)
             assert caught.value.rcvd is not None
             assert caught.value.rcvd.code == 1009
+        assert f"device ? sent a piece of more than {PIECE_BYTES} bytes" in caplog.text
 
     run(test)
 
@@ -601,6 +717,12 @@ def test_a_device_that_vanishes_with_bytes_on_their_way_is_noticed_by_its_silenc
     run(test)
 
 
+def report(service: Service) -> Report:
+    figures = dict.fromkeys(("peak_rss_bytes", "anonymous_bytes", "sent_bytes", "received_bytes"), 1)
+    digest = service.coordinator.run.digests[0]
+    return Report(run="run-1", epoch=0, applied_round=0, weights_digest=digest, step_seconds=2.0, **figures)
+
+
 def test_reports_that_come_together_are_stored_together(run: Callable[..., None]) -> None:
     async def test(service: Service) -> None:
         store, stored = service.coordinator.store, list[int]()
@@ -612,18 +734,13 @@ def test_reports_that_come_together_are_stored_together(run: Callable[..., None]
             set_reports(reports)
 
         store.set_reports = slowly  # type: ignore[method-assign]
-        figures = dict.fromkeys(("peak_rss_bytes", "anonymous_bytes", "sent_bytes", "received_bytes"), 1)
         async with contextlib.AsyncExitStack() as stack:
             devices = [await stack.enter_async_context(client(service)) for _ in range(5)]
             for number, device in enumerate(devices):
                 await device.join(f"pi-{number}")
                 await device.next_round()
             for device in devices:
-                digest = service.coordinator.run.digests[0]
-                report = Report(
-                    run="run-1", epoch=0, applied_round=0, weights_digest=digest, step_seconds=2.0, **figures
-                )
-                await device.send(report)
+                await device.send(report(service))
             while len([row for row in store.devices("run-1") if row["step_seconds"] == 2.0]) < 5:
                 await asyncio.sleep(0.05)
         assert sum(stored) == 5

@@ -116,6 +116,7 @@ def test_devices_are_told_the_runs_settings_and_none_of_the_tails() -> None:
         ({"tail": {"threads": -1}}, "tail.threads", -1),
         ({"evaluation": {"every": -1}}, "evaluation.every", -1),
         ({"evaluation": {"patience": -1}}, "evaluation.patience", -1),
+        ({"evaluation": {"deadline_s": 0.0}}, "evaluation.deadline_s", 0.0),
         ({"devices": {"start_with": 0}}, "devices.start_with", 0),
         ({"devices": {"per_round": -1}}, "devices.per_round", -1),
         ({"devices": {"round_deadline_s": 0.0}}, "devices.round_deadline_s", 0.0),

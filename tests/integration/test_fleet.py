@@ -194,7 +194,7 @@ def test_an_answer_that_comes_after_its_deadline_is_refused_by_name_and_its_devi
             stopped = site.round
             await site.until(lambda: site.round >= stopped + 3)
             slow.send(signal.SIGCONT)
-            refused = r"slow: its anchor of round \d+ came too late and was left out"
+            refused = r"slow: its anchor of round \d+ was not taken: its stage is over"
             await site.until(lambda: re.search(refused, slow.log.read_text(encoding="utf-8")) is not None)
             await site.until(lambda: _took_part(site, "slow", after=stopped + 3))
             summaries = await site.stop()

@@ -191,6 +191,7 @@ def test_a_run_may_begin_without_an_evaluation(make_bundle: MakeBundle, tmp_path
     [
         (["--partition", "even"], "use iid or dirichlet:ALPHA"),
         (["--devices", "99"], "use at most 40, the examples in the data"),
+        (["--devices", "3", "--set", "devices.quorum=4"], "devices.quorum is 4: use at most --devices, 3"),
         (["--set", "round=4"], "round"),
         (["--set", "rounds"], "use KEY=VALUE"),
     ],
