@@ -14,7 +14,7 @@ from hosl_cloud.api_client import ApiClient, add_client_options, client_of, is_l
 from hosl_cloud.data_folder import add_data_dir, is_locked
 from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.records import UNENDED
-from hosl_cloud.settings import read_config
+from hosl_cloud.settings import convert_config, read_config
 from hosl_protocol import ExitCode
 from hosl_protocol.plain import plain
 from hosl_protocol.terminal import add_common_options
@@ -132,7 +132,10 @@ def _on_run(method: str, more: str) -> Command:
 
 
 def _start(client: ApiClient, options: argparse.Namespace) -> Any:
-    body = {"bundle": options.bundle, "config": read_config(options.config, options.overrides)}
+    config = read_config(options.config, options.overrides)
+    # The service does not know the file's name.
+    convert_config(config, str(options.config or "--set"))
+    body = {"bundle": options.bundle, "config": config}
     return client.request("POST", "/v1/runs", body)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from hosl_protocol import (
     load_preset,
     read_toml,
 )
+from hosl_protocol.exceptions import MalformedSettings
+from hosl_protocol.settings import nearest
 
 
 class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -119,7 +121,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     """`run.toml`."""
 
     task: Task
-    """`[task]`: `preset = "sst2"` and fields that override it, or all fields of a task."""
+    """`[task]`: `preset = "sst2"` and fields that override it, or all fields of a task but perhaps `name`."""
     name: str = "run"
     """Start of the run's id, 1 to 40 characters of `A-Za-z0-9._-`."""
     algorithm: Algorithm = "ho-sfl"
@@ -182,8 +184,39 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, A
     """`run.toml` (none: empty) with `KEY=VALUE` overrides, not checked yet. Raises SettingsError."""
     data = {} if path is None else read_toml(path, "--config")
     for override in overrides:
-        _merge(data, _parse_override(override))
+        given = _parse_override(override)
+        _check_given(given, RunConfig, f"--set {override}")
+        _merge(data, given)
     return data
+
+
+def _check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    """Raise MalformedSettings for a name that no setting has, or a value of another type than it takes."""
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for name, value in given.items():
+        if kind is Task and name == "preset":
+            continue
+        if name not in types:
+            elsewhere = [dotted for dotted in _dotted(RunConfig) if dotted.rpartition(".")[2] == name]
+            remedy = f"did you mean {elsewhere[0]}?" if elsewhere else nearest(name, types)
+            raise MalformedSettings(where, "", f"no setting has the name {name}; {remedy}")
+        if isinstance(value, dict) and _is_table(types[name]):
+            _check_given(value, types[name], where)
+        else:
+            convert(value, types[name], where)
+
+
+def _dotted(kind: type[msgspec.Struct], before: str = "") -> Iterator[str]:
+    """All settings by their whole names."""
+    for field in msgspec.structs.fields(kind):
+        if _is_table(field.type):
+            yield from _dotted(field.type, f"{before}{field.name}.")
+        else:
+            yield before + field.name
+
+
+def _is_table(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -203,6 +236,9 @@ def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
         else:
             data[key] = value
 
+
+OWN_TASK = "own"
+"""Name of a task without one."""
 
 NORM_DIRECTIONS = 8
 """Of HO-SFL where norms train: they cost forwards alone. HOSL's are dear, each sends a round's activations twice."""
@@ -228,17 +264,30 @@ def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.tom
 
     Raises SettingsError.
     """
-    data = _with_defaults(data, manifest)
-    task = data.get("task")
-    if isinstance(task, dict) and "preset" in task:
-        overrides = {key: value for key, value in task.items() if key != "preset"}
-        data = {**data, "task": {**load_preset(str(task["preset"])), **overrides}}
-    config: RunConfig = convert(data, RunConfig, where)
+    config = convert_config(_with_defaults(data, manifest), where)
     if manifest.image is not None:
         # An image has as many positions as it has; nothing is cut to a length.
         config = msgspec.structs.replace(config, max_length=manifest.max_length)
     _check(config, manifest)
     return config
+
+
+def convert_config(data: dict[str, Any], where: str) -> RunConfig:
+    """A configuration whose names and types are right, not checked against a bundle yet. Raises SettingsError."""
+    if isinstance(task := data.get("task"), dict):
+        data = {**data, "task": _whole_task(task)}
+    config: RunConfig = convert(data, RunConfig, where)
+    return config
+
+
+def _whole_task(task: dict[str, Any]) -> dict[str, Any]:
+    """With what its preset says, or as a task of the user's own."""
+    if "preset" not in task:
+        return {"name": OWN_TASK, **task}
+    preset = load_preset(str(task["preset"]))
+    if "labels" in task:
+        preset.pop("label_names", None)  # of other labels
+    return {**preset, **{key: value for key, value in task.items() if key != "preset"}}
 
 
 def _check(config: RunConfig, manifest: Manifest) -> None:

@@ -30,7 +30,7 @@ def load_or_make_token(data_dir: Path, fingerprint: str = "") -> tuple[str, Path
     path = data_dir / TOKEN_FILE
     token = load_or_make_secret(path)
     text = token_text("", token, fingerprint) if fingerprint else token
-    if path.read_text(encoding="ascii").strip() != text:
+    if path.read_text(encoding="utf-8-sig", errors="replace").strip() != text:
         _write(path, text, replace=True)
     return token, path
 
@@ -45,7 +45,7 @@ def load_or_make_secret(path: Path) -> str:
 def read_secret(path: Path) -> str:
     """The secret in a file. Raises ServiceError."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError as error:
         raise ServiceError(f"{path} cannot be read: {error.strerror}: mend or delete it") from None
     check_private(path)

@@ -241,7 +241,7 @@ def _check(settings: EdgeSettings) -> None:
 def read_token(path: Path) -> Token:
     """The token in a file. Raises SettingsError."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
     except UnicodeDecodeError:

@@ -33,7 +33,7 @@ def accuracy(model_path: Path, held_out: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     answers = [tokenizer(answer, add_special_tokens=False).input_ids for answer in ANSWERS]
     assert all(len(ids) == 1 for ids in answers)
-    examples = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    examples = [json.loads(line) for line in held_out.read_text(encoding="utf-8-sig").splitlines()]
     examples.sort(key=lambda example: len(example["text"]))
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     right = 0

@@ -129,7 +129,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".npz":
         with np.load(path) as file:
             return {"images": file["images"], "labels": file["labels"]}
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
 
 
 def _cut(rows: Any, first: int | None, last: int | None) -> Any:

@@ -45,7 +45,7 @@ class SettingsError(HoslError):
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
-        super().__init__(f"{field} is {value!r}: {remedy}")
+        super().__init__(f"{field} is {'not given' if value is None else repr(value)}: {remedy}")
 
 
 class MalformedSettings(SettingsError):

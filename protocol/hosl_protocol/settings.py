@@ -157,13 +157,18 @@ def schedule_factor(schedule: str, warmup_rounds: int, round_: int, rounds: int)
 
 
 def read_toml(path: Path, option: str) -> dict[str, Any]:
-    """The mapping in a TOML file; SettingsError names the option that named the file."""
+    """The mapping in a TOML file, with or without a byte order mark.
+
+    SettingsError names the file, or the option that named one which cannot be read.
+    """
     try:
-        data: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+        data: dict[str, Any] = msgspec.toml.decode(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError(option, str(path), error.strerror or "cannot be read") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(option, str(path), f"is not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise MalformedSettings(str(path), "", "is not UTF-8: save it with that encoding") from error
+    except msgspec.DecodeError as error:
+        raise MalformedSettings(str(path), "", f"is not TOML: {error}") from error
     return data
 
 

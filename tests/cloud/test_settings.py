@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from hosl_cloud.settings import RunConfig, load_config, parse_config
-from hosl_protocol import Manifest, SettingsError
+from hosl_cloud.settings import RunConfig, load_config, parse_config, read_config
+from hosl_protocol import Manifest, SettingsError, label_of, render
 
 
 def manifest(train: Any = "lora") -> Manifest:
@@ -180,3 +183,65 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path.write_text("rounds = = 3\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="is not TOML"):
         load_config(path, manifest())
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("labels=['a', 'b']", "no setting has the name labels; did you mean task.labels?"),
+        ("tail.lr=15", "no setting has the name lr; one of train, "),
+        ("tail.learning_rat=1", "no setting has the name learning_rat; did you mean learning_rate?"),
+        ("rounds=many", "use a whole number instead of 'many'"),
+        ("tail.optimizer=lion", "'lion' is none of adamw, sgd"),
+        ("task=3", "use a table instead of 3"),
+        ("task={colour='red'}", "no setting has the name colour; "),
+    ],
+)
+def test_a_fault_of_an_override_is_the_overrides(tmp_path: Path, override: str, problem: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[task]\npreset = "sst2"\n', encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        read_config(path, [override])
+    assert str(caught.value).startswith(f"--set {override}: {problem}")
+
+
+def test_overrides_of_any_depth_are_taken() -> None:
+    overrides = ["task.preset=sst2", "tail={learning_rate=0.5}", "tail.momentum=0.1", "name=7up", "task.label_field=x"]
+    config = load_config(None, manifest(), ["max_length=64", *overrides])
+    assert (config.tail.learning_rate, config.tail.momentum) == (0.5, 0.1)
+    assert (config.name, config.task.label_field) == ("7up", "x")
+
+
+def test_labels_of_ones_own_take_the_place_of_a_presets_other_names() -> None:
+    task = parse(task={"preset": "boolq", "labels": ["false", "true"]}).task
+    assert (task.labels, task.label_names) == (("false", "true"), ())
+
+
+README = Path(__file__).parents[2] / "cloud" / "README.md"
+
+
+def test_the_pages_task_of_ones_own_is_a_whole_one() -> None:
+    text = README.read_text(encoding="utf-8").partition("### A task of your own")[2]
+    settings, example = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("toml", "json"))
+    assert settings is not None
+    assert example is not None
+    config = parse_config(msgspec.toml.decode(settings[1]), manifest())
+    assert render(config.task, json.loads(example[1])) == "The parcel has not come.\nThis is about"
+    assert label_of(config.task, json.loads(example[1])) == 1
+    assert f"--fields {','.join(config.task.fields)}" in text
+
+
+def test_a_task_of_ones_own_needs_no_name() -> None:
+    assert parse(task={"kind": "lm", "template": "{body}"}).task.name == "own"
+
+
+def test_every_setting_has_its_place_in_the_table() -> None:
+    table = README.read_text(encoding="utf-8").partition("## run.toml")[2].partition("### A task")[0]
+    parts = re.split(r"^\| \*\*`\[(\w+)\]`\*\*", table, flags=re.MULTILINE)
+    tables = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    fields = msgspec.structs.fields(RunConfig)
+    kinds = {"": RunConfig, **{field.name: field.type for field in fields if field.name in tables}}
+    for name, kind in kinds.items():
+        cells = re.findall(r"^\| (`[^|]*) \|", tables[name], re.MULTILINE)
+        shown = [setting for cell in cells for setting in re.findall("`([^`]+)`", cell)]
+        assert sorted(shown) == sorted(set(kind.__struct_fields__) - set(tables)), name

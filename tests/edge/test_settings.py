@@ -72,6 +72,8 @@ def test_a_token_file_holds_one_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("abc\n", encoding="utf-8")
     assert read_token(path) == Token("", "abc")
+    path.write_text("\ufeffabc\r\n", encoding="utf-8")
+    assert read_token(path) == Token("", "abc")
     path.write_text("abc def\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="one token"):
         read_token(path)

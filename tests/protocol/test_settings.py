@@ -20,6 +20,7 @@ from hosl_protocol import (
     check_run_settings,
     convert,
     load_preset,
+    read_toml,
     schedule_factor,
     scheduled_rate,
 )
@@ -174,3 +175,25 @@ def test_augmentation_is_for_images_alone():
         check_run_settings(make_settings(augmentation=Augmentation(flip=True)))
     with pytest.raises(SettingsError, match=r"augmentation.crop_padding is 256: use a whole number from 0 to 255"):
         check_run_settings(make_image_settings(augmentation=Augmentation(crop_padding=256)))
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("\ufeffrounds = 3\r\n", encoding="utf-8")
+    assert read_toml(path, "--config") == {"rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"rounds = = 3", "is not TOML: "), ("rounds = 3".encode("utf-16"), "is not UTF-8: save it with that encoding")],
+)
+def test_a_settings_file_that_is_none_is_named_by_its_path(tmp_path, content, problem):
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read_toml(path, "--config")
+    assert str(caught.value).startswith(f"{path}: {problem}")
+
+
+def test_a_setting_without_a_value_is_not_given():
+    assert str(SettingsError("--bundle", None, "give it")) == "--bundle is not given: give it"

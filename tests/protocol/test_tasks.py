@@ -253,5 +253,6 @@ def test_the_table_of_presets_is_that_of_the_shipped_ones() -> None:
     assert [row[0] for row in rows] == [f"`{name}`" for name in sorted(preset_names())]
     for preset, *row in rows:
         task: Task = convert(load_preset(preset.strip("`")), Task, "task")
-        fields, labels = (", ".join(f"`{name}`" for name in names) for names in (task.fields, task.labels))
-        assert row == [f"`{task.kind}`", fields, labels or "the text itself"], preset
+        lists = (task.fields, task.labels, task.label_names)
+        fields, labels, names = (", ".join(f"`{name}`" for name in each) for each in lists)
+        assert row == [f"`{task.kind}`", fields, (labels or "the text itself") + (names and f" or {names}")], preset
