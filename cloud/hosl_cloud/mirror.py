@@ -30,6 +30,6 @@ def replay_client(store: Store, run: RunRow, bundle: Path, manifest: Manifest, r
     """The client half after `round_`: the base shard plus the stored updates, bit for bit what devices hold."""
     weights = load_shard_weights(bundle, manifest)
     client = make_client_weights(manifest, weights, run.config.wire_settings())
-    client.apply(store.updates(run.id, 1, round_))
+    client.apply(store.replay(run.id, round_))
     client.close()
     return weights

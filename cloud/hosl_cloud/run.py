@@ -50,7 +50,7 @@ class Run:
         """Read the mirror of the client's weights: slow, off the event loop."""
         weights = load_shard_weights(self.bundle, self.manifest, only_trainable=True)
         self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.settings)
-        self.mirror.apply(self.store.updates(self.id, 1, self.round))
+        self.mirror.apply(self.store.replay(self.id, self.round))
         self.note_digest()
 
     def apply(self, update: UpdateRecord) -> None:

@@ -6,6 +6,7 @@ Updates that a resume drops are marked superseded, never deleted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sqlite3
 import struct
 import threading
@@ -27,6 +28,9 @@ from hosl_protocol import Report, UpdateRecord
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
 _CONFIG = msgspec.json.Decoder(RunConfig)
+
+PORTION = 4096
+"""Updates that a replay holds in memory."""
 
 
 class Store:
@@ -260,6 +264,17 @@ class Store:
         return [
             UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
         ]
+
+    def replay(self, run: str, last: int) -> Iterator[UpdateRecord]:
+        """The updates in force of rounds 1 to `last`, read a portion at a time. Raises StoreError for what is not there
+        or not as it was written."""
+        for first in range(1, last + 1, PORTION):
+            wanted = range(first, min(first + PORTION, last + 1))
+            updates = self.updates(run, wanted[0], wanted[-1])
+            for round_, update in itertools.zip_longest(wanted, updates):
+                if update is None or update.round != round_:
+                    raise self._damaged(f"the update of round {round_} is missing")
+                yield update
 
     def rounds(self, run: str, after: int = 0, most: int = -1) -> list[RoundRow]:
         """The rounds in force after a round; `most` of them, below zero all."""

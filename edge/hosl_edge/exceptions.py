@@ -17,6 +17,7 @@ class EdgeError(HoslError):
     ├── NoSpaceError        the disk is too small for what is to be fetched: make room
     ├── JournalError        the journal cannot be read: mend its permissions, or delete it
     ├── SnapshotError       a snapshot cannot be used: start at the base shard, and replay
+    ├── HistoryError        what is kept of the run cannot go on: it was dropped, connect again and catch up
     ├── LowMemoryError      the machine runs out of memory: give it less to do
     ├── RefusedError        the cloud says no: see its reason
     ├── TrustError          the cloud is not the one that the token is for: check address and token
@@ -93,6 +94,12 @@ class SnapshotError(EdgeError):
     def __init__(self, path: Path, problem: str) -> None:
         self.path, self.problem = path, problem
         super().__init__(f"snapshot {path.name}: {problem}")
+
+
+class HistoryError(EdgeError):
+    """The kept state of a run cannot be taken to where the cloud is; the device stands at the base shard."""
+
+    exit_code = ExitCode.DATA
 
 
 class RefusedError(EdgeError):

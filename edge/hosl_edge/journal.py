@@ -13,8 +13,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,6 +26,9 @@ log = logging.getLogger(__name__)
 
 SYNC_INTERVAL_S = 30.0
 """Longest time in which updates may be only in the kernel's memory; newer ones come again from the cloud."""
+
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+_PIECE_BYTES = 64 * 1024
 
 _FRAME = struct.Struct("<II")
 _UPDATE = struct.Struct("<Qd")
@@ -67,9 +69,10 @@ class Journal:
     What a full disk does not take waits in memory for room: a device that ends before gets it from the cloud again.
     """
 
-    def __init__(self, path: Path, header: JournalHeader) -> None:
+    def __init__(self, path: Path, header: JournalHeader, header_bytes: int) -> None:
         self.path = path
         self.header = header
+        self._header_bytes = header_bytes
         self.sync_interval_s = SYNC_INTERVAL_S
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
@@ -81,10 +84,20 @@ class Journal:
         self._unwritten += b"".join(_record(_encode_update(update)) for update in updates)
         self._flush(syncs=time.monotonic() - self._synced_at >= self.sync_interval_s)
 
-    def updates(self) -> list[UpdateRecord]:
-        """All of them, read anew; also what no disk has taken yet."""
-        records = list(_records(self.path.read_bytes() + self._unwritten))
-        return [_decode_update(payload) for _, payload in records[1:]]
+    def updates(self, first: int = 0, last: int | None = None) -> Iterator[UpdateRecord]:
+        """Those of rounds `first` to `last`, by default all, read anew; also what no disk has taken yet."""
+        skipped = max(0, first - self.header.base_round - 1)
+        start = self._header_bytes + skipped * (_FRAME.size + _update_bytes(self.header))
+        for _, payload in _records(self._pieces(start)):
+            update = _decode_update(payload)
+            if last is not None and update.round > last:
+                return
+            yield update
+
+    def _pieces(self, start: int) -> Iterator[bytes]:
+        written = self.path.stat().st_size
+        yield from _read(self.path, start)
+        yield self._unwritten[max(0, start - written) :]
 
     def close(self) -> None:
         """Sync and close."""
@@ -107,45 +120,89 @@ class Journal:
             self._is_refused = False
 
 
-def create_journal(folder: Path, header: JournalHeader, updates: Sequence[UpdateRecord] = ()) -> Journal:
+class NewJournal:
+    """A journal that is written, and takes the place of any other once it is wanted."""
+
+    def __init__(self, folder: Path, header: JournalHeader, updates: Iterable[UpdateRecord] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._header = journal_path(folder), header
+        first = _record(msgspec.json.encode(header))
+        self._header_bytes = len(first)
+        self.count = 0
+        """How many updates it holds."""
+        try:
+            with self._new.open("wb") as file:
+                file.write(first)
+                for update in updates:
+                    file.write(_record(_encode_update(update)))
+                    self.count += 1
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            self._new.unlink(missing_ok=True)
+            raise
+
+    @property
+    def _new(self) -> Path:
+        return self._path.with_suffix(".new")
+
+    def install(self) -> Journal:
+        """Let it be the journal; atomic."""
+        self._new.replace(self._path)
+        return Journal(self._path, self._header, self._header_bytes)
+
+
+def create_journal(folder: Path, header: JournalHeader, updates: Iterable[UpdateRecord] = ()) -> Journal:
     """A journal with these updates, in place of any other; atomic."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, new = journal_path(folder), journal_path(folder).with_suffix(".new")
-    with new.open("wb") as file:
-        file.write(_record(msgspec.json.encode(header)))
-        file.writelines(_record(_encode_update(update)) for update in updates)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    return Journal(path, header)
+    return NewJournal(folder, header, updates).install()
 
 
-def open_journal(folder: Path) -> tuple[Journal, list[UpdateRecord]] | None:
-    """The journal in `folder` and its updates, its torn tail cut off; None where there is none that can be used.
+def open_journal(folder: Path) -> Journal | None:
+    """The journal in `folder`, its torn tail cut off; None where there is none that can be used.
 
     One that is damaged, and not only torn, is kept as `journal.damaged`: nothing of it is needed, for the cloud has it
     all. Raises JournalError where it cannot be read.
     """
     path = journal_path(folder)
     try:
-        data = path.read_bytes()
+        return _open(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise JournalError(path, error.strerror or str(error)) from error
-    records = list(_records(data))
-    header = _decode_header(records[0][1]) if records else None
+
+
+def _open(path: Path) -> Journal | None:
+    records = _records(_read(path, 0))
+    header_bytes, payload = next(records, (0, b""))
+    header = _decode_header(payload)
     if header is None:
         _keep_damaged(path, "no readable header")
         return None
-    update_bytes = _UPDATE.size + 4 * header.settings.coefficients
-    updates = list(takewhile(lambda record: len(record[1]) == update_bytes, records[1:]))
-    good_bytes = (updates or records)[-1 if updates else 0][0]
-    if len(data[good_bytes:].rstrip(b"\0")) > _FRAME.size + update_bytes:
-        _keep_damaged(path, f"a damaged record after update {len(updates)}")
-    if good_bytes < len(data):
+    update_bytes, good_bytes, count = _update_bytes(header), header_bytes, 0
+    for end, payload in records:
+        if len(payload) != update_bytes:
+            break
+        good_bytes, count = end, count + 1
+    if _end_of_data(path, good_bytes) - good_bytes > _FRAME.size + update_bytes:
+        _keep_damaged(path, f"a damaged record after update {count}")
+    if good_bytes < path.stat().st_size:
         os.truncate(path, good_bytes)
-    return Journal(path, header), [_decode_update(payload) for _, payload in updates]
+    return Journal(path, header, header_bytes)
+
+
+def _update_bytes(header: JournalHeader) -> int:
+    return _UPDATE.size + 4 * header.settings.coefficients
+
+
+def _end_of_data(path: Path, start: int) -> int:
+    """Where the zeros begin that a power cut may leave at the end."""
+    end = place = start
+    for piece in _read(path, start):
+        if data := piece.rstrip(b"\0"):
+            end = place + len(data)
+        place += len(piece)
+    return end
 
 
 def _decode_header(payload: bytes) -> JournalHeader | None:
@@ -171,17 +228,30 @@ def _record(payload: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _read(path: Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+
+
+def _records(pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """End offset and payload of every whole record, up to the first that is not."""
-    place = 0
-    while place + _FRAME.size <= len(data):
-        length, checksum = _FRAME.unpack_from(data, place)
-        payload = data[place + _FRAME.size : place + _FRAME.size + length]
-        # Zeros, which a power cut may leave at the end, would be records without payload.
-        if not length or len(payload) < length or zlib.crc32(payload) != checksum:
-            return
-        place += _FRAME.size + length
-        yield place, payload
+    data, place, passed = b"", 0, 0
+    for piece in pieces:
+        data, place, passed = data[place:] + piece, 0, passed + place
+        while place + _FRAME.size <= len(data):
+            length, checksum = _FRAME.unpack_from(data, place)
+            # Zeros, which a power cut may leave at the end, would be records without payload.
+            if not 0 < length <= MAX_RECORD_BYTES:
+                return
+            payload = data[place + _FRAME.size : place + _FRAME.size + length]
+            if len(payload) < length:
+                break
+            if zlib.crc32(payload) != checksum:
+                return
+            place += _FRAME.size + length
+            yield passed + place, payload
 
 
 def _encode_update(update: UpdateRecord) -> bytes:

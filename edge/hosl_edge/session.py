@@ -22,6 +22,7 @@ from hosl_edge.exceptions import (
     ConnectionLost,
     ConsentError,
     DataError,
+    HistoryError,
     MemoryBudgetError,
     RefusedError,
     SnapshotError,
@@ -207,6 +208,8 @@ class Session:
             await _in_thread(lambda: self.device.join(welcome, partial(self._fetch, left)), left.set)
         except SnapshotError as error:
             raise ConnectionLost(f"{error}; the missed rounds are replayed instead") from error
+        except HistoryError as error:
+            raise ConnectionLost(f"{error}; all rounds come again from the cloud") from error
         except ConnectionLost:
             if not self.link.is_closed:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import shutil
@@ -17,7 +18,7 @@ from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.snapshots import write_snapshot
 from hosl_edge import device as device_module
 from hosl_edge.device import Device
-from hosl_edge.exceptions import ConnectionLost, MemoryBudgetError, SnapshotError
+from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError
 from hosl_edge.journal import journal_path
 from hosl_edge.memory import Memory
 from hosl_edge.pace import Pace
@@ -27,6 +28,7 @@ from hosl_protocol import (
     ClientOptimizer,
     ClientWeights,
     IrreversibleError,
+    LatticeError,
     ProtocolError,
     RunSettings,
     Snapshot,
@@ -277,6 +279,124 @@ def test_a_rebuild_drops_the_snapshot(make_site: Callable[..., Site]) -> None:
     assert (device.applied_round, device.digest()) == (0, base)
     assert not list(site.state.glob("snapshot-*"))
     assert journal_path(site.state).exists()
+
+
+def stands_at_the_base(device: Device, base: str, site: Site) -> bool:
+    """Whether nothing of a run is left, and what comes next is right."""
+    found = (device.header, device.applied_round, device.digest()) == (None, 0, "")
+    device.join(site.welcome("continue", epoch=1), never)
+    return found and device.digest() == base
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_rewind_ends_with_the_bits_of_the_round_it_goes_back_to(make_site: Callable[..., Site], kind: str) -> None:
+    site = make_site(kind)
+    device = site.rebased(50)
+    site.mirror.apply(make_updates(51, 55))
+    device.apply(make_updates(51, 70))
+    device.join(site.welcome("rewind", epoch=1, rewind_to=55), never)
+    assert (device.applied_round, device.digest()) == (55, site.mirror.digest())
+    again = site.restart()
+    assert again.header is not None
+    assert (again.header.epoch, again.applied_round, again.digest()) == (1, 55, site.mirror.digest())
+
+
+def test_many_rounds_are_taken_back_in_portions(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hosl_edge.history.REVERTED_ROUNDS", 7)
+    site = make_site()
+    device = site.rebased(50)
+    device.apply(make_updates(51, 100))
+    device.join(site.welcome("rewind", epoch=1, rewind_to=52), never)
+    site.mirror.apply(make_updates(51, 52))
+    assert (device.applied_round, device.digest()) == (52, site.mirror.digest())
+
+
+def cut_short(path: Path) -> None:
+    """All twenty updates are 640 bytes."""
+    path.write_bytes(path.read_bytes()[:-630])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("pattern", "damage"), [("snapshot-*", flip), ("snapshot-*", Path.unlink), ("journal", cut_short)]
+)
+def test_a_rewind_that_lacks_a_file_leaves_no_run_and_not_half_of_one(
+    make_site: Callable[..., Site], kind: str, pattern: str, damage: Callable[[Path], object]
+) -> None:
+    site = make_site(kind)
+    base = site.mirror.digest()
+    device = site.rebased(50)
+    device.apply(make_updates(51, 70))
+    damage(next(site.state.glob(pattern)))
+    if (kind, pattern) == ("sgd", "snapshot-*"):
+        device.join(site.welcome("rewind", epoch=1, rewind_to=51), never)
+        assert device.applied_round == 51, "what is taken back needs no snapshot"
+        return
+    with pytest.raises(HistoryError, match="the rounds after 51 cannot be taken back"):
+        device.join(site.welcome("rewind", epoch=1, rewind_to=51), never)
+    assert stands_at_the_base(device, base, site)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("place", ["hosl_edge.journal.os.fsync", "hosl_edge.journal.Path.replace"])
+@pytest.mark.parametrize("plan", ["rewind", "snapshot", "rebuild"])
+def test_a_disk_that_fails_between_journal_and_weights_leaves_a_state_that_is_whole(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str, place: str, plan: str
+) -> None:
+    site = make_site(kind)
+    base = site.mirror.digest()
+    device = site.rebased(50)
+    device.apply(make_updates(51, 70))
+    digest = device.digest()
+    site.mirror.apply(make_updates(51, 80))
+    snapshot = site.snapshot() if plan == "snapshot" else None
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises((OSError, HistoryError)):
+        device.join(site.welcome(plan, snapshot, epoch=1, rewind_to=60), site.fetch)
+    monkeypatch.undo()
+    if device.header is None:
+        assert stands_at_the_base(device, base, site)
+    else:
+        assert (device.applied_round, device.digest()) == (70, digest)
+        assert (site.restart().applied_round, site.restart().digest()) == (70, digest)
+
+
+def test_updates_that_cannot_be_applied_leave_weights_that_the_journal_knows(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    base = site.mirror.digest()
+    device = site.start()
+    device.join(site.welcome("continue"), never)
+    device.apply(make_updates(1, 5))
+    with pytest.raises(LatticeError):
+        device.apply([*make_updates(6, 9), UpdateRecord(10, np.full(2, 2.0**100, np.float32), 1e-3)])
+    assert stands_at_the_base(device, base, site)
+
+
+def test_data_of_a_run_that_could_not_be_joined_is_not_taken_for_that_of_the_one_before(
+    make_site: Callable[..., Site],
+) -> None:
+    site = make_site()
+    device = site.start()
+    device.join(site.welcome("continue"), never)
+    before, other = device.train, msgspec.structs.replace(site.run_settings, max_length=8)
+    welcome = site.welcome("snapshot", site.snapshot(), run="other")
+
+    def lose(snapshot: Snapshot, path: Path) -> None:
+        raise ConnectionLost("the link is down")
+
+    with pytest.raises(ConnectionLost):
+        device.join(msgspec.structs.replace(welcome, settings=other), lose)
+    device.join(site.welcome("continue"), never)
+    assert before is not None
+    assert device.train is not None
+    assert device.train is not before
+    assert device.shard.max_length == 16
 
 
 def test_the_links_speed_is_kept_across_restarts(make_site: Callable[..., Site]) -> None:

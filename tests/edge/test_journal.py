@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,16 +40,16 @@ def write(folder: Path, count: int) -> None:
 def read(folder: Path) -> list[int]:
     found = open_journal(folder)
     assert found is not None
-    journal, records = found
-    journal.close()
-    return [record.round for record in records]
+    rounds = [update.round for update in found.updates()]
+    found.close()
+    return rounds
 
 
 def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
     write(tmp_path, 3)
-    found = open_journal(tmp_path)
-    assert found is not None
-    journal, records = found
+    journal = open_journal(tmp_path)
+    assert journal is not None
+    records = list(journal.updates())
     journal.close()
     assert journal.header == HEADER
     for got, expected in zip(records, updates(3), strict=True):
@@ -61,10 +62,9 @@ def test_a_torn_tail_is_cut_off_and_appending_goes_on(tmp_path: Path, cut: int) 
     write(tmp_path, 3)
     path = journal_path(tmp_path)
     path.write_bytes(path.read_bytes()[:-cut])
-    found = open_journal(tmp_path)
-    assert found is not None
-    journal, records = found
-    assert [record.round for record in records] == [1, 2]
+    journal = open_journal(tmp_path)
+    assert journal is not None
+    assert [update.round for update in journal.updates()] == [1, 2]
     journal.append(updates(3)[2:])
     journal.close()
     assert read(tmp_path) == [1, 2, 3]
@@ -136,11 +136,10 @@ def test_a_journal_written_before_there_were_snapshots_begins_at_the_shard(tmp_p
     del fields["base_round"], fields["base_sha256"]
     text = msgspec.json.encode(fields)
     journal_path(tmp_path).write_bytes(struct.pack("<II", len(text), zlib.crc32(text)) + text)
-    found = open_journal(tmp_path)
-    assert found is not None
-    journal, records = found
+    journal = open_journal(tmp_path)
+    assert journal is not None
+    assert (journal.header, list(journal.updates())) == (HEADER, [])
     journal.close()
-    assert (journal.header, records) == (HEADER, [])
     assert (journal.header.base_round, journal.header.base_sha256) == (0, "")
 
 
@@ -150,3 +149,37 @@ def test_a_journal_belongs_to_its_run_wherever_it_begins() -> None:
     assert HEADER.belongs_with(rebased)
     assert rebased.belongs_with(msgspec.structs.replace(HEADER, epoch=1))
     assert not rebased.belongs_with(msgspec.structs.replace(HEADER, data_digest="other"))
+
+
+def test_rounds_are_read_from_any_one_on_also_what_no_disk_has_taken(tmp_path: Path) -> None:
+    header = msgspec.structs.replace(HEADER, base_round=100, base_sha256="0" * 64)
+    journal = create_journal(tmp_path, header)
+    records = [UpdateRecord(100 + update.round, update.coefficients, 0.1) for update in updates(9)]
+    with no_file_larger_than(journal.path.stat().st_size + 150):
+        journal.append(records)
+        for first, last in ((0, None), (101, 109), (103, 104), (106, 106), (109, 200), (110, None)):
+            expected = [number for number in range(101, 110) if first <= number <= (last or 999)]
+            assert [update.round for update in journal.updates(first, last)] == expected
+    journal.close()
+
+
+def test_a_long_journal_is_read_in_little_memory(tmp_path: Path) -> None:
+    write(tmp_path, 20_000)
+    path = journal_path(tmp_path)
+    path.write_bytes(path.read_bytes() + bytes(100_000))
+    tracemalloc.start()
+    found = open_journal(tmp_path)
+    assert found is not None
+    assert sum(1 for _ in found.updates()) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found.close()
+    assert path.stat().st_size > 3 * peak
+
+
+@pytest.mark.parametrize("length", [0, 2**24 + 1, 2**32 - 1])
+def test_a_record_of_an_absurd_length_is_the_end(tmp_path: Path, length: int) -> None:
+    write(tmp_path, 3)
+    with journal_path(tmp_path).open("ab") as file:
+        file.write(struct.pack("<II", length, 0) + b"x" * 100)
+    assert read(tmp_path) == [1, 2, 3]

@@ -170,12 +170,11 @@ def _check_devices(site: Site, digest: str, away: set[str], store: Store, run: s
         if name not in away and summary is not None:
             assert summary["weights_digest"] == digest, f"{name} ends with other weights than the cloud's mirror"
             continue
-        found = open_journal(site.folder / "state" / name)
-        if found is None:
+        journal = open_journal(site.folder / "state" / name)
+        if journal is None:
             continue
-        journal, updates = found
         journal.close()
-        for update in updates:
+        for update in journal.updates():
             is_known = (update.round, update.coefficients.tobytes()) in known
             assert is_known, f"{name}'s journal has a round {update.round} that was not"
 

@@ -33,14 +33,15 @@ SHORTER = {
 POINTS = {
     "hosl_edge": {
         "journal-append": "hosl_edge.journal.Journal.append",
-        "journal-create": "hosl_edge.device.create_journal",
-        "rewind": "hosl_edge.device.Device._rewind",
-        "journal-open": "hosl_edge.device.open_journal",
-        "weights-apply": "hosl_edge.device.Device._replay",
+        "journal-create": "hosl_edge.history.NewJournal",
+        "journal-install": "hosl_edge.journal.NewJournal.install",
+        "rewind": "hosl_edge.history.History.rewind",
+        "journal-open": "hosl_edge.history.open_journal",
+        "weights-apply": "hosl_edge.history.History._replay",
         "join": "hosl_edge.device.Device.join",
         "batch": "hosl_edge.session.batch_indices",
         "snapshot-fetch": "hosl_edge.session.fetch_snapshot",
-        "snapshot-read": "hosl_edge.device.read_snapshot",
+        "snapshot-read": "hosl_edge.history.read_snapshot",
     },
     "hosl_cloud": {
         "store-roster": "hosl_cloud.store.Store.set_roster",

@@ -85,8 +85,8 @@ class Site:
         """Where the device's journal begins."""
         found = open_journal(self.state(name))
         assert found is not None
-        found[0].close()
-        return found[0].header.base_round
+        found.close()
+        return found.header.base_round
 
     def snapshots_taken(self) -> int:
         return sum("takes a snapshot" in line for line in self.service.said)
