@@ -103,12 +103,12 @@ class HistoryError(EdgeError):
 
 
 class RefusedError(EdgeError):
-    """The cloud refused the device, for good or for now."""
+    """The cloud refused the device, for good or for now; `code` is its Refusal's, empty where HTTP said it."""
 
     exit_code = ExitCode.REFUSED
 
-    def __init__(self, reason: str, *, retry: bool) -> None:
-        self.reason, self.retry = reason, retry
+    def __init__(self, reason: str, *, retry: bool, code: str = "") -> None:
+        self.reason, self.retry, self.code = reason, retry, code
         super().__init__(f"{'the cloud is not ready for' if retry else 'the cloud refused'} this device: {reason}")
 
 

@@ -143,7 +143,7 @@ class Session:
                 settings = self.device.settings
                 path = settings.data if frame.message.code == "data" else settings.eval or "--eval"
                 raise DataError(Path(path), None, frame.message.reason)
-            raise RefusedError(frame.message.reason, retry=frame.message.retry)
+            raise RefusedError(frame.message.reason, retry=frame.message.retry, code=frame.message.code)
         return frame
 
     async def _say_hello(self) -> None:
@@ -173,7 +173,7 @@ class Session:
             log.info("a repeated %s is dropped", name_of(message))
         elif isinstance(message, Welcome):
             return await self._join(message)
-        if isinstance(message, CatchUp):
+        elif isinstance(message, CatchUp):
             await self._catch_up(message, frame)
         elif isinstance(message, Update):
             await self._update(message, frame)

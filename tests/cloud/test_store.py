@@ -68,6 +68,27 @@ def test_updates_come_back_bit_for_bit(store: Store) -> None:
     assert store.run("run-1").round == 3
 
 
+def test_a_replay_reads_a_portion_at_a_time_and_misses_no_round(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hosl_cloud.store.PORTION", 2)
+    for round_ in range(1, 6):
+        add_round(store, round_)
+    asked: list[tuple[int, int]] = []
+    updates = Store.updates
+    monkeypatch.setattr(Store, "updates", lambda self, run, *span: asked.append(span) or updates(self, run, *span))
+    assert [update.round for update in store.replay("run-1", 5)] == [1, 2, 3, 4, 5]
+    assert asked == [(1, 2), (3, 4), (5, 5)]
+    assert list(store.replay("run-1", 0)) == []
+    with pytest.raises(StoreError, match="the update of round 6 is missing"):
+        list(store.replay("run-1", 6))
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        database.execute("DELETE FROM rounds WHERE round = 3")
+    database.close()
+    with pytest.raises(StoreError, match="the update of round 3 is missing"):
+        list(store.replay("run-1", 5))
+
+
 def test_a_round_without_coefficients_is_kept(store: Store) -> None:
     add_round(store, 1, coefficients=np.zeros(0, np.float32))
     assert store.updates("run-1", 1, 1)[0].coefficients.size == 0
