@@ -558,11 +558,19 @@ def test_weights_of_a_manifest_change_the_tensors_in_place():
     assert not tensors["frozen"].any()
 
 
-def test_a_frozen_run_has_no_trainable_weights_and_counts_its_rounds():
-    weights = make_client_weights(make_manifest(), {}, make_settings(algorithm="frozen"))
-    weights.apply([UpdateRecord(1, np.empty(0, np.float32), 0.0)])
-    assert (weights.elements, weights.applied_round) == (0, 1)
-    assert weights.digest() == hashlib.sha256().hexdigest()
+GOLDEN_FROZEN = {
+    "sgd": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    "adamw": "220dde27afee4d537cac96d85d6546f825153b90e828931b74e103807541bc42",
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN_FROZEN)
+def test_a_frozen_run_has_no_trainable_weights_and_counts_its_rounds(kind):
+    settings = make_settings(algorithm="frozen", client={"optimizer": kind})
+    weights = make_client_weights(make_manifest(), {}, settings)
+    weights.apply([UpdateRecord(round_, np.empty(0, np.float32), 0.0) for round_ in range(1, 13)])
+    assert (weights.elements, weights.applied_round) == (0, 12)
+    assert weights.digest() == GOLDEN_FROZEN[kind]
 
 
 # Replays in portions

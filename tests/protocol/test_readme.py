@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import msgspec
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from hosl_edge.data import load_dataset
 from hosl_protocol import (
     CATCH_UP_ROUNDS,
     MAX_HEADER_BYTES,
@@ -102,7 +105,46 @@ def test_every_field_of_the_manifests_entries_is_named_below_its_table(kind):
 def test_every_code_is_explained(kind):
     (code,) = (field.type for field in msgspec.structs.fields(kind) if field.name == "code")
     text = section(f"### {kind.__name__} (`{name_of(kind)}`)").split("\n| code |")[1]
-    assert set(re.findall(r"^\| `([a-z-]+)` \| [^|]* \|$", text, re.MULTILINE)) == set(code.__args__)
+    assert set(re.findall(r"^\| `([a-z-]+)` \| [^|]* \|", text, re.MULTILINE)) == set(code.__args__)
+
+
+def test_the_cloud_refuses_with_the_retry_of_the_codes_row():
+    table = dict(
+        re.findall(r"^\| `([a-z-]+)` \| [^|]* \| ([^|]*) \|$", section("### Refusal (`refusal`)"), re.MULTILINE)
+    )
+    said: dict[str, set[str]] = {}
+    for path in (Path(__file__).parents[2] / "cloud").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Refusal":
+                given = {each.arg: each.value for each in call.keywords}
+                assert isinstance(given["code"], ast.Constant)
+                assert isinstance(given["retry"], ast.Constant)
+                said.setdefault(given["code"].value, set()).add(str(given["retry"].value).lower())
+    assert {code: set(re.findall("true|false", retry)) for code, retry in table.items()} == said
+
+
+def test_texts_are_cut_as_the_rows_say(tmp_path):
+    words = {"<s>": 0, "</s>": 1, **{word: 2 + place for place, word in enumerate("abcdef")}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    manifest = Manifest(
+        model="m", family="f", architecture="a", split=1, blocks=2, width=4, max_length=16, pad_token_id=9,
+        train="none", tensors=(), files=(),
+    )  # fmt: skip
+    table = re.findall(
+        r"^\| `([a-f ]+)` \| (\d+) \| ([^|]+) \| (\d) \| ([\d ]+) \|$", section("## Batches"), re.MULTILINE
+    )
+    assert len(table) == 4
+    for text, length, kinds, prompt_tokens, ids in table:
+        (tmp_path / "data.jsonl").write_text(json.dumps({"text": text, "label": "0"}))
+        for kind in re.findall("`([a-z-]+)`", kinds) or ("prompt-classification", "sequence-classification", "lm"):
+            task = Task(name="t", kind=kind, template="{text}", labels=("0", "1"))
+            shard = msgspec.structs.replace(manifest, prompt_tokens=int(prompt_tokens))
+            dataset = load_dataset(tmp_path / "data.jsonl", task, tokenizer, int(length), shard)
+            assert dataset.ids.tolist() == list(map(int, ids.split())), (kind, ids)
 
 
 def test_limits_are_those_of_the_code():
