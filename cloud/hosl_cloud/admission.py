@@ -116,7 +116,9 @@ class Admission:
             reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
             return Refusal(code="protocol", reason=reason, retry=False)
         if not is_device_name(hello.device):
-            return Refusal(code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-", retry=False)
+            return Refusal(
+                code="device", reason="a name is 1 to 64 characters of A-Za-z0-9._-, no dot first", retry=False
+            )
         if hello.shard_digest != self.run.manifest.shard_digest:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
         known = self.run.store.device(self.run.id, hello.device)

@@ -399,6 +399,21 @@ def test_weights_that_differ_even_after_a_rebuild_are_refused_with_both_digests(
     run(test)
 
 
+def test_a_device_that_is_told_that_the_run_is_over_is_not_said_to_be_away(run: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        coordinator = service.coordinator
+        async with client(service) as device:
+            await device.join("pi")
+            coordinator.run.ending = "completed"
+            coordinator.admission.complete(coordinator.fleet.peers["pi"])
+            assert isinstance(await device.receive(), Complete)
+        while coordinator.fleet.peers:
+            await asyncio.sleep(0.01)
+        assert service.said == ["device pi is ready: 8 examples, 0 held out"]
+
+    run(test)
+
+
 def make_round(service: Service) -> None:
     """A round that no device was asked for."""
     run = service.coordinator.run

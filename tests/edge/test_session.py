@@ -13,10 +13,10 @@ import pytest
 
 from hosl_edge import step
 from hosl_edge.display import Progress
-from hosl_edge.exceptions import ConnectionLost
+from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.session import Session
 from hosl_edge.trust import Cloud, Token
-from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late
+from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late, Refusal
 
 Reply = CutGradient | EvalStart | EvalResult | Late
 
@@ -62,6 +62,31 @@ def test_without_a_deadline_a_device_waits() -> None:
     got, said, _ = drive(None, 0.3, ANSWER)
     assert got == [Frame(ANSWER), "closed"]
     assert said == []
+
+
+def test_a_device_says_why_its_answer_was_not_taken() -> None:
+    late = Late(**{**NAMED, "attempt": 0}, answer="anchor", code="attempt", reason="its attempt is 0")
+    _, said, _ = drive(None, 0.0, late, ANSWER)
+    assert said == ["its anchor of round 3 was not taken: its attempt is 0"]
+
+
+@pytest.mark.parametrize(
+    ("retry", "sentence"),
+    [
+        (True, "the cloud is not ready for this device: run r is being loaded"),
+        (False, "the cloud refused this device: run r is being loaded"),
+    ],
+)
+def test_a_cloud_that_is_not_ready_has_refused_nobody(retry: bool, sentence: str) -> None:
+    async def main() -> None:
+        unused: Any = None
+        session = Session(unused, unused, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+        session.link._incoming.put_nowait(Frame(Refusal(code="run", reason="run r is being loaded", retry=retry)))
+        with pytest.raises(RefusedError, match=f"^{sentence}$") as caught:
+            await session._next()
+        assert caught.value.retry is retry
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

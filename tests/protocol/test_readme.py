@@ -56,6 +56,15 @@ def rows(text):
     return {name: [cell.strip() for cell in row.split("|")] for name, row in found}
 
 
+def test_the_contents_name_every_section_but_the_last():
+    text = README.read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    contents = re.findall(r"(\d+)\. \[([^]]*)\]\(#([a-z-]+)\)", text)
+    assert contents == [
+        (str(place), each, each.lower().replace(" ", "-")) for place, each in enumerate(headings[:-1], 1)
+    ]
+
+
 @pytest.mark.parametrize("kind", MESSAGES, ids=name_of)
 def test_every_field_and_tensor_of_a_message_has_its_row_and_no_other_has(kind):
     text = section(f"### {kind.__name__} (`{name_of(kind)}`)").split("\n| code |")[0]
