@@ -7,10 +7,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from hosl_cloud import group as words
-from hosl_cloud.exceptions import BatchError, NotFiniteError, RankLostError, RoundSpoiltError
+from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
 from hosl_cloud.group import Group
 from hosl_cloud.ranks import Passing, RankTrainer, Result, digest_of, load_part
 from hosl_cloud.trainer import StepResult
@@ -18,7 +16,7 @@ from hosl_protocol import BundleError, ExitCode, HoslError, check_files, load_ma
 
 
 def follow(group: Group) -> int:
-    """Obey rank 0 until it leaves; the exit code. Raises RankLostError.
+    """Obey rank 0 until it leaves; the exit code. What goes wrong but by our own errors ends this process.
 
     The launcher passes signals on to every rank: here they are left to rank 0, which ends the round first.
     """
@@ -28,9 +26,9 @@ def follow(group: Group) -> int:
     try:
         while not isinstance(command := group.hear(), words.Leave):
             _obey(group, tails, command)
-        dist.destroy_process_group()
+        group.part()
     except Exception as error:
-        raise RankLostError(group.rank, error) from error
+        group.lose(error)
     return int(ExitCode.OK)
 
 

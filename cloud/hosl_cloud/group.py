@@ -6,23 +6,26 @@ computes; nothing is pickled.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -214,6 +217,7 @@ class Group:
         self._forgotten: list[int] = []
         self._tails = 0
         self._has_left = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="beat", daemon=True)
 
     def next_tail(self) -> int:
         """A number for a tail that is to be loaded."""
@@ -236,7 +240,7 @@ class Group:
             except HoslError:
                 raise
             except Exception as error:
-                self._lose(error)
+                self.lose(error)
 
     def hear(self) -> Command:
         """The next command. Raises RuntimeError where rank 0 is gone."""
@@ -302,7 +306,7 @@ class Group:
 
     def begin_beating(self) -> None:
         """Let rank 0 look every `BEAT_S` whether the others are there."""
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        self._beating.start()
 
     def _beat(self) -> None:
         while not self._has_left.wait(BEAT_S):
@@ -315,13 +319,38 @@ class Group:
     def leave(self) -> None:
         """Let every rank end its process."""
         self._has_left.set()
+        if self._beating.is_alive():
+            self._beating.join()
         with self.command(Leave()):
-            dist.destroy_process_group()
+            self.part()
 
-    def _lose(self, error: Exception) -> NoReturn:
-        """End as a crash does, and at once: what can be saved is on disk, and the run goes on from there."""
+    def part(self) -> None:
+        """Part from the others, as every rank does at its end."""
+        groups = weakref.WeakSet([dist.group.WORLD, *(mesh.get_group() for mesh in self.meshes.values())])
+        dist.destroy_process_group()
+        atexit.register(_join_threads, groups, list(self.meshes.values()))
+
+    def lose(self, error: Exception) -> NoReturn:
+        """End as a crash does, and at once: what can be saved is on disk, and the run goes on from there.
+
+        Threads of gloo may wait for a rank that is gone, so that they can't be joined.
+        """
         lost = RankLostError(self.rank, error)
         log.debug("the group is lost", exc_info=error)
         print(f"hosl-cloud: error: {lost}", file=sys.stderr, flush=True)
         logging.shutdown()
         os._exit(int(lost.exit_code))
+
+
+def _join_threads(groups: weakref.WeakSet[Any], meshes: list[DeviceMesh]) -> None:
+    """Have gloo's threads joined while the interpreter is still whole.
+
+    Such a thread takes Python's lock to free the tensors of its last work; where the interpreter is ending, that aborts
+    the process. The threads are joined when nothing refers to their group any more. Torch keeps meshes in its caches
+    for ever, and a mesh its group: so it is emptied. A tail's hooks make circles, which only the collector frees, some
+    of them at its second look, and none while a frame holds the tail: so this comes after all frames.
+    """
+    for mesh in meshes:
+        vars(mesh).clear()
+    while groups and gc.collect():
+        pass

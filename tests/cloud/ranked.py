@@ -1,12 +1,15 @@
-"""What several ranks compute against what one process does: torchrun ... ranked.py JOB.
+"""What several ranks compute against what one process does: ranked.py JOB, with the launcher's WORLD_SIZE and MASTER_*.
 
 Rank 0 does both and writes the figures, which test_ranks.py judges, to the job's `out` as JSON.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,17 +162,38 @@ def refusals(group: Group, pair: Pair, bundle: Path) -> list[str]:
     return found
 
 
-def main() -> None:
-    """A rank."""
+def count_threads(file: Path) -> None:
+    """Write how many threads of gloo are left."""
+    names = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+    file.write_text(str(names.count("pt_gloo_runloop")), encoding="utf-8")
+
+
+def be_rank(rank: int, job: dict[str, Any]) -> None:
+    """What one of the ranks does."""
     torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    atexit.register(count_threads, Path(job["out"]).with_name(f"left-{rank}"))  # after all that is registered later
     group = Group(60.0)
-    if group.rank:
+    if rank:
         sys.exit(follow(group))
     try:
         Path(job["out"]).write_text(json.dumps(work(group, job)), encoding="utf-8")
     finally:
         group.leave()
+
+
+def main() -> None:
+    """Fork the ranks, which saves them the imports; each ends as an interpreter does."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for module in job["modules"]:
+        importlib.import_module(module)
+    ranks = []
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        if not (process := os.fork()):
+            return be_rank(rank, job)
+        ranks.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+    return sys.exit(f"ranks ended with {codes}" if any(codes) else 0)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from hosl_protocol import ExitCode, load_manifest
 from support import TASK, Crew, free_port, write_reviews
 
 DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 20
+SERVICE = Path(__file__).with_name("ranked_service.py")
 WAIT_S = 120.0
 CONFIG = f"""
 rounds = {ROUNDS}
@@ -66,7 +67,8 @@ class Site:
     def serve(self, ranks: int) -> None:
         """Start the service, under torchrun where it has several ranks, and wait until it listens."""
         launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", ranks)
-        service = ("-m", "hosl_cloud", "serve", "--data-dir", self.data_dir, "--port", self.port, "--drain-s", 10)
+        program = (SERVICE,) if ranks > 1 else ("-m", "hosl_cloud")
+        service = (*program, "serve", "--data-dir", self.data_dir, "--port", self.port, "--drain-s", 10)
         with self.log.open("ab") as log:
             command = [sys.executable, *map(str, (*(launcher if ranks > 1 else ()), *service))]
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -193,6 +195,7 @@ def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     assert len(re.findall("error: rank 0 cannot go on with the others", site.said())) == 1
     assert "resumes after round" in site.said()
     assert site.stop() != 0  # torchrun's own, for a signal
+    assert re.findall("gloo left: (.)", site.said()) == ["0", "0"]
     assert f"run {from_two} paused at round" in site.said()
 
     site.serve(1)
