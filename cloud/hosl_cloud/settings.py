@@ -24,6 +24,7 @@ from hosl_protocol import (
     Task,
     WireDtype,
     check_run,
+    check_step,
     convert,
     load_preset,
     read_toml,
@@ -39,13 +40,13 @@ class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Every weight, LoRA adapters (r 8, alpha 16, on the family's targets), or only the output head."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 1e-5
-    """η_s before the schedule, > 0."""
+    """η_s before the schedule, above 0 and up to 1e9."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the rate over the run's rounds; `linear` and `cosine` end at 0."""
     warmup_rounds: int = 0
     """Rounds over which the rate rises from 0."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay, or SGD's L2 term."""
+    """AdamW's decoupled decay, or SGD's L2 term, in [0, 1)."""
     momentum: float = 0.0
     """SGD's momentum, in [0, 1)."""
     clip_norm: float = 1.0
@@ -296,16 +297,17 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         raise SettingsError("name", config.name, "use 1 to 40 characters of A-Za-z0-9._-")
     if manifest.train == "none" and config.algorithm != "frozen":
         raise SettingsError("algorithm", config.algorithm, "the bundle trains nothing on the device: use 'frozen'")
+    check_step("tail.learning_rate", config.tail.learning_rate)
     for name, value in (
-        ("tail.learning_rate", config.tail.learning_rate),
         ("devices.round_deadline_s", config.devices.round_deadline_s),
         ("devices.rejoin_deadline_s", config.devices.rejoin_deadline_s),
         ("evaluation.deadline_s", config.evaluation.deadline_s),
     ):
         if not (math.isfinite(value) and value > 0.0):
             raise SettingsError(name, value, "use a number above 0")
-    if not 0.0 <= config.tail.momentum < 1.0:
-        raise SettingsError("tail.momentum", config.tail.momentum, "use a number from 0 up to, not including, 1")
+    for name, value in (("tail.momentum", config.tail.momentum), ("tail.weight_decay", config.tail.weight_decay)):
+        if not 0.0 <= value < 1.0:
+            raise SettingsError(name, value, "use a number from 0 up to, not including, 1")
     for name, count in (
         ("evaluation.every", config.evaluation.every),
         ("evaluation.patience", config.evaluation.patience),
@@ -316,7 +318,6 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
         ("devices.clip", config.devices.clip),
         ("tail.warmup_rounds", config.tail.warmup_rounds),
         ("tail.clip_norm", config.tail.clip_norm),
-        ("tail.weight_decay", config.tail.weight_decay),
         ("tail.threads", config.tail.threads),
         ("tail.micro_batch_tokens", config.tail.micro_batch_tokens),
     ):

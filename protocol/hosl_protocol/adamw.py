@@ -39,7 +39,7 @@ class Clock:
             self.steps + 1,
             self.power1 * settings.beta1,
             self.power2 * settings.beta2,
-            1.0 + self.series * settings.beta1**2 / settings.beta2,
+            1.0 + self.series * (settings.beta1 * settings.beta1) / settings.beta2,
         )
 
 
@@ -58,10 +58,13 @@ class AdamW:
         """How far the next step can move a weight of each tensor, of a magnitude up to its bound, whatever the moments.
 
         |m̂| / √v̂ is at most S by Cauchy and Schwarz: S² = (1-β1)²/(1-β2) · (1-β2^t)/(1-β1^t)² · Σ_{k<t} (β1²/β2)^k.
+        Where squares underflow and v̂ says nothing, epsilon keeps the quotient below S (settings.MIN_EPSILON). Every
+        machine compares the same bits with the range, so the order of operations counts.
         """
         settings, clock = self._settings, self._clock.tick(self._settings)
-        corrections = (1.0 - clock.power2) / (1.0 - clock.power1) ** 2
-        ratio = math.sqrt((1.0 - settings.beta1) ** 2 / (1.0 - settings.beta2) * corrections * clock.series)
+        first, power1 = 1.0 - settings.beta1, 1.0 - clock.power1
+        corrections = (1.0 - clock.power2) / (power1 * power1)
+        ratio = math.sqrt((first * first) / (1.0 - settings.beta2) * corrections * clock.series)
         # A thousandth more for float32's roundings on the way.
         return [
             rate * (ratio + settings.weight_decay * bound) * 1.001 + lattice.spacing(tensor.exponent)

@@ -255,7 +255,7 @@ class ClientWeights:
         for tensor, growth in zip(self.tensors, growths, strict=True):
             reach = self._reach(tensor.index, growth)
             if not reach <= lattice.limit(tensor.exponent):
-                last = self._finest[tensor.index] + MAX_COARSENING
+                last = min(self._finest[tensor.index] + MAX_COARSENING, lattice.MAX_EXPONENT)
                 if not reach <= lattice.limit(last) / 2:
                     raise LatticeError(tensor.name, reach, lattice.limit(last) / 2)
                 exponents[tensor.index] = lattice.exponent_for(reach)

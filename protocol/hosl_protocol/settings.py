@@ -22,25 +22,38 @@ AnchorPoint = Literal["clean", "midpoint"]
 WireDtype = Literal["float32", "float16", "bfloat16"]
 
 
+MAX_STEP = 1e9
+"""Largest learning rate, of either half, and probe step; what one of more comes to would soon leave float32."""
+
+MIN_EPSILON, MAX_EPSILON = 1e-12, 1.0
+"""AdamW's. Where the squares of tiny estimates underflow, v̂ is off by up to 2e-29 whatever beta2 is; the lower limit is
+far above the root of that, so that m̂ / (√v̂ + epsilon) keeps its bound."""
+
+MAX_BETA1, MIN_BETA2, MAX_BETA_RATIO = 0.999, 0.001, 0.999
+"""With beta1² / beta2 up to this float32's roundings of the moments stay within the thousandth that the bound on
+AdamW's steps has for them; nearer to 1 they would not, and above 1 there is no bound."""
+
+
 class ClientOptimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How the device turns estimates into steps (papers.md: HOSL step 3, HO-SFL step 5)."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` is reversible and its updates commute; `adamw` replays in order and costs two more copies of d_c."""
     learning_rate: float = 1e-3
-    """η_c before the schedule, > 0. Only the cloud uses it: updates carry coefficients, or this round's rate."""
+    """η_c before the schedule, above 0 and up to 1e9. Only the cloud uses it: updates carry coefficients, or this
+    round's rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the rate over the run's rounds; `linear` and `cosine` end at 0."""
     warmup_rounds: int = 0
     """Rounds over which the rate rises from 0."""
     beta1: float = 0.9
-    """AdamW: decay of the first moment, in [0, 1)."""
+    """AdamW: decay of the first moment, from 0 to 0.999."""
     beta2: float = 0.999
-    """AdamW: decay of the second moment, in [0, 1)."""
+    """AdamW: decay of the second moment, from 0.001, and beta1² / 0.999, up to, not including, 1."""
     epsilon: float = 1e-8
-    """AdamW: added to the root of the second moment."""
+    """AdamW: added to the root of the second moment, from 1e-12 to 1."""
     weight_decay: float = 0.0
-    """AdamW: decoupled decay, times the rate."""
+    """AdamW: decoupled decay, times the rate, in [0, 1)."""
 
 
 class Augmentation(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +82,7 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     directions: int = 2
     """P of HO-SFL, Q of HOSL."""
     probe_step: float = 1e-3
-    """μ of HO-SFL, ε of HOSL, in weight units."""
+    """μ of HO-SFL, ε of HOSL, in weight units, above 0 and up to 1e9."""
     distribution: Distribution = "rademacher"
     """Of a direction's entries: ±1, or the papers' normals, which cost many times the time."""
     anchor: AnchorPoint = "clean"
@@ -109,21 +122,27 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     if settings.augmentation.is_on and not settings.task.is_image:
         raise SettingsError("augmentation", "on", "only images are cropped and flipped: leave it out for this task")
     _check_range("report_every", settings.report_every, 1, 10**9)
-    _check_positive("probe_step", settings.probe_step)
-    _check_positive("client.learning_rate", settings.client.learning_rate)
-    _check_positive("client.epsilon", settings.client.epsilon)
-    _check_range("client.warmup_rounds", settings.client.warmup_rounds, 0, settings.rounds)
-    for name in ("beta1", "beta2", "weight_decay"):
-        value = getattr(settings.client, name)
-        if not 0.0 <= value < 1.0:
-            raise SettingsError(f"client.{name}", value, "use a number from 0 up to, not including, 1")
-    if not settings.client.beta1**2 < settings.client.beta2:
-        remedy = f"use a number above beta1², {settings.client.beta1**2:.3g}, or AdamW's steps have no bound"
-        raise SettingsError("client.beta2", settings.client.beta2, remedy)
+    check_step("probe_step", settings.probe_step)
+    _check_client(settings.client, settings.rounds)
     if settings.algorithm == "frozen" and settings.anchor == "midpoint":
         raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
     if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
+
+
+def _check_client(client: ClientOptimizer, rounds: int) -> None:
+    check_step("client.learning_rate", client.learning_rate)
+    _check_range("client.warmup_rounds", client.warmup_rounds, 0, rounds)
+    for name, lowest, highest in (("beta1", 0.0, MAX_BETA1), ("epsilon", MIN_EPSILON, MAX_EPSILON)):
+        value = getattr(client, name)
+        if not lowest <= value <= highest:
+            raise SettingsError(f"client.{name}", value, f"use a number from {lowest:g} to {highest:g}")
+    lowest = max(MIN_BETA2, client.beta1 * client.beta1 / MAX_BETA_RATIO)
+    if not lowest <= client.beta2 < 1.0:
+        remedy = f"use a number from {math.ceil(lowest * 1e4) / 1e4:g} up to, not including, 1; beta1² needs as much"
+        raise SettingsError("client.beta2", client.beta2, remedy)
+    if not 0.0 <= client.weight_decay < 1.0:
+        raise SettingsError("client.weight_decay", client.weight_decay, "use a number from 0 up to, not including, 1")
 
 
 def check_run(settings: RunSettings, manifest: Manifest) -> None:
@@ -236,6 +255,7 @@ def _check_range(name: str, value: int, lowest: int, highest: int) -> None:
         raise SettingsError(name, value, f"use a whole number from {lowest} to {highest}")
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0.0):
-        raise SettingsError(name, value, "use a number above 0")
+def check_step(name: str, value: float) -> None:
+    """Raise SettingsError for a learning rate or a probe step that cannot be used."""
+    if not 0.0 < value <= MAX_STEP:
+        raise SettingsError(name, value, f"use a number above 0, and at most {MAX_STEP:g}")

@@ -456,6 +456,22 @@ def test_no_step_of_adamw_is_longer_than_its_bound(coefficients, betas):
         assert abs(float(tensor.values[0]) - before) <= bound + lattice.spacing(weights.tensors[0].exponent)
 
 
+def test_the_bound_on_adamws_steps_has_its_golden_value():
+    """protocol/README.md has the same numbers: machines compare them with the range, to the last bit."""
+    tensor = LatticeTensor("w", 0, np.zeros(1, np.float32), -24)
+    weights = ClientWeights(
+        [tensor], seed=1, probe_step=1e-3, optimizer=ClientOptimizer(optimizer="adamw", weight_decay=0.01)
+    )
+    found = []
+    for round_ in range(1, 101):
+        found += weights._adamw.growths([0.3], weights.tensors, 1e-3)
+        weights.apply([UpdateRecord(round_, np.zeros(2, np.float32), 1e-3)])
+    assert [found[n - 1] for n in (1, 2, 3, 10, 100)] == [
+        *(0.0010040626046447752, 0.001005421878655242, 0.0010076797882952366),
+        *(0.0010472134297885456, 0.0022486700550596148),
+    ]
+
+
 # Digest
 
 
