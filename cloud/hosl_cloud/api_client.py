@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, read_secret
+from hosl_protocol.proxies import Proxy, find_proxy, proxy_handler, through
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ class ApiClient:
     admin_token: str = field(repr=False)
     ca: Path | None = None
     """The CA that vouches for the service; None trusts the system's."""
+    proxy: Proxy | None = None
+    """What stands between; None for the straight way."""
 
     def request(self, method: str, path: str, body: object = None) -> Any:
         """The decoded answer. Raises RequestError."""
@@ -78,12 +81,15 @@ class ApiClient:
             with error:
                 raise RequestError(error.code, f"{self.address} refused: {_reason(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise RequestError(0, f"cannot reach {url}: {self._explain(getattr(error, 'reason', error))}") from error
+            problem = self._explain(getattr(error, "reason", error))
+            raise RequestError(0, f"cannot reach {url}{through(self.proxy)}: {problem}") from error
         except ValueError as error:
             raise RequestError(0, f"{url} answered with what is not JSON: is it a hosl service?") from error
 
     def _explain(self, reason: object) -> str:
         if not isinstance(reason, ssl.SSLCertVerificationError):
+            if self.proxy is not None:
+                return f"{reason}; see that the proxy lets this machine there, or name the service's host in no_proxy"
             return f"{reason}; is the service running?"
         remedy = (
             "give --ca FILE, tls/ca.pem of its data folder" if self.ca is None else f"{self.ca} is of another service"
@@ -93,7 +99,7 @@ class ApiClient:
         )
 
     def _opener(self, url: str) -> urllib.request.OpenerDirector:
-        handlers: list[urllib.request.BaseHandler] = [NoRedirects()]
+        handlers: list[urllib.request.BaseHandler] = [NoRedirects(), proxy_handler(self.proxy)]
         if url.startswith("https:"):
             cafile = None if self.ca is None else str(self.ca)
             handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=cafile)))
@@ -129,7 +135,8 @@ def client_of(options: argparse.Namespace) -> ApiClient:
     ca = options.ca or options.data_dir / "tls" / "ca.pem"
     if options.ca is not None and not ca.is_file():
         raise ServiceError(f"--ca {ca} does not exist")
-    return ApiClient(address, _admin_token(options), ca if ca.is_file() else None)
+    proxy = None if is_local(options) else find_proxy(address)
+    return ApiClient(address, _admin_token(options), ca if ca.is_file() else None, proxy)
 
 
 def _named_server(options: argparse.Namespace) -> str:

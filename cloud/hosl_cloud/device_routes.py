@@ -63,8 +63,13 @@ class DeviceRoutes:
             return Denied(403).response
         slot = self._runs.current(caller.bundle)
         coordinator = slot.coordinator if slot is not None and not slot.is_over else None
-        task = coordinator.config.task if coordinator is not None else None
-        return Response(msgspec.json.encode({"task": task}), media_type=JSON)
+        if coordinator is None:
+            return Response(msgspec.json.encode({"task": None}), media_type=JSON)
+        known = await asyncio.to_thread(coordinator.store.device, coordinator.run.id, request.path_params["name"])
+        place = {"task": coordinator.config.task, "data_digest": known.data_digest if known is not None else ""}
+        if known is not None and known.data_digest and coordinator.config.strict:
+            place["eval_digest"] = known.eval_digest
+        return Response(msgspec.json.encode(place), media_type=JSON)
 
     async def _snapshot(self, request: Request) -> Response:
         slot, bundle = self._runs.slot_of(request.path_params["run"]), request.state.caller.bundle

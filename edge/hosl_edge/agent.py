@@ -21,11 +21,12 @@ from hosl_edge.fetch import fetch_bundle
 from hosl_edge.health import Guard, read_available, read_health
 from hosl_edge.memory import keep_heap_small, read_memory
 from hosl_edge.network import NetworkWatch
+from hosl_edge.place import check_fit, fetch_place
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings, device_name, read_token
 from hosl_edge.status import Document, serve_status, status_folder
 from hosl_edge.trust import Cloud, Token, connect_securely
-from hosl_protocol import Complete, HoslError, ProtocolError
+from hosl_protocol import Complete, HoslError, Manifest, ProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +111,13 @@ class Agent:
                 sent = self.progress.sent_bytes
                 try:
                     complete = await self._connect()
+                    self._check_part(complete)
                     if not self.settings.stay:
                         return self._summarize(complete)
                     self._end_run(complete)
                 except (ConnectionLost, ProtocolError, RefusedError) as error:
                     if isinstance(error, RefusedError) and not error.retry:
-                        raise
+                        error = self._fetch_anew(error)
                     # A connection that carried something was a good one: start counting anew.
                     if self._device is not None and self.progress.sent_bytes > sent + 65536:
                         self._attempt = 0
@@ -124,12 +126,25 @@ class Agent:
             self._network.close()
             self._close_device()
 
+    def _fetch_anew(self, error: RefusedError) -> ConnectionLost:
+        """Let go of a shard that the cloud has no run for any more; raises `error` where that changes nothing.
+
+        An agent that has joined a run, and does not stay, has no part in another.
+        """
+        if error.code != "shard" or not (self.settings.stay or self.progress.run is None):
+            raise error
+        self._close_device()
+        self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
+        return ConnectionLost("the cloud's run has another shard, which is fetched now")
+
     async def _connect(self) -> Complete:
         """One connection to its end."""
         self.progress.state, self._next_try_at = CONNECTING, None
         if self._cloud is None:
             cache = Path(self.settings.cache_dir)
             self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
+            if self._cloud.proxy is not None:
+                self.display.say(f"goes through {self._cloud.proxy}")
         if self._device is None:
             waits = self._ended_run is not None
             self._device = await _prepare(self.settings, self._cloud, self.display, waits=waits)
@@ -164,9 +179,24 @@ class Agent:
         self._waits_for_run, self._attempt = True, 0
         return pause
 
+    def _check_part(self, complete: Complete) -> None:
+        """Raise RefusedError, or with `stay` NoRun, where the run has ended without this device."""
+        header = self._device.header if self._device is not None else None
+        if complete.run in (self.progress.run, header.run if header is not None else None):
+            return
+        sentence = f"run {complete.run} has ended ({complete.reason} at round {complete.round}) without this device"
+        if not self.settings.stay:
+            raise RefusedError(sentence, retry=False)
+        if complete.run != self._ended_run:
+            self.display.say(sentence)
+        self._let_go(complete)
+
     def _end_run(self, complete: Complete) -> None:
         """Raise NoRun; the pauses grow where a cloud says the same end again and again."""
         self._summarize(complete)
+        self._let_go(complete)
+
+    def _let_go(self, complete: Complete) -> None:
         if complete.run != self._ended_run:
             self._ended_run, self._attempt = complete.run, 0
         self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
@@ -232,9 +262,21 @@ async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, wa
     def on_progress(done: int, size: int) -> None:
         display.show_download(f"downloads {files[-1]}", done, size)
 
+    def on_manifest(manifest: Manifest) -> None:
+        place = fetch_place(cloud, settings.name)
+        if place is not None and place.task is not None:
+            check_fit(settings, place.task, manifest)
+
     def work() -> Device:
-        cache = Path(settings.cache_dir)
-        folder, manifest = fetch_bundle(cloud, cache, on_progress, rates.append, on_file=files.append, waits=waits)
+        folder, manifest = fetch_bundle(
+            cloud,
+            Path(settings.cache_dir),
+            on_progress,
+            rates.append,
+            on_manifest=on_manifest,
+            on_file=files.append,
+            waits=waits,
+        )
         device = Device(settings, folder, manifest)
         for rate in rates[-1:]:
             device.note_link(rate)

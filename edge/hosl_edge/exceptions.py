@@ -22,7 +22,8 @@ class EdgeError(HoslError):
     ├── RefusedError        the cloud says no: see its reason
     ├── TrustError          the cloud is not the one that the token is for: check address and token
     └── ConnectionLost      the cloud is away: try again later
-        └── NoRun           it is there, and has no run to join: try again when it says
+        ├── NoRun           it is there, and has no run to join: try again when it says
+        └── NotFoundError   it is there, and has no such thing
     """
 
 
@@ -137,3 +138,7 @@ class NoRun(ConnectionLost):
     def __init__(self, retry_after: str | None) -> None:
         self.retry_after_s = float(retry_after) if retry_after and retry_after.isdecimal() else None
         super().__init__("the cloud has no run to join")
+
+
+class NotFoundError(ConnectionLost):
+    """The cloud answered 404: it is of another version, or no hosl-cloud."""

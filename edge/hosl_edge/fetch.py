@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, RefusedError
+from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, NotFoundError, RefusedError
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
+from hosl_protocol.proxies import through
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,14 @@ def fetch_bundle(
     on_progress: OnProgress,
     on_rate: OnRate = lambda rate: None,
     *,
+    on_manifest: Callable[[Manifest], None] = lambda manifest: None,
     on_file: Callable[[str], None] = lambda name: None,
     waits: bool = False,
 ) -> tuple[Path, Manifest]:
     """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
-    With `waits` that of a run under way alone: the last one is over for this device. Raises NoRun, ConnectionLost
+    `on_manifest` is told before anything large is fetched, and may raise. With `waits` the shard is that of a run under
+    way alone: the last one is over for this device. Raises NoRun, ConnectionLost
     (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
@@ -66,6 +69,7 @@ def fetch_bundle(
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = decode_manifest(data, base + MANIFEST)
+    on_manifest(manifest)
     folder = cache / "shards" / manifest.shard_digest
     with _locked(folder):
         for entry in manifest.shard_files:
@@ -173,6 +177,8 @@ def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
             raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
         if error.code == 503:
             raise NoRun(error.headers.get("Retry-After")) from error
-        raise ConnectionLost(f"{url} answered {error.code} {error.reason}") from error
+        kind = NotFoundError if error.code == 404 else ConnectionLost
+        raise kind(f"{url}{through(cloud.proxy)} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionLost(f"cannot reach {url}: {explain(getattr(error, 'reason', error))}") from error
+        reason = explain(getattr(error, "reason", error))
+        raise ConnectionLost(f"cannot reach {url}{through(cloud.proxy)}: {reason}") from error

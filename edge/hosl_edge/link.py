@@ -16,6 +16,7 @@ from hosl_edge.display import Progress
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
 from hosl_protocol import PIECE_BYTES, Connection, Frame, Goodbye, HoslError, Message, Phase, Role
+from hosl_protocol.proxies import through
 from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ async def _connect(cloud: Cloud) -> ClientConnection:
             ssl=cloud.context,
             logger=_quiet_logger(),
             compression=None,
+            proxy=cloud.proxy.url if cloud.proxy is not None else None,
             max_size=PIECE_BYTES,
             ping_interval=HEARTBEAT_S,
             ping_timeout=HEARTBEAT_S,
@@ -148,7 +150,7 @@ async def _connect(cloud: Cloud) -> ClientConnection:
             raise NoRun(error.response.headers.get("Retry-After")) from error
         raise ConnectionLost(f"{cloud.address} answered {code}") from error
     except (OSError, InvalidHandshake, ConnectionClosed, asyncio.TimeoutError) as error:
-        raise ConnectionLost(f"cannot talk to {cloud.address}: {explain(error)}") from error
+        raise ConnectionLost(f"cannot talk to {cloud.address}{through(cloud.proxy)}: {explain(error)}") from error
 
 
 def _quiet_logger() -> logging.Logger:

@@ -11,25 +11,27 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from math import prod
 from pathlib import Path
 from typing import Literal
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-import msgspec
-
-from hosl_edge.data import check_consent, check_files, check_first_example
-from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError, TrustError
+from hosl_edge.data import check_consent, digest_of_data
+from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
 from hosl_edge.fetch import MAX_MANIFEST_BYTES, open_url
 from hosl_edge.health import ROOT, read_available
+from hosl_edge.place import Place, check_data_file, fetch_place
 from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
-from hosl_edge.trust import Cloud, Token, connect_securely, tls_remedy
-from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, Task, decode_manifest
+from hosl_edge.trust import Cloud, Token, connect_securely, http_address, opener, tls_remedy, unverified
+from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, SettingsError, decode_manifest
 from hosl_protocol.manifest import MANIFEST
 from hosl_protocol.plain import plain
+from hosl_protocol.proxies import Proxy, find_proxy, through
 
 OK: Literal["ok"] = "ok"
 WARNING: Literal["warning"] = "warning"
@@ -40,13 +42,6 @@ CLOCK_S = 60.0
 """Largest difference to the server's clock that passes."""
 AGENT_BYTES = 70_000_000
 """Resident memory of an agent after its imports, measured (README.md)."""
-
-
-class Place(msgspec.Struct, frozen=True):
-    """What the service says of a device whose token is right."""
-
-    task: Task | None = None
-    """Of the run that waits for it; None without one."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
             place = found
         else:
             manifest = found
-    yield from check_data(settings, place.task)
+    yield from check_data(settings, place, manifest)
     yield check_memory(settings, manifest, read_available())
     yield check_disk(Path(settings.cache_dir), manifest)
 
@@ -135,87 +130,97 @@ def check_memory_cgroup(root: Path = ROOT) -> Check:
     return Check(name, WARNING, "off, so that limits on a service's memory do nothing", remedy)
 
 
-def check_data(settings: EdgeSettings, task: Task | None) -> Iterator[Check]:
-    """Each data file: that it is there, and that its first example is one that the run's task can use, where known."""
+def check_data(settings: EdgeSettings, place: Place, manifest: Manifest | None) -> Iterator[Check]:
+    """Each data file, by what the run asks for before it reads everything, where the run is known."""
+    bound = {"data": place.data_digest, "eval": place.eval_digest}
     for name, path in (("data", settings.data), ("eval", settings.eval)):
-        if path is None:
-            continue
+        remedy = f"mend it, or name another file in {name}"
         try:
-            detail = _first_of(Path(path), task)
-            if task is not None:
-                check_consent(task, settings.fields, share_text=settings.share_text)
+            if place.task is not None:
+                check_consent(place.task, settings.fields, share_text=settings.share_text)
+            detail = check_data_file(Path(path), place.task, manifest) if path is not None else "none"
+            if bound[name] and bound[name] != (digest_of_data(Path(path)) if path is not None else ""):
+                remedy = f"put the former file back, or name it in {name}"
+                raise DataError(Path(path or "--eval"), None, "has changed since this device joined the run")
+        except ConsentError as error:
+            yield Check(name, FAILED, str(error), code=error.exit_code)
         except HoslError as error:
-            yield Check(name, FAILED, str(error), f"mend it, or name another file in {name}", error.exit_code)
+            yield Check(name, FAILED, str(error), remedy, error.exit_code)
         else:
-            yield Check(name, OK, f"{path}, {detail}")
-
-
-def _first_of(path: Path, task: Task | None) -> str:
-    check_files(path)
-    if path.is_dir() or path.suffix == ".npz":
-        return "can be read"
-    fields = check_first_example(path, task)
-    fits = f", which task {task.name} can use" if task is not None else ""
-    return f"its first example has {fields} field{'s' if fields != 1 else ''}{fits}"
+            if path is not None:
+                yield Check(name, OK, f"{path}, {detail}")
 
 
 def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest | Place]:
-    """Name, connection, clock, TLS, token, device, run; at last the manifest, where it could be had."""
+    """Proxy, name, connection, clock, TLS, token, device, run; at last the manifest, where it could be had."""
     url = urlsplit(settings.server)
+    try:
+        proxy = find_proxy(settings.server)
+    except SettingsError as error:
+        yield Check("proxy", FAILED, str(error), code=error.exit_code)
+        return
+    if proxy is not None:
+        yield Check("proxy", OK, f"goes through {proxy}")
+    named = _check_name(url, proxy)
+    yield named
+    if named.outcome == FAILED:
+        return
     port = url.port or (443 if url.scheme == "wss" else 80)
     try:
-        found = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        remedy = f"mend {url.hostname!r} in server, or this machine's DNS"
-        yield Check("name", FAILED, f"{url.hostname} has no address: {error.strerror}", remedy, ExitCode.REFUSED)
-        return
-    yield Check("name", OK, f"{url.hostname} is {found[0][4][0]}")
-    try:
-        date = _server_date(url, port)
+        date = _server_date(settings.server, proxy)
     except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
         remedy = "start hosl-cloud there, or mend the port, wss:// or ws://, or a firewall on the way"
-        if url.scheme == "ws" and _speaks_tls(url.hostname or "", port):
+        if proxy is not None:
+            remedy = f"see that the proxy lets this machine there, or name {url.hostname} in no_proxy; {remedy}"
+        elif url.scheme == "ws" and _speaks_tls(url.hostname or "", port):
             remedy = "the server speaks TLS: use wss://"
-        elif isinstance(error, ssl.SSLError):
-            remedy = tls_remedy(error)
-        detail = f"{url.hostname}:{port} does not answer: {getattr(error, 'strerror', None) or error}"
+        elif isinstance(reason, ssl.SSLError):
+            remedy = tls_remedy(reason)
+        problem = getattr(reason, "strerror", None) or reason
+        detail = f"{url.hostname}:{port} does not answer{through(proxy)}: {problem}"
         yield Check("connection", FAILED, detail, remedy, ExitCode.REFUSED)
         return
-    yield Check("connection", OK, f"{url.hostname}:{port}")
-    yield check_clock(date, time.time(), needs_it=url.scheme == "wss")
+    yield Check("connection", OK, f"{url.hostname}:{port}{through(proxy)}")
+    yield check_clock(date, time.time())
     yield from _check_service(settings, token, has_tls=url.scheme == "wss")
 
 
-def _server_date(url: SplitResult, port: int) -> str | None:
-    """The Date that the server answers. Nothing secret is sent, so that a certificate need not be valid yet."""
-    host = url.hostname or ""
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
-    if url.scheme == "wss":
-        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=_unverified())
+def _check_name(url: SplitResult, proxy: Proxy | None) -> Check:
+    """Whether there is an address to connect to: the service's own, or its proxy's, which looks the other up."""
+    there, setting = (url, "server") if proxy is None else (urlsplit(proxy.url), proxy.variable)
     try:
-        connection.request("HEAD", "/healthz")
-        return connection.getresponse().headers.get("Date")
-    finally:
-        connection.close()
+        found = socket.getaddrinfo(there.hostname, there.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        remedy = f"mend {there.hostname!r} in {setting}, or this machine's DNS"
+        return Check("name", FAILED, f"{there.hostname} has no address: {error.strerror}", remedy, ExitCode.REFUSED)
+    return Check("name", OK, f"{there.hostname} is {found[0][4][0]}")
+
+
+def _server_date(server: str, proxy: Proxy | None) -> str | None:
+    """The Date that the server answers. Nothing secret is sent, so that a certificate need not be valid yet."""
+    request = urllib.request.Request(http_address(server) + "/healthz", method="HEAD")
+    context = unverified() if server.startswith("wss:") else None
+    try:
+        with opener(context, proxy).open(request, timeout=TIMEOUT_S) as response:
+            date: str | None = response.headers.get("Date")
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.headers.get("Date")
+    return date
 
 
 def _speaks_tls(host: str, port: int) -> bool:
     try:
         with socket.create_connection((host, port), TIMEOUT_S) as plain:
-            _unverified().wrap_socket(plain, server_hostname=host).close()
+            unverified().wrap_socket(plain, server_hostname=host).close()
     except OSError:
         return False
     return True
 
 
-def _unverified() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-def check_clock(date: str | None, now: float, *, needs_it: bool) -> Check:
-    """This machine's clock against the server's Date; `needs_it` where certificates are checked by it."""
+def check_clock(date: str | None, now: float) -> Check:
+    """This machine's clock against the server's Date; whether certificates are valid by it, `tls` finds out."""
     try:
         there = parsedate_to_datetime(date or "").timestamp()
     except ValueError:
@@ -224,10 +229,7 @@ def check_clock(date: str | None, now: float, *, needs_it: bool) -> Check:
     if abs(off) <= CLOCK_S:
         return Check("clock", OK, f"within {CLOCK_S:.0f} s of the server's")
     detail = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's"
-    remedy = "set it: sudo timedatectl set-ntp true"
-    return Check(
-        "clock", FAILED if needs_it else WARNING, detail, remedy, ExitCode.REFUSED if needs_it else ExitCode.OK
-    )
+    return Check("clock", WARNING, detail, "set it: sudo timedatectl set-ntp true")
 
 
 def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest | Place]:
@@ -267,16 +269,19 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
 def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Place]:
     """Whether the token is one of this device; nothing where an older service cannot tell."""
     try:
-        with open_url(cloud, cloud.url("device/") + quote(name, safe="")) as response:
-            place = msgspec.json.decode(response.read(MAX_MANIFEST_BYTES), type=Place)
-    except RefusedError:
-        remedy = "leave out the name, and the token's own counts, or take the token of this device"
-        yield Check("device", FAILED, f"the token is not one of device {name}", remedy, ExitCode.REFUSED)
-    except (HoslError, OSError, http.client.HTTPException, msgspec.DecodeError):
-        return
+        place = fetch_place(cloud, name)
+    except RefusedError as error:
+        reason, _, remedy = error.reason.partition(": ")
+        yield Check("device", FAILED, reason, remedy, ExitCode.REFUSED)
+    except ConnectionLost as error:
+        yield Check("device", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
     else:
-        yield Check("device", OK, f"the token is that of {name}")
-        yield place
+        if place is not None:
+            whose = f"the token is that of {name}"
+            if not cloud.token.name:
+                whose = f"the join token of the service on this machine, for which this device is {name}"
+            yield Check("device", OK, whose)
+            yield place
 
 
 def _check_run(error: Exception | None, manifest: Manifest | None) -> Check:

@@ -18,6 +18,7 @@ import msgspec
 from hosl_edge.trust import Token, parse_token
 from hosl_protocol import SettingsError, convert, read_toml
 from hosl_protocol.exceptions import MalformedSettings
+from hosl_protocol.proxies import is_loopback
 from hosl_protocol.settings import nearest, wanted
 
 log = logging.getLogger(__name__)
@@ -220,8 +221,7 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
     if "@" in url.netloc:
         raise SettingsError("server", masked(settings.server), "leave out the user: the token says who this is")
-    is_loopback = url.hostname in ("localhost", "127.0.0.1", "::1")
-    if url.scheme == "ws" and not is_loopback and not settings.insecure:
+    if url.scheme == "ws" and not is_loopback(url.hostname) and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
     if settings.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")

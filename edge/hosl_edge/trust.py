@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_edge.exceptions import ConnectionLost, TrustError
+from hosl_protocol.proxies import Proxy, find_proxy, proxy_handler, through
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Cloud:
     token: Token
     context: ssl.SSLContext | None = None
     """None without TLS."""
+    proxy: Proxy | None = None
+    """What stands between; None for the straight way."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -60,7 +63,7 @@ class Cloud:
 
     def open(self, request: urllib.request.Request, timeout_s: float) -> Any:
         """The response; raises as urllib does."""
-        return _opener(self.context).open(request, timeout=timeout_s)
+        return opener(self.context, self.proxy).open(request, timeout=timeout_s)
 
 
 def parse_token(text: str) -> Token | None:
@@ -77,19 +80,21 @@ def parse_token(text: str) -> Token | None:
 def connect_securely(server: str, token: Token, cache: Path) -> Cloud:
     """How to reach the cloud; its CA is fetched where the token names one and `cache` lacks it.
 
-    Raises ConnectionLost (try again), TrustError (it is not the service that the token is for).
+    Raises ConnectionLost (try again), TrustError (it is not the service that the token is for), and SettingsError for
+    a proxy that cannot be used.
     """
-    return Cloud(server, token, ssl_context(server, token, cache))
+    proxy = find_proxy(server)
+    return Cloud(server, token, ssl_context(server, token, cache, proxy), proxy)
 
 
-def ssl_context(server: str, token: Token, cache: Path) -> ssl.SSLContext | None:
+def ssl_context(server: str, token: Token, cache: Path, proxy: Proxy | None = None) -> ssl.SSLContext | None:
     """What checks the cloud's certificate and its name; None for `ws://`. Raises as `connect_securely` does."""
     if not server.startswith("wss:"):
         return None
     if not token.fingerprint:
         return ssl.create_default_context()
     # These bytes alone are trusted: nothing else that the cloud may have sent along with them.
-    return ssl.create_default_context(cadata=_ca_certificate(server, token.fingerprint, cache / "ca"))
+    return ssl.create_default_context(cadata=_ca_certificate(server, token.fingerprint, cache / "ca", proxy))
 
 
 def explain(error: object) -> str:
@@ -120,7 +125,7 @@ def http_address(server: str) -> str:
     return server.replace("ws", "http", 1).rstrip("/")
 
 
-def _ca_certificate(server: str, fingerprint: str, folder: Path) -> bytes:
+def _ca_certificate(server: str, fingerprint: str, folder: Path, proxy: Proxy | None) -> bytes:
     """The CA's certificate, DER."""
     path = folder / f"{fingerprint}.pem"
     try:
@@ -132,25 +137,23 @@ def _ca_certificate(server: str, fingerprint: str, folder: Path) -> bytes:
         pass
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used (%s); it is fetched again", path, error)
-    certificate = _fetch(server, fingerprint)
+    certificate = _fetch(server, fingerprint, proxy)
     _keep(path, certificate)
     return certificate
 
 
-def _fetch(server: str, fingerprint: str) -> bytes:
+def _fetch(server: str, fingerprint: str, proxy: Proxy | None) -> bytes:
     """Fetched from nobody knows whom, and worth nothing before its fingerprint is checked."""
     url = http_address(server) + "/v1/ca.pem"
-    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    unchecked.check_hostname = False
-    unchecked.verify_mode = ssl.CERT_NONE
     try:
-        with _opener(unchecked).open(url, timeout=TIMEOUT_S) as response:
+        with opener(unverified(), proxy).open(url, timeout=TIMEOUT_S) as response:
             certificate = _der(response.read(_MAX_CA_BYTES))
     except urllib.error.HTTPError as error:
         error.close()
-        raise ConnectionLost(f"{url} answered {error.code}") from error
+        raise ConnectionLost(f"{url}{through(proxy)} answered {error.code}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionLost(f"cannot reach {url}: {explain(getattr(error, 'reason', error))}") from error
+        reason = explain(getattr(error, "reason", error))
+        raise ConnectionLost(f"cannot reach {url}{through(proxy)}: {reason}") from error
     except ValueError:
         raise TrustError(server, fingerprint, "no certificate") from None
     if (found := _fingerprint(certificate)) != fingerprint:
@@ -186,6 +189,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Follow none."""
 
 
-def _opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+def opener(context: ssl.SSLContext | None, proxy: Proxy | None) -> urllib.request.OpenerDirector:
+    """What opens the cloud's addresses: no redirects, and no proxy but this one."""
     secure = [urllib.request.HTTPSHandler(context=context)] if context is not None else []
-    return urllib.request.build_opener(_NoRedirects(), *secure)
+    return urllib.request.build_opener(_NoRedirects(), proxy_handler(proxy), *secure)
+
+
+def unverified() -> ssl.SSLContext:
+    """TLS with whoever answers: nothing that is secret may go there, and nothing that comes is believed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context

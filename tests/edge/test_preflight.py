@@ -23,6 +23,7 @@ import pytest
 from answers import Answers, answering
 from hosl_edge import settings as settings_module
 from hosl_edge.__main__ import main
+from hosl_edge.data import digest_of_data
 from hosl_edge.exceptions import ConnectionLost
 from hosl_edge.fetch import fetch_bundle
 from hosl_edge.preflight import (
@@ -168,12 +169,46 @@ def test_a_wrong_clock_is_found_by_the_servers(capsys: pytest.CaptureFixture[str
     assert "timedatectl" in found["clock"].remedy
 
 
-def test_a_wrong_clock_fails_where_certificates_are_checked_by_it() -> None:
+def test_a_wrong_clock_is_a_warning_and_what_it_breaks_is_told_by_tls() -> None:
     now = time.time()
     date = formatdate(now, usegmt=True)
-    assert check_clock(date, now + 3600, needs_it=True).code == ExitCode.REFUSED
-    assert check_clock(date, now + 30, needs_it=True).outcome == OK
-    assert check_clock(None, now, needs_it=True).outcome == WARNING
+    assert check_clock(date, now + 3600).outcome == WARNING
+    assert check_clock(date, now - 3600).detail.endswith("behind the server's")
+    assert check_clock(date, now + 30).outcome == OK
+    assert check_clock(None, now).outcome == WARNING
+
+
+def test_data_that_the_run_refuses_is_refused_with_its_sentence(
+    capsys: pytest.CaptureFixture[str], options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "pictures.npz").write_bytes(b"PK no pictures")
+    place: dict[str, Any] = {"task": load_preset("reviews")}
+    with answering() as answers:
+        server = serve_run(answers)
+        for name in ("folder", "pictures.npz"):
+            answers.by_path["/v1/device/pi"] = 200, {}, json.dumps(place).encode()
+            data = ["--data", str(tmp_path / name)]
+            code, found = preflight(capsys, "--server", server, *options, "--name", "pi", *data)
+            assert (code, found["data"].outcome) == (ExitCode.DATA, FAILED)
+            assert "the name should end in .jsonl or .csv" in found["data"].detail
+        for digest, outcome in (("0" * 64, FAILED), (digest_of_data(tmp_path / "d.jsonl"), OK)):
+            answers.by_path["/v1/device/pi"] = 200, {}, json.dumps({**place, "data_digest": digest}).encode()
+            code, found = preflight(capsys, "--server", server, *options, "--name", "pi")
+            assert found["data"].outcome == outcome
+            assert code == (ExitCode.DATA if outcome == FAILED else ExitCode.OK)
+            assert outcome == OK or "has changed since this device joined the run" in found["data"].detail
+        answers.by_path["/v1/device/pi"] = 200, {}, json.dumps({**place, "eval_digest": "0" * 64}).encode()
+        code, found = preflight(capsys, "--server", server, *options, "--name", "pi")
+        assert (code, found["eval"].outcome) == (ExitCode.DATA, FAILED)
+
+
+def test_a_join_token_is_not_called_the_devices_own(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    with answering() as answers:
+        server = serve_run(answers)
+        answers.by_path["/v1/device/pi"] = 200, {}, b"{}"
+        _, found = preflight(capsys, "--server", server, *options, "--name", "pi")
+    assert "join token" in found["device"].detail
 
 
 def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from hosl_edge import step
@@ -16,7 +17,7 @@ from hosl_edge.display import Progress
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.session import Session
 from hosl_edge.trust import Cloud, Token
-from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late, Refusal
+from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late, Refusal, RoundStart
 
 Reply = CutGradient | EvalStart | EvalResult | Late
 
@@ -155,3 +156,24 @@ def test_a_step_is_closed_once_its_thread_is_done_however_often_it_is_cancelled(
 
     asyncio.run(main())
     assert got == ["computed", "closed"]
+
+
+@pytest.mark.parametrize("start", [RoundStart(**{**NAMED, "attempt": 0}, deadline_s=1.0), EvalStart(**NAMED)])
+def test_a_start_that_comes_twice_is_run_once(monkeypatch: pytest.MonkeyPatch, start: RoundStart | EvalStart) -> None:
+    ran: list[object] = []
+
+    async def main() -> None:
+        nobody: Any = None
+        session = Session(nobody, nobody, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+
+        async def work(message: RoundStart | EvalStart) -> None:
+            session._started = message
+            ran.append(message)
+
+        monkeypatch.setattr(session, "_round", work)
+        monkeypatch.setattr(session, "_evaluate", work)
+        for message in (start, start, msgspec.structs.replace(start, attempt=start.attempt + 1)):
+            await session._handle(Frame(message))
+
+    asyncio.run(main())
+    assert len(ran) == 2
