@@ -17,6 +17,7 @@ from hosl_protocol import (
     PIECE_BYTES,
     Anchor,
     Connection,
+    CutGradient,
     EvalBatch,
     EvalStart,
     Frame,
@@ -87,6 +88,8 @@ class Peer:
         """What the device was last asked to take part in."""
         self._is_in_round = False
         """Whether its answers are still expected."""
+        self._has_gradient = False
+        """Whether the round's CutGradient was told, without which no projections can be made."""
         self._answered: set[tuple[type, int]] = set()
         """Kinds and ids of the answers that have come in it."""
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
@@ -173,7 +176,11 @@ class Peer:
             theirs, ours = getattr(answer, field), getattr(started, field)
             if theirs != ours:
                 return field, f"its {field} is {theirs}, that of the last start here is {ours}"
-        return None if self._is_in_round else ("stage", "its stage is over")
+        if not self._is_in_round:
+            return "stage", "its stage is over"
+        if isinstance(answer, Projections) and not self._has_gradient:
+            return "unasked", "projections are made of a cut-gradient, and none was sent in this round"
+        return None
 
     def _refuse_late(self, message: Any, code: str, reason: str) -> None:
         kind = name_of(message)
@@ -224,8 +231,10 @@ class Peer:
             self._cut_off()
             return
         if isinstance(message, (RoundStart, EvalStart)):
-            self._started, self._is_in_round = message, True
+            self._started, self._is_in_round, self._has_gradient = message, True, False
             self._answered.clear()
+        elif isinstance(message, CutGradient):
+            self._has_gradient = True
         self._waiting_bytes += _size(tensors)
         self._emptied.clear()
         self._outbox.put_nowait((message, tensors or {}))

@@ -263,6 +263,10 @@ def test_answers_of_another_round_or_stage_are_refused_by_name(fleet: Fleet) -> 
         assert found.message == Probe(**NAME, id=2, direction=0, sign=1)
         reason = "what is asked for now is: probe of direction 0, sign +1"
         assert device.told[-1] == Late(**NAME, id=1, answer="probe", code="unasked", reason=reason)
+        device.answer(Projections(**NAME, id=2))
+        reason = "projections are made of a cut-gradient, and none was sent in this round"
+        assert device.told[-1] == Late(**NAME, id=2, answer="projections", code="unasked", reason=reason)
+        device.tell(CutGradient(**NAME))
         device.answer(Projections(**NAME, id=3))
         device.leave_round()
         assert device.told[-1] == Late(**NAME, id=3, answer="projections", reason="its stage is over")
