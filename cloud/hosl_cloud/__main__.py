@@ -77,6 +77,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", metavar="PRESET", help="a shipped task, where --config names none")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="training data, dealt out to devices")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out data")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
     parser.add_argument("--devices", type=int, default=10, metavar="M", help="virtual devices (default: %(default)s)")
     parser.add_argument("--per-round", type=int, default=0, metavar="K", help="devices sampled each round (0: all)")
     parser.add_argument(
@@ -161,7 +162,9 @@ def _simulate(options: argparse.Namespace) -> int:
         run = Run(id_, config, manifest, bundle, run_folder(options.data_dir, id_), store)
         store.create_run(id_, bundle, manifest.shard_digest, config, "simulate")
         say = _say if not options.json else lambda sentence: None
-        ending = asyncio.run(simulate(run, options.data, options.eval, partition, threads, say))
+        ending = asyncio.run(
+            simulate(run, options.data, options.eval, partition, threads, say, skip_broken=options.skip_broken)
+        )
         if options.csv is not None:
             write_csv(store, id_, options.csv)
         if options.json:

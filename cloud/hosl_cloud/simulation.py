@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,12 +64,21 @@ def check_fleet(config: RunConfig) -> None:
         raise SettingsError("devices.quorum", devices.quorum, f"use at most --devices, {devices.start_with}")
 
 
-async def simulate(run: Run, data: Path, held_out: Path | None, partition: Partition, threads: int, say: Say) -> Ending:
+async def simulate(
+    run: Run,
+    data: Path,
+    held_out: Path | None,
+    partition: Partition,
+    threads: int,
+    say: Say,
+    *,
+    skip_broken: bool = False,
+) -> Ending:
     """Train to the end with `run.config.devices.start_with` virtual devices on `data`; the first one evaluates.
 
     Raises DataError, SettingsError, and what a run raises.
     """
-    site = await asyncio.to_thread(open_site, run, data, held_out, threads)
+    site = await asyncio.to_thread(open_site, run, data, held_out, threads, skip_broken=skip_broken)
     coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
     try:
         await coordinator.prepare()
@@ -76,6 +86,7 @@ async def simulate(run: Run, data: Path, held_out: Path | None, partition: Parti
         for device in make_devices(site, partition, run.config.devices.start_with):
             coordinator.fleet.peers[device.name] = device
         ending = await coordinator.train()
+        site.check()
         assert ending != "paused"
         return ending
     except BaseException:
@@ -86,13 +97,13 @@ async def simulate(run: Run, data: Path, held_out: Path | None, partition: Parti
         site.weights.close()
 
 
-def open_site(run: Run, data: Path, held_out: Path | None, threads: int) -> Site:
+def open_site(run: Run, data: Path, held_out: Path | None, threads: int, *, skip_broken: bool = False) -> Site:
     """Load the shard and the data, as one device does."""
     settings, manifest = run.settings, run.manifest
     shard = Shard(run.bundle, manifest, threads)
     weights = make_client_weights(manifest, shard.weights, settings, threads)
-    train = open_data(run.bundle, manifest, settings, data)
-    evaluated = None if held_out is None else open_data(run.bundle, manifest, settings, held_out)
+    read = partial(open_data, run.bundle, manifest, settings, skip_broken=skip_broken)
+    train, evaluated = read(data), None if held_out is None else read(held_out)
     shard.open()
     shard.max_length = settings.max_length
     shard.rows = preferred_rows(settings, manifest.image)
@@ -110,10 +121,12 @@ def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrde
     return FirstOrderClient(half, config)
 
 
-def open_data(bundle: Path, manifest: Manifest, settings: RunSettings, path: Path) -> AnyDataset:
+def open_data(
+    bundle: Path, manifest: Manifest, settings: RunSettings, path: Path, *, skip_broken: bool = False
+) -> AnyDataset:
     """A data file, as a device reads it. Raises DataError."""
     if manifest.image is not None:
-        return load_images(path, settings.task, manifest.image, manifest.max_length)
+        return load_images(path, settings.task, manifest.image, manifest.max_length, skip_broken=skip_broken)
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
     return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest)
 
@@ -143,6 +156,13 @@ class Site:
     """A round's step of the client's weights."""
     tally: Tally = field(default_factory=Tally)
     round: int = 0
+    failure: Exception | None = None
+    """Of a device: all of them end with it, for here nobody starts it again."""
+
+    def check(self) -> None:
+        """Raise what a device has failed with."""
+        if self.failure is not None:
+            raise self.failure
 
     def apply(self, update: UpdateRecord) -> None:
         """Take a round's step, once for all devices."""
@@ -180,7 +200,13 @@ class VirtualDevice:
         self._replies: deque[Frame] = deque()
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
-        """What the device would do about it."""
+        """What the device would do about it; what it fails with is raised where its answer is taken."""
+        try:
+            self._hear(message, tensors)
+        except Exception as error:  # nobody who tells waits for an answer
+            self._site.failure = self._site.failure or error
+
+    def _hear(self, message: Message, tensors: Mapping[str, Any] | None) -> None:
         frame = self._carry("sent", self._down, message, tensors or {})
         if isinstance(message, RoundStart):
             self._begin(self._site.take_step(self._site.context(message), self._draw(message)))
@@ -205,7 +231,8 @@ class VirtualDevice:
         self._replies.clear()
 
     def take(self, ask: Ask) -> Frame | None:
-        """The answer to `ask`: the device works until it has it."""
+        """The answer to `ask`: the device works until it has it. Raises what it, or another, has failed with."""
+        self._site.check()
         if self._steps is None:
             return None
         action = next(self._steps, None)

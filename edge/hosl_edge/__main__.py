@@ -69,6 +69,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="name of this device (default: its token's name)")
     add("--fields", metavar="A,B", type=split_fields, help="fields of the data that a run may use")
     add("--share-text", action="store_true", help="allow tasks whose labels are the text itself")
+    add("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
     add(
         "--sync-interval-s", metavar="S", type=float, help="seconds between writes of the journal to disk (default: 30)"
     )

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from hosl_edge.exceptions import ConsentError, DataError
 from hosl_edge.long_texts import LongTexts
+from hosl_edge.pictures import visible_files
 from hosl_protocol import Manifest, RunSettings, Task, label_of, preset_fields, render
 from hosl_protocol.tasks import is_blank
 
@@ -368,7 +369,7 @@ def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: boo
 
 
 def digest_of_data(path: Path) -> str:
-    """SHA-256 of a data file; of a folder, over its files' names and contents. Raises DataError."""
+    """SHA-256 of a data file; of a folder, over its pictures' names and contents. Raises DataError."""
     try:
         return _digest_of(path).hex()
     except OSError as error:
@@ -378,7 +379,7 @@ def digest_of_data(path: Path) -> str:
 def _digest_of(path: Path) -> bytes:
     digest = hashlib.sha256()
     if path.is_dir():
-        for file_path in sorted(each for each in path.rglob("*") if each.is_file()):
+        for file_path in visible_files(path)[0]:
             digest.update(file_path.relative_to(path).as_posix().encode() + b"\0" + _digest_of(file_path))
     else:
         with path.open("rb") as file:

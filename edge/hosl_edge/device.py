@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -161,8 +162,9 @@ class Device:
         if self.manifest.image is not None:
             image, positions = self.manifest.image, self.manifest.max_length
             train, held_out = self._data_paths
-            self.train = load_images(train, settings.task, image, positions)
-            self.eval = load_images(held_out, settings.task, image, positions) if held_out else None
+            facts = (settings.task, image, positions)
+            load = partial(load_images, skip_broken=self.settings.skip_broken)
+            self.train, self.eval = load(train, *facts), load(held_out, *facts) if held_out else None
             return
         shard = f"{self.manifest.shard_digest} {self.manifest.pad_token_id}"
         key = tokens_key(shard, self.data_digest + self.eval_digest, settings)

@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import logging
 import struct
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from hosl_edge.data import warn_of_absent
 from hosl_edge.exceptions import DataError
+from hosl_edge.pictures import (
+    MODES,
+    SUFFIXES,
+    PictureFiles,
+    Pixels,
+    broken_among,
+    is_visible,
+    pillow_for,
+    some_of,
+    visible_files,
+)
 from hosl_protocol import ImageEntry, RunSettings, Task, draw_variations, vary
-from hosl_protocol.installing import install_line
 
 log = logging.getLogger(__name__)
-
-Pixels = npt.NDArray[np.uint8]
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a zip member: the lengths of its name and of its extra field."""
@@ -100,6 +109,10 @@ class ImageDataset:
     """Of each image at the cut layer."""
     path: Path
     """Where they come from, for errors."""
+    skip_broken: bool = False
+    """Let the next picture take the place of one that turns out to be broken."""
+    _told: set[str] = field(default_factory=set)
+    """What has been said of broken ones."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,10 +121,23 @@ class ImageDataset:
         """The images at `indices` [B], in that order. Raises DataError where one cannot be read."""
         entry = self.image
         pixels = np.empty((len(indices), entry.height, entry.width, entry.channels), np.uint8)
-        for target, place in zip(pixels, indices.tolist(), strict=True):
-            target[...] = fit(self.pictures[place], entry, self.path)
+        places = [self._read(place, target) for target, place in zip(pixels, indices.tolist(), strict=True)]
         lengths = np.full(len(indices), self.positions, np.int32)
-        return ImageBatch(pixels, lengths, self.labels[indices], entry)
+        return ImageBatch(pixels, lengths, self.labels[places], entry)
+
+    def _read(self, wanted: int, target: Pixels) -> int:
+        """Write the picture at place `wanted` to `target`, or the next that can be decoded; the place that it has."""
+        for place in chain(range(wanted, len(self)), range(wanted)):
+            try:
+                target[...] = fit(self.pictures[place], self.image, self.path)
+                return place
+            except DataError as error:
+                if not self.skip_broken:
+                    raise
+                if str(error) not in self._told:
+                    self._told.add(str(error))
+                    log.warning("%s; another takes its place", error)
+        raise DataError(self.path, None, "holds no picture that can be decoded")
 
     def training_batch(
         self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str
@@ -153,35 +179,31 @@ def fit(picture: Pixels, image: ImageEntry, path: Path) -> Pixels:
 
 
 def _resize(picture: Pixels, image: ImageEntry, path: Path) -> Pixels:
-    pillow = _pillow(path, f"images of {picture.shape[0]} x {picture.shape[1]} are resized by Pillow")
+    pillow = pillow_for(path, f"images of {picture.shape[0]} x {picture.shape[1]} are resized by Pillow")
     filter_ = pillow.Resampling[image.resample.upper()]
     return np.asarray(pillow.fromarray(np.ascontiguousarray(picture)).resize((image.width, image.height), filter_))
 
 
-def _pillow(path: Path, need: str) -> Any:
-    """Pillow's Image module. Raises DataError where it is not installed."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(path, None, f"{need}: {install_line('images')}") from None
-    return Image
-
-
-def load_images(path: Path, task: Task, image: ImageEntry, positions: int) -> ImageDataset:
+def load_images(
+    path: Path, task: Task, image: ImageEntry, positions: int, *, skip_broken: bool = False
+) -> ImageDataset:
     """Open a `.npz` file or a folder with one folder a class. Raises DataError."""
     if path.is_dir():
-        return _open_folder(path, task, image, positions)
-    if path.suffix != ".npz":
+        return _open_folder(path, task, image, positions, skip_broken=skip_broken)
+    if path.suffix.lower() != ".npz":
         raise DataError(path, None, "give a .npz file with images and labels, or a folder with a folder for each class")
     images, labels = _read_array(path, "images"), _read_array(path, "labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise DataError(path, None, f"images should be uint8 [N, H, W] or [N, H, W, C], not {_describe(images)}")
+    if labels.dtype.kind == "f" and np.array_equal(labels, np.trunc(labels)):
+        labels = labels.astype(np.int64)  # a table that had gaps makes 1.0 of 1
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise DataError(path, None, f"labels should be {len(images)} whole numbers, not {_describe(labels)}")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(task.labels)))
     if wrong.size:
         place = int(wrong[0])
-        raise DataError(path, None, f"label {labels[place]} at place {place} is not one of 0 to {len(task.labels) - 1}")
+        raise DataError(path, None, f"the label at place {place} is not one of 0 to {len(task.labels) - 1}")
+    warn_of_absent(path, task, labels.tolist())
     dataset = ImageDataset(images, labels.astype(np.int32), image, positions, path)
     dataset.batch(np.zeros(1, np.int64))  # one is like another: size, channels, and Pillow where it is needed
     return dataset
@@ -229,46 +251,56 @@ def _start(path: Path, member: zipfile.ZipInfo) -> int:
     return member.header_offset + _LOCAL_HEADER.size + int(name) + int(extra)
 
 
-@dataclass(frozen=True)
-class PictureFiles:
-    """Pictures that are decoded when they are asked for."""
-
-    paths: Sequence[Path]
-    mode: str
-    """Pillow's name for the model's channels."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, place: int, /) -> Pixels:
-        path = self.paths[place]
-        pillow = _pillow(path, "pictures are decoded by Pillow")
-        try:
-            with pillow.open(path) as picture:
-                return np.asarray(picture.convert(self.mode))
-        except Exception as error:  # each of Pillow's decoders has its own kinds
-            raise DataError(path, None, f"cannot be decoded: {error}") from error
-
-
-def _open_folder(path: Path, task: Task, image: ImageEntry, positions: int) -> ImageDataset:
+def _open_folder(path: Path, task: Task, image: ImageEntry, positions: int, *, skip_broken: bool) -> ImageDataset:
     """The pictures below a folder, by class and name."""
-    if image.channels not in _MODES:
+    if image.channels not in MODES:
         raise DataError(path, None, f"the model takes {image.channels} channels, which pictures do not have")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
-        if folder.name not in task.labels:
-            raise DataError(folder, None, f"is not named after a class: {', '.join(task.labels)}")
-        found = sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES)
-        paths += found
-        labels += [task.labels.index(folder.name)] * len(found)
-    if not paths:
-        raise DataError(path, None, f"holds no pictures ({', '.join(SUFFIXES)}) in folders named after the classes")
-    dataset = ImageDataset(
-        PictureFiles(paths, _MODES[image.channels]), np.array(labels, np.int32), image, positions, path
-    )
+    paths, labels = find_pictures(path, task, skip_broken=skip_broken)
+    pictures = PictureFiles(paths, MODES[image.channels])
+    dataset = ImageDataset(pictures, np.array(labels, np.int32), image, positions, path, skip_broken)
     dataset.batch(np.zeros(1, np.int64))
     return dataset
 
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+def find_pictures(path: Path, task: Task, *, skip_broken: bool) -> tuple[list[Path], list[int]]:
+    """The pictures of a folder with a folder for each class, by class and name, and their classes.
+
+    What is left out is told in a line. Raises DataError for folders of other names, and for broken pictures unless
+    they are to be left out.
+    """
+    try:
+        pictures, others = visible_files(path)
+        for folder in sorted(each for each in path.iterdir() if each.is_dir() and is_visible(each)):
+            if _class_of(folder, task) is None:
+                raise DataError(folder, None, f"is not named after a class: {', '.join(task.labels)}")
+    except OSError as error:
+        raise DataError(path, None, error.strerror or "cannot be read") from error
+    others += [each for each in pictures if each.parent == path]
+    pictures = [each for each in pictures if each.parent != path]
+    if others:
+        log.warning("%s: files that are no pictures of a class: %d (%s)", path, len(others), some_of(others, path))
+    if broken := broken_among(pictures, path):
+        _tell_broken(path, broken, len(pictures), skip_broken=skip_broken)
+        pictures = [each for each in pictures if each not in broken]
+    if not pictures:
+        raise DataError(path, None, f"holds no pictures ({', '.join(SUFFIXES)}) in folders named after the classes")
+    labels = [_class_of(path / each.relative_to(path).parts[0], task) for each in pictures]
+    found = [label for label in labels if label is not None]
+    warn_of_absent(path, task, found)
+    return pictures, found
+
+
+def _class_of(folder: Path, task: Task) -> int | None:
+    """Some file systems keep names in another form of Unicode than they were typed in."""
+    names = [unicodedata.normalize("NFC", label) for label in task.labels]
+    name = unicodedata.normalize("NFC", folder.name)
+    return names.index(name) if name in names else None
+
+
+def _tell_broken(path: Path, broken: Mapping[Path, str], count: int, *, skip_broken: bool) -> None:
+    first, reason = next(iter(broken.items()))
+    which = f"{some_of(list(broken), path)}; of {first.name}: {reason}"
+    if not skip_broken:
+        remedy = "mend or delete them, or leave them out with --skip-broken"
+        raise DataError(path, None, f"{len(broken)} of {count} pictures cannot be decoded ({which}): {remedy}")
+    log.warning("%s: %d of %d pictures cannot be decoded and are left out (%s)", path, len(broken), count, which)

@@ -66,6 +66,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Fields of the data that a run may use; default: those that the shipped task of the same name reads."""
     share_text: bool = False
     """Allow tasks (`lm`) whose labels are the text itself."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be decoded, instead of stopping."""
     state_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
     """Where the journal lives."""
     sync_interval_s: float = 30.0

@@ -41,7 +41,7 @@ def test_an_option_wins_over_the_environment_over_the_file_over_the_default(conf
 def test_the_environment_has_a_variable_of_the_right_type_for_every_field() -> None:
     texts = {
         **dict.fromkeys(FIELDS, "7"),
-        **dict.fromkeys(("share_text", "insecure", "stay"), "true"),
+        **dict.fromkeys(("share_text", "insecure", "stay", "skip_broken"), "true"),
         "fields": "a, b",
         "server": "wss://h:1",
     }

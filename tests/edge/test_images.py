@@ -162,9 +162,10 @@ IMAGES, LABELS = make_pictures(4)
         (IMAGES[0, 0], LABELS, "images should be uint8"),
         (IMAGES[:0], LABELS[:0], "images should be uint8"),
         (IMAGES, LABELS[:3], "labels should be 4 whole numbers, not int64 [3]"),
-        (IMAGES, LABELS.astype(np.float32), "labels should be 4 whole numbers, not float32 [4]"),
-        (IMAGES, LABELS + 1, "label 3 at place 2 is not one of 0 to 2"),
-        (IMAGES, LABELS - 1, "label -1 at place 0 is not one of 0 to 2"),
+        (IMAGES, LABELS + 0.5, "labels should be 4 whole numbers, not float64 [4]"),
+        (IMAGES, LABELS * np.nan, "labels should be 4 whole numbers, not float64 [4]"),
+        (IMAGES, LABELS + 1, "the label at place 2 is not one of 0 to 2"),
+        (IMAGES, LABELS - 1, "the label at place 0 is not one of 0 to 2"),
         (IMAGES[..., :2], LABELS, "images have 2 channels, the model takes 3"),
     ],
 )
@@ -175,6 +176,11 @@ def test_arrays_that_are_no_images_or_classes_are_refused(
     with pytest.raises(DataError) as caught:
         load(path)
     assert str(caught.value).startswith(f"{path}: {problem}")
+
+
+def test_whole_floats_are_labels_and_a_name_may_be_in_capitals(tmp_path: Path) -> None:
+    path = save(tmp_path / "data.npz", IMAGES, LABELS.astype(np.float32)).rename(tmp_path / "DATA.NPZ")
+    assert load(path).labels.tolist() == LABELS.tolist()
 
 
 def test_files_that_are_no_archives_are_refused_with_their_name(tmp_path: Path, stored: Path) -> None:
@@ -238,20 +244,97 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_damaged_picture_is_named_when_it_is_read(folder: Path) -> None:
-    path = folder / "red" / "0.png"
-    path.write_bytes(path.read_bytes()[:60])
-    dataset = load(folder)
-    with pytest.raises(DataError, match=r"0.png: cannot be decoded"):
-        dataset.batch(np.arange(4))
+def test_what_is_no_picture_of_a_class_is_counted_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "green" / "1.heic").write_bytes(b"")
+    (folder / "red" / "0.png").rename(folder / "0.png")
+    (folder / "red" / "grey.JPG").unlink()
+    assert load(folder).labels.tolist() == [2, 1]
+    assert "no pictures of a class: 3 (green/1.heic, red/notes.txt, 0.png)" in caplog.text
+    assert "no example of red" in caplog.text
 
 
-def test_the_digest_of_a_folder_covers_names_and_contents(folder: Path) -> None:
+def test_pictures_are_read_at_any_depth(folder: Path) -> None:
+    (folder / "red" / "2021" / "may").mkdir(parents=True)
+    (folder / "red" / "0.png").rename(folder / "red" / "2021" / "may" / "0.png")
+    assert load(folder).labels.tolist() == [2, 1, 0, 0]
+
+
+def test_a_link_is_followed_and_one_that_leads_back_is_not(folder: Path, tmp_path: Path) -> None:
+    (folder / "red").rename(tmp_path / "elsewhere")
+    (folder / "red").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    assert load(folder).labels.tolist() == [2, 1, 0, 0]
+
+
+def test_hidden_files_and_those_of_desktops_are_passed_over(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    digest, count = digest_of_data(folder), len(load(folder))
+    before = len(caplog.records)
+    for name in ("red/._0.png", "red/.DS_Store", "red/Thumbs.db", ".ipynb_checkpoints/0.png", "__MACOSX/red/._0.png"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert (digest_of_data(folder), len(load(folder))) == (digest, count)
+    assert [record.message for record in caplog.records[before:]] == [caplog.records[0].message], "notes.txt alone"
+
+
+def test_a_class_is_found_in_either_form_of_unicode(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    for place, name in enumerate(("e\u0301t\u00e9", "hiver")):
+        (tmp_path / name).mkdir()
+        pillow.fromarray(make_pictures(1)[0][0]).save(tmp_path / name / f"{place}.png")
+    task = msgspec.structs.replace(COLOURS, labels=("\u00e9te\u0301", "hiver"))
+    assert load_images(tmp_path, task, IMAGE, POSITIONS).labels.tolist() == [0, 1]
+
+
+def break_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:10])
+
+
+def break_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def break_middle(path: Path) -> None:
+    """So that only who decodes it finds out."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :][:8] = bytes(8)
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(byte ^ 0xFF for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [break_header, break_end])
+def test_a_broken_picture_is_named_at_the_start_or_left_out(
+    folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(folder / "red" / "0.png")
+    with pytest.raises(DataError, match=r"1 of 4 pictures cannot be decoded \(red/0.png; .*\): .*--skip-broken"):
+        load(folder)
+    dataset = load_images(folder, COLOURS, IMAGE, POSITIONS, skip_broken=True)
+    assert dataset.labels.tolist() == [2, 1, 0]
+    assert "1 of 4 pictures cannot be decoded and are left out (red/0.png" in caplog.text
+
+
+def test_a_picture_that_turns_out_to_be_broken_is_named_or_another_takes_its_place(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_middle(folder / "green" / "1.png")
+    with pytest.raises(DataError, match=r"green/1\.png: cannot be decoded"):
+        load(folder).batch(np.arange(4))
+    dataset = load_images(folder, COLOURS, IMAGE, POSITIONS, skip_broken=True)
+    batch = dataset.batch(np.array([1, 0, 1]))
+    assert batch.labels_N.tolist() == [0, 2, 0]
+    np.testing.assert_array_equal(batch.pixels_BHWC[0], dataset.batch(np.array([2])).pixels_BHWC[0])
+    assert caplog.text.count("1.png: cannot be decoded") == 1
+    assert dataset.subset(np.array([1, 3])).batch(np.array([0])).labels_N.tolist() == [0], "of its own pictures"
+
+
+def test_the_digest_of_a_folder_covers_names_and_contents_of_its_pictures(folder: Path) -> None:
     first = digest_of_data(folder)
+    (folder / "red" / "notes.txt").write_text("changed")
     assert digest_of_data(folder) == first
     (folder / "red" / "0.png").rename(folder / "red" / "9.png")
     renamed = digest_of_data(folder)
-    (folder / "red" / "notes.txt").write_text("changed")
+    (folder / "red" / "9.png").write_bytes(b"changed")
     assert len({first, renamed, digest_of_data(folder)}) == 3
 
 
