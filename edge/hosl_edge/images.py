@@ -298,8 +298,8 @@ def _class_of(folder: Path, task: Task) -> int | None:
 
 
 def _tell_broken(path: Path, broken: Mapping[Path, str], count: int, *, skip_broken: bool) -> None:
-    first, reason = next(iter(broken.items()))
-    which = f"{some_of(list(broken), path)}; of {first.name}: {reason}"
+    reason = next(iter(broken.values()))
+    which = some_of(list(broken), path) + (f": {reason}" if len(broken) == 1 else f"; of the first: {reason}")
     if not skip_broken:
         remedy = "mend or delete them, or leave them out with --skip-broken"
         raise DataError(path, None, f"{len(broken)} of {count} pictures cannot be decoded ({which}): {remedy}")

@@ -20,6 +20,7 @@ from hosl_cloud.simulation import simulate
 from hosl_cloud.store import Store
 from hosl_edge import EdgeSettings, run_agent
 from hosl_protocol import ExitCode, load_manifest
+from pictures import CLASSES, SIZES, make_pictures
 from support import TASK, Service, count_right, serving, write_reviews
 
 DEVICES, EXAMPLES = 3, 41
@@ -211,3 +212,27 @@ def test_what_cannot_be_simulated_is_named(
     options += ["--data", str(write_reviews(tmp_path / "train.jsonl", 40)), "--data-dir", str(tmp_path / "data")]
     assert cloud_main(["simulate", *options, *option]) == ExitCode.SETTINGS
     assert sentence in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_decoded_ends_a_simulation_at_once_unless_it_is_left_out(
+    make_image_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    bundle, (images, labels) = make_image_bundle("resnet", "norm"), make_pictures(9, SIZES["resnet"])
+    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "data" / CLASSES[label] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pillow.fromarray(image).save(path)
+    content = bytearray((tmp_path / "data" / "green" / "4.png").read_bytes())
+    content[len(content) // 2] ^= 0xFF  # so that only who decodes it finds out
+    (tmp_path / "data" / "green" / "4.png").write_bytes(content)
+    (tmp_path / "run.toml").write_text(
+        'rounds = 2\nbatch_size = 9\n[task]\nkind = "image-classification"\nlabels = ["red", "green", "blue"]\n'
+        '[tail]\ndevice = "cpu"\n[evaluation]\nevery = 0\nstart = false\n',
+        encoding="utf-8",
+    )
+    command = ["simulate", "--bundle", str(bundle), "--config", str(tmp_path / "run.toml"), "--threads", "1"]
+    command += ["--data", str(tmp_path / "data"), "--devices", "1", "--data-dir", str(tmp_path / "cloud")]
+    assert cloud_main(command) == ExitCode.DATA
+    assert "4.png: cannot be decoded: " in capsys.readouterr().err
+    assert cloud_main([*command, "--skip-broken"]) == ExitCode.OK
