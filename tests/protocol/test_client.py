@@ -43,6 +43,10 @@ GOLDEN_DIGESTS = (
     "97c9331fa25ca20c7dffe7629b2558a7d16d29be128c415af8807f43378ed364",
 )
 GOLDEN_MANY_DIRECTIONS = "510a8797bf2989be7a8dfdb08ec91404ef46f128321d552c1cd83dfbe0ba81e0"
+GOLDEN_GAUSSIAN = {
+    "sgd": "b990e124f6a6b38f7d01d21adc80b031b5f5c38737ec55193d38e94929c82257",
+    "adamw": "805cbb47080c2f1b122afed9c0fa4423e12067d833264e57c70e7419bc84606c",
+}
 # After 1,000 rounds, across re-lattice events; the same on every machine.
 GOLDEN_LONG = {
     "sgd": "543f2e908b41c6a063a79abbac561c0f12ee05264fb48e66b98b9977036a6d81",
@@ -488,6 +492,13 @@ def test_weights_have_their_golden_digest():
     sgd.apply(make_updates(5))
     adamw.apply(make_updates(5))
     assert (base, sgd.digest(), adamw.digest()) == GOLDEN_DIGESTS
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_weights_have_their_golden_digest_with_gaussian_directions(kind):
+    weights = make_weights(kind, weight_decay=0.01, distribution="gaussian")
+    weights.apply(make_updates(5))
+    assert weights.digest() == GOLDEN_GAUSSIAN[kind]
 
 
 def test_more_directions_than_one_pass_takes_have_their_golden_digest():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hosl_protocol import MAX_SEED, SettingsError, Stream, direction, philox, uniforms
-from hosl_protocol.directions import CHUNK, MAX_DIRECTION, MAX_ROUND, read_bits, signs
+from hosl_protocol.directions import CHUNK, MAX_DIRECTION, MAX_ROUND, SUMS, GaussianSteps, read_bits, signs
 
 # (seed, round, direction, tensor): first two words, first 16 entries. The same stand in protocol/README.md.
 GOLDEN_DIRECTIONS = {
@@ -19,6 +19,14 @@ GOLDEN_DIRECTIONS = {
     (42, 2, 0, 0): ("06161d121cc9779a", "3a5e3d0f62900551", "-+-++--++++-+++-"),
     (42, 1, 0, 1): ("72e36415a1726f60", "9baaa6c3e8b770fb", "-----++-++++-++-"),
     (2**53 - 1, 2**48 - 1, 2**16 - 1, 7): ("4d1543ff79b0d9b5", "a941797731447187", "+-+-++-++--++-++"),
+}
+# First four entries where `distribution` is gaussian; likewise in protocol/README.md.
+GOLDEN_NORMALS = {
+    (42, 1, 0, 0): [0.36264604330062866, -0.09228073060512543, 0.2841728627681732, 0.5436607003211975],
+    (42, 1, 1, 0): [-0.56308913230896, -0.9035435318946838, 0.14992080628871918, 0.759559690952301],
+    (2**53 - 1, 2**48 - 1, 2**16 - 1, 7): [
+        *(-1.6400994062423706, 0.893280565738678, -1.5382821559906006, -0.7120683789253235),
+    ],
 }
 GOLDEN_CHUNK_1 = ("031264a53d9aea21", "b19cc9c8a326636b")  # (42, 1, 0, 0) from element 65536 on
 GOLDEN_UNIFORMS = [0.5126624037141733, 0.28889461447508824, 0.6309124512556566]  # ROUNDING stream of (42, 1, 0)
@@ -119,3 +127,38 @@ def test_a_place_outside_the_counter_is_refused_by_name(place, field):
     with pytest.raises(SettingsError, match="use a whole number from 0 to") as caught:
         philox(*place, Stream.SIGNS)
     assert caught.value.field == field
+
+
+# Gaussian entries
+
+
+def normals(place, count, start=0):
+    return GaussianSteps(*place, 1.0, start, None).next(count).copy()
+
+
+@pytest.mark.parametrize("place", GOLDEN_NORMALS)
+def test_gaussian_entries_have_their_golden_values(place):
+    assert normals(place, 4).tolist() == GOLDEN_NORMALS[place]
+
+
+def test_gaussian_entries_are_what_the_specification_makes_of_words(reference_words):
+    words, scale = reference_words(42, 3, 1, Stream.NORMALS, 2, SUMS + 300), np.uint32(0x36134A87).view(np.float32)
+    expected = []
+    for word in words:
+        sums = 2 * (65536 * (word >> 16).bit_count() + word % 65536) + 1 - 49 * 65536
+        expected.append(float(np.float32(sums) * scale))
+    assert normals((42, 3, 1, 2), len(words)).tolist() == expected
+
+
+def test_gaussian_entries_can_be_made_from_any_chunk_on():
+    whole = normals((1, 2, 3, 4), 2 * CHUNK + 9)
+    assert np.array_equal(normals((1, 2, 3, 4), CHUNK + 9, CHUNK), whole[CHUNK:])
+
+
+def test_gaussian_entries_are_nearly_normal():
+    z = np.sort(normals((7, 1, 0, 0), CHUNK).astype(np.float64))
+    normal = np.array([0.5 * (1.0 + math.erf(x / math.sqrt(2.0))) for x in z])
+    assert np.abs(normal - (np.arange(z.size) + 0.5) / z.size).max() < 2.0 / math.sqrt(z.size)
+    assert z.mean() == pytest.approx(0.0, abs=4.0 / math.sqrt(z.size))
+    assert z.var() == pytest.approx(1.0, abs=4.0 * math.sqrt(2.0 / z.size))
+    assert (z**4).mean() == pytest.approx(2.96, abs=4.0 * math.sqrt(96.0 / z.size))
