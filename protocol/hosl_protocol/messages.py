@@ -1,7 +1,7 @@
 """Every message of the protocol as a typed struct, and the tensors that travel with it.
 
-Specification: protocol/README.md, section "Messages". `run`, `epoch`, `round` and `id` name a message once and for
-all: a repeat carries the same four and is answered again, not applied again.
+Specification: protocol/README.md, section "Messages". `run`, `epoch`, `round`, `attempt` and `id` name a message of a
+type once and for all: a repeat carries the same five and is dropped.
 """
 
 from __future__ import annotations
