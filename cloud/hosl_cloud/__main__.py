@@ -19,21 +19,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_cloud.data_folder import DATABASE, add_data_dir, hint, lock, make_data_dir, new_run_id, run_folder
-from hosl_cloud.devices_command import add_device, add_init
-from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
-from hosl_cloud.serve_command import add_serve
-from hosl_cloud.settings import load_config
-from hosl_cloud.store import Store
-from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
-from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command
+try:
+    from hosl_cloud.data_folder import (
+        DATABASE,
+        add_data_dir,
+        hint,
+        lock,
+        make_data_dir,
+        new_run_id,
+        run_folder,
+        settle_data_dir,
+    )
+    from hosl_cloud.devices_command import add_device, add_init
+    from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
+    from hosl_cloud.serve_command import add_serve
+    from hosl_cloud.settings import load_config
+    from hosl_cloud.store import Store
+    from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
+    from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command
+except KeyboardInterrupt:  # while all of this loads there is nothing to tell
+    sys.exit(130)
 
 _say = logging.getLogger("hosl-cloud").info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit code."""
-    return run_command(_parser(), lambda options: options.command(options), arguments)
+    return run_command(_parser(), _run, arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    settle_data_dir(options)
+    code: int = options.command(options)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import os
 import shlex
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TextIO
 
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.store import Store
+from hosl_protocol import SettingsError
+from hosl_protocol.terminal import default_folder
 
 DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
@@ -19,8 +20,8 @@ RUNS = "runs"
 
 
 def default_data_dir() -> Path:
-    """Where the data is unless somebody says otherwise."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "hosl-cloud"
+    """Where the data is unless somebody says otherwise. Raises SettingsError for a user without a home."""
+    return default_folder("XDG_DATA_HOME", ".local/share", "--data-dir") / "hosl-cloud"
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,15 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=default_data_dir(),
         metavar="DIR",
-        help="database, tokens, checkpoints (default: %(default)s)",
+        help="database, tokens, checkpoints (default: $XDG_DATA_HOME/hosl-cloud, or ~/.local/share/hosl-cloud)",
     )
+
+
+def settle_data_dir(options: argparse.Namespace) -> None:
+    """Put the default where `--data-dir` was not given. Raises SettingsError where there is none."""
+    if vars(options).get("data_dir", ...) is None:
+        options.data_dir = default_data_dir()
 
 
 def make_data_dir(data_dir: Path) -> None:
@@ -44,7 +50,10 @@ def make_data_dir(data_dir: Path) -> None:
 
 def hint(command: str, data_dir: Path) -> str:
     """A command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
-    is_default = data_dir.absolute() == default_data_dir().absolute()
+    try:
+        is_default = data_dir.absolute() == default_data_dir().absolute()
+    except SettingsError:
+        is_default = False
     return f"hosl-cloud {command}" + ("" if is_default else f" --data-dir {shlex.quote(str(data_dir))}")
 
 

@@ -15,27 +15,40 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hosl_edge.notify import WatchedPool, notified
-from hosl_edge.preflight import FAILED, examine
-from hosl_edge.settings import EdgeSettings, Resolved, masked, resolve, split_fields
-from hosl_edge.status import SERVICE_FOLDER, read_status, status_folder
-from hosl_protocol import ExitCode
-from hosl_protocol.plain import plain
-from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
+try:
+    from hosl_edge.notify import WatchedPool, notified
+    from hosl_edge.preflight import FAILED, examine
+    from hosl_edge.settings import FIELDS, EdgeSettings, Resolved, masked, resolve, split_fields
+    from hosl_edge.status import SERVICE_FOLDER, read_status, readable, status_folder
+    from hosl_protocol import ExitCode
+    from hosl_protocol.plain import plain
+    from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
+except KeyboardInterrupt:  # while all of this loads there is nothing to tell
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from hosl_edge.agent import Summary
 
 FOLDER = Path(__file__).parent
+SWITCHES = {f"--{name.replace('_', '-')}" for name, field in FIELDS.items() if field.type is bool}
+SWITCHES |= {"--json", "--example", "--debug"}
+"""Options that take no value."""
 UNIT, EXAMPLE = FOLDER / "hosl-edge.service", FOLDER / "edge.toml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit code. Without a command's name it is `run`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given.pop(0) if given and given[0] in COMMANDS else "run"
+    place = next((place for place in range(len(given)) if _is_command(given, place)), None)
+    name = given.pop(place) if place is not None else "run"
     command, description = COMMANDS[name]
     return run_command(_parser(name, description), command, given)
+
+
+def _is_command(given: Sequence[str], place: int) -> bool:
+    """Whether a word is a command, and not the value of the option before it."""
+    before = given[place - 1] if place else ""
+    return given[place] in COMMANDS and (not before.startswith("-") or "=" in before or before in SWITCHES)
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -44,7 +57,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hosl-edge" if is_run else f"hosl-edge {name}",
         description=description,
-        epilog=f"Commands, before the options: {commands}." if is_run else None,
+        epilog=f"Commands: {commands}." if is_run else None,
     )
     if name != "unit":
         _add_settings(parser)
@@ -117,13 +130,13 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    settings = _resolve(options).effective()
-    folders = [status_folder(settings["state_dir"]), SERVICE_FOLDER]
-    document = read_status(list(dict.fromkeys(folders)), settings["name"])
+    resolved = _resolve(options)
+    folders = [status_folder(lambda: str(resolved.value("state_dir"))), SERVICE_FOLDER]
+    document = read_status(list(dict.fromkeys(folders)), resolved.value("name"))
     if options.json:
         print(json.dumps(document))
     else:
-        print("\n".join(plain(f"{name:24}{'' if value is None else value}") for name, value in document.items()))
+        print("\n".join(plain(f"{name:24}{text}") for name, text in readable(document)))
     return int(ExitCode.OK)
 
 

@@ -65,7 +65,7 @@ async def run_agent(settings: EdgeSettings, on_alive: Callable[[], None] = lambd
     check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
     settings = msgspec.structs.replace(settings, name=device_name(settings, token))
     agent = Agent(settings, token, Display(settings.name, on_alive))
-    async with serve_status(status_folder(settings.state_dir), settings.name, agent.status):
+    async with serve_status(status_folder(lambda: settings.state_dir), settings.name, agent.status):
         return await agent.run()
 
 

@@ -21,6 +21,7 @@ class EdgeError(HoslError):
     ├── LowMemoryError      the machine runs out of memory: give it less to do
     ├── RefusedError        the cloud says no: see its reason
     ├── TrustError          the cloud is not the one that the token is for: check address and token
+    ├── SignerError         nobody whom this machine knows vouches for the cloud: copy the whole token again
     └── ConnectionLost      the cloud is away: try again later
         ├── NoRun           it is there, and has no run to join: try again when it says
         └── NotFoundError   it is there, and has no such thing
@@ -124,6 +125,12 @@ class TrustError(EdgeError):
             f"{server} is not the service that this token is for: its CA has the fingerprint {got}, "
             f"expected {expected}; check --server, or make a new token with hosl-cloud device add"
         )
+
+
+class SignerError(EdgeError):
+    """The cloud's certificate is of an authority that neither this machine nor the token names."""
+
+    exit_code = ExitCode.REFUSED
 
 
 class ConnectionLost(EdgeError):

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, NotFoundError, RefusedError
-from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
+from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, NotFoundError, RefusedError, SignerError
+from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain, is_unknown_signer
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
 from hosl_protocol.proxies import through
@@ -165,7 +165,7 @@ def _download(
 
 
 def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
-    """The response, from a byte on. Raises ConnectionLost, RefusedError, NoRun."""
+    """The response, from a byte on. Raises ConnectionLost, RefusedError, NoRun, SignerError."""
     request = urllib.request.Request(url, headers=cloud.headers)
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -177,8 +177,9 @@ def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
             raise RefusedError(UNKNOWN_TOKEN, retry=False) from error
         if error.code == 503:
             raise NoRun(error.headers.get("Retry-After")) from error
-        kind = NotFoundError if error.code == 404 else ConnectionLost
-        raise kind(f"{url}{through(cloud.proxy)} answered {error.code} {error.reason}") from error
+        problem = NotFoundError if error.code == 404 else ConnectionLost
+        raise problem(f"{url}{through(cloud.proxy)} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = explain(getattr(error, "reason", error))
-        raise ConnectionLost(f"cannot reach {url}{through(cloud.proxy)}: {reason}") from error
+        cause = getattr(error, "reason", error)
+        kind = SignerError if is_unknown_signer(cause) and not cloud.token.fingerprint else ConnectionLost
+        raise kind(f"cannot reach {url}{through(cloud.proxy)}: {explain(cause)}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -20,6 +20,7 @@ from hosl_protocol import SettingsError, convert, read_toml
 from hosl_protocol.exceptions import MalformedSettings
 from hosl_protocol.proxies import is_loopback
 from hosl_protocol.settings import nearest, wanted
+from hosl_protocol.terminal import default_folder
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,12 @@ def _default_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip(".")[:64] or "device"
 
 
-def _xdg(variable: str, fallback: str) -> str:
-    return str(Path(os.environ.get(variable) or Path.home() / fallback) / "hosl")
+def _state_dir() -> str:
+    return str(default_folder("XDG_STATE_HOME", ".local/state", "--state-dir") / "hosl")
+
+
+def _cache_dir() -> str:
+    return str(default_folder("XDG_CACHE_HOME", ".cache", "--cache-dir") / "hosl")
 
 
 class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -68,12 +73,12 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     """Allow tasks (`lm`) whose labels are the text itself."""
     skip_broken: bool = False
     """Leave out pictures that cannot be decoded, instead of stopping."""
-    state_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_STATE_HOME", ".local/state"))
+    state_dir: str = msgspec.field(default_factory=_state_dir)
     """Where the journal lives."""
     sync_interval_s: float = 30.0
     """Seconds for which updates may be in the kernel's memory only; what a power cut takes comes again from the cloud.
     Twice as long writes half as much to the disk."""
-    cache_dir: str = msgspec.field(default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache"))
+    cache_dir: str = msgspec.field(default_factory=_cache_dir)
     """Where fetched shards live."""
     insecure: bool = False
     """Allow plain text (`ws://`) to a host that is not this one."""
@@ -134,8 +139,11 @@ class Resolved:
 
     def effective(self) -> dict[str, Any]:
         """The values, and the defaults of the other fields; fields without either are absent."""
-        defaults = {name: _default(field) for name, field in FIELDS.items() if not field.required}
-        return {name: (defaults | self.values)[name] for name in FIELDS if name in defaults or name in self.values}
+        return {name: self.value(name) for name, field in FIELDS.items() if name in self.values or not field.required}
+
+    def value(self, name: str) -> Any:
+        """A field's value, or its default. Raises SettingsError for a default that this user has not."""
+        return self.values[name] if name in self.values else _default(FIELDS[name])
 
     def settings(self) -> EdgeSettings:
         """The settings, all checked. Raises SettingsError."""
@@ -218,12 +226,10 @@ def _default(field: msgspec.structs.FieldInfo) -> Any:
 
 
 def _check(settings: EdgeSettings) -> None:
-    url = urlsplit(settings.server)
-    if url.scheme not in ("ws", "wss") or not url.hostname:
-        raise SettingsError("server", settings.server, "use wss://host:port (or ws://127.0.0.1:port on one machine)")
+    url = _address(settings.server)
     if "@" in url.netloc:
         raise SettingsError("server", masked(settings.server), "leave out the user: the token says who this is")
-    if url.scheme == "ws" and not is_loopback(url.hostname) and not settings.insecure:
+    if url.scheme == "ws" and not is_loopback(url.hostname or "") and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
     if settings.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
@@ -238,6 +244,19 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("max_temperature_c", settings.max_temperature_c, "use degrees Celsius, such as 75")
     if not 1.0 <= settings.stall_timeout_s < 1e9:
         raise SettingsError("stall_timeout_s", settings.stall_timeout_s, "use a number of seconds from 1 on")
+
+
+def _address(server: str) -> SplitResult:
+    """The address in its parts. Raises SettingsError."""
+    remedy = "use wss://host:port (or ws://127.0.0.1:port on one machine)"
+    try:
+        url = urlsplit(server)
+        _ = url.port  # reading it checks it
+    except ValueError as error:
+        raise SettingsError("server", masked(server), f"{remedy}; {error}") from None
+    if url.scheme not in ("ws", "wss") or not url.hostname:
+        raise SettingsError("server", masked(server), remedy)
+    return url
 
 
 def read_token(path: Path) -> Token:

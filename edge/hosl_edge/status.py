@@ -21,9 +21,9 @@ TIMEOUT_S = 5.0
 Document = dict[str, Any]
 
 
-def status_folder(state_dir: str) -> Path:
+def status_folder(state_dir: Callable[[], str]) -> Path:
     """Where an agent puts its socket: systemd's runtime directory, or the state folder."""
-    return Path(os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or state_dir)
+    return Path(os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or state_dir())
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +79,28 @@ def read_status(folders: list[Path], name: str) -> Document:
     hint = f"there are: {', '.join(sorted(others))}" if others else "is it running, and with this state_dir?"
     who, where = f"hosl-edge named {name}" if name else "hosl-edge", " or ".join(map(str, folders))
     raise ConnectionLost(f"no {who} answers in {where}; {hint}")
+
+
+def readable(document: Document) -> Iterator[tuple[str, str]]:
+    """Names and values for people: rounded, with their units."""
+    for name, value in document.items():
+        if name.endswith("_bytes"):
+            yield name.removesuffix("_bytes"), _text(value, lambda count: f"{count / 1e6:.1f} MB")
+        elif name in ("step_seconds", "next_try_s"):
+            yield name.rpartition("_")[0], _text(value, lambda seconds: f"{seconds:.2f} s")
+        elif name == "temperature_c":
+            yield "temperature", _text(value, lambda degrees: f"{degrees:.1f} °C")
+        elif name == "accuracy":
+            yield name, _text(value, lambda share: f"{100 * share:.1f} %")
+        elif name == "loss":
+            yield name, _text(value, lambda loss: f"{loss:.4f}")
+        else:
+            yield name, _text(value, lambda other: ", ".join(other) if isinstance(other, list) else str(other))
+
+
+def _text(value: Any, show: Callable[[Any], str]) -> str:
+    """Nothing for what is not known."""
+    return "" if value is None else show(value)
 
 
 def _receive(connection: socket.socket) -> Document:

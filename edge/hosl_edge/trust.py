@@ -14,6 +14,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hosl_edge.exceptions import ConnectionLost, TrustError
 from hosl_protocol.proxies import Proxy, find_proxy, proxy_handler, through
@@ -83,7 +84,7 @@ def connect_securely(server: str, token: Token, cache: Path) -> Cloud:
     Raises ConnectionLost (try again), TrustError (it is not the service that the token is for), and SettingsError for
     a proxy that cannot be used.
     """
-    proxy = find_proxy(server)
+    server, proxy = with_port(server), find_proxy(server)
     return Cloud(server, token, ssl_context(server, token, cache, proxy), proxy)
 
 
@@ -118,6 +119,20 @@ def tls_remedy(error: ssl.SSLError) -> str:
         "this machine does not know who signed it: copy the whole token again (its last part, after the second ~, "
         "names the service's own CA), or let this machine trust the signer"
     )
+
+
+def is_unknown_signer(error: object) -> bool:
+    """Whether a handshake failed for want of a known authority, which no waiting mends."""
+    # X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT and the three after it: no chain leads to an authority that is trusted.
+    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (18, 19, 20, 21)
+
+
+def with_port(server: str) -> str:
+    """An address that says which port it means, so that every line about it does."""
+    url = urlsplit(server)
+    port = url.port or (443 if url.scheme == "wss" else 80)
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    return url._replace(netloc=f"{host}:{port}").geturl()
 
 
 def http_address(server: str) -> str:

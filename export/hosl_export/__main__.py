@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
-import msgspec
+try:
+    import msgspec
 
-from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.manifest import TrainMode
-from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
+    from hosl_protocol.exceptions import ExitCode
+    from hosl_protocol.manifest import TrainMode
+    from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
+except KeyboardInterrupt:  # while all of this loads there is nothing to tell
+    sys.exit(130)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -47,7 +47,9 @@ class Source:
 
 def find_source(model: str, revision: str | None = None) -> Source:
     """What `--model` stands for. Raises ModelError where a file or folder is missing."""
-    path = Path(model).expanduser()
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        path = path.expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError("model", model, "there is no such file")

@@ -63,7 +63,8 @@ class TextFormatter(_PlainFormatter):
     """A line for people; what it is about stands behind the logger's name."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s%(place)s: %(message)s")
+        time_ = "%(asctime)s " if _needs_time(sys.stderr) else ""
+        super().__init__(f"{time_}%(levelname)s %(name)s%(place)s: %(message)s", _TIME)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and below it the traceback where there is one."""

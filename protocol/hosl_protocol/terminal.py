@@ -7,13 +7,14 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hosl_protocol.exceptions import ExitCode, HoslError
+from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 from hosl_protocol.installing import install_line
 from hosl_protocol.logs import configure_logs
 from hosl_protocol.plain import plain
@@ -39,9 +40,37 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def default_folder(variable: str, fallback: str, option: str) -> Path:
+    """The folder that an XDG variable names, or one below the user's home; only to be asked for where it is needed.
+
+    Raises SettingsError, which names `option`, for a user who has no home.
+    """
+    if folder := os.environ.get(variable):
+        return Path(folder)
+    try:
+        return Path.home() / fallback
+    except RuntimeError:
+        remedy = f"this user has no home folder, and HOME is not set: give {option} DIR"
+        raise SettingsError(option, None, remedy) from None
+
+
 def print_unit(path: Path) -> None:
-    """A systemd unit, with the folder that this program is installed in."""
-    print(path.read_text(encoding="utf-8").replace("/opt/hosl", sys.prefix), end="")
+    """A systemd unit, with the folder that this program is installed in. Raises SettingsError for a path of quotes."""
+
+    def place(found: re.Match[str]) -> str:
+        return _quoted(sys.prefix + found[1])
+
+    print(re.sub(r"/opt/hosl(\S*)", place, path.read_text(encoding="utf-8")), end="")
+
+
+def _quoted(word: str) -> str:
+    """A word of a systemd command line as systemd.syntax(7) wants it."""
+    if re.search(r"[\"'\\]", word):
+        raise SettingsError(
+            "this program's path", word, "systemd takes no quotes or backslashes in it: install elsewhere"
+        )
+    word = word.replace("%", "%%")
+    return f'"{word}"' if re.search(r"[\s;]", word) else word
 
 
 def run_command(
@@ -50,9 +79,10 @@ def run_command(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and turn errors into a line on stderr and an exit code."""
-    options = parser.parse_args(arguments)
-    configure_logs(parser.prog, options.log_level, options.log_format)
+    options = argparse.Namespace(debug=False, log_format="text")
     try:
+        options = parser.parse_args(arguments)
+        configure_logs(parser.prog, options.log_level, options.log_format)
         return command(options)
     except HoslError as error:
         return _fail(parser.prog, str(error), error.exit_code, options)
@@ -105,12 +135,13 @@ def _code_of(error: OSError) -> ExitCode:
 
 
 def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespace) -> int:
-    sentence, log = plain(sentence), logging.getLogger("hosl")
-    is_traced = options.debug and code is not ExitCode.INTERRUPTED
+    sentence, log, is_error = plain(sentence), logging.getLogger("hosl"), code is not ExitCode.INTERRUPTED
+    is_traced = options.debug and is_error
     if options.log_format == "json":
-        log.error(sentence, exc_info=is_traced, extra={"exit_code": int(code)})
+        level = logging.ERROR if is_error else logging.WARNING
+        log.log(level, sentence, exc_info=is_traced, extra={"exit_code": int(code)})
         return int(code)
     if is_traced:
         log.exception("%s failed", program)
-    print(f"{program}: error: {sentence}", file=sys.stderr)
+    print(f"{program}: {'error: ' * is_error}{sentence}", file=sys.stderr)
     return int(code)

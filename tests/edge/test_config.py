@@ -151,6 +151,47 @@ def test_systemd_understands_the_unit(tmp_path: Path, capsys: pytest.CaptureFixt
     assert verify.returncode == 0, verify.stderr
 
 
+@pytest.mark.parametrize("folder", ["dev zwei Ünï", "100 % sure", "plain;no", "dollar $HOME"])
+def test_systemd_finds_the_program_wherever_it_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    program = tmp_path / folder / "bin" / "hosl-edge"
+    program.parent.mkdir(parents=True)
+    program.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / folder))
+    assert main(["unit"]) == ExitCode.OK
+    unit = tmp_path / "hosl-edge.service"
+    unit.write_text(capsys.readouterr().out, encoding="utf-8")
+    verify = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert verify.returncode == 0, verify.stderr
+    assert "ExecStart" not in verify.stderr
+
+
+def test_a_path_that_systemd_takes_in_no_way_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", "/opt/it's")
+    assert main(["unit"]) == ExitCode.SETTINGS
+    assert "systemd takes no quotes or backslashes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--threads", "1", "config"], ["--stay", "config", "--threads", "1"], ["--threads=1", "config"]]
+)
+def test_a_command_may_stand_behind_options(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    main(words)
+    assert "threads = 1  # option" in capsys.readouterr().out
+
+
+def test_the_value_of_an_option_is_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", "--name", "status"])
+    assert 'name = "status"  # option' in capsys.readouterr().out
+    main(["--name", "status", "config"])
+    assert 'name = "status"  # option' in capsys.readouterr().out
+
+
 def test_what_the_unit_sets_are_settings() -> None:
     found = re.findall(r"(HOSL_EDGE_\w+)=(\S+)", UNIT.read_text(encoding="utf-8"))
     assert len(found) == 3

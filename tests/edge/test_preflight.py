@@ -392,6 +392,17 @@ def test_what_is_wrong_with_tls_is_told_with_its_remedy_when_the_agent_tries(
         fetch(answers.port)
 
 
+def test_a_signer_whom_neither_machine_nor_token_names_is_not_tried_for_ever(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(make_certificate(tmp_path, "localhost")) as answers:
+        server = f"wss://localhost:{answers.port}"
+        assert main(["--server", server, *options, "--state-dir", str(tmp_path / "state")]) == ExitCode.REFUSED
+        code, found = preflight(capsys, "--server", server, *options)
+    assert "copy the whole token again" in found["tls"].remedy
+    assert code == ExitCode.REFUSED
+
+
 def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_real_service(
     capsys: pytest.CaptureFixture[str], make_bundle: Callable[..., Path], options: list[str], tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ import pytest
 from answers import answering
 from hosl_edge.__main__ import main
 from hosl_edge.exceptions import ConnectionLost
-from hosl_edge.status import read_status, serve_status, status_folder
+from hosl_edge.status import read_status, readable, serve_status, status_folder
 from hosl_protocol import ExitCode, SettingsError
 
 MANIFEST = "/v1/bundle/manifest.json"
@@ -100,7 +100,7 @@ def test_an_agent_without_a_run_says_once_that_it_waits(tmp_path: Path) -> None:
             said = process.stderr.read()
     assert [line.partition(" pi: ")[2] or line for line in said.splitlines()] == [
         "the cloud has no run to join; asks again in 1 s, and so on until there is one",
-        "hosl-edge: error: interrupted",
+        "hosl-edge: interrupted",
     ]
 
 
@@ -139,6 +139,31 @@ def test_a_name_has_one_agent(tmp_path: Path) -> None:
 
 def test_systemds_runtime_directory_has_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/hosl:/run/other")
-    assert status_folder("/var/lib/hosl") == Path("/run/hosl")
+    assert status_folder(lambda: "/var/lib/hosl") == Path("/run/hosl")
     monkeypatch.delenv("RUNTIME_DIRECTORY")
-    assert status_folder("/var/lib/hosl") == Path("/var/lib/hosl")
+    assert status_folder(lambda: "/var/lib/hosl") == Path("/var/lib/hosl")
+
+
+def test_people_are_shown_figures_with_their_units() -> None:
+    document = {
+        "name": "pi",
+        "run": None,
+        "loss": 0.69314718,
+        "accuracy": 0.51234,
+        "step_seconds": 0.17109079658985138,
+        "memory_bytes": 196980736,
+        "temperature_c": 48.312,
+        "throttled": ["under-voltage", "throttled"],
+        "next_try_s": 8.123,
+    }
+    assert dict(readable(document)) == {
+        "name": "pi",
+        "run": "",
+        "loss": "0.6931",
+        "accuracy": "51.2 %",
+        "step": "0.17 s",
+        "memory": "197.0 MB",
+        "temperature": "48.3 °C",
+        "throttled": "under-voltage, throttled",
+        "next_try": "8.12 s",
+    }

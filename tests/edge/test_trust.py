@@ -21,7 +21,7 @@ pytest.importorskip("cryptography")
 
 from hosl_cloud.authority import Authority, make_authority
 from hosl_edge.display import Progress
-from hosl_edge.exceptions import ConnectionLost, RefusedError, TrustError
+from hosl_edge.exceptions import ConnectionLost, RefusedError, SignerError, TrustError
 from hosl_edge.fetch import fetch_bundle
 from hosl_edge.session import Session
 from hosl_edge.trust import Cloud, Token, connect_securely, parse_token, ssl_context
@@ -199,7 +199,7 @@ def _handshake(context: ssl.SSLContext, address: str, name: str) -> None:
 
 
 def test_without_a_fingerprint_the_systems_authorities_decide(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionLost, match="certificate verify failed"):
+    with pytest.raises(SignerError, match="certificate verify failed"):
         fetch_bundle(connect_securely(site.address, Token("pi", "pi~s"), tmp_path), tmp_path, lambda done, size: None)
     assert not site.asked
     assert ssl_context("ws://127.0.0.1:1", site.token, tmp_path) is None

@@ -220,7 +220,7 @@ def test_sigterm_removes_what_was_written(tmp_path, model_folder) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED
-    assert err.endswith("hosl-export: error: interrupted\n")
+    assert err.endswith("hosl-export: interrupted\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -580,4 +580,4 @@ def test_the_source_uses_nothing_that_runs_what_it_reads() -> None:
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
     # The CA's certificate is fetched from anybody, and then its fingerprint is checked; the clock is asked of anybody.
-    assert found == {("trust.py", FORBIDDEN[-1]), ("preflight.py", FORBIDDEN[-1])}
+    assert found == {("trust.py", FORBIDDEN[-1])}

@@ -34,7 +34,7 @@ def test_sigterm_within_generated_code_ends_with_the_exit_code(tmp_path: Path) -
     (tmp_path / "work.py").write_text(MODULE)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (ExitCode.INTERRUPTED, "work: error: interrupted\n")
+    assert (result.returncode, result.stderr) == (ExitCode.INTERRUPTED, "work: interrupted\n")
 
 
 @pytest.mark.parametrize("program", ["hosl-edge", "hosl-cloud", "hosl-export"])
@@ -67,3 +67,80 @@ def test_in_the_devices_environment_the_others_say_what_they_need(
     line = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert line.startswith(f"hosl-{program}: error: hosl-{program} needs: {install_line(program)} (")
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id that no account has, in an environment without HOME."""
+    for variable in ("HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "RUNTIME_DIRECTORY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("program", ["hosl-edge", "hosl-cloud", "hosl-export"])
+def test_help_needs_no_home(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"{program.replace('-', '_')}.__main__").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize(
+    ("program", "arguments", "option"),
+    [
+        ("hosl-cloud", ["run", "list"], "--data-dir"),
+        ("hosl-cloud", ["init", "--name", "localhost"], "--data-dir"),
+        ("hosl-cloud", ["merge", "RUN", "--out", "DIR/out"], "--data-dir"),
+        ("hosl-edge", ["config"], "--state-dir"),
+        ("hosl-edge", ["status"], "--state-dir"),
+        ("hosl-edge", ["config", "--state-dir", "DIR"], "--cache-dir"),
+        ("hosl-edge", ["--server", "ws://127.0.0.1:1", "--token-file", "DIR/t", "--data", "DIR/d"], "--state-dir"),
+    ],
+)
+def test_a_command_that_needs_a_home_names_the_option_that_does_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str, arguments: list[str], option: str
+) -> None:
+    main = importlib.import_module(f"{program.replace('-', '_')}.__main__").main
+    assert main([word.replace("DIR", str(tmp_path)) for word in arguments]) == ExitCode.SETTINGS
+    line = capsys.readouterr().err
+    assert f"give {option} DIR" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("hosl-cloud", ["run", "list", "--data-dir", "DIR"]),
+        ("hosl-edge", ["status", "--state-dir", "DIR"]),
+        ("hosl-edge", ["config", "--state-dir", "DIR", "--cache-dir", "DIR", "--example"]),
+    ],
+)
+def test_folders_that_are_named_need_no_home(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str, arguments: list[str]
+) -> None:
+    main = importlib.import_module(f"{program.replace('-', '_')}.__main__").main
+    assert main([word.replace("DIR", str(tmp_path)) for word in arguments]) in (ExitCode.OK, ExitCode.REFUSED)
+    assert "home" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["hosl_edge", "hosl_cloud", "hosl_export"])
+def test_ctrl_c_while_a_program_loads_is_no_traceback(tmp_path: Path, program: str) -> None:
+    """At the import of numpy, which all of them need."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    script = f"from {program}.__main__ import main; import sys; sys.exit(main(['--version']))"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (ExitCode.INTERRUPTED, "", "")
