@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
-from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError
+from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, UnservedError
 from hosl_edge.history import FetchSnapshot, History
 from hosl_edge.images import blank_images, load_images
 from hosl_edge.journal import JournalHeader
@@ -114,10 +114,13 @@ class Device:
     def join(self, welcome: Welcome, fetch: FetchSnapshot) -> None:
         """Take on the run of a Welcome: history, data, micro-batches.
 
-        Raises DataError, ConsentError, SettingsError, MemoryBudgetError, SnapshotError, HistoryError, and what `fetch`
-        raises where the cloud is away.
+        Raises DataError, ConsentError, UnservedError, SettingsError, MemoryBudgetError, SnapshotError, HistoryError,
+        and what `fetch` raises where the cloud is away.
         """
-        check_run(welcome.settings, self.manifest)
+        try:
+            check_run(welcome.settings, self.manifest)
+        except SettingsError as error:
+            raise UnservedError(error) from error
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
         header = JournalHeader(
             run=welcome.run,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hosl_protocol import ExitCode, HoslError
+from hosl_protocol import ExitCode, HoslError, SettingsError
 
 
 class EdgeError(HoslError):
@@ -13,6 +13,7 @@ class EdgeError(HoslError):
     EdgeError
     ├── DataError           the device's data cannot be used: mend the file named
     ├── ConsentError        the run asks for more than the device allows: decide
+    ├── UnservedError       the run has a setting that this device cannot serve: update one side, or change the run
     ├── MemoryBudgetError   the shard does not fit: raise the budget, or export another split
     ├── NoSpaceError        the disk is too small for what is to be fetched: make room
     ├── JournalError        the journal cannot be read: mend its permissions, or delete it
@@ -43,6 +44,16 @@ class ConsentError(EdgeError):
     """The run's task reads fields, or needs text, that this device has not been told to share."""
 
     exit_code = ExitCode.SETTINGS
+
+
+class UnservedError(EdgeError):
+    """A setting of the run that this device cannot serve; the sentence names nothing of this machine."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, error: SettingsError) -> None:
+        self.field, self.value = error.field, error.value
+        super().__init__(f"it cannot serve the run, whose {error}")
 
 
 class MemoryBudgetError(EdgeError):

@@ -26,6 +26,7 @@ from hosl_edge.exceptions import (
     MemoryBudgetError,
     RefusedError,
     SnapshotError,
+    UnservedError,
 )
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.health import read_health
@@ -406,6 +407,8 @@ class Session:
 
 def _farewell(error: HoslError) -> str:
     """Why a device leaves, for the cloud: the error's own words may hold names and values of this machine."""
+    if isinstance(error, UnservedError):  # of the cloud's own settings
+        return str(error)
     return next((text for kind, text in _FAREWELLS if isinstance(error, kind)), "an error of its own, see its log")
 
 

@@ -18,10 +18,11 @@ from hosl_cloud.mirror import load_shard_weights
 from hosl_cloud.snapshots import write_snapshot
 from hosl_edge import device as device_module
 from hosl_edge.device import Device
-from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError
+from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
 from hosl_edge.journal import journal_path
 from hosl_edge.memory import Memory
 from hosl_edge.pace import Pace
+from hosl_edge.session import _farewell
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import (
     BundleError,
@@ -376,6 +377,16 @@ def test_updates_that_cannot_be_applied_leave_weights_that_the_journal_knows(mak
     with pytest.raises(LatticeError):
         device.apply([*make_updates(6, 9), UpdateRecord(10, np.full(2, 2.0**100, np.float32), 1e-3)])
     assert stands_at_the_base(device, base, site)
+
+
+def test_a_setting_that_cannot_be_served_is_named_to_the_cloud(make_site: Callable[..., Site]) -> None:
+    site = make_site("adamw")
+    site.run_settings = msgspec.structs.replace(site.run_settings, client=ClientOptimizer(epsilon=1e-30))
+    with pytest.raises(UnservedError) as caught:
+        site.start().join(site.welcome("continue"), never)
+    assert _farewell(caught.value) == (
+        "it cannot serve the run, whose client.epsilon is 1e-30: use a number from 1e-12 to 1"
+    )
 
 
 def test_data_of_a_run_that_could_not_be_joined_is_not_taken_for_that_of_the_one_before(
