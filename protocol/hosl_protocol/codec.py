@@ -164,6 +164,12 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
 
 
+_TWO_BYTES: dict[str, Callable[[npt.NDArray[np.uint16]], Array]] = {
+    "F16": lambda bits: bits.view("<f2"),
+    "BF16": from_bfloat16_bits,
+}
+"""What makes numbers of a two-byte type's bits."""
+
 # Made once, for that takes milliseconds, and on import: threads that first use a type at the same time crash msgspec.
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
     union: msgspec.json.Decoder(union) for union in (FromEdge, FromCloud)
@@ -183,6 +189,8 @@ class FrameReader:
         self._layout: dict[str, _TensorInfo] = {}
         self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         self._filled = 0
+        self._widened: dict[str, npt.NDArray[np.float32]] = {}
+        """Tensors of two-byte floats as far as they are there: to convert a whole one takes long, a piece does not."""
 
     @property
     def is_between_frames(self) -> bool:
@@ -203,6 +211,11 @@ class FrameReader:
         total = check_layout(message, layout, self.bounds)
         try:
             self._buffer, self._filled = np.empty(total, np.uint8), 0
+            self._widened = {
+                name: np.empty(math.prod(info.shape), np.float32)
+                for name, info in layout.items()
+                if info.dtype in _TWO_BYTES
+            }
         except MemoryError as error:
             raise FrameError(f"{name_of(message)} of {total} bytes does not fit into memory") from error
         self._message, self._layout = message, layout
@@ -214,13 +227,27 @@ class FrameReader:
                 f"data piece of {len(piece)} bytes, expected 1 to {min(PIECE_BYTES, self._buffer.size - self._filled)}"
             )
         self._buffer[self._filled : end] = np.frombuffer(piece, np.uint8)
+        self._widen(self._filled, end)
         self._filled = end
+
+    def _widen(self, former: int, filled: int) -> None:
+        """Convert the elements that end in the bytes from `former` to `filled`; a piece may cut one in two."""
+        for name, values in self._widened.items():
+            start, end = self._layout[name].data_offsets
+            first, last = (max(min(place, end) - start, 0) // 2 for place in (former, filled))
+            if first < last:
+                stored = self._buffer[start + 2 * first : start + 2 * last]
+                values[first:last] = _TWO_BYTES[self._layout[name].dtype](np.frombuffer(stored.data, "<u2"))
 
     def _finish(self) -> Frame:
         assert self._message is not None
-        tensors = {name: _from_wire(self._buffer, info) for name, info in self._layout.items()}
+        tensors = {
+            name: self._widened[name].reshape(info.shape) if name in self._widened else _view(self._buffer, info)
+            for name, info in self._layout.items()
+        }
         frame = Frame(self._message, tensors)
         self._message, self._layout, self._buffer, self._filled = None, {}, np.empty(0, np.uint8), 0
+        self._widened = {}
         return frame
 
 
@@ -308,11 +335,6 @@ def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str
             raise FrameError(f"{what} has {dimension} = {size}, another tensor of the frame has {sizes[dimension]}")
 
 
-def _from_wire(buffer: npt.NDArray[np.uint8], info: _TensorInfo) -> Array:
+def _view(buffer: npt.NDArray[np.uint8], info: _TensorInfo) -> Array:
     start, end = info.data_offsets
-    stored = np.frombuffer(buffer[start:end].data, dtype=_STORAGE[info.dtype])
-    if info.dtype == "BF16":
-        stored = from_bfloat16_bits(stored)
-    elif info.dtype == "F16":
-        stored = stored.astype(np.float32)
-    return stored.reshape(info.shape)
+    return np.frombuffer(buffer[start:end].data, dtype=_STORAGE[info.dtype]).reshape(info.shape)

@@ -289,6 +289,26 @@ def test_a_header_piece_cut_short_is_refused(cut):
     assert reader.is_between_frames
 
 
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])
+def test_the_last_piece_of_a_big_frame_is_no_more_work_than_the_others(wire_dtype):
+    tokens, width = 4096, 512
+    values = np.random.default_rng(0).standard_normal((tokens, width)).astype(np.float32)
+    tensors = {"activations": values, "lengths": np.full(8, 512, np.int32), "labels": np.zeros(8, np.int32)}
+    header, *data = encode(Anchor(**PLACE), tensors, wire_dtype)
+    payload = b"".join(data)
+    pieces = [header, *(payload[place : place + 99_999] for place in range(0, len(payload), 99_999))]  # cuts numbers
+    reader = make_reader(B=8, T=tokens, D=width, N=8)
+    assert [reader.feed(piece) for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    tracemalloc.start()
+    frame = reader.feed(pieces[-1])
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 8 * PIECE_BYTES < values.nbytes
+    assert (
+        frame.tensors["activations"].tobytes() == as_read(values, Anchor.tensors["activations"], wire_dtype).tobytes()
+    )
+
+
 def test_small_tensors_share_a_piece():
     tensors = {"coefficients": np.ones(2, np.float32), "loss": np.float32(1.5)}
     _, *data = encode(Update(**PLACE, learning_rate=0.1), tensors)
