@@ -245,14 +245,15 @@ async def serving(
     metrics_token = load_or_make_secret(folder / METRICS_TOKEN_FILE)
     manifest = load_manifest(bundle)
     config = parse_config(settings, manifest)
-    store, said = Store(folder / "hosl.sqlite"), list[str]()
+    store, said = await asyncio.to_thread(Store, folder / "hosl.sqlite"), list[str]()
     run = Run(run_id, config, manifest, bundle, folder / "runs" / run_id, store)
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
-    store.create_run(run_id, bundle, manifest.shard_digest, config)
+    await asyncio.to_thread(store.create_run, run_id, bundle, manifest.shard_digest, config)
     runs = Runs(store, folder, said.append)
     runs.adopt(coordinator)
-    guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
+    access = await asyncio.to_thread(Access, store, fingerprint)
+    guard = Guard(access, token, admin_token, metrics_token=metrics_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(

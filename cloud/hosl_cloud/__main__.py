@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ try:
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
+log = logging.getLogger(__name__)
 _say = logging.getLogger("hosl-cloud").info
 
 
@@ -125,7 +127,10 @@ def _merge(options: argparse.Namespace) -> int:
         raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
     store = Store(database)
     try:
-        run = store.run(options.run)
+        stored = store.run(options.run)
+        run = dataclasses.replace(stored, settings=stored.settings.for_merge(stored.id))
+        if stored.settings.problem:
+            log.warning("run %s: %s; it is merged without", run.id, stored.settings.problem)
         if run.config.baseline == "first-order":
             raise SettingsError(
                 "RUN", run.id, "its client half was trained first-order, and is gone with the simulation"
@@ -145,7 +150,9 @@ def _merge(options: argparse.Namespace) -> int:
         facts = {"run": run.id, "round": info.round, "out": str(options.out)}
         print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
         return int(ExitCode.OK)
-    print(f"run {run.id} at round {info.round} ({options.checkpoint} checkpoint) is in {options.out}")
+    is_unscored = options.checkpoint == "best" and info.metrics is None
+    which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
+    print(f"run {run.id} at round {info.round} ({which}) is in {options.out}")
     if prompt is not None:
         print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
     return int(ExitCode.OK)

@@ -221,7 +221,7 @@ class Admission:
     async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:
         # No await before it is ready: an update that is settled meanwhile would miss it.
         peer.is_ready = True
-        peer.eval_examples = ready.eval_examples
+        peer.eval_examples, peer.eval_digest = ready.eval_examples, hello.eval_digest
         counts = ready.train_examples, ready.eval_examples
         self.say(f"device {peer.name} is ready: {counts[0]} examples, {counts[1]} held out")
         await self.fleet.notify()

@@ -9,11 +9,18 @@ from typing import Any
 import msgspec
 
 from hosl_cloud import metrics
-from hosl_cloud.checkpoint import Checkpoint, Metrics, list_checkpoints
-from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.operations import Call, Operation, Query
-from hosl_cloud.records import Evaluation, RunRow
+from hosl_cloud.run_status import (
+    Live,
+    ReturningDevices,
+    RunStatus,
+    RunSummary,
+    WaitsFor,
+    list_runs,
+    run_status,
+)
 from hosl_cloud.runs import Runs
 from hosl_cloud.settings import parse_config
 from hosl_protocol import load_manifest
@@ -34,90 +41,10 @@ class NewRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings, with the names that run.toml has."""
 
 
-class WaitsFor(msgspec.Struct, frozen=True):
-    """What a run waits for now."""
-
-    what: str
-    """Type of message, or `devices` between rounds."""
-    devices: tuple[str, ...]
-    since: float
-    """Unix time."""
-
-
-class ReturningDevices(msgspec.Struct, frozen=True):
-    """Devices that found no run to join, and ask again."""
-
-    devices: int
-    within_s: int
-    """Seconds in which all of them will have asked."""
-
-
-class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in a line."""
-
-    id: str
-    bundle: str
-    algorithm: str
-    state: str
-    """pending, running, paused, completed, failed or stopped."""
-    reason: str
-    """Why it failed, or could not go on."""
-    epoch: int
-    round: int
-    """The last finished one."""
-    rounds: int
-    created_at: float
-    """Unix time."""
-    devices: int
-    """Ready for a round now."""
-    loss: float | None
-    """Of the last finished round."""
-    accuracy: float | None
-    """Of the last evaluation."""
-    examples: int
-    """In it, of devices that sent all they have; 0 without."""
-    of_examples: int
-    """Of all devices that were there at its start."""
-
-
 class RunList(msgspec.Struct, frozen=True):
     """All runs, oldest first."""
 
     runs: list[RunSummary]
-
-
-class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A device in a run."""
-
-    name: str
-    is_connected: bool
-    is_ready: bool
-    """For a round."""
-    last_seen: float
-    """Unix time of its last message while it is connected, else of its last connection or report."""
-    applied_round: int
-    """Of its last report."""
-    train_examples: int
-    eval_examples: int
-    connections: int
-    strikes: int
-    step_seconds: float | None
-    peak_rss_bytes: int | None
-    anonymous_bytes: int | None
-    temperature_c: float | None
-    sent_bytes: int | None
-    received_bytes: int | None
-
-
-class RunStatus(RunSummary, frozen=True, kw_only=True):
-    """Everything about a run but its history."""
-
-    config: dict[str, Any]
-    waits_for: WaitsFor | None
-    members: list[DeviceStatus]
-    returning: ReturningDevices
-    wire_bytes: dict[str, dict[str, int]]
-    """Of all runs since the service started: `sent` or `received`, then type of message."""
 
 
 class RoundFigures(msgspec.Struct, frozen=True):
@@ -143,7 +70,7 @@ class EvaluationFigures(msgspec.Struct, frozen=True):
     examples: int
     """Of devices that sent all they have."""
     of_examples: int
-    """Of all devices that were there at the start; where they are more, it does not count for the best."""
+    """Of all devices of the run, those that are away too."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -181,7 +108,12 @@ class CheckpointFile(msgspec.Struct, frozen=True):
     examples: int
     """Of devices that sent all they have; 0 where it was not evaluated."""
     of_examples: int
-    """Of all devices that were there at the start; where they are more, it does not count for the best."""
+    """Of all devices of the run, those that are away too."""
+    correct: int
+    scored: int
+    """Right predictions, and all of them; 0 where it was not evaluated."""
+    is_best: bool
+    """Whether it is the best by evaluation, of those with which it can be compared."""
 
 
 class CheckpointList(msgspec.Struct, frozen=True):
@@ -225,8 +157,8 @@ class Api:
         ]
 
     async def _list(self, call: Call) -> RunList:
-        rows = [self._store.run(id_) for id_ in self._store.run_ids()]
-        return RunList([RunSummary(**self._summary(row)) for row in rows])
+        lives = {slot.run: self._live(slot.run) for slot in self._runs.slots()}
+        return RunList(await asyncio.to_thread(list_runs, self._store, lives, self._runs.turns()))
 
     async def _start(self, call: Call) -> RunStatus:
         new: NewRun = call.body
@@ -237,13 +169,13 @@ class Api:
         config = parse_config(new.config, manifest, "config")
         if config.baseline:
             raise ApiError(422, f"baseline is {config.baseline!r}: baselines are for hosl-cloud simulate: remove it")
-        return self._status(self._runs.submit(bundle, config))
+        return await self._status(await self._runs.submit(bundle, config))
 
     async def _show(self, call: Call) -> RunStatus:
-        return self._status(call.path["run"])
+        return await self._status(call.path["run"])
 
     async def _remove(self, call: Call) -> None:
-        self._runs.remove(call.path["run"])
+        await self._runs.remove(call.path["run"])
 
     async def _stop(self, call: Call) -> RunStatus:
         stopping = asyncio.create_task(self._runs.stop(call.path["run"]))
@@ -252,16 +184,17 @@ class Api:
         done, _ = await asyncio.wait({stopping}, timeout=STOP_WAIT_S)
         for task in done:
             task.result()
-        return self._status(call.path["run"])
+        return await self._status(call.path["run"])
 
     async def _resume(self, call: Call) -> RunStatus:
-        self._runs.resume(call.path["run"])
-        return self._status(call.path["run"])
+        await self._runs.resume(call.path["run"])
+        return await self._status(call.path["run"])
 
     async def _history(self, call: Call) -> History:
-        run, after = self._store.run(call.path["run"]).id, call.query["after"]
+        run, after = call.path["run"], call.query["after"]
+        await asyncio.to_thread(self._store.run, run)
         rounds = await asyncio.to_thread(self._store.rounds, run, after, call.query["most"])
-        evaluations = [e for e in self._store.evaluations(run) if e.round >= after]
+        evaluations = [e for e in await asyncio.to_thread(self._store.evaluations, run) if e.round >= after]
         return History(
             [RoundFigures(r.round, r.loss, r.seconds, r.wire_bytes, r.finished_at) for r in rounds],
             [
@@ -271,17 +204,17 @@ class Api:
         )
 
     async def _log(self, call: Call) -> Log:
-        run = self._store.run(call.path["run"]).id
+        run = call.path["run"]
+        await asyncio.to_thread(self._store.run, run)
+        await asyncio.to_thread(self._runs.events.flush)
         events = await asyncio.to_thread(self._store.events, run, call.query["after"], call.query["most"])
         return Log([Event(e.id, e.at, e.level, e.text) for e in events])
 
     async def _checkpoints(self, call: Call) -> CheckpointList:
-        found = await asyncio.to_thread(list_checkpoints, self._folder(call))
-        described = [_describe(checkpoint) for checkpoint in found]
-        return CheckpointList([each for each in described if each is not None])
+        return CheckpointList(await asyncio.to_thread(describe_checkpoints, await self._folder(call)))
 
     async def _checkpoint(self, call: Call) -> Path:
-        round_, found = call.path["round"], await asyncio.to_thread(list_checkpoints, self._folder(call))
+        round_, found = call.path["round"], await asyncio.to_thread(list_checkpoints, await self._folder(call))
         for checkpoint in reversed(found):
             if str(checkpoint.info.round) == round_:
                 return checkpoint.path
@@ -292,61 +225,39 @@ class Api:
         self._drain.set()
         return Draining([slot.run for slot in self._runs.slots() if not slot.is_over])
 
-    def _folder(self, call: Call) -> Path:
-        return self._runs.folder(self._store.run(call.path["run"]).id)
+    async def _folder(self, call: Call) -> Path:
+        return self._runs.folder((await asyncio.to_thread(self._store.run, call.path["run"])).id)
 
-    def _coordinator(self, run: str) -> Coordinator | None:
+    def _live(self, run: str) -> Live:
+        """Of a run under way, or over since this service began: what only the event loop may look at."""
         slot = self._runs.slot_of(run)
-        return None if slot is None else slot.coordinator
+        if slot is None or slot.coordinator is None:
+            return Live()
+        fleet = slot.coordinator.fleet
+        ready, waiting = fleet.ready_names(), fleet.waiting
+        waits_for = None
+        if waiting is not None:
+            is_named = waiting.what == "devices"
+            devices = tuple(name for name in waiting.devices if not (is_named and name in ready))
+            count = sum(name in ready for name in waiting.devices) if is_named and waiting.devices else len(ready)
+            waits_for = WaitsFor(waiting.what, devices, waiting.since, count if is_named else 0, waiting.needed)
+        return Live(frozenset(ready), {peer.name: peer.heard_at for peer in fleet.peers.values()}, waits_for)
 
-    def _summary(self, row: RunRow) -> dict[str, Any]:
-        coordinator = self._coordinator(row.id)
-        evaluations: list[Evaluation] = self._store.evaluations(row.id)
-        return {
-            "id": row.id,
-            "bundle": row.bundle.name,
-            "algorithm": row.config.algorithm,
-            "state": row.state,
-            "reason": row.reason,
-            "epoch": row.epoch,
-            "round": row.round,
-            "rounds": row.config.rounds,
-            "created_at": row.created_at,
-            "devices": 0 if coordinator is None else len(coordinator.fleet.ready_names()),
-            "loss": next((r.loss for r in self._store.rounds(row.id, row.round - 1, 1)), None),
-            "accuracy": evaluations[-1].accuracy if evaluations else None,
-            "examples": evaluations[-1].examples if evaluations else 0,
-            "of_examples": evaluations[-1].of_examples if evaluations else 0,
-        }
-
-    def _status(self, run: str) -> RunStatus:
-        row, coordinator = self._store.run(run), self._coordinator(run)
-        waiting = coordinator.fleet.waiting if coordinator is not None else None
-        return RunStatus(
-            **self._summary(row),
-            config=msgspec.to_builtins(row.config),
-            waits_for=None if waiting is None else WaitsFor(waiting.what, waiting.devices, waiting.since),
-            members=self._members(run, coordinator),
-            returning=ReturningDevices(self._runs.returning.count(), self._runs.returning.within_s()),
-            wire_bytes=metrics.wire_bytes_by_kind(),
-        )
-
-    def _members(self, run: str, coordinator: Coordinator | None) -> list[DeviceStatus]:
-        peers = {} if coordinator is None else coordinator.fleet.peers
-        fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready", "last_seen"}
-        return [
-            DeviceStatus(
-                is_connected=peer is not None,
-                is_ready=peer is not None and peer.is_ready,
-                last_seen=row["last_seen"] if peer is None else peer.heard_at,
-                **{name: row[name] for name in fields},
-            )
-            for row in self._store.devices(run)
-            for peer in (peers.get(row["name"]),)
-        ]
+    async def _status(self, run: str) -> RunStatus:
+        returning = ReturningDevices(self._runs.returning.count(), self._runs.returning.within_s())
+        more = self._live(run), self._runs.turns(), returning, metrics.wire_bytes_by_kind()
+        return await asyncio.to_thread(run_status, self._store, run, *more)
 
 
-def _describe(checkpoint: Checkpoint) -> CheckpointFile | None:
+def describe_checkpoints(folder: Path) -> list[CheckpointFile]:
+    """A run's checkpoints, oldest first."""
+    checkpoints = list_checkpoints(folder)
+    best = best_checkpoint(checkpoints)
+    described = [_describe(each, is_best=each is best) for each in checkpoints]
+    return [each for each in described if each is not None]
+
+
+def _describe(checkpoint: Checkpoint, *, is_best: bool) -> CheckpointFile | None:
     """None for one that was pruned meanwhile."""
     info, metrics = checkpoint.info, checkpoint.info.metrics
     try:
@@ -359,11 +270,10 @@ def _describe(checkpoint: Checkpoint) -> CheckpointFile | None:
         size_bytes,
         info.sha256,
         None if metrics is None else metrics.loss,
-        None if metrics is None else _accuracy(metrics),
+        None if metrics is None else metrics.correct / max(metrics.scored, 1),
         0 if metrics is None else metrics.examples,
         0 if metrics is None else metrics.of_examples,
+        0 if metrics is None else metrics.correct,
+        0 if metrics is None else metrics.scored,
+        is_best,
     )
-
-
-def _accuracy(metrics: Metrics) -> float:
-    return metrics.correct / max(metrics.scored, 1)

@@ -6,6 +6,7 @@ Devices know it by the fingerprint in their tokens; its key never leaves the dat
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -14,7 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,8 +100,7 @@ def make_authority(data_dir: Path, names: Sequence[str]) -> Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         name = _name(f"hosl CA of {socket.gethostname()[:40]}")
         builder = _builder(name, name, key, CA_DAYS, is_ca=True)
-        _replace(making.ca_key, _private_bytes(key))
-        _replace(making.ca_cert, _sign(builder, key))
+        _replace({making.ca_key: _private_bytes(key), making.ca_cert: _sign(builder, key)})
         _issue(making, parsed)
         making.folder.rename(folder)
     except BaseException:
@@ -125,8 +125,7 @@ def _issue(authority: Authority, names: Sequence[x509.GeneralName]) -> None:
     builder = _builder(_name("hosl-cloud"), _load(authority.ca_cert).subject, key, SERVER_DAYS, is_ca=False)
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    _replace(authority.server_key, _private_bytes(key))
-    _replace(authority.server_cert, _sign(builder, issuer_key))
+    _replace({authority.server_key: _private_bytes(key), authority.server_cert: _sign(builder, issuer_key)})
 
 
 def _builder(
@@ -198,14 +197,26 @@ def _read(path: Path) -> bytes:
         raise ServiceError(f"{path} cannot be read ({error.strerror}): put it back, or mend it") from error
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, in one step."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).replace(path)
+def _replace(files: Mapping[Path, bytes]) -> None:
+    """Write files that only their owner can read; none takes its name before all are whole, as a key and its
+    certificate belong together."""
+    with contextlib.ExitStack() as leaving:
+        parts = {path: leaving.enter_context(_part(path.parent, data)) for path, data in files.items()}
+        for path, part in parts.items():
+            part.replace(path)
+
+
+@contextlib.contextmanager
+def _part(folder: Path, data: bytes) -> Iterator[Path]:
+    descriptor, name = tempfile.mkstemp(dir=folder)  # mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _now() -> datetime.datetime:

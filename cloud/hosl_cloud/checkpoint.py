@@ -11,10 +11,10 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -22,8 +22,10 @@ from torch import Tensor
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
 from hosl_cloud.exchange import TailHolder
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.stored_settings import read_known
 from hosl_export import weights
-from hosl_protocol import TaskKind, sha256_of_file
+from hosl_protocol import TaskKind, convert, sha256_of_file
+from hosl_protocol.exceptions import MalformedSettings
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +43,9 @@ class Metrics(msgspec.Struct, kw_only=True, frozen=True):
     examples: int = 0
     """Of devices that sent all they have."""
     of_examples: int = 0
-    """Of all devices that were there at the start."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it can be compared with others."""
-        return self.examples == self.of_examples
+    """Of all devices of the run, those that are away too."""
+    held_out: str = ""
+    """Digest of whose held-out data was scored."""
 
 
 class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -93,8 +92,9 @@ def save_checkpoint(
     _info_path(path).unlink(missing_ok=True)
     part = path.with_name(path.name + _PART)
     shapes = {name: tensor.shape for name, tensor in trainer.state().items()}
-    with contextlib.closing(trainer.gather()) as tensors:
+    with _whole_or_none(part), contextlib.closing(trainer.gather()) as tensors:
         weights.stream_tensors(part, shapes, tensors)
+        _sync(part)
     info = CheckpointInfo(
         round=round_,
         epoch=epoch,
@@ -121,7 +121,9 @@ def _write_info(path: Path, info: CheckpointInfo) -> None:
     target = _info_path(path)
     part = target.with_name(target.name + _PART)
     text = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(info, checksum=0)), indent=1) + b"\n"
-    part.write_bytes(_CHECKSUM.sub(b'"checksum": %d' % zlib.crc32(text), text))
+    with _whole_or_none(part):
+        part.write_bytes(_CHECKSUM.sub(b'"checksum": %d' % zlib.crc32(text), text))
+        _sync(part)
     _put(part, target)
 
 
@@ -132,9 +134,18 @@ def _info_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+@contextlib.contextmanager
+def _whole_or_none(part: Path) -> Iterator[None]:
+    """On a full disk half a file would take the room that the database needs."""
+    try:
+        yield
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _put(part: Path, target: Path) -> None:
     """Give a finished file its name, durably."""
-    _sync(part)
     part.replace(target)
     _sync(target.parent)
 
@@ -152,18 +163,31 @@ def read_info(path: Path) -> CheckpointInfo:
     where = _info_path(path)
     try:
         data = where.read_bytes()
-        info = _INFO.decode(data)
+        info = _decode(data)
     except FileNotFoundError:
         raise CheckpointMissing(path, "there is none of this name") from None
     except OSError as error:
         raise CheckpointDamaged(where, error.strerror or str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MalformedSettings) as error:
         raise CheckpointDamaged(where, str(error)) from error
     if info.checksum and zlib.crc32(_CHECKSUM.sub(b'"checksum": 0', data)) != info.checksum:
         raise CheckpointDamaged(where, f"its checksum is not {info.checksum}")
     if path.name != _file_name(info.epoch, info.round):
         raise CheckpointDamaged(where, f"it is of epoch {info.epoch}, round {info.round}")
     return info
+
+
+def _decode(data: bytes) -> CheckpointInfo:
+    """The JSON's meaning; of settings that another version wrote, what this one knows."""
+    try:
+        return _INFO.decode(data)
+    except msgspec.ValidationError:
+        fields = msgspec.json.decode(data)
+        settings = read_known(fields.get("config")) if isinstance(fields, dict) else None
+        if settings is None or settings.known is None or not settings.problem:
+            raise
+        info: CheckpointInfo = convert({**fields, "config": msgspec.to_builtins(settings.known)}, CheckpointInfo, "it")
+        return info
 
 
 def verify(path: Path) -> CheckpointInfo:
@@ -235,8 +259,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best") -> Checkpoint:
     """The last checkpoint, the best one by evaluation, or the newest of a round. Raises CheckpointMissing.
 
-    `best` is the most accurate, at equal accuracy the one of lower loss; for `lm` the one of lowest loss. An evaluation
-    that a device left half way does not count. Where none was evaluated it is the last.
+    Where none was evaluated `best` is the last, too.
     """
     checkpoints = list_checkpoints(folder)
     if isinstance(which, int):
@@ -245,13 +268,36 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
         raise CheckpointMissing(
             folder, "it holds none" if isinstance(which, str) else f"it holds none of round {which}"
         )
-    evaluated = [each for each in checkpoints if each.info.metrics is not None and each.info.metrics.is_complete]
-    return max(evaluated, key=_rank_of) if which == "best" and evaluated else checkpoints[-1]
+    best = best_checkpoint(checkpoints) if which == "best" else None
+    return best or checkpoints[-1]
 
 
-def _rank_of(checkpoint: Checkpoint) -> tuple[float, float]:
-    assert checkpoint.info.metrics is not None
-    return rank(checkpoint.info.metrics, checkpoint.info.config.task.kind)
+def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The best of a run's checkpoints by evaluation; None where none was evaluated."""
+    evaluated = {each.path: each for each in checkpoints if each.info.metrics is not None}
+    comparable = comparable_of([(path, each.info.metrics) for path, each in evaluated.items() if each.info.metrics])
+    if not comparable:
+        return None
+    kind = checkpoints[-1].info.config.task.kind
+    path, _ = max(comparable, key=lambda entry: rank(entry[1], kind))
+    return evaluated[path]
+
+
+T = TypeVar("T")
+
+
+def comparable_of(evaluations: Sequence[tuple[T, Metrics]]) -> list[tuple[T, Metrics]]:
+    """Of evaluations, oldest first, those that may be compared: all of the same held-out data, and of the most.
+
+    Scores of other examples say nothing about each other. Where as much of other data was scored later, because a
+    device's has changed, the newest counts.
+    """
+    most = max((metrics.examples for _, metrics in evaluations), default=0)
+    newest = next((metrics for _, metrics in reversed(evaluations) if metrics.examples == most), None)
+    if newest is None:
+        return []
+    same = (newest.examples, newest.held_out)
+    return [entry for entry in evaluations if (entry[1].examples, entry[1].held_out) == same]
 
 
 def rank(metrics: Metrics, kind: TaskKind) -> tuple[float, float]:

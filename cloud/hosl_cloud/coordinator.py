@@ -29,6 +29,7 @@ from hosl_cloud.keeper import Keeper
 from hosl_cloud.records import Evaluation
 from hosl_cloud.rounds import ROUNDS, Outcome, RoundFunction
 from hosl_cloud.run import Ending, Paused, Run
+from hosl_cloud.sentences import score_text
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.snapshots import Snapshots
 from hosl_cloud.trainer import TailTrainer
@@ -87,7 +88,7 @@ class Coordinator:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
         self._curves = Curves(run.folder / CURVES, run.round + 1)
-        for evaluation in self.store.evaluations(run.id):
+        for evaluation in await asyncio.to_thread(self.store.evaluations, run.id):
             self.keeper.note(evaluation)
 
     def _load_tail(self) -> TailHolder:
@@ -113,12 +114,12 @@ class Coordinator:
     async def train(self) -> Ending | Paused:
         """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        self._roster = self.store.roster(run.id)
+        self._roster = await asyncio.to_thread(self.store.roster, run.id)
         if run.round == 0:
             await self._begin()
         await self._set_state("running")
         if run.round and self._is_evaluation_due():
-            if not self._is_evaluated():  # the service stopped before it could
+            if not await self._is_evaluated():  # the service stopped before it could
                 await self._wait_for_quorum()
                 await self._evaluate()
             if self.keeper.is_overdue:
@@ -133,18 +134,18 @@ class Coordinator:
             if self._is_checkpoint_due or self.keeper.is_due:
                 await self.keeper.keep(self.trainer)
                 self._is_checkpoint_due = False
-        if run.round == rounds and (self._is_evaluated() or not self._is_pausing):
+        if run.round == rounds and (not self._is_pausing or await self._is_evaluated()):
             return await self._finish("completed")
         return await self._pause() if self._is_pausing else await self._finish("stopped")
 
     async def _begin(self) -> None:
         """Wait for the devices to start with, and measure where the run begins."""
-        self.store.set_state(self.run.id, "pending")  # nobody is there yet who would have to wait
+        await self._set_state("pending")
         enough = max(self.config.devices.start_with, self.config.devices.quorum, len(self._roster))
         await self._wait_for_devices(enough, timeout_s=None)
         if not self._roster and not self._is_stopping:
             self._roster = self.fleet.ready_names()
-            await asyncio.to_thread(self.store.set_roster, self.run.id, self._roster)
+            await self.keeper.durably(lambda: self.store.set_roster(self.run.id, self._roster))
         if not self._is_stopping:
             await (self._evaluate() if self.config.evaluation.start else self.keeper.keep(self.trainer))
 
@@ -157,15 +158,33 @@ class Coordinator:
     async def pause(self) -> None:
         """Tell every device to come back, and the store."""
         await asyncio.to_thread(self._curves.close)
-        await self._set_state("paused")
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
+        await self._set_state("paused")
 
     async def _set_state(self, state: str) -> None:
-        await asyncio.to_thread(self.store.set_state, self.run.id, state)
+        # Not on the compute thread: a round that was cut off may still be under way there.
+        await self.keeper.durably(lambda: self.store.set_state(self.run.id, state), asyncio.to_thread)
 
     async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
-        await self.fleet.wait_until(lambda: self._is_stopping or len(self.fleet.ready_names()) >= count, timeout_s)
+        """Wait for so many, whoever they are. Raises TimeoutError."""
+        ready = self.fleet.ready_names()
+        if len(ready) < count and not self._is_stopping:
+            self.say(f"waits for devices: {len(ready)} of {count} are there")
+
+        def is_time() -> bool:
+            return self._is_stopping or len(self.fleet.ready_names()) >= count
+
+        await self.fleet.wait_until(is_time, timeout_s, count)
+
+    async def _wait_for_these(self, devices: Collection[str]) -> None:
+        """Wait for the devices of a strict run, however long it takes."""
+        absent = sorted(set(devices) - set(self.fleet.ready_names()))
+        if absent and not self._is_stopping:
+            self.say(f"waits for devices: {', '.join(absent)}")
+        await self.fleet.wait_until(
+            lambda: self._is_stopping or self._is_complete(devices), None, len(devices), devices
+        )
 
     async def _train_round(self) -> bool:
         """One round; False where it came to nothing, or the run is to stop."""
@@ -188,7 +207,7 @@ class Coordinator:
         devices, round_ = self.config.devices, self.run.round + 1
         if self.config.strict:
             chosen = sample_devices(self.config.seed, round_, self._roster, devices.per_round)
-            await self.fleet.wait_until(lambda: self._is_stopping or self._is_complete(chosen), timeout_s=None)
+            await self._wait_for_these(chosen)
             return chosen
         await self._wait_for_quorum()
         return sample_devices(self.config.seed, round_, self.fleet.ready_names(), devices.per_round)
@@ -284,7 +303,7 @@ class Coordinator:
         extra = {"device": fault.device}
         log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason, extra=extra)
         metrics.faults.inc()
-        strikes = await self._compute(lambda: self.store.add_strike(self.run.id, fault.device))
+        strikes = await self.keeper.durably(lambda: self.store.add_strike(self.run.id, fault.device))
         refusal, peer = aside(strikes, self.config.devices.strikes), self.fleet.peers.get(fault.device)
         if refusal is not None and peer is not None:
             self.say(f"device {fault.device} is put aside after {strikes} faults, the last: {fault.reason}")
@@ -300,7 +319,8 @@ class Coordinator:
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
         figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
         await self._compute(lambda: self._curves.add(self.run.round, figures))
-        self.say(f"evaluation at round {self.run.round}: {_sentence(evaluation)}")
+        score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
+        self.say(f"evaluation at round {self.run.round}: accuracy {score}, loss {evaluation.loss:.4f}")
         self.keeper.note(evaluation)
         await self.keeper.keep(self.trainer, evaluation)
 
@@ -308,14 +328,15 @@ class Coordinator:
         every, round_ = self.config.evaluation.every, self.run.round
         return round_ == self.config.rounds or (bool(every) and round_ % every == 0)
 
-    def _is_evaluated(self) -> bool:
-        return any(evaluation.round == self.run.round for evaluation in self.store.evaluations(self.run.id))
+    async def _is_evaluated(self) -> bool:
+        newest = await asyncio.to_thread(self.store.evaluations, self.run.id, 1)
+        return any(evaluation.round == self.run.round for evaluation in newest)
 
     async def _score(self) -> Evaluation | None:
         """What the devices' held-out data scores; a strict run asks all its devices until they have all answered."""
         while True:
             if self.config.strict:
-                await self.fleet.wait_until(lambda: self._is_stopping or self._is_complete(self._roster), None)
+                await self._wait_for_these(self._roster)
             devices = [name for name in self.fleet.ready_names() if self.fleet.peers[name].eval_examples]
             if self.config.strict:
                 devices = [name for name in devices if name in self._roster]
@@ -324,9 +345,11 @@ class Coordinator:
             if not devices or self._is_stopping:
                 return None
             peers = [self.fleet.peers[name] for name in devices]
-            examples = {peer.name: peer.eval_examples for peer in peers}
+            examples = await asyncio.to_thread(self.store.held_out, self.run.id)
+            examples |= {peer.name: peer.eval_examples for peer in peers}
+            digests = {peer.name: peer.eval_digest for peer in peers}
             context = self._context(self.run.round, devices)
-            came = await self._drive(evaluate(context, examples), self.config.evaluation.deadline_s)
+            came = await self._drive(evaluate(context, examples, digests), self.config.evaluation.deadline_s)
             self._note_unfinished(devices, came.unfinished)
             # One that has come back since it left has not answered everything.
             if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
@@ -375,15 +398,3 @@ class Coordinator:
             if not behind or self.run.ending != "completed":
                 return
             await asyncio.sleep(0.1)
-
-
-def _sentence(evaluation: Evaluation) -> str:
-    """What a person is told of an evaluation."""
-    text = (
-        f"accuracy {100 * evaluation.accuracy:.1f} % ({evaluation.correct} of {evaluation.scored}), "
-        f"loss {evaluation.loss:.4f}"
-    )
-    if evaluation.is_complete:
-        return text
-    part = f"{evaluation.examples} of {evaluation.of_examples} examples"
-    return f"{text}; devices left before they had sent everything: {part}, which do not count for the best"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,6 +21,9 @@ CURVES = "tensorboard"
 FLUSH_S = 5.0
 """What a crash may cost of the curves; the store has all figures."""
 
+RETRY_S = 60.0
+"""Between tries to write to a disk that takes nothing."""
+
 
 class Curves:
     """Writes scalars by round. Its methods write to disk: call them off the event loop, from any thread."""
@@ -30,18 +34,28 @@ class Curves:
         self._lock = threading.Lock()
         self._writer: EventsWriter | None = None
         self._flushed_at = 0.0
-        self._is_broken = False
+        self._retry_at = 0.0
 
     def add(self, round_: int, figures: Mapping[str, float]) -> None:
-        """Figures of a round by name. A disk that takes none costs the rest of the curves, not the run."""
+        """Figures of a round by name. A disk that takes none costs the curves a part, and never the run."""
         with self._lock:
-            if self._is_broken:
+            if time.monotonic() < self._retry_at:
                 return
             try:
                 self._write(round_, figures)
             except OSError as error:
-                self._is_broken = True
-                log.warning("%s takes no more figures until the run resumes: %s", self._folder, error)
+                if not self._retry_at:
+                    log.warning("%s takes no figures, which is tried again every minute: %s", self._folder, error)
+                self._retry_at = time.monotonic() + RETRY_S
+                self._drop_writer()
+            else:
+                self._first_round, self._retry_at = round_ + 1, 0.0
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
 
     def _write(self, round_: int, figures: Mapping[str, float]) -> None:
         if self._writer is None:
@@ -64,7 +78,7 @@ class Curves:
         """Write what is left; figures that still come go to another file."""
         with self._lock:
             writer, self._writer = self._writer, None
-            if writer is None or self._is_broken:
+            if writer is None:
                 return
             try:
                 writer.close()

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket
 
 from hosl_cloud.access import Caller, Denied, Guard, guarded
 from hosl_cloud.coordinator import Coordinator
+from hosl_cloud.exceptions import StoreError
 from hosl_cloud.operations import BYTES, JSON
 from hosl_cloud.peer import Peer, PeerGone
 from hosl_cloud.runs import Runs
@@ -91,12 +92,14 @@ class DeviceRoutes:
 
     async def _attend(self, peer: Peer, bundle: str) -> None:
         attending = asyncio.create_task(self._admit(peer, bundle))
-        attending.add_done_callback(lambda _: peer.hang_up())
+        attending.add_done_callback(partial(_hang_up, peer))
         await peer.serve()
         try:
             await attending
         except PeerGone:
             pass
+        except StoreError as error:
+            log.warning("device %s: %s", peer.name, error)
         except Exception:
             log.exception("device %s: its connection is ended", peer.name)
 
@@ -108,10 +111,17 @@ class DeviceRoutes:
             peer.end(Refusal(code="late", reason=f"no hello in {HELLO_DEADLINE_S:.0f} s", retry=True))
             return
         assert isinstance(hello, Hello)
-        place = self._runs.route(hello)
+        place = await self._runs.route(hello)
         if not isinstance(place, Coordinator):
             peer.end(place)
         elif bundle not in ("", place.run.bundle.name):
             peer.end(Refusal(code="shard", reason=f"its token is for the runs of bundle {bundle}", retry=False))
         else:
             await place.admission.attend(peer, hello)
+
+
+def _hang_up(peer: Peer, attending: asyncio.Task[None]) -> None:
+    """Close once what is queued has been sent; a device that could not be stored is to come back."""
+    if not attending.cancelled() and isinstance(attending.exception(), StoreError):
+        peer.tell(Refusal(code="run", reason="the service's database takes nothing at present", retry=True))
+    peer.hang_up()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
@@ -58,11 +60,14 @@ class Evaluated:
     """Devices that did not send all they have."""
 
 
-def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Evaluated]:
+def evaluate(
+    context: RoundContext, examples: Mapping[str, int], digests: Mapping[str, str] | None = None
+) -> Exchange[Evaluated]:
     """Score the held-out data of `context.devices`, a batch of each in turn.
 
-    `examples` is how many each device has by its own word. One that leaves half way counts for nothing: a part is no
-    fair sample. One at fault is left out as if it were not there, so that its word weighs nothing.
+    `examples` is how many each device of the run has by its own word, those that are away too, and `digests` is of
+    these. One that leaves half way counts for nothing: a part is no fair sample. One at fault is left out as if it were
+    not there, so that its word weighs nothing.
     """
     for device in context.devices:
         yield Tell(device, EvalStart(**context.name(0)))
@@ -77,7 +82,8 @@ def evaluate(context: RoundContext, examples: Mapping[str, int]) -> Exchange[Eva
         for ask, frame, result in scored:
             if (yield from _note(context, ask, frame, result, parts[ask.device])):
                 asks.append(ask)
-    return Evaluated(_pooled(context, parts), frozenset(name for name, part in parts.items() if not part.is_complete))
+    unfinished = frozenset(name for name, part in parts.items() if not part.is_complete)
+    return Evaluated(_pooled(context, parts, examples, digests), unfinished)
 
 
 def _count(
@@ -118,20 +124,28 @@ def _note(context: RoundContext, ask: Ask, frame: Frame, result: Any, part: _Par
     return not part.is_complete
 
 
-def _pooled(context: RoundContext, parts: Mapping[str, _Part]) -> Evaluation | None:
-    complete = [part for part in parts.values() if part.is_complete]
-    scores = [score for part in complete for score in part.scores]
+def _pooled(
+    context: RoundContext, parts: Mapping[str, _Part], examples: Mapping[str, int], digests: Mapping[str, str] | None
+) -> Evaluation | None:
+    complete = {device: part for device, part in parts.items() if part.is_complete}
+    scores = [score for part in complete.values() for score in part.scores]
     correct, scored = (sum(each) for each in zip(*scores, strict=True)) if scores else (0, 0)
     if not scored:
         return None
     return Evaluation(
         context.round,
-        math.fsum(loss for part in complete for loss in part.losses) / scored,
+        math.fsum(loss for part in complete.values() for loss in part.losses) / scored,
         correct,
         scored,
-        examples=sum(part.promised for part in complete),
-        of_examples=sum(part.promised for part in parts.values() if not part.is_at_fault),
+        examples=sum(part.promised for part in complete.values()),
+        of_examples=sum(examples.values()) - sum(part.promised for part in parts.values() if part.is_at_fault),
+        held_out="" if digests is None else _digest_of({device: digests[device] for device in complete}),
     )
+
+
+def _digest_of(held_out: Mapping[str, str]) -> str:
+    """One digest of several devices' held-out data."""
+    return hashlib.sha256(msgspec.json.encode(sorted(held_out.items()))).hexdigest()
 
 
 @dataclass(frozen=True)

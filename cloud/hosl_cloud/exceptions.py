@@ -18,6 +18,7 @@ class CloudError(HoslError):
     ├── NotFiniteError         the tail's loss or gradient overflowed: leave the batch out, or lower the rate
     │   └── RoundSpoiltError   it was found too late to leave the batch out: the round's gradients are gone
     ├── RunNotFound            no run of this name is stored: choose another
+    ├── ForeignSettings        a stored run's settings are another version's: use that one
     ├── CheckpointError        a tail checkpoint cannot be used: choose another
     │   ├── CheckpointMissing  there is none that fits
     │   ├── CheckpointDamaged  its bytes are not those that were written
@@ -28,6 +29,7 @@ class CloudError(HoslError):
     ├── RoundsFailedError      round after round came to nothing: read the log
     ├── NoDevicesError         too few devices are left: bring them back and start again
     ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
+    │   └── StoreFull          there is no room for what should be written: make some
     ├── ApiError            a device's token cannot be made or revoked: choose another name
     └── ServiceError           the service cannot listen as asked: change the address
         └── RequestError       the service is away, or does not do what it was asked: see its reason
@@ -70,6 +72,16 @@ class RunNotFound(CloudError):
     def __init__(self, run: str, known: list[str]) -> None:
         self.run, self.known = run, known
         super().__init__(f"no run {run!r}; stored runs: {', '.join(known) or 'none'}")
+
+
+class ForeignSettings(CloudError):
+    """A stored run's settings mean nothing to this version. Stores the run, and which setting it is."""
+
+    exit_code = ExitCode.DATA
+
+    def __init__(self, run: str, problem: str) -> None:
+        self.run, self.problem = run, problem
+        super().__init__(f"run {run}: {problem}; use the hosl that began it")
 
 
 class CheckpointError(CloudError):
@@ -155,6 +167,15 @@ class StoreError(CloudError):
     exit_code = ExitCode.DATA
 
 
+class StoreFull(StoreError):
+    """The database took nothing, for its disk is full."""
+
+    exit_code = ExitCode.RESOURCES
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}: make room on its disk")
+
+
 class ServiceError(CloudError):
     """The service can't listen where it was told to."""
 
@@ -184,12 +205,18 @@ class ApiError(CloudError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room, however the library says it."""
+    """Whether a write failed for want of room, however the library says it: the disk, a quota, a limit on files."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if getattr(cause, "sqlite_errorname", None) in _NO_ROOM:
             return True
         if "disk is full" in str(cause) or "No space left" in str(cause):
             return True
         cause = cause.__cause__
     return False
+
+
+_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
+"""What SQLite calls it (from Python 3.11 on): it knows ENOSPC by name, a quota or a limit as a write that failed."""

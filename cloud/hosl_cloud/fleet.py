@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -29,6 +29,8 @@ class Participant(Protocol):
     name: str
     is_ready: bool
     eval_examples: int
+    eval_digest: str
+    """Of its held-out data; empty without."""
     heard_at: float
     """Unix time of its last message."""
     gone: asyncio.Event
@@ -51,6 +53,8 @@ class Waiting:
     devices: tuple[str, ...]
     since: float
     """Unix time."""
+    needed: int = 0
+    """How many devices have to be there; 0 where that is not what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,11 @@ class Fleet:
         async with self._changed:
             self._changed.notify_all()
 
-    async def wait_until(self, is_time: Callable[[], bool], timeout_s: float | None) -> None:
-        """Wait for devices. Raises TimeoutError."""
-        self.waiting = Waiting("devices", (), time.time())
+    async def wait_until(
+        self, is_time: Callable[[], bool], timeout_s: float | None, needed: int, devices: Collection[str] = ()
+    ) -> None:
+        """Wait for so many devices, or for these. Raises TimeoutError."""
+        self.waiting = Waiting("devices", tuple(devices), time.time(), needed)
         try:
             async with self._changed:
                 await within(timeout_s, self._changed.wait_for(is_time))

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from hosl_cloud import metrics
 from hosl_cloud.checkpoint import (
     Metrics,
+    comparable_of,
     find_checkpoint,
     prune_checkpoints,
     rank,
     record_metrics,
     save_checkpoint,
 )
-from hosl_cloud.exceptions import StoreError, is_disk_full
 from hosl_cloud.exchange import TailHolder
 from hosl_cloud.fleet import Fleet, Waiting
 from hosl_cloud.records import Evaluation
+from hosl_cloud.room import when_there_is_room
 from hosl_cloud.run import Compute, Run
-
-DISK_PAUSE_S = 5.0
-"""Between tries to write to a full disk."""
 
 ROOM = "room on the disk"
 """What a run waits for whose disk is full."""
 
 
+T = TypeVar("T")
+
+
 class Keeper:
-    """One run's checkpoints."""
+    """One run's checkpoints. Its methods run on the event loop, all work on disk on the compute thread."""
 
     def __init__(self, run: Run, fleet: Fleet, compute: Compute, say: Callable[[str], None]) -> None:
         self._run, self._fleet, self._compute, self._say = run, fleet, compute, say
         self._kept_round = run.round
         """The round of the newest checkpoint; 0 is what the bundle holds."""
         self._kept_at = time.monotonic()
-        self._best: Evaluation | None = None
-        self._since_best = 0
+        self._scored: list[tuple[int, Metrics]] = []
+        """Evaluations by round."""
 
     @property
     def is_waiting_for_room(self) -> bool:
@@ -54,19 +55,20 @@ class Keeper:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the best evaluation is as many evaluations ago as the run has patience, and rounds are left."""
+        """Whether the best evaluation is as many evaluations ago as the run has patience, and rounds are left.
+
+        Those that cannot be compared with the best do not count.
+        """
         config = self._run.config
-        patience = config.evaluation.patience
-        return bool(patience) and self._since_best >= patience and self._run.round < config.rounds
+        patience, comparable = config.evaluation.patience, comparable_of(self._scored)
+        if not (patience and comparable and self._run.round < config.rounds):
+            return False
+        ranks = [rank(metrics, config.task.kind) for _, metrics in comparable]
+        return len(ranks) - 1 - ranks.index(max(ranks)) >= patience
 
     def note(self, evaluation: Evaluation) -> None:
-        """See whether an evaluation is the best; one that devices left half way says nothing."""
-        if not evaluation.is_complete:
-            return
-        kind = self._run.config.task.kind
-        self._since_best += 1
-        if self._best is None or rank(_metrics(evaluation), kind) > rank(_metrics(self._best), kind):
-            self._best, self._since_best = evaluation, 0
+        """Remember an evaluation."""
+        self._scored.append((evaluation.round, _metrics(evaluation)))
 
     async def keep(self, trainer: TailHolder, evaluation: Evaluation | None = None) -> None:
         """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
@@ -74,29 +76,25 @@ class Keeper:
         scores = None if evaluation is None else _metrics(evaluation)
         if self._kept_round == run.round:
             if run.round and scores is not None:
-                path = find_checkpoint(run.folder, run.round).path
-                await self.durably(lambda: record_metrics(path, scores))
+                await self.durably(lambda: record_metrics(find_checkpoint(run.folder, run.round).path, scores))
             return
         await self.durably(lambda: save_checkpoint(run.folder, run.round, run.epoch, trainer, config, scores))
         await self._compute(lambda: prune_checkpoints(run.folder, config.checkpoints.keep))
         self._kept_round, self._kept_at = run.round, time.monotonic()
         metrics.checkpoint_time.labels(run.bundle.name).set_to_current_time()
 
-    async def durably(self, work: Callable[[], object]) -> None:
-        """Write to disk; where that is full, the run waits for room, and says so."""
-        while True:
-            try:
-                await self._compute(work)
-            except (OSError, StoreError) as error:
-                if not is_disk_full(error):
-                    raise
-                if not self.is_waiting_for_room:
-                    self._say(f"the disk is full ({error}); the run goes on when there is room")
-                    self._fleet.waiting = Waiting(ROOM, (), time.time())
-                await asyncio.sleep(DISK_PAUSE_S)
-            else:
-                self._fleet.waiting = None
-                return
+    async def durably(self, work: Callable[[], T], on: Compute | None = None) -> T:
+        """Write to disk, on the compute thread or `on` another; where it is full, the run waits, and says so."""
+        run = on or self._compute
+
+        async def write() -> T:
+            result: T = await run(work)
+            return result
+
+        return await when_there_is_room(write, self._say, self._notice_room)
+
+    def _notice_room(self, is_waiting: bool) -> None:
+        self._fleet.waiting = Waiting(ROOM, (), time.time()) if is_waiting else None
 
 
 def _metrics(evaluation: Evaluation) -> Metrics:
@@ -106,4 +104,5 @@ def _metrics(evaluation: Evaluation) -> Metrics:
         scored=evaluation.scored,
         examples=evaluation.examples,
         of_examples=evaluation.of_examples,
+        held_out=evaluation.held_out,
     )

@@ -72,6 +72,7 @@ class Peer:
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
         self.eval_examples = 0
+        self.eval_digest = ""
         self.heard_at = time.time()
         """Unix time of its last message."""
         self.farewell = ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.stored_settings import StoredSettings
 
 UNENDED = ("pending", "running", "paused")
 """States of runs that go on, now or later."""
@@ -22,7 +23,7 @@ class RunRow:
     id: str
     bundle: Path
     shard_digest: str
-    config: RunConfig
+    settings: StoredSettings
     state: str
     epoch: int
     round: int
@@ -31,6 +32,11 @@ class RunRow:
     created_at: float = 0.0
     """Unix time."""
     begun_by: BegunBy = "start"
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings, to train with. Raises ForeignSettings where another version wrote them."""
+        return self.settings.config(self.id)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,19 @@ class EventRow:
     """Unix time."""
     level: str
     text: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence that is to go into a run's log."""
+
+    run: str
+    at: float
+    """Unix time."""
+    level: str
+    text: str
+    is_ending: bool = False
+    """Whether it says how the run ended."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +113,13 @@ class Evaluation:
     examples: int = 0
     """Of devices that sent all they have."""
     of_examples: int = 0
-    """Of all devices that were there at the start."""
+    """Of all devices of the run, those that are away too."""
+    held_out: str = ""
+    """Digest of whose held-out data was scored; evaluations of the same can be compared."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether no device left half way, so that it can be compared with others."""
+        """Whether all held-out data that is known was scored."""
         return self.examples == self.of_examples
 
     @property

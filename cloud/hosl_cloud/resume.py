@@ -33,10 +33,9 @@ class Cut:
 
 def find_run(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | None:
     """The run of this bundle and these settings: the newest unfinished one, or else the newest; no simulation."""
-    unfinished = store.unfinished_runs()
-    for id_ in [*reversed(unfinished), *reversed(store.run_ids())]:
-        row = store.run(id_)
-        if (row.shard_digest, row.config) == (manifest.shard_digest, config) and row.begun_by != "simulate":
+    for row in [*map(store.run, reversed(store.unfinished_runs())), *reversed(store.runs())]:
+        is_same = not row.settings.problem and (row.shard_digest, row.config) == (manifest.shard_digest, config)
+        if is_same and row.begun_by != "simulate":
             return row
     return None
 

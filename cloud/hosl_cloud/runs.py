@@ -6,22 +6,29 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from hosl_cloud.checkpoint import list_checkpoints
 from hosl_cloud.coordinator import Coordinator, MakeTail
-from hosl_cloud.data_folder import new_run_id, run_folder
-from hosl_cloud.exceptions import ApiError
-from hosl_cloud.records import UNENDED, BegunBy, RunRow
+from hosl_cloud.data_folder import hint, new_run_id, run_folder
+from hosl_cloud.event_log import EventLog
+from hosl_cloud.exceptions import ApiError, StoreError, is_disk_full
+from hosl_cloud.records import UNENDED, BegunBy, RunRow, Said
 from hosl_cloud.resume import cut
 from hosl_cloud.returning import Returning
+from hosl_cloud.room import DISK_PAUSE_S, when_there_is_room
 from hosl_cloud.run import Ending, Paused, Run
+from hosl_cloud.run_status import Turns
+from hosl_cloud.sentences import in_line
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.slot import Slot, course_of
 from hosl_cloud.store import Store
 from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import Complete, Hello, HoslError, Manifest, Refusal, check_files, load_manifest
-from hosl_protocol.logs import log_scope
+from hosl_protocol import Complete, Hello, HoslError, Refusal, check_files, load_manifest
+from hosl_protocol.logs import is_json, log_scope
+from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +38,9 @@ GOODBYE_S = 5.0
 Say = Callable[[str], None]
 
 
-@dataclass(eq=False)
-class Slot:
-    """The run that a bundle's devices take part in: from before it is loaded until another takes its place."""
-
-    run: str
-    bundle: Path
-    manifest: Manifest
-    coordinator: Coordinator | None = None
-    """None while the run is loaded."""
-    task: asyncio.Task[Ending | Paused] | None = None
-    """None until the service has begun."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether another run may take its place."""
-        return self.task is not None and self.task.done()
-
-
 class Runs:
-    """Begins, stops and resumes runs. Its methods run on the event loop.
+    """Begins, stops and resumes runs. Its methods run on the event loop but for `create` and `say`; the store is asked
+    on other threads.
 
     Raises ApiError for what cannot be done in a run's present state.
     """
@@ -58,6 +48,7 @@ class Runs:
     def __init__(self, store: Store, data_dir: Path, say: Say, make_tail: MakeTail = TailTrainer) -> None:
         """`say` tells a person how it goes."""
         self.store, self.data_dir, self._make_tail = store, data_dir, make_tail
+        self.events = EventLog(store)
         self.returning = Returning()
         self._tell = say
         self._slots: dict[str, Slot] = {}
@@ -66,6 +57,10 @@ class Runs:
         """Runs that stay as they are until they are resumed by hand, or the service starts again."""
         self._halting: set[str] = set()
         """Runs whose work is cut off, and whose state does not say so yet: none of them is to begin again."""
+        self._told_in_line: set[str] = set()
+        """Runs whose log says already behind which run they wait."""
+        self._deciding = asyncio.Lock()
+        """Held while a run's stored state is looked at and changed: what is decided by it must still be so."""
         self._changed = asyncio.Event()
         self._is_draining = False
 
@@ -73,29 +68,36 @@ class Runs:
         """Where a run's checkpoints are."""
         return run_folder(self.data_dir, run)
 
-    def say(self, sentence: str, run: str = "", level: str = "info") -> None:
-        """Tell a person, and the run's log."""
+    def say(self, sentence: str, run: str = "", level: str = "info", *, is_ending: bool = False) -> None:
+        """Tell a person, and the run's log, which keeps longest what `is_ending`. From any thread; nothing waits."""
+        is_one_of_many = sum(not slot.is_over for slot in self.slots()) > 1
         with log_scope(**{"run": run} if run else {}):
-            self._tell(sentence)
+            # A line of JSON names its run anyway.
+            self._tell(f"{run}: {sentence}" if is_one_of_many and run not in sentence and not is_json() else sentence)
         if run:
-            with contextlib.suppress(HoslError):  # a full disk takes no log
-                self.store.add_event(run, level, sentence)
+            self.events.add(Said(run, time.time(), level, sentence, is_ending))
 
-    def submit(self, bundle: Path, config: RunConfig, begun_by: BegunBy = "start") -> str:
-        """Put a new run in line; its id. Raises BundleError."""
+    def create(self, bundle: Path, config: RunConfig, begun_by: BegunBy = "start") -> str:
+        """Store a new run; its id. Raises BundleError. Slow, off the event loop."""
         bundle = bundle.resolve()
         id_ = new_run_id(config.name, self.store)
         self.store.create_run(id_, bundle, load_manifest(bundle).shard_digest, config, begun_by)
+        return id_
+
+    async def submit(self, bundle: Path, config: RunConfig) -> str:
+        """Put a new run in line; its id. Raises BundleError."""
+        async with self._deciding:
+            id_ = await asyncio.to_thread(self.create, bundle, config)
         self._changed.set()
         return id_
 
     async def open(self, run: str) -> Coordinator:
         """Load a run now, so that it begins with the service. Raises what is wrong with it."""
-        slot = self._reserve(self.store.run(run))
+        slot = await self._reserve(await asyncio.to_thread(self.store.run, run))
         try:
             await self._load(slot)
         except Exception as error:
-            self._fail_to_load(self.store.run(run), error)
+            await self._fail_to_load(run, error)
             raise
         assert slot.coordinator is not None
         return slot.coordinator
@@ -112,22 +114,30 @@ class Runs:
             for slot in self._slots.values():
                 if slot.task is None:
                     self._start(slot)
-            if not self._is_draining:
-                self._begin_waiting()
+            async with self._deciding:
+                for run in [] if self._is_draining else await asyncio.to_thread(self.store.unfinished_runs):
+                    await self._begin_or_wait(run)
             await self._changed.wait()
 
-    def _begin_waiting(self) -> None:
-        for row in map(self.store.run, self.store.unfinished_runs()):
-            slot = self._slots.get(row.shard_digest)
-            if (slot is None or slot.is_over) and row.id not in self._failed_to_load | self._halting:
-                try:
-                    self._start(self._reserve(row))
-                except HoslError as error:
-                    self._fail_to_load(row, error)
+    async def _begin_or_wait(self, run: str) -> None:
+        row = await asyncio.to_thread(self.store.run, run)
+        if run in self._failed_to_load | self._halting:
+            return
+        slot = self._slots.get(row.shard_digest)
+        if slot is not None and not slot.is_over:
+            if run not in self._told_in_line | {slot.run}:
+                self._told_in_line.add(run)
+                self.say(f"run {run} is {in_line([slot.run])}", run)
+            return
+        try:
+            self._start(await self._reserve(row))
+        except HoslError as error:
+            await self._fail_to_load(run, error)
 
-    def _reserve(self, row: RunRow) -> Slot:
-        """The bundle's place, for this run. Raises BundleError."""
-        manifest = load_manifest(row.bundle)
+    async def _reserve(self, row: RunRow) -> Slot:
+        """The bundle's place, for this run. Raises BundleError, ForeignSettings."""
+        row.settings.config(row.id)
+        manifest = await asyncio.to_thread(load_manifest, row.bundle)
         former = self._slots.get(row.shard_digest)
         if former is not None:
             self._retire(former)
@@ -147,27 +157,35 @@ class Runs:
             try:
                 await self._load(slot)
             except Exception as error:
-                self._fail_to_load(self.store.run(slot.run), error)
+                await self._fail_to_load(slot.run, error)
                 raise
-        assert slot.coordinator is not None
+        coordinator = slot.coordinator
+        assert coordinator is not None
         try:
-            ending = await slot.coordinator.train()
+            ending = await coordinator.train()
         except Exception as error:
             with contextlib.suppress(Exception):
-                await slot.coordinator.end("failed")
-            self._fail(slot.run, error)
+                await within(2 * DISK_PAUSE_S, coordinator.end("failed"))
+            await self._fail(slot.run, error)
+            await self._tell_next(slot.run, "failed")
             raise
-        self.say(f"run {slot.run} {ending} at round {slot.coordinator.run.round}", slot.run)
+        self.say(f"run {slot.run} {ending} at round {coordinator.run.round}", slot.run, is_ending=True)
+        await self._tell_next(slot.run, ending)
         return ending
 
     async def _load(self, slot: Slot) -> None:
         await asyncio.to_thread(check_files, slot.bundle, slot.manifest)
-        row = self.store.run(slot.run)
+        row = await asyncio.to_thread(self.store.run, slot.run)
 
         def say(sentence: str) -> None:
             self.say(sentence, row.id)
 
-        found = await asyncio.to_thread(cut, self.store, row, self.folder(row.id), say)
+        def notice(is_waiting: bool) -> None:
+            slot.is_waiting_for_room = is_waiting
+
+        found = await when_there_is_room(
+            lambda: asyncio.to_thread(cut, self.store, row, self.folder(row.id), say), say, notice
+        )
         if row.state != "pending" or row.round:
             again = f"; {found.dropped} rounds after it are made again" if found.dropped else ""
             say(f"run {row.id} resumes after round {found.round}{again}")
@@ -187,18 +205,31 @@ class Runs:
         except BaseException:
             coordinator.close()
             raise
+        say(f"run {row.id}: {course_of(run)}")
         slot.coordinator = coordinator
 
-    def _fail_to_load(self, row: RunRow, error: Exception) -> None:
+    async def _fail_to_load(self, run: str, error: Exception) -> None:
         """One that never began is not to go on; another may once what is wrong with it has been mended."""
-        self._failed_to_load.add(row.id)
-        self._fail(row.id, error, "paused" if row.round else "failed")
+        self._failed_to_load.add(run)
+        row = await asyncio.to_thread(self.store.run, run)
+        await self._fail(run, error, "paused" if row.round else "failed")
 
-    def _fail(self, run: str, error: Exception, state: str = "failed") -> None:
+    async def _fail(self, run: str, error: Exception, state: str = "failed") -> None:
         log.info("run %s", run, exc_info=error)
-        self.say(f"run {run} {state}: {error}", run, "error")
-        with contextlib.suppress(HoslError):
-            self.store.set_state(run, state, f"{error}")
+        self.say(f"run {run} {state}: {error}", run, "error", is_ending=True)
+        try:
+            await asyncio.to_thread(self.store.set_state, run, state, f"{error}")
+        except HoslError:
+            self._failed_to_load.add(run)  # else it would begin again at once: the store does not know better
+
+    async def _tell_next(self, run: str, ending: Ending | Paused) -> None:
+        """Say what can be done with a run that is over."""
+        checkpoints = await asyncio.to_thread(list_checkpoints, self.folder(run))
+        if ending != "paused" and checkpoints:
+            self.say(f"take it with: {hint(f'merge {run} --out DIR', self.data_dir)}", run, is_ending=True)
+        if ending in ("stopped", "failed"):
+            first = f"start {hint('serve', self.data_dir)}, and then " if self._is_draining else ""
+            self.say(f"go on with it: {first}{hint(f'run resume {run}', self.data_dir)}", run, is_ending=True)
 
     def slot_of(self, run: str) -> Slot | None:
         """Where a run takes place, or took place last; None for one that waits, or is history."""
@@ -208,6 +239,11 @@ class Runs:
         """What takes place, or took place last, in the order in which it began."""
         return list(self._slots.values())
 
+    def turns(self) -> Turns:
+        """Whose turn it is now."""
+        under_way = {shard: slot.run for shard, slot in self._slots.items() if not slot.is_over}
+        return Turns(under_way, frozenset(self._failed_to_load))
+
     def current(self, bundle: str = "") -> Slot | None:
         """Whose shard a device is given: that of the oldest run under way, or else of the last one.
 
@@ -216,14 +252,15 @@ class Runs:
         slots = [slot for slot in self.slots() if bundle in ("", slot.bundle.name)]
         return next((slot for slot in slots if not slot.is_over), slots[-1] if slots else None)
 
-    def route(self, hello: Hello) -> Coordinator | Refusal | Complete:
+    async def route(self, hello: Hello) -> Coordinator | Refusal | Complete:
         """Where a device belongs that says this, or what it is told instead."""
+        is_known = hello.run is not None and hello.shard_digest not in self._slots
+        row = await asyncio.to_thread(self.store.find_run, f"{hello.run}") if is_known else None
         slot = self._slots.get(hello.shard_digest)
         if slot is not None and slot.coordinator is not None:
             return slot.coordinator
         if slot is not None:
             return Refusal(code="run", reason=f"run {slot.run} is being loaded", retry=True)
-        row = self.store.run(hello.run) if hello.run in self.store.run_ids() else None
         if row is not None and row.state not in UNENDED:
             return Complete(run=row.id, reason=row.state, round=row.round)  # type: ignore[arg-type]
         if any(not slot.is_over for slot in self.slots()):
@@ -232,34 +269,41 @@ class Runs:
 
     async def stop(self, run: str) -> None:
         """End a run after the round under way; it can be resumed."""
-        row, slot = self.store.run(run), self.slot_of(run)
-        if row.state not in UNENDED:
-            raise ApiError(409, f"run {run} is {row.state}: there is nothing to stop")
-        if slot is None or slot.is_over:
-            self.store.set_state(run, "stopped")
-            return
-        limit_s = 2 * row.config.devices.round_deadline_s
-        await self._halt(slot, limit_s, pause=False)
+        # The slot before the row: of a run that ends meanwhile the row then says so.
+        async with self._deciding:
+            slot, row = self.slot_of(run), await asyncio.to_thread(self.store.run, run)
+            if row.state not in UNENDED:
+                raise ApiError(409, f"run {run} is {row.state}: there is nothing to stop")
+            if slot is None or slot.is_over:
+                await asyncio.to_thread(self.store.set_state, run, "stopped")
+                self.say(f"run {run} stopped before it had its turn", run, is_ending=True)
+                return
+        await self._halt(slot, 2 * row.config.devices.round_deadline_s, pause=False)
 
-    def resume(self, run: str) -> None:
+    async def resume(self, run: str) -> None:
         """Put a stopped, paused or failed run in line again."""
-        row, slot = self.store.run(run), self.slot_of(run)
-        is_active = slot is not None and not slot.is_over
-        if row.state == "completed" or is_active or (row.state == "pending" and run not in self._failed_to_load):
-            raise ApiError(409, f"run {run} is {row.state}: only one that is stopped, paused or failed goes on")
-        self._failed_to_load.discard(run)
-        self.store.queue_run(run)
+        async with self._deciding:
+            slot, row = self.slot_of(run), await asyncio.to_thread(self.store.run, run)
+            row.settings.config(run)
+            is_active = slot is not None and not slot.is_over
+            if row.state == "completed" or is_active or (row.state == "pending" and run not in self._failed_to_load):
+                raise ApiError(409, f"run {run} is {row.state}: only one that is stopped, paused or failed goes on")
+            await asyncio.to_thread(self.store.queue_run, run)
+            self._failed_to_load.discard(run)
+            self._told_in_line.discard(run)
         self._changed.set()
 
-    def remove(self, run: str) -> None:
+    async def remove(self, run: str) -> None:
         """Delete a run with its checkpoints."""
-        row, slot = self.store.run(run), self.slot_of(run)
-        if row.state in UNENDED:
-            raise ApiError(409, f"run {run} is {row.state}: stop it first")
-        if slot is not None:
-            self._retire(slot)
-        self.store.remove_run(run)
-        shutil.rmtree(self.folder(run), ignore_errors=True)
+        async with self._deciding:
+            slot, row = self.slot_of(run), await asyncio.to_thread(self.store.run, run)
+            if row.state in UNENDED:
+                raise ApiError(409, f"run {run} is {row.state}: stop it first")
+            if slot is not None:
+                self._retire(slot)
+            # The files first: on a full disk the database takes nothing before there is room.
+            await asyncio.to_thread(shutil.rmtree, self.folder(run), ignore_errors=True)
+            await asyncio.to_thread(self.store.remove_run, run)
         self.say(f"run {run} is removed")
 
     async def drain(self, limit_s: float | None, stops: str | None = None) -> None:
@@ -277,13 +321,13 @@ class Runs:
             await asyncio.sleep(0.01)
         await asyncio.wait({slot.task})
 
-    def outcome(self, run: str | None) -> Ending | Paused | None:
+    async def outcome(self, run: str | None) -> Ending | Paused | None:
         """How a run ended that took place here; None for no run. Raises what ended it."""
         slot = self.slot_of(run) if run is not None else None
         if slot is None or slot.task is None:
             return None
         if slot.task.cancelled():
-            return "paused" if self.store.run(slot.run).state == "paused" else "stopped"
+            return "stopped" if (await asyncio.to_thread(self.store.run, slot.run)).state == "stopped" else "paused"
         return slot.task.result()
 
     def troubles(self) -> list[str]:
@@ -294,11 +338,10 @@ class Runs:
             self.store.states()
         except HoslError as error:
             found.append(str(error))
-        full = [slot for slot in self.slots() if slot.coordinator and slot.coordinator.keeper.is_waiting_for_room]
-        return found + [f"run {slot.run} waits for room on the disk" for slot in full]
+        return found + [f"run {slot.run} waits for room on the disk" for slot in self.slots() if slot.is_without_room]
 
     async def _halt(self, slot: Slot, limit_s: float | None, *, pause: bool) -> None:
-        self._halting.add(slot.run)
+        self._halting.add(slot.run)  # no await before it: nobody may begin the run again
         try:
             await self._cut_off(slot, limit_s, pause=pause)
         finally:
@@ -311,16 +354,32 @@ class Runs:
         if coordinator is not None:
             await coordinator.request_stop(pause=pause)
             most_s = 2 * coordinator.run.config.devices.round_deadline_s if limit_s is None else limit_s
-            await asyncio.wait({task}, timeout=most_s)
+            # One that waits for room is given another try.
+            await asyncio.wait({task}, timeout=min(most_s, 2 * DISK_PAUSE_S) if slot.is_without_room else most_s)
         task.cancel()
         await asyncio.wait({task})
         if not task.cancelled():
             return
-        if coordinator is None:
-            self.store.set_state(slot.run, "paused" if pause else "stopped")
-        else:
-            await (coordinator.pause() if pause else coordinator.end("stopped"))
-        self.say(f"run {slot.run} {'paused' if pause else 'stopped'}: its round was cut off", slot.run)
+        await self._end_cut_off(slot, pause=pause)
+        self.say(f"run {slot.run} {'paused' if pause else 'stopped'}: its round was cut off", slot.run, is_ending=True)
+        await self._tell_next(slot.run, "paused" if pause else "stopped")
+
+    async def _end_cut_off(self, slot: Slot, *, pause: bool) -> None:
+        """Tell the devices and the store of a run whose work was cut off. A full disk does not hold the service up."""
+        coordinator = slot.coordinator
+        try:
+            if coordinator is None:
+                await asyncio.to_thread(self.store.set_state, slot.run, "paused" if pause else "stopped")
+            else:
+                ending = coordinator.pause() if pause else coordinator.end("stopped")
+                await within(2 * DISK_PAUSE_S, ending)
+        except (StoreError, asyncio.TimeoutError) as error:
+            if isinstance(error, StoreError) and not is_disk_full(error):
+                raise
+            self._failed_to_load.add(slot.run)
+            self.say(
+                f"run {slot.run} goes on with the next service, for the full disk takes no word of its end", slot.run
+            )
 
     def _retire(self, slot: Slot) -> None:
         """Free what a run took; devices that are still there come back."""

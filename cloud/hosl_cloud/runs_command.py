@@ -1,4 +1,7 @@
-"""`hosl-cloud run`, `log`, `checkpoint` and `drain`: what an operator does to a running service, by its HTTP API."""
+"""`hosl-cloud run`, `log`, `checkpoint` and `drain`: what an operator does to a running service, by its HTTP API.
+
+What only looks is answered from the data folder where no service runs in it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from urllib.parse import quote
 from hosl_cloud.api_client import ApiClient, add_client_options, client_of, is_local
 from hosl_cloud.data_folder import add_data_dir, is_locked
 from hosl_cloud.exceptions import RequestError, ServiceError
+from hosl_cloud.offline import DataFolder, find_offline
 from hosl_cloud.records import UNENDED
+from hosl_cloud.sentences import counted, in_line, score_text
 from hosl_cloud.settings import convert_config, read_config
 from hosl_protocol import ExitCode
 from hosl_protocol.plain import plain
@@ -24,6 +29,8 @@ FOLLOW_S = 1.0
 
 Parser = argparse.ArgumentParser
 Command = Callable[[ApiClient, argparse.Namespace], Any]
+Offline = Callable[[DataFolder, argparse.Namespace], Any]
+"""What answers a command where no service runs."""
 
 
 def add_run(parser: Parser) -> None:
@@ -35,13 +42,22 @@ def add_run(parser: Parser) -> None:
     start.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
     )
-    _add(commands, "list", "show all runs", lambda client, _: client.request("GET", "/v1/runs"), _show_runs)
+    _add(
+        commands,
+        "list",
+        "show all runs",
+        lambda client, _: client.request("GET", "/v1/runs"),
+        _show_runs,
+        lambda folder, _: folder.runs(),
+    )
     for name, method, path, text in (
         ("show", "GET", "", "show a run and its devices"),
         ("resume", "POST", "/resume", "go on with a run that has stopped"),
         ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
     ):
-        command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
+        show = _show_run if name != "rm" else _show_nothing
+        offline: Offline | None = (lambda folder, options: folder.run(options.run)) if name == "show" else None
+        command = _add(commands, name, text, _on_run(method, path), show, offline)
         command.add_argument("run", metavar="RUN")
 
     stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped)
@@ -58,7 +74,14 @@ def add_log(parser: Parser) -> None:
 def add_checkpoint(parser: Parser) -> None:
     """Options of `hosl-cloud checkpoint`."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = _add(commands, "list", "show a run's checkpoints", _on_run("GET", "/checkpoints"), _show_checkpoints)
+    listing = _add(
+        commands,
+        "list",
+        "show a run's checkpoints",
+        _on_run("GET", "/checkpoints"),
+        _show_checkpoints,
+        lambda folder, options: folder.checkpoints(options.run),
+    )
     listing.add_argument("run", metavar="RUN")
     export = commands.add_parser("export", help="copy a checkpoint of the tail to a file")
     export.add_argument("run", metavar="RUN")
@@ -100,15 +123,24 @@ def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
         time.sleep(0.2)
 
 
-def _add(commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None]) -> Parser:
+def _add(
+    commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None], offline: Offline | None = None
+) -> Parser:
     parser: Parser = commands.add_parser(name, help=text)
 
     def run(options: argparse.Namespace) -> int:
-        answer = command(client_of(options), options)
+        folder = None if offline is None else find_offline(options)
+        if folder is None or offline is None:
+            answer = command(client_of(options), options)
+        else:
+            with folder:
+                answer = offline(folder, options)
         if options.json:
             print(json.dumps(answer))
         else:
             show(answer)
+            if folder is not None:
+                print(f"no service runs in {options.data_dir}; this is what the folder says")
         return int(ExitCode.OK)
 
     _finish(parser, run)
@@ -149,18 +181,35 @@ def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
 
 
 def _log(options: argparse.Namespace) -> int:
+    folder = find_offline(options)
+    if folder is not None:
+        with folder:
+            folder.run(options.run)
+            _print_log(lambda after: folder.log(options.run, after), 0, options)
+        return int(ExitCode.OK)
     client, last = client_of(options), 0
+
+    def more(after: int) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = client.request("GET", _path(options.run, f"/log?after={after}"))["events"]
+        return events
+
     while True:
         is_over = client.request("GET", _path(options.run))["state"] not in UNENDED
-        while events := client.request("GET", _path(options.run, f"/log?after={last}"))["events"]:
-            for event in events:
-                at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
-                line = plain(f"{at} {event['level']} {event['text']}")
-                print(json.dumps(event) if options.json else line, flush=True)
-            last = events[-1]["id"]
+        last = _print_log(more, last, options)
         if is_over or not options.follow:
             return int(ExitCode.OK)
         time.sleep(FOLLOW_S)
+
+
+def _print_log(more: Callable[[int], list[dict[str, Any]]], last: int, options: argparse.Namespace) -> int:
+    """Print what was said after event `last`; which event is the last now."""
+    while events := more(last):
+        for event in events:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
+            line = plain(f"{at} {event['level']} {event['text']}")
+            print(json.dumps(event) if options.json else line, flush=True)
+        last = events[-1]["id"]
+    return last
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -189,26 +238,47 @@ def _show_runs(answer: dict[str, Any]) -> None:
 
 def _line(run: dict[str, Any]) -> str:
     loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
-    progress = f"round {run['round']}/{run['rounds']}"
-    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {run['devices']} devices{loss}{_score(run)}"
+    progress = f"round {run['round']}/{run['rounds'] or '?'}"
+    problem = "  its settings cannot be read" if run["problem"] else ""
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {_devices(run)}{loss}{_score(run)}{problem}"
+
+
+def _devices(run: dict[str, Any]) -> str:
+    """How many devices are ready, and what the run waits for where it does not train."""
+    waits = run["waits_for"]
+    if run["behind"]:
+        return f"in line behind {run['behind'][0]}"
+    if waits is not None and waits["needed"]:
+        return f"{waits['ready']} of {counted(waits['needed'], 'device')}"
+    return counted(run["devices"], "device")
 
 
 def _score(entry: dict[str, Any]) -> str:
-    """The accuracy of a run or checkpoint, and how many of the devices' examples it is of."""
+    """The accuracy of a run or checkpoint, and what it is of."""
     if entry["accuracy"] is None:
         return ""
-    of = f" ({entry['examples']} of {entry['of_examples']} examples)" if entry["of_examples"] else ""
-    return f"  accuracy {100 * entry['accuracy']:.1f} %{of}"
+    return f"  accuracy {score_text(entry['correct'], entry['scored'], entry['examples'], entry['of_examples'])}"
+
+
+def _waits(run: dict[str, Any]) -> str:
+    """What a run waits for, in a sentence; empty where it does not."""
+    waits = run["waits_for"]
+    if run["behind"]:
+        return in_line(run["behind"])
+    if waits is None:
+        return ""
+    whose = f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
+    if waits["needed"]:
+        named = f", not {', '.join(waits['devices'])}" if waits["devices"] else ""
+        whose = f": {waits['ready']} of {waits['needed']} are there{named}"
+    return f"waits for {waits['what']}{whose}, since {time.time() - waits['since']:.0f} s"
 
 
 def _show_run(run: dict[str, Any]) -> None:
     print(_line(run))
-    if run["reason"]:
-        print(plain(f"  {run['reason']}"))
-    if run["waits_for"] is not None:
-        waits = run["waits_for"]
-        since_s, of = time.time() - waits["since"], f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
-        print(f"  waits for {waits['what']}{of} since {since_s:.0f} s")
+    for sentence in (run["reason"], run["problem"], _waits(run)):
+        if sentence:
+            print(plain(f"  {sentence}"))
     returning = run["returning"]
     if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
         count, within_s = returning["devices"], returning["within_s"]
@@ -229,4 +299,5 @@ def _show_stopped(run: dict[str, Any]) -> None:
 
 def _show_checkpoints(answer: dict[str, Any]) -> None:
     for each in answer["checkpoints"]:
-        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}")
+        best = "  best" if each["is_best"] else ""
+        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}{best}")

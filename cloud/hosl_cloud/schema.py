@@ -85,6 +85,8 @@ MIGRATIONS = (
     "ALTER TABLE devices ADD COLUMN eval_digest TEXT NOT NULL DEFAULT ''; UPDATE devices SET data_digest = '';"
     "ALTER TABLE evaluations ADD COLUMN examples INTEGER NOT NULL DEFAULT 0;"
     "ALTER TABLE evaluations ADD COLUMN of_examples INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE events ADD COLUMN is_ending INTEGER NOT NULL DEFAULT 0;"
+    "ALTER TABLE evaluations ADD COLUMN held_out TEXT NOT NULL DEFAULT '';",
 )
 """What leads from each version to the next, from none at all on."""
 

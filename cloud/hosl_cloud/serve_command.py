@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from hosl_cloud.api_client import SERVICE_FILE
 from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock, make_data_dir
 from hosl_cloud.listen import Listen, write_service_file
+from hosl_cloud.records import UNENDED
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
@@ -25,6 +26,7 @@ from hosl_protocol.terminal import add_common_options
 if TYPE_CHECKING:
     from hosl_cloud.coordinator import MakeTail
     from hosl_cloud.runs import Runs
+    from hosl_cloud.service import Service
 
 
 _say = logging.getLogger("hosl-cloud").info
@@ -79,7 +81,9 @@ def serve_command(options: argparse.Namespace) -> int:
         raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
     first = _read_first(options) if options.bundle is not None else None
     make_data_dir(options.data_dir)
-    ending = asyncio.run(_serve(options, listen, first))
+    _say(f"starts with {options.data_dir}; to load everything takes some seconds")
+    with contextlib.ExitStack() as leaving:
+        ending = _serve(options, listen, first, leaving)
     # torchrun takes another code for a failure, and starts a service again that was told to leave.
     is_cut_off = ending in ("stopped", "paused") and _ranks() == 1
     return int(ExitCode.INTERRUPTED if is_cut_off else ExitCode.OK)
@@ -106,62 +110,69 @@ def _read_first(options: argparse.Namespace) -> tuple[Manifest, RunConfig]:
     return manifest, config
 
 
-async def _serve(options: argparse.Namespace, listen: Listen, first: tuple[Manifest, RunConfig] | None) -> str | None:
+def _serve(
+    options: argparse.Namespace,
+    listen: Listen,
+    first: tuple[Manifest, RunConfig] | None,
+    leaving: contextlib.ExitStack,
+) -> str | None:
+    """Make everything ready, and serve; how the run of --config ended. `leaving` frees what was taken."""
     data_dir: Path = options.data_dir
     fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
     token, token_path = load_or_make_token(data_dir, fingerprint)
     admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
     metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
-    locked = lock(data_dir)
-    leaving = contextlib.ExitStack()
+    leaving.callback(lock(data_dir).close)
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
     from hosl_cloud.access import Access, Guard
     from hosl_cloud.runs import Runs
-    from hosl_cloud.service import Service, serve
+    from hosl_cloud.service import Service
 
     store = Store(data_dir / DATABASE)
-    try:
-        runs = Runs(store, data_dir, _say, leaving.enter_context(_tails(options)))
-        run = None
-        if first is not None:
-            run = _choose_first(runs, options, *first)
-        if options.once and run is None:
-            return None
-        ahead = [] if run is None else _ahead_of(store, run)
-        if run is not None and not ahead:
-            await runs.open(run)
-        guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
-        bundles: Path = options.bundles or data_dir / BUNDLES
-        bundles.mkdir(parents=True, exist_ok=True)
-        service = Service(runs, guard, listen, bundles, run if options.once else None, run, options.drain_s)
+    leaving.callback(store.close)
+    leaving.callback((data_dir / SERVICE_FILE).unlink, missing_ok=True)
+    runs = Runs(store, data_dir, _say, leaving.enter_context(_tails(options)))
+    leaving.callback(runs.events.close)
+    run = None if first is None else _choose_first(runs, options, *first)
+    if options.once and run is None:
+        return None
+    ahead = [] if run is None else _ahead_of(store, run)
+    for run_ahead in ahead:
+        _say(f"run {run_ahead} goes on first, and run {run} after it")
+    guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
+    bundles: Path = options.bundles or data_dir / BUNDLES
+    bundles.mkdir(parents=True, exist_ok=True)
+    service = Service(runs, guard, listen, bundles, run if options.once else None, run, options.drain_s)
 
-        def on_listening(address: str) -> None:
-            write_service_file(data_dir, listen, address)
-            for run_ahead in ahead:
-                _say(f"run {run_ahead} goes on first, and run {run} after it")
-            if run is not None:
-                _say(f"run {run}: {_course(store, run)}")
-            begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
-            _say(f"listens on {listen.bound_address(urlsplit(address).port or 0)}{begin}")
-            for sentence in _ways_to_join(listen, address, token_path, data_dir):
-                _say(sentence)
+    def on_listening(address: str) -> None:
+        write_service_file(data_dir, listen, address)
+        begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
+        port = urlsplit(address).port or 0
+        _say(f"listens on {listen.bound_address(port)}{begin}")
+        page = listen.public_address(port).replace("ws", "http", 1)
+        _say(f"status page: {page}/ takes the token in {data_dir / ADMIN_TOKEN_FILE}")
+        for sentence in _ways_to_join(listen, address, token_path, data_dir):
+            _say(sentence)
 
-        ending = await serve(service, on_listening)
-        if run is None:
-            return ending
-        row = store.run(run)
-        if row.state in ("pending", "paused"):
-            _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
-            return "paused"
-        _say(f"take it with: {hint(f'merge {run} --out DIR', data_dir)}")
+    ending = asyncio.run(_train(service, run if not ahead else None, on_listening))
+    if run is None:
         return ending
-    finally:
-        (data_dir / SERVICE_FILE).unlink(missing_ok=True)
-        leaving.close()
-        store.close()
-        locked.close()
+    row = store.run(run)
+    if row.state in ("pending", "paused"):
+        _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
+        return "paused"
+    return ending
+
+
+async def _train(service: Service, run: str | None, on_listening: Callable[[str], None]) -> str | None:
+    """Load the first run before anybody can come, and serve."""
+    from hosl_cloud.service import serve
+
+    if run is not None:
+        await service.runs.open(run)
+    return await serve(service, on_listening)
 
 
 @contextlib.contextmanager
@@ -195,15 +206,27 @@ def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, c
     if row is not None and row.state == "completed":
         runs.say(f"run {row.id} of these settings is completed; --new begins another")
         return None
-    unfinished = runs.store.unfinished_runs()
-    is_going_on = row is not None and row.id in unfinished
-    for other in map(runs.store.run, unfinished):
-        if (other.shard_digest, other.begun_by) == (manifest.shard_digest, "serve") and other != row:
+    going_on = row.id if row is not None and row.state in UNENDED else None
+    _make_way(runs, options, manifest, config, keeps=going_on)
+    return going_on or runs.create(options.bundle, config, "serve")
+
+
+def _make_way(
+    runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig, keeps: str | None
+) -> None:
+    """Stop what an earlier `serve --config` began, but for one; where none goes on, say which one could."""
+    others = [row for row in runs.store.runs() if row.shard_digest == manifest.shard_digest]
+    for other in others:
+        if other.state in UNENDED and other.begun_by == "serve" and other.id != keeps:
             runs.store.set_state(other.id, "stopped")
-            why = "--new was given" if other.config == config else "other settings"
+            why = "--new was given" if not other.settings.problem and other.config == config else "other settings"
             remedy = hint(f"run resume {other.id}", options.data_dir)
-            runs.say(f"run {other.id} ({why}) is stopped; {remedy} goes on with it", other.id)
-    return row.id if row is not None and is_going_on else runs.submit(options.bundle, config, "serve")
+            runs.say(f"run {other.id} ({why}) is stopped; {remedy} goes on with it", other.id, is_ending=True)
+    over = [row for row in others if row.state in ("stopped", "failed") and row.round and not row.settings.problem]
+    if over and keeps is None:
+        remedy = hint(f"run resume {over[-1].id}", options.data_dir)
+        state = f"{over[-1].state} at round {over[-1].round}"
+        runs.say(f"run {over[-1].id} of this bundle {state}; {remedy} goes on with it, and a new run begins now")
 
 
 def _ahead_of(store: Store, run: str) -> list[str]:
@@ -218,11 +241,3 @@ def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path
         return [f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE"]
     names = f"its certificate is for {', '.join(listen.authority.names())}; " if listen.authority is not None else ""
     return [f"{names}{hint('device add NAME', data_dir)} makes a device's token"]
-
-
-def _course(store: Store, run: str) -> str:
-    row = store.run(run)
-    if row.round:
-        return f"{row.config.algorithm}, rounds {row.round + 1} to {row.config.rounds}"
-    count = row.config.devices.start_with
-    return f"{row.config.algorithm}, {row.config.rounds} rounds, waits for {count} device{'s' if count > 1 else ''}"

@@ -122,7 +122,7 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         notify("STOPPING=1")
         interrupted = service.ends_on_interrupt if signal.SIGINT in signals else None
         await runs.drain(service.drain_s, stops=interrupted)
-        return runs.outcome(service.until or service.ends_on_interrupt)
+        return await runs.outcome(service.until or service.ends_on_interrupt)
     finally:
         working.cancel()
         await runs.close()
@@ -130,6 +130,8 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         with contextlib.suppress(SystemExit):
             await serving
         watching.cancel()
+        # At the very end: that a device is away is said, too.
+        await asyncio.to_thread(runs.events.close)
         gc.unfreeze()
 
 

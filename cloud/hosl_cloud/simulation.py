@@ -7,6 +7,7 @@ set of which each holds a part. Frames go through the real codec: what a device 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ from hosl_protocol import (
     FrameReader,
     FromCloud,
     FromEdge,
+    HoslError,
     Late,
     Manifest,
     Message,
@@ -90,7 +92,8 @@ async def simulate(
         assert ending != "paused"
         return ending
     except BaseException:
-        run.store.set_state(run.id, "failed")
+        with contextlib.suppress(HoslError):  # what ended it is to be heard of
+            await asyncio.to_thread(run.store.set_state, run.id, "failed")
         raise
     finally:
         coordinator.close()
@@ -191,6 +194,7 @@ class VirtualDevice:
         self.name, self._train = name, site.train.subset(examples)
         self.is_ready = True
         self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
+        self.eval_digest = ""
         self.heard_at = time.time()
         self.gone = asyncio.Event()
         self._site = site

@@ -143,13 +143,17 @@ def write_snapshot(
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, _, values in state.arrays():
-            file.write(values.astype("<f4", copy=False).data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for _, _, values in state.arrays():
+                file.write(values.astype("<f4", copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk half a file would take the room that the database needs
+        raise
     made = Snapshot(round=state.round, size_bytes=part.stat().st_size, sha256=sha256_of_file(part))
     part.replace(path)
     return made

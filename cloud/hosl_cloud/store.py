@@ -9,93 +9,40 @@ import dataclasses
 import itertools
 import sqlite3
 import struct
-import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from hosl_cloud.exceptions import RunNotFound, StoreError
-from hosl_cloud.records import UNENDED, BegunBy, DeviceRow, Evaluation, EventRow, RoundRow, RunRow, TokenRow
-from hosl_cloud.schema import migrate
+from hosl_cloud.database import Database
+from hosl_cloud.exceptions import RunNotFound
+from hosl_cloud.records import UNENDED, BegunBy, DeviceRow, Evaluation, EventRow, RoundRow, RunRow, Said, TokenRow
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.stored_settings import read_stored
 from hosl_protocol import Report, UpdateRecord
 
-# Made here, on import: threads that use a type for the first time at once crash msgspec.
-_CONFIG = msgspec.json.Decoder(RunConfig)
+MOST_EVENTS = 10_000
+"""Newest sentences of a run's log that stay; beside them as many that say how the run ended."""
+
+_PRUNE_EVERY = 500
+"""Sentences of a run between two looks at how many there are."""
 
 PORTION = 4096
 """Updates that a replay holds in memory."""
 
 
-class Store:
-    """One database file; its methods may be called from any thread."""
+class Store(Database):
+    """All that the service knows, by run. Its methods may be called from any thread but that of an event loop."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        with self._named_errors():
-            self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            try:
-                self._database.row_factory = sqlite3.Row
-                self._check_file()
-                self._database.execute("PRAGMA journal_mode = WAL")
-                self._database.execute("PRAGMA synchronous = FULL")
-                self._database.execute("PRAGMA foreign_keys = ON")
-                migrate(self._database, path)
-            except BaseException:
-                self._database.close()
-                raise
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise StoreError(f"{self._path}: {error}: check that it is a file, may be written, and has room") from error
-        except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError:
-                raise self._damaged(str(error)) from error
-            raise StoreError(f"{self._path}: {error}") from error
-
-    def _damaged(self, problem: str) -> StoreError:
-        remedy = "restore it from a copy, or begin anew in another --data-dir"
-        return StoreError(f"{self._path} is damaged ({problem}): {remedy}; it was left as it is")
-
-    def _check_file(self) -> None:
-        """Refuse, before anything is written, what is damaged or is not ours."""
-        names = {row["name"] for row in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if names and "runs" not in names:
-            raise StoreError(f"{self._path} is a database of something else: choose another --data-dir")
-        if not names and any((self._path.parent / "runs").glob("*/epoch-*")):
-            raise self._damaged("it is empty, and there are checkpoints of runs beside it")
-        (verdict,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise self._damaged(" ".join(verdict.split()))
-
-    def close(self) -> None:
-        """Close the database."""
-        self._database.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._named_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-
-    def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock, self._named_errors():
-            return self._database.execute(sql, arguments).fetchall()
+        super().__init__(path)
+        self._unpruned: Counter[str] = Counter()
+        """Sentences by run since its log was pruned."""
 
     def create_run(
         self, run: str, bundle: Path, shard_digest: str, config: RunConfig, begun_by: BegunBy = "start"
@@ -111,26 +58,19 @@ class Store:
 
     def run(self, run: str) -> RunRow:
         """A run by id. Raises RunNotFound."""
-        rows = self._query("SELECT * FROM runs WHERE id = ?", (run,))
-        if not rows:
+        found = self.find_run(run)
+        if found is None:
             raise RunNotFound(run, self.run_ids())
-        row = rows[0]
-        try:
-            config = _CONFIG.decode(row["config"])
-        except (msgspec.DecodeError, TypeError) as error:
-            raise self._damaged(f"settings of run {run}: {error}") from error
-        return RunRow(
-            id=row["id"],
-            bundle=Path(row["bundle"]),
-            shard_digest=row["shard_digest"],
-            config=config,
-            state=row["state"],
-            epoch=row["epoch"],
-            round=row["round"],
-            reason=row["reason"],
-            created_at=row["created_at"],
-            begun_by=row["begun_by"],
-        )
+        return found
+
+    def find_run(self, run: str) -> RunRow | None:
+        """A run by id; None where there is none."""
+        rows = self._query("SELECT * FROM runs WHERE id = ?", (run,))
+        return _run_row(rows[0]) if rows else None
+
+    def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
+        return [_run_row(row) for row in self._query("SELECT * FROM runs ORDER BY created_at, rowid")]
 
     def run_ids(self) -> list[str]:
         """All runs, oldest first."""
@@ -155,12 +95,20 @@ class Store:
                 database.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
             database.execute("DELETE FROM runs WHERE id = ?", (run,))
 
-    def add_event(self, run: str, level: str, text: str) -> None:
-        """A sentence for the run's log."""
+    def add_events(self, events: Sequence[Said]) -> None:
+        """Sentences for the runs' logs, in their order; the oldest make room. What is said of a deleted run is gone."""
         with self._transaction() as database:
-            database.execute(
-                "INSERT INTO events (run, at, level, text) VALUES (?, ?, ?, ?)", (run, time.time(), level, text)
+            database.executemany(
+                "INSERT INTO events (run, at, level, text, is_ending) "
+                "SELECT :run, :at, :level, :text, :is_ending WHERE EXISTS (SELECT 1 FROM runs WHERE id = :run)",
+                [dataclasses.asdict(event) for event in events],
             )
+            for run, count in Counter(event.run for event in events).items():
+                # The first look at a run is due at once: how many an earlier service left is not known.
+                self._unpruned[run] = self._unpruned.get(run, _PRUNE_EVERY) + count
+                if self._unpruned[run] > _PRUNE_EVERY:
+                    _prune_events(database, run)
+                    self._unpruned[run] = 0
 
     def events(self, run: str, after: int = 0, most: int = 1000) -> list[EventRow]:
         """The run's log after an event's id, `most` sentences of it."""
@@ -175,9 +123,14 @@ class Store:
         return {row["state"]: row["count"] for row in rows}
 
     def unfinished_runs(self) -> list[str]:
-        """Runs that a service left open when it stopped, oldest first."""
+        """Runs that are to go on, in the order in which they have their turn."""
         rows = self._query("SELECT id FROM runs WHERE state IN (?, ?, ?) ORDER BY queued_at, rowid", UNENDED)
         return [row["id"] for row in rows]
+
+    def line(self, shard_digest: str) -> list[str]:
+        """Unfinished runs of one shard, in the order in which they have their turn."""
+        sql = "SELECT id FROM runs WHERE shard_digest = ? AND state IN (?, ?, ?) ORDER BY queued_at, rowid"
+        return [row["id"] for row in self._query(sql, (shard_digest, *UNENDED))]
 
     def cut_run(self, run: str, round_: int) -> int:
         """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins.
@@ -294,18 +247,19 @@ class Store:
             )
             database.execute(
                 "INSERT OR REPLACE INTO evaluations "
-                "(run, epoch, round, loss, correct, scored, examples, of_examples) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "(run, epoch, round, loss, correct, scored, examples, of_examples, held_out) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (run, epoch, *dataclasses.astuple(evaluation)),
             )
 
-    def evaluations(self, run: str) -> list[Evaluation]:
-        """All evaluations in order."""
+    def evaluations(self, run: str, newest: int = -1) -> list[Evaluation]:
+        """The evaluations in force, in order; the `newest` of them, below zero all."""
         rows = self._query(
-            "SELECT round, loss, correct, scored, examples, of_examples FROM evaluations "
-            "WHERE run = ? AND NOT superseded ORDER BY round",
-            (run,),
+            "SELECT round, loss, correct, scored, examples, of_examples, held_out FROM evaluations "
+            "WHERE run = ? AND NOT superseded ORDER BY round DESC LIMIT ?",
+            (run, newest),
         )
-        return [Evaluation(**row) for row in map(dict, rows)]
+        return [Evaluation(**dict(row)) for row in reversed(rows)]
 
     def add_device(self, run: str, name: str) -> int:
         """A device says Hello: note it; how many connections it has made."""
@@ -324,6 +278,12 @@ class Store:
         sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"
         rows = self._query(sql, (run, name))
         return DeviceRow(**dict(rows[0])) if rows else None
+
+    def held_out(self, run: str) -> dict[str, int]:
+        """How many held-out examples each device of the run had when it was ready last, but for those at fault."""
+        sql = "SELECT name, eval_examples FROM devices WHERE run = ? AND eval_examples > 0 AND strikes = 0"
+        rows = self._query(sql, (run,))
+        return {row["name"]: row["eval_examples"] for row in rows}
 
     def set_token(self, row: TokenRow) -> None:
         """A device's token, in place of the one before."""
@@ -376,6 +336,31 @@ class Store:
     def devices(self, run: str) -> list[dict[str, Any]]:
         """The run's devices with their newest figures."""
         return [dict(row) for row in self._query("SELECT * FROM devices WHERE run = ? ORDER BY name", (run,))]
+
+
+def _run_row(row: sqlite3.Row) -> RunRow:
+    return RunRow(
+        id=row["id"],
+        bundle=Path(row["bundle"]),
+        shard_digest=row["shard_digest"],
+        settings=read_stored(row["config"]),
+        state=row["state"],
+        epoch=row["epoch"],
+        round=row["round"],
+        reason=row["reason"],
+        created_at=row["created_at"],
+        begun_by=row["begun_by"],
+    )
+
+
+def _prune_events(database: sqlite3.Connection, run: str) -> None:
+    """Delete a run's oldest sentences; those that say how it ended are counted apart."""
+    for is_ending in (0, 1):
+        rows = "SELECT id FROM events WHERE run = :run AND is_ending = :is_ending"
+        database.execute(
+            f"DELETE FROM events WHERE id IN ({rows} ORDER BY id DESC LIMIT -1 OFFSET :most)",
+            {"run": run, "is_ending": is_ending, "most": MOST_EVENTS},
+        )
 
 
 def _checksum(round_: int, learning_rate: float, coefficients: bytes) -> int:

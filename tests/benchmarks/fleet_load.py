@@ -244,23 +244,23 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     bundle = folder / "bundle"
     manifest = load_manifest(bundle)
     config = parse_config(work.config(), manifest)
-    store = Store(folder / "hosl.sqlite")
+    store = await asyncio.to_thread(Store, folder / "hosl.sqlite")
     tail = NullTail(work)
     run = Run(RUN, config, manifest, bundle, folder / "run", store)
     coordinator = Coordinator(run, lambda sentence: None, make_tail=lambda *_: tail)  # type: ignore[arg-type,return-value]
     await coordinator.prepare()
-    store.create_run(RUN, bundle, manifest.shard_digest, config)
+    await asyncio.to_thread(store.create_run, RUN, bundle, manifest.shard_digest, config)
     lags: list[tuple[float, float]] = []
     watch = asyncio.create_task(_watch_loop(lags))
     runs = Runs(store, folder, lambda sentence: None)
     runs.adopt(coordinator)
-    guard = Guard(Access(store), "token", "admin")
+    guard = Guard(await asyncio.to_thread(Access, store), "token", "admin")
     await serve(Service(runs, guard, Listen("127.0.0.1", 0), folder, until=RUN), pipe.send)
     watch.cancel()
     first, last = tail.marks[0], tail.marks[-1]
     pipe.send(
         {
-            "round_s": [row.seconds for row in store.rounds(RUN)],
+            "round_s": [row.seconds for row in await asyncio.to_thread(store.rounds, RUN)],
             "wall_s": last.wall_s - first.wall_s,
             "cpu_s": last.cpu_s - first.cpu_s,
             "marked_bytes": _total(last.wire_bytes) - _total(first.wire_bytes),

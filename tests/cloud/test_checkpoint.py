@@ -144,6 +144,36 @@ def test_an_evaluation_that_a_device_left_half_way_does_not_choose_the_best(bund
     assert find_checkpoint(tmp_path, "best").path == whole
 
 
+def of(examples: int, correct: int, known: int, whose: str = "", loss: float = 0.5) -> Metrics:
+    """What so many examples scored, of those that are known, and whose they were."""
+    return Metrics(loss=loss, correct=correct, scored=examples, examples=examples, of_examples=known, held_out=whose)
+
+
+def test_best_is_chosen_among_evaluations_of_the_most_held_out_data(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    # One device is there, then two, then one is away at times: 58 of its own 60 say nothing beside 66 of all 120.
+    scores = [of(60, 50, 60, "a"), of(120, 62, 120, "ab"), of(120, 66, 120, "ab"), of(60, 58, 120, "b")]
+    for round_, scored in enumerate(scores, start=1):
+        save(tmp_path, trainer, round_, scored)
+    assert find_checkpoint(tmp_path).info.round == 3
+    assert prune_checkpoints(tmp_path, keep_last=1)
+    assert [each.info.round for each in list_checkpoints(tmp_path)] == [3, 4]
+
+
+def test_where_not_all_were_ever_scored_the_best_is_of_the_most_that_were(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    for round_, scored in enumerate([of(60, 50, 120, "a"), of(60, 40, 120, "a"), of(12, 12, 120, "b")], start=1):
+        save(tmp_path, trainer, round_, scored)
+    assert find_checkpoint(tmp_path).info.round == 1
+
+
+def test_as_much_other_held_out_data_begins_the_choice_anew(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS)
+    for round_, scored in enumerate([of(60, 60, 60, "a"), of(60, 30, 60, "b"), of(60, 29, 60, "b")], start=1):
+        save(tmp_path, trainer, round_, scored)
+    assert find_checkpoint(tmp_path).info.round == 2
+
+
 def test_best_of_a_language_model_is_the_least_loss(bundle: Any, tmp_path: Path) -> None:
     trainer = bundle.trainer(TEXT)
     for round_, scored in enumerate((metrics(9, 0.5), metrics(8, 0.4), metrics(8, 0.6)), start=1):

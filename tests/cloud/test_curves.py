@@ -69,14 +69,28 @@ def test_nothing_is_written_before_there_is_a_figure(tmp_path: Path) -> None:
     assert not (tmp_path / "curves").exists()
 
 
-def test_a_folder_that_takes_nothing_costs_the_curves_and_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_folder_that_takes_nothing_costs_the_curves_a_part_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hosl_cloud.curves.RETRY_S", 0.0)
     (tmp_path / "curves").write_text("a file in the folder's place")
     curves = Curves(tmp_path / "curves", 1)
     with caplog.at_level(logging.WARNING):
         for round_ in (1, 2):
             curves.add(round_, {"train/loss": 1.0})
+        (tmp_path / "curves").unlink()
+        curves.add(3, {"train/loss": 0.5})
         curves.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "takes no more figures until the run resumes" in caplog.text
+    assert "takes no figures" in caplog.text
+    assert shown(tmp_path / "curves") == {"train/loss": {3: 0.5}}
+
+
+def test_a_file_that_is_begun_anew_hides_nothing_of_this_service(tmp_path: Path) -> None:
+    curves = Curves(tmp_path, 1)
+    for round_ in (1, 2):
+        curves.add(round_, {"train/loss": 1.0})
+    curves.close()
+    curves.add(2, {"eval/loss": 0.5})
+    curves.close()
+    assert shown(tmp_path) == {"train/loss": {1: 1.0, 2: 1.0}, "eval/loss": {2: 0.5}}

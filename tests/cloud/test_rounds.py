@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -526,6 +526,27 @@ def test_a_device_that_leaves_an_evaluation_half_way_counts_for_nothing_in_it(ma
     assert not evaluation.is_complete
     assert unfinished == {"a", "b"}
     assert score(cloud, Evaluator(cloud, {"a": 1, "b": 3, "c": 2}))[0][0] is None
+
+
+def test_a_device_that_is_away_counts_among_the_examples_and_whose_data_was_scored_is_noted(
+    make_cloud: Callable[..., Cloud],
+) -> None:
+    cloud = make_cloud("ho-sfl")
+    known = {**EXAMPLES, "away": 60}
+    digests = {device: f"digest of {device}" for device in EXAMPLES}
+
+    def evaluated(digests: Mapping[str, str], answers: Answers) -> Evaluation:
+        evaluation = run(evaluate(cloud.context(), known, digests), answers)[0].evaluation
+        assert evaluation is not None
+        return evaluation
+
+    whole = evaluated(digests, Evaluator(cloud))
+    assert (whole.examples, whole.of_examples) == (sum(EXAMPLES.values()), sum(EXAMPLES.values()) + 60)
+    assert not whole.is_complete
+    part = evaluated(digests, Evaluator(cloud, {"a": 0}))
+    other = evaluated({**digests, "b": "digest of other data"}, Evaluator(cloud))
+    assert whole.held_out == evaluated(digests, Evaluator(cloud)).held_out
+    assert len({whole.held_out, part.held_out, other.held_out, ""}) == 4
 
 
 def test_an_evaluation_without_answers_is_none(make_cloud: Callable[..., Cloud]) -> None:

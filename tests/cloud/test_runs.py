@@ -1,7 +1,9 @@
-"""Where a device is sent that comes to a service without a run of its shard under way."""
+"""Where a device is sent that comes to a service without a run of its shard under way, and what holds nobody up."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,12 +34,41 @@ def hello(run: str | None) -> Hello:
 @pytest.mark.parametrize("state", ["completed", "stopped", "failed"])
 def test_a_device_of_a_run_that_has_ended_is_told_so_by_a_service_that_was_not_there(runs: Runs, state: str) -> None:
     runs.store.set_state("run-1", state)
-    assert runs.route(hello("run-1")) == Complete(run="run-1", reason=state, round=0)  # type: ignore[arg-type]
+    assert asyncio.run(runs.route(hello("run-1"))) == Complete(run="run-1", reason=state, round=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("run", ["run-1", "run-2", None])
 def test_other_devices_are_told_to_come_back(runs: Runs, run: str | None) -> None:
     runs.store.set_state("run-1", "paused")
-    answer = runs.route(hello(run))
+    answer = asyncio.run(runs.route(hello(run)))
     assert isinstance(answer, Refusal)
     assert (answer.code, answer.retry) == ("run", True)
+
+
+def test_a_disk_that_is_slow_holds_up_nobody_who_says_something_and_keeps_the_order(runs: Runs) -> None:
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def commit_slowly() -> None:
+        with runs.store._transaction():
+            is_held.set()
+            may_go_on.wait(5.0)
+
+    async def main() -> None:
+        slow = asyncio.create_task(asyncio.to_thread(commit_slowly))
+        await asyncio.to_thread(is_held.wait)
+        for number in range(50):
+            runs.say(f"sentence {number}", "run-1")
+        assert not slow.done(), "nobody waited for the disk"
+        may_go_on.set()
+        await slow
+
+    asyncio.run(main())
+    runs.events.close()
+    assert [event.text for event in runs.store.events("run-1")] == [f"sentence {number}" for number in range(50)]
+
+
+def test_a_run_is_deleted_while_the_event_loop_turns(runs: Runs) -> None:
+    runs.store.set_state("run-1", "completed")
+    runs.folder("run-1").mkdir(parents=True)
+    asyncio.run(runs.remove("run-1"))
+    assert (runs.store.run_ids(), runs.folder("run-1").exists()) == ([], False)

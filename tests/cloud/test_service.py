@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hosl_cloud import service as service_module
 from hosl_cloud.mirror import load_shard_weights
+from hosl_cloud.run import Run
 from hosl_protocol import (
     CATCH_UP_ROUNDS,
     MAX_HEADER_BYTES,
@@ -162,6 +163,10 @@ async def status_of(service: Service) -> Any:
     return json.loads((await get(service, "/v1/runs/run-1", Authorization=f"Bearer {service.admin_token}"))[1])
 
 
+async def add_round(run: Run, update: UpdateRecord) -> None:
+    await asyncio.to_thread(run.store.add_round, run.id, run.epoch, update, seconds=0.0, loss=0.0, devices=[])
+
+
 CLOSED_PATHS = ("/metrics", f"/v1/bundle/{MANIFEST}", f"/v1/bundle/{SHARD_WEIGHTS}")
 
 
@@ -205,7 +210,7 @@ def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_
         for round_ in range(1, 21):
             update = UpdateRecord(round_, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
             here.apply(update)
-            here.store.add_round(here.id, here.epoch, update, seconds=0.0, loss=0.0, devices=[])
+            await add_round(here, update)
             here.round = round_
         async with client(service) as device:
             await device.send(device.hello(replay_s=1.0, link_bytes_per_s=1e9))
@@ -229,7 +234,7 @@ def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_
             ):
                 assert (await get(service, absent, Authorization=token))[0] == 404, absent
             for name, bundle, expected in (("own", here.bundle.name, 200), ("other", "another", 404)):
-                secret = service.guard.access.add(name, bundle)
+                secret = await asyncio.to_thread(service.guard.access.add, name, bundle)
                 assert (await get(service, path, Authorization=f"Bearer {secret}"))[0] == expected, name
 
     run(test)
@@ -240,7 +245,7 @@ def test_a_snapshot_that_leads_to_other_weights_is_followed_by_a_rebuild(run: Ca
         here = service.coordinator.run
         update = UpdateRecord(1, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
         here.apply(update)
-        here.store.add_round(here.id, here.epoch, update, seconds=0.0, loss=0.0, devices=[])
+        await add_round(here, update)
         here.round = 1
         async with client(service) as device:
             await device.send(device.hello(replay_s=1.0, link_bytes_per_s=1e9))
@@ -302,7 +307,10 @@ def test_a_device_joins_and_leaves(run: Callable[..., None]) -> None:
     async def test(service: Service) -> None:
         async with client(service) as device:
             await device.join("pi")
-            assert service.said == ["device pi is ready: 8 examples, 0 held out"]
+            assert service.said == [
+                "waits for devices: 0 of 2 are there",
+                "device pi is ready: 8 examples, 0 held out",
+            ]
             await device.send(Goodbye(reason="the battery is low"))
             with pytest.raises(ConnectionClosed):
                 await asyncio.wait_for(device.socket.recv(), WAIT_S)
@@ -680,7 +688,9 @@ def test_the_status_says_what_is_waited_for_and_since_when(run: Callable[..., No
         async def waits_for() -> Any:
             return (await status_of(service))["waits_for"]
 
-        assert (await waits_for())["what"] == "devices"
+        while (waiting := await waits_for()) is None:  # it has just begun
+            await asyncio.sleep(0.01)
+        assert (waiting["what"], waiting["ready"], waiting["needed"]) == ("devices", 0, 1)
         async with client(service) as device:
             await device.join("pi")
             await device.next_round()
@@ -748,6 +758,9 @@ def test_reports_that_come_together_are_stored_together(run: Callable[..., None]
             time.sleep(0.3)
             set_reports(reports)
 
+        async def rows() -> list[dict[str, Any]]:
+            return await asyncio.to_thread(store.devices, "run-1")
+
         store.set_reports = slowly  # type: ignore[method-assign]
         async with contextlib.AsyncExitStack() as stack:
             devices = [await stack.enter_async_context(client(service)) for _ in range(5)]
@@ -756,7 +769,7 @@ def test_reports_that_come_together_are_stored_together(run: Callable[..., None]
                 await device.next_round()
             for device in devices:
                 await device.send(report(service))
-            while len([row for row in store.devices("run-1") if row["step_seconds"] == 2.0]) < 5:
+            while len([row for row in await rows() if row["step_seconds"] == 2.0]) < 5:
                 await asyncio.sleep(0.05)
         assert sum(stored) == 5
         assert len(stored) <= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
-from hosl_cloud.records import DeviceRow, Evaluation
+from hosl_cloud.records import DeviceRow, Evaluation, Said
 from hosl_cloud.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.settings import RunConfig, TailSettings
 from hosl_cloud.store import Store
@@ -271,6 +272,40 @@ def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> Non
     store.add_evaluation("run-1", 0, Evaluation(5, 0.5, 3, 4))
     assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4, 3, 9)]
     assert store.evaluations("run-1")[0].accuracy == 0.75
+
+
+def test_a_store_that_is_used_on_an_event_loop_is_heard_of(store: Store) -> None:
+    async def ask() -> None:
+        store.run_ids()
+
+    with pytest.warns(RuntimeWarning, match="on an event loop"):
+        asyncio.run(ask())
+
+
+def say(store: Store, *sentences: str, is_ending: bool = False) -> None:
+    store.add_events([Said("run-1", 1.0, "info", text, is_ending) for text in sentences])
+
+
+def test_the_oldest_sentences_of_a_log_make_room_but_not_those_that_say_how_the_run_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hosl_cloud.store.MOST_EVENTS", 10)
+    monkeypatch.setattr("hosl_cloud.store._PRUNE_EVERY", 5)
+    store.create_run("run-2", tmp_path, "5" * 64, CONFIG)
+    store.add_events([Said("run-2", 1.0, "info", "another run's")])
+    for number in range(30):
+        say(store, f"failed {number}", is_ending=True)
+        say(store, *(f"round {number}.{place}" for place in range(3)))
+    texts = [event.text for event in store.events("run-1")]
+    assert texts[-1] == "round 29.2"
+    assert len(texts) <= 2 * (10 + 5)
+    assert [text for text in texts if text.startswith("failed")][-10:] == [f"failed {n}" for n in range(20, 30)]
+    assert len(store.events("run-2")) == 1
+
+
+def test_what_is_said_of_a_run_that_was_deleted_is_dropped_and_nothing_else_with_it(store: Store) -> None:
+    store.add_events([Said("gone", 1.0, "info", "its last word"), Said("run-1", 1.0, "info", "a word")])
+    assert [event.text for event in store.events("run-1")] == ["a word"]
 
 
 def test_threads_may_write_and_read_at_once(store: Store) -> None:

@@ -147,6 +147,7 @@ def test_a_rounds_time_begins_when_its_devices_are_there(tmp_path: Path, make_bu
             await asyncio.wait_for(attend(service, settings), 40.0)
             await asyncio.sleep(4.0)  # nobody is there
             await asyncio.wait_for(attend(service, settings), 40.0)
-            return [row.seconds for row in service.coordinator.store.rounds("run-1")]
+            rounds = await asyncio.to_thread(service.coordinator.store.rounds, "run-1")
+            return [row.seconds for row in rounds]
 
     assert max(asyncio.run(main())) < 4.0

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ import pytest
 from hosl_cloud import page_routes
 from hosl_cloud.access import Access, Guard
 from hosl_cloud.app import make_app
+from hosl_cloud.records import Said
 from hosl_cloud.runs import Runs
 from hosl_cloud.store import Store
 from support import TASK, Service, serving, write_reviews
@@ -297,7 +299,8 @@ async def numbers_move(page: Any) -> None:
 
 async def a_line_of_the_log_is_text(page: Any, service: Service) -> None:
     line = "<img src=x onerror=alert(1)> & <b>bold</b>"
-    service.coordinator.run.store.add_event("run-1", "error", line)
+    said = Said("run-1", time.time(), "error", line)
+    await asyncio.to_thread(service.coordinator.store.add_events, [said])
     await page.locator("#log li.error", has_text=line).wait_for()
     assert await page.locator("#log img, #log b").count() == 0
 
@@ -321,11 +324,11 @@ async def stop_and_resume(page: Any, service: Service) -> None:
     await take_screenshots(page, "confirm", whole=False)
     await page.keyboard.press("Escape")
     await dialog.wait_for(state="hidden")
-    assert service.coordinator.run.store.run("run-1").state == "running"
+    assert (await asyncio.to_thread(service.coordinator.store.run, "run-1")).state == "running"
     await page.keyboard.press("Enter")
     await dialog.get_by_role("button", name="Stop the run").press("Enter")
     await page.locator("#run-state", has_text="stopped").wait_for()
-    assert service.coordinator.run.store.run("run-1").state == "stopped"
+    assert (await asyncio.to_thread(service.coordinator.store.run, "run-1")).state == "stopped"
     await page.get_by_role("button", name="Resume…").click()
     await page.get_by_role("button", name="Resume the run").click()
     await page.locator("#run-state", has_text="running").wait_for()

@@ -65,7 +65,7 @@ def train(
             agents = [run_agent(device_settings(service, name, **device)) for name in NAMES]
             summaries = await asyncio.wait_for(asyncio.gather(*agents), 60.0)
             assert await service.serving == "completed"
-            return summaries, service.coordinator.store.evaluations("run-1")
+            return summaries, await asyncio.to_thread(service.coordinator.store.evaluations, "run-1")
 
     return asyncio.run(run())
 

@@ -1,0 +1,26 @@
+"""How figures of a run are said to people: the service, its log and the commands use the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def score_text(correct: int, scored: int, examples: int, of_examples: int) -> str:
+    """An accuracy, and what it is of: predictions, and how many of the held-out examples were scored if not all."""
+    text = f"{100 * correct / max(scored, 1):.1f} % ({correct} of {scored} right"
+    if examples < of_examples:
+        text += f"; only {examples} of {of_examples} held-out examples were scored"
+    return f"{text})"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 device`, `2 devices`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def in_line(behind: Sequence[str]) -> str:
+    """Why a run does not have its turn yet."""
+    others = f", and after {counted(len(behind) - 1, 'more run')}" if len(behind) > 1 else ""
+    return (
+        f"in line behind run {behind[0]}{others}: of runs whose bundles hold the same, under whatever name, one trains"
+    )
