@@ -23,6 +23,7 @@ from hosl_export.heads import has_class_head, keeps_head, linear_of, own_labels
 from hosl_export.lora import inject_lora, plain_name
 from hosl_protocol import BundleError, LoraEntry, Manifest, SettingsError, Task
 from hosl_protocol.manifest import SHARD_TOKENIZER
+from hosl_protocol.tasks import sample_text
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +91,47 @@ def verbalizer_rows(task: Task, tokenizer_path: Path) -> tuple[int, ...]:
         raise BundleError(f"{tokenizer_path} cannot be used ({error}): export the bundle again") from error
     rows: list[int] = []
     for verbalizer in task.verbalizers:
-        encoding = tokenizer.encode(verbalizer, add_special_tokens=False)
-        if len(encoding.ids) != 1:
-            remedy = f"it is the tokens {encoding.tokens}, use a word of exactly one token" + _hint(verbalizer)
+        ids = answer_ids(tokenizer, task, verbalizer)
+        tokens = [tokenizer.id_to_token(each) for each in ids]
+        if len(ids) != 1:
+            remedy = f"it is the tokens {tokens}, use a word of exactly one token" + _hint(tokenizer, task, verbalizer)
             raise VerbalizerError("task.verbalizers", verbalizer, remedy)
-        if encoding.ids[0] in rows:
-            other = task.verbalizers[rows.index(encoding.ids[0])]
-            remedy = f"it is the token {encoding.tokens[0]!r}, as {other!r} is: use a different word for each class"
+        if tokens[0] == getattr(tokenizer.model, "unk_token", None):
+            remedy = f"it is no token of the model's: {tokens[0]!r} stands for all such words; use another"
             raise VerbalizerError("task.verbalizers", verbalizer, remedy)
-        rows.append(encoding.ids[0])
+        if ids[0] in rows:
+            other = task.verbalizers[rows.index(ids[0])]
+            remedy = f"it is the token {tokens[0]!r}, as {other!r} is: use a different word for each class"
+            raise VerbalizerError("task.verbalizers", verbalizer, remedy)
+        rows.append(ids[0])
     return tuple(rows)
 
 
-def _hint(verbalizer: str) -> str:
-    return "" if verbalizer.startswith(" ") else "; most tokenizers want its leading space included"
+def answer_ids(tokenizer: Tokenizer, task: Task, verbalizer: str) -> list[int]:
+    """The tokens that a verbalizer adds to a text of the task, or failing one such token those that it is alone.
+
+    The two differ where a tokenizer puts a space before every text, as those of the SentencePiece kind do: " great"
+    alone has two then, of which the text has one.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    prompt = sample_text(task)
+    before, whole = ids_of(prompt), ids_of(prompt + verbalizer)
+    added = whole[len(before) :]
+    if whole[: len(before)] == before and len(added) == 1:
+        return added
+    return ids_of(verbalizer)
+
+
+def _hint(tokenizer: Tokenizer, task: Task, verbalizer: str) -> str:
+    """The same word with or without its leading space, where that is one token."""
+    word = verbalizer.strip()
+    others = (other for other in (f" {word}", word) if other != verbalizer)
+    fitting = next((other for other in others if word and len(answer_ids(tokenizer, task, other)) == 1), None)
+    return f", such as {fitting!r}" if fitting is not None else ""
 
 
 def narrow_head(tail: Tail, rows: tuple[int, ...]) -> None:

@@ -92,6 +92,11 @@ def render(task: Task, example: Mapping[str, Any]) -> str:
     return _FIELD.sub(lambda match: _text_of(example, match.group(1)), task.template)
 
 
+def sample_text(task: Task) -> str:
+    """A text of the task, with a word in the place of each field."""
+    return _FIELD.sub("text", task.template)
+
+
 def is_blank(task: Task, text: str) -> bool:
     """Whether a rendered text holds nothing but the template's own words."""
     own = "".join(_FIELD.sub("", task.template).split())
