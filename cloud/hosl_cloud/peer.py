@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 4
 """Frames that may wait to be asked for; a device that sends more breaks the protocol."""
 
+REMEMBERED_STARTS = 64
+"""Starts of which a device is told that it comes too late; of those before, that they are not under way."""
+
 MESSAGE_TOO_BIG = 1009
 """Code with which a websocket ends whose peer sent a message too long to be read."""
 
@@ -87,6 +90,8 @@ class Peer:
         self._answers: deque[Frame] = deque()
         self._started: RoundStart | EvalStart | None = None
         """What the device was last asked to take part in."""
+        self._former: deque[tuple[str, int, int, int]] = deque(maxlen=REMEMBERED_STARTS)
+        """What it was asked to take part in before that."""
         self._is_in_round = False
         """Whether its answers are still expected."""
         self._has_gradient = False
@@ -173,6 +178,8 @@ class Peer:
         started = self._started
         if started is None:
             return "round", "no round has begun for this device on this connection"
+        if _name(answer) in self._former:
+            return "stage", f"its stage is over, the last start here is of round {started.round}"
         for field in ("run", "epoch", "round", "attempt"):
             theirs, ours = getattr(answer, field), getattr(started, field)
             if theirs != ours:
@@ -232,6 +239,8 @@ class Peer:
             self._cut_off()
             return
         if isinstance(message, (RoundStart, EvalStart)):
+            if self._started is not None:
+                self._former.append(_name(self._started))
             self._started, self._is_in_round, self._has_gradient = message, True, False
             self._answered.clear()
         elif isinstance(message, CutGradient):
@@ -285,6 +294,11 @@ class Peer:
         self._is_in_round = False
         while self._answers:
             self._refuse_late(self._answers.popleft().message, "stage", "its stage is over")
+
+
+def _name(message: Any) -> tuple[str, int, int, int]:
+    """What tells a start of a round from all others."""
+    return message.run, message.epoch, message.round, message.attempt
 
 
 def _size(tensors: Mapping[str, Any] | None) -> int:

@@ -106,11 +106,18 @@ async def after(delay_s: float, work: Callable[[], None]) -> None:
     work()
 
 
+async def once_asked(device: Device, work: Callable[[], None]) -> None:
+    """On a busy machine it takes a while until a device hears of a round."""
+    while not device.told:
+        await asyncio.sleep(0.005)
+    work()
+
+
 def test_answers_are_taken_as_they_come(fleet: Fleet) -> None:
     async def main() -> None:
         first, second = Device(fleet, "a"), Device(fleet, "b")
         driving = asyncio.create_task(fleet.drive(start("a", "b"), 10.0))
-        await after(0.05, lambda: second.answer(Anchor(**NAME)))
+        await once_asked(second, lambda: second.answer(Anchor(**NAME)))
         await asyncio.sleep(0.05)
         assert fleet.waiting is not None
         assert (fleet.waiting.what, fleet.waiting.devices) == ("anchor", ("a",))
@@ -135,7 +142,7 @@ def test_several_that_are_there_are_taken_at_once_and_no_others_are_waited_for(f
     async def main() -> None:
         devices = [Device(fleet, name) for name in "abcd"]
         driving = asyncio.create_task(fleet.drive(few(), 10.0))
-        await after(0.05, lambda: [each.answer(Anchor(**NAME)) for each in devices[:3]])
+        await once_asked(devices[3], lambda: [each.answer(Anchor(**NAME)) for each in devices[:3]])
         await after(1.0, lambda: devices[3].answer(Anchor(**NAME)))
         assert await driving == [["a", "b"], ["c"], ["d"]]
 
@@ -146,7 +153,7 @@ def test_a_device_that_is_late_is_left_out_and_told_so_by_name(fleet: Fleet) -> 
     async def main() -> None:
         slow, quick = Device(fleet, "a"), Device(fleet, "b")
         driving = asyncio.create_task(fleet.drive(start("a", "b"), 1.0))
-        await after(0.01, lambda: quick.answer(Anchor(**NAME)))
+        await once_asked(quick, lambda: quick.answer(Anchor(**NAME)))
         assert await driving == [("b", True), ("a", False)]
         assert not any(isinstance(message, Late) for message in slow.told)
         slow.answer(Anchor(**NAME, id=4))
@@ -176,14 +183,14 @@ def test_a_deadline_of_it_all_ends_what_each_answer_keeps_going(fleet: Fleet, ca
         raise AssertionError
 
     async def feed(device: Device) -> None:
+        await once_asked(device, lambda: None)
         for id_ in itertools.count():
             device.answer(EvalBatch(**NAME, id=id_, last=False))
             await asyncio.sleep(0.02)
 
     async def main() -> None:
         device = Device(fleet, "a")
-        driving = asyncio.create_task(fleet.drive(endless(), 10.0, 0.3))
-        await asyncio.sleep(0.05)
+        driving = asyncio.create_task(fleet.drive(endless(), 10.0, 1.0))
         feeding = asyncio.create_task(feed(device))
         assert await asyncio.wait_for(driving, 10.0) > 0
         feeding.cancel()
@@ -214,7 +221,7 @@ def test_what_already_waits_is_taken_though_the_deadline_has_passed(fleet: Fleet
         first, second = Device(fleet, "a"), Device(fleet, "b")
         second.tell(RoundStart(**NAME, deadline_s=1.0))
         driving = asyncio.create_task(fleet.drive(slow_round(), 0.2))
-        await after(0.05, lambda: first.answer(Anchor(**NAME)))
+        await once_asked(first, lambda: first.answer(Anchor(**NAME)))
         await after(0.1, lambda: second.answer(Anchor(**NAME)))
         assert await driving
 
@@ -245,6 +252,21 @@ def test_every_answer_of_another_run_epoch_round_or_attempt_is_refused_with_what
         assert device.told[-1] == Late(**named, id=2, answer=answer, code=field, reason=reason)
         assert f"device a: its {answer} of round {named['round']} is not taken: {reason}" in caplog.text
         assert device.take(Ask("a", kind, 1)) is None
+
+    asyncio.run(main())
+
+
+def test_an_answer_of_a_round_that_went_on_without_the_device_comes_too_late(fleet: Fleet) -> None:
+    async def main() -> None:
+        device = Device(fleet, "a")
+        for round_, attempt in ((1, 3), (2, 4), (2, 5)):
+            device.tell(RoundStart(run="r", epoch=0, round=round_, attempt=attempt, deadline_s=1.0))
+            device.leave_round()
+        reason = "its stage is over, the last start here is of round 2"
+        for round_, attempt in ((1, 3), (2, 4)):
+            named = {"run": "r", "epoch": 0, "round": round_, "attempt": attempt}
+            device.answer(Anchor(**named))
+            assert device.told[-1] == Late(**named, answer="anchor", code="stage", reason=reason)
 
     asyncio.run(main())
 
