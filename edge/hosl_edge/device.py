@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -178,13 +179,14 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
-        tokenizer = _load_tokenizer(self._folder / SHARD_TOKENIZER)
-        paths = dict(zip(("train", "eval"), self._data_paths, strict=True))
-        return {
-            split: load_dataset(path, settings.task, tokenizer, settings.max_length, self.manifest)
-            for split, path in paths.items()
-            if path is not None
-        }
+        path, files = self._folder / SHARD_TOKENIZER, dict(zip(("train", "eval"), self._data_paths, strict=True))
+        with _usable_tokenizer(path):
+            tokenizer = Tokenizer.from_file(str(path))
+            return {
+                split: load_dataset(file, settings.task, tokenizer, settings.max_length, self.manifest)
+                for split, file in files.items()
+                if file is not None
+            }
 
     def _open_shard(self, settings: RunSettings) -> None:
         self.shard.open()
@@ -236,10 +238,14 @@ class Device:
         self._lock.close()
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+@contextlib.contextmanager
+def _usable_tokenizer(path: Path) -> Iterator[None]:
+    """What the tokenizer's library raises becomes a BundleError: its own root, or a panic, which is no Exception."""
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing finer
+        yield
+    except (HoslError, MemoryError, KeyboardInterrupt, SystemExit, OSError):
+        raise
+    except BaseException as error:
         raise BundleError(f"{path} cannot be used ({error}): delete it and start again to fetch it") from error
 
 

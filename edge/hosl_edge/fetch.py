@@ -56,18 +56,7 @@ def fetch_bundle(
     (try again), RefusedError (token), BundleError (digest), NoSpaceError.
     """
     base = cloud.url("bundle/")
-    with open_url(cloud, base + MANIFEST + ("?waits=1" if waits else "")) as response:
-        try:
-            data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionLost(f"download of {base + MANIFEST} broke off: {error}") from error
-        expected = response.headers.get("Content-Length")
-    if expected is None:  # the service always says it: the head was cut off, which http.client takes for its end
-        raise ConnectionLost(f"download of {base + MANIFEST} broke off before its length came")
-    if len(data) < min(int(expected), MAX_MANIFEST_BYTES):
-        raise ConnectionLost(f"download of {base + MANIFEST} ended at {len(data)} of {expected} bytes")
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+    data = read_url(cloud, base + MANIFEST + ("?waits=1" if waits else ""))
     manifest = decode_manifest(data, base + MANIFEST)
     on_manifest(manifest)
     folder = cache / "shards" / manifest.shard_digest
@@ -162,6 +151,25 @@ def _download(
                 on_rate((done - first) / max(time.monotonic() - began, 1e-6))
     if done != size:
         raise ConnectionLost(f"download of {url} ended at {done} of {size} bytes")
+
+
+def read_url(cloud: Cloud, url: str) -> bytes:
+    """A small answer, whole. Raises BundleError where it is larger than a manifest may be, and what `open_url` does."""
+    with open_url(cloud, url) as response:
+        try:
+            data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(f"download of {url} broke off: {error}") from error
+        expected = response.headers.get("Content-Length") or ""
+    if (
+        not expected.isdecimal()
+    ):  # the service always says it: the head was cut off, which http.client takes for its end
+        raise ConnectionLost(f"download of {url} broke off before its length came")
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{url} is larger than {MAX_MANIFEST_BYTES} bytes")
+    if len(data) < int(expected[:20]):
+        raise ConnectionLost(f"download of {url} ended at {len(data)} of {expected[:20]} bytes")
+    return data
 
 
 def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:

@@ -9,11 +9,12 @@ import msgspec
 
 from hosl_edge.data import check_consent, check_files, check_first_example
 from hosl_edge.exceptions import ConnectionLost, NotFoundError, RefusedError
-from hosl_edge.fetch import MAX_MANIFEST_BYTES, open_url
+from hosl_edge.fetch import read_url
 from hosl_edge.images import load_images
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.trust import Cloud
 from hosl_protocol import Manifest, Task
+from hosl_protocol.tasks import check_task
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -34,12 +35,11 @@ _PLACE = msgspec.json.Decoder(Place)
 def fetch_place(cloud: Cloud, name: str) -> Place | None:
     """What waits for the device of this name; None where an older service cannot tell.
 
-    Raises RefusedError where the token is another device's, and ConnectionLost.
+    Raises RefusedError where the token is another device's, SettingsError for a task that is none, and ConnectionLost.
     """
     url = cloud.url("device/") + quote(name, safe="")
     try:
-        with open_url(cloud, url) as response:
-            return _PLACE.decode(response.read(MAX_MANIFEST_BYTES))
+        place = _PLACE.decode(read_url(cloud, url))
     except NotFoundError:
         return None
     except RefusedError as error:
@@ -47,8 +47,11 @@ def fetch_place(cloud: Cloud, name: str) -> Place | None:
             f"the token is not one of device {name}: leave out the name, and the token's own counts, or take its own"
         )
         raise RefusedError(reason, retry=False) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConnectionLost(f"{url} answered with what no hosl-cloud says: {error}") from error
+    if place.task is not None:
+        check_task(place.task)
+    return place
 
 
 def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> None:
@@ -59,10 +62,10 @@ def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> 
     check_consent(task, settings.fields, share_text=settings.share_text)
     for path in (settings.data, settings.eval):
         if path is not None:
-            check_data_file(Path(path), task, manifest)
+            check_data_file(Path(path), task, manifest, skip_broken=settings.skip_broken)
 
 
-def check_data_file(path: Path, task: Task | None, manifest: Manifest | None) -> str:
+def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *, skip_broken: bool = False) -> str:
     """That a file can be read, and what `task` can do with it, where that is known; in words. Raises DataError."""
     check_files(path)
     if task is None and (path.is_dir() or path.suffix == ".npz"):
@@ -70,7 +73,7 @@ def check_data_file(path: Path, task: Task | None, manifest: Manifest | None) ->
     if task is not None and task.is_image:
         if manifest is None or manifest.image is None:
             return "can be read"
-        examples = len(load_images(path, task, manifest.image, manifest.max_length))
+        examples = len(load_images(path, task, manifest.image, manifest.max_length, skip_broken=skip_broken))
         return f"{examples} images, which task {task.name} can use"
     fields = check_first_example(path, task)
     fits = f", which task {task.name} can use" if task is not None else ""

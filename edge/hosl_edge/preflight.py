@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from hosl_edge.data import check_consent, digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
-from hosl_edge.fetch import MAX_MANIFEST_BYTES, open_url
+from hosl_edge.fetch import read_url
 from hosl_edge.health import ROOT, read_available
 from hosl_edge.place import Place, check_data_file, fetch_place
 from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
@@ -138,7 +138,9 @@ def check_data(settings: EdgeSettings, place: Place, manifest: Manifest | None) 
         try:
             if place.task is not None:
                 check_consent(place.task, settings.fields, share_text=settings.share_text)
-            detail = check_data_file(Path(path), place.task, manifest) if path is not None else "none"
+            detail = "none"
+            if path is not None:
+                detail = check_data_file(Path(path), place.task, manifest, skip_broken=settings.skip_broken)
             if bound[name] and bound[name] != (digest_of_data(Path(path)) if path is not None else ""):
                 remedy = f"put the former file back, or name it in {name}"
                 raise DataError(Path(path or "--eval"), None, "has changed since this device joined the run")
@@ -238,8 +240,7 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
     try:
         cloud = connect_securely(settings.server, token, Path(settings.cache_dir))
         url = cloud.url("bundle/") + MANIFEST
-        with open_url(cloud, url) as response:
-            manifest = decode_manifest(response.read(MAX_MANIFEST_BYTES + 1), url)
+        manifest = decode_manifest(read_url(cloud, url), url)
     except (HoslError, OSError, http.client.HTTPException) as caught:
         error = caught
     if isinstance(error, TrustError):
@@ -273,7 +274,7 @@ def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Place]:
     except RefusedError as error:
         reason, _, remedy = error.reason.partition(": ")
         yield Check("device", FAILED, reason, remedy, ExitCode.REFUSED)
-    except ConnectionLost as error:
+    except HoslError as error:
         yield Check("device", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
     else:
         if place is not None:

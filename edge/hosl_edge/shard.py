@@ -7,6 +7,7 @@ Shapes: B examples, L padded length, T tokens without padding or positions of im
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import struct
@@ -40,19 +41,20 @@ class MappedWeights:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        layout, start = _read_layout(path)
-        with _usable(path), path.open("rb") as file:
-            self._frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.all: Weights = {}
         self._base: Weights = {}
-        for entry in manifest.tensors:
-            _check_entry(path, layout, entry, len(self._frozen) - start)
-            first = start + layout[entry.name].data_offsets[0]
-            frozen = _view(self._frozen, first, entry.shape)
-            self.all[entry.name] = _view(self._private, first, entry.shape) if entry.trainable else frozen
-            if entry.trainable:
-                self._base[entry.name] = frozen
+        with _usable(path):
+            layout, start = _read_layout(path)
+            with path.open("rb") as file:
+                self._frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            for entry in manifest.tensors:
+                _check_entry(layout, entry, len(self._frozen) - start)
+                first = start + layout[entry.name].data_offsets[0]
+                frozen = _view(self._frozen, first, entry.shape)
+                self.all[entry.name] = _view(self._private, first, entry.shape) if entry.trainable else frozen
+                if entry.trainable:
+                    self._base[entry.name] = frozen
 
     def reset(self) -> None:
         """Put the trainable weights back to what the file holds."""
@@ -69,18 +71,17 @@ class _Place(msgspec.Struct):
     """From the end of the header."""
 
 
-def _check_entry(path: Path, layout: dict[str, _Place], entry: TensorEntry, data_bytes: int) -> None:
+def _check_entry(layout: dict[str, _Place], entry: TensorEntry, data_bytes: int) -> None:
     found = layout.get(entry.name)
     if found is None or found.dtype != "F32" or found.shape != entry.shape:
-        raise BundleError(f"{path} does not hold {entry.name} as float32 of shape {list(entry.shape)}")
+        raise BundleError(f"it does not hold {entry.name} as float32 of shape {list(entry.shape)}")
     first, end = found.data_offsets
-    if not 0 <= first <= end <= data_bytes or end - first != 4 * int(np.prod(entry.shape)):
-        raise BundleError(f"{path} is cut short, or its header is wrong, at {entry.name}")
+    if not 0 <= first <= end <= data_bytes or end - first != 4 * math.prod(entry.shape):
+        raise BundleError(f"it is cut short, or its header is wrong, at {entry.name}")
 
 
 def _view(mapping: mmap.mmap, first: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    count = int(np.prod(shape))
-    return np.frombuffer(mapping, np.float32, count, first).reshape(shape)
+    return np.frombuffer(mapping, np.float32, math.prod(shape), first).reshape(shape)
 
 
 class TokenTable:
@@ -90,12 +91,13 @@ class TokenTable:
     """
 
     def __init__(self, path: Path, entry: TensorEntry) -> None:
-        layout, start = _read_layout(path)
         self.name = entry.name
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with _usable(path):
+            layout, start = _read_layout(path)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         self._first = start + layout[entry.name].data_offsets[0]
-        self._width = int(np.prod(entry.shape[1:]))
+        self._width = math.prod(entry.shape[1:])
         self._rows = np.empty((0, self._width), np.float32)
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -114,7 +116,7 @@ _PLACE = msgspec.json.Decoder(_Place)
 
 
 def _read_layout(path: Path) -> tuple[dict[str, _Place], int]:
-    with _usable(path), path.open("rb") as file:
+    with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = msgspec.json.decode(file.read(min(length, MAX_HEADER_BYTES)), type=dict[str, msgspec.Raw])
         entries.pop("__metadata__", None)
@@ -126,6 +128,8 @@ def _usable(path: Path) -> Iterator[None]:
     """What reading a damaged file raises becomes a BundleError that names it."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # ONNX Runtime's have no common root
         problem = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
         sentence = f"{path} cannot be used ({problem or type(error).__name__})"
@@ -152,6 +156,7 @@ class _Graph:
     """A session, and what is bound to its inputs."""
 
     def __init__(self, path: Path, threads: int) -> None:
+        self._path = path
         with _usable(path):
             data = path.read_bytes()
             check_graph(data)
@@ -161,14 +166,16 @@ class _Graph:
 
     def bind(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Let the inputs of these names read this memory, as often as it changes."""
-        for name, array in arrays.items():
-            if name in self.inputs:
-                self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        with _usable(self._path):
+            for name, array in arrays.items():
+                if name in self.inputs:
+                    self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def run(self, output: str, out: npt.NDArray[np.float32]) -> None:
         """Compute `output` into `out`."""
-        self._binding.bind_output(output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
+        with _usable(self._path):
+            self._binding.bind_output(output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+            self._session.run_with_iobinding(self._binding)
 
 
 class Shard:
@@ -206,8 +213,7 @@ class Shard:
 
     def _open(self, name: str) -> _Graph:
         graph = _Graph(self._folder / name, self._threads)
-        with _usable(self._folder / name):
-            graph.bind(self.weights)
+        graph.bind(self.weights)
         return graph
 
     def reset(self) -> None:

@@ -66,8 +66,10 @@ def read_snapshot(path: Path, sha256: str, manifest: Manifest) -> tuple[Snapshot
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header, layout, start = _read_header(mapping)
         return header, _view_state(mapping, header, layout, start, manifest)
-    except (KeyError, TypeError, ValueError, struct.error, msgspec.DecodeError) as error:
-        raise SnapshotError(path, f"it is no snapshot of this shard: {error!r}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a header of the cloud's may bring about
+        raise SnapshotError(path, f"it is no snapshot of this shard: {error!r}"[:300]) from error
 
 
 def _read_header(mapping: mmap.mmap) -> tuple[SnapshotHeader, dict[str, Any], int]:

@@ -30,6 +30,9 @@ BOUNDARY = "boundary"
 SHORTEST_TEXT = 2
 """Tokens that a soft prompt leaves a text room for, at least."""
 
+MAX_WIDTH, MAX_LENGTH, MAX_ELEMENTS = 2**24, 2**24, 2**40
+"""Of what a manifest says of a model: far above any, and small enough to compute with."""
+
 TrainMode = Literal["none", "lora", "lora-b", "norm", "prompt", "blocks", "all"]
 
 
@@ -199,6 +202,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         got = getattr(manifest, field)
         if got != expected:
             raise BundleError(f"{where} has {field} {got}, this hosl reads {expected}: export the bundle again")
+    _check_numbers(manifest, where)
     for entry in manifest.trainable:
         if entry.exponent is None:
             raise BundleError(f"{where}: trainable tensor {entry.name} has no lattice exponent")
@@ -220,6 +224,22 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\0" in file.path:
             raise BundleError(f"{where} names a file outside the bundle: {file.path!r}")
     return manifest
+
+
+def _check_numbers(manifest: Manifest, where: str) -> None:
+    """Nothing is below what it can be, nor so large that sums of it overflow."""
+    limits = {"width": (1, MAX_WIDTH), "max_length": (1, MAX_LENGTH), "pad_token_id": (0, 2**31 - 1)}
+    limits |= {"blocks": (1, 2**16), "split": (0, manifest.blocks), "prompt_tokens": (0, manifest.max_length)}
+    for field, (least, most) in limits.items():
+        if not least <= (value := getattr(manifest, field)) <= most:
+            raise BundleError(f"{where}: {field} is {value}, expected {least} to {most}")
+    for entry in manifest.tensors:
+        if min(entry.shape, default=1) < 1 or math.prod(entry.shape) > MAX_ELEMENTS:
+            limit = f"expected dimensions from 1 on, and at most {MAX_ELEMENTS} elements"
+            raise BundleError(f"{where}: tensor {entry.name} has shape {list(entry.shape)[:8]}, {limit}")
+    for file in manifest.files:
+        if not 0 <= file.size_bytes < 2**63:
+            raise BundleError(f"{where}: file {file.path} has {file.size_bytes} bytes, expected 0 to 2^63 - 1")
 
 
 def _check_image(image: ImageEntry, positions: int, where: str) -> None:
