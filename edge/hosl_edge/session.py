@@ -172,6 +172,8 @@ class Session:
         message = frame.message
         if self._is_repeat(message):
             log.info("a repeated %s is dropped", name_of(message))
+        elif self._is_foreign(message):
+            log.warning("%s of another run or epoch is ignored", name_of(message))
         elif isinstance(message, Welcome):
             return await self._join(message)
         elif isinstance(message, CatchUp):
@@ -191,6 +193,13 @@ class Session:
     def _is_repeat(self, message: Message) -> bool:
         """Whether this start was the last one on this connection."""
         return isinstance(message, (RoundStart, EvalStart)) and self._started == message
+
+    def _is_foreign(self, message: Message) -> bool:
+        """Whether it is of another run or epoch than the Welcome."""
+        welcome = self._welcome
+        if welcome is None or not isinstance(message, (CatchUp, Update, RoundStart, EvalStart)):
+            return False
+        return (message.run, message.epoch) != (welcome.run, welcome.epoch)
 
     def _show_late(self, message: Late) -> None:
         why = f"not taken: {message.reason}" if message.reason else "left out"
@@ -259,8 +268,7 @@ class Session:
 
     async def _update(self, message: Update, frame: Frame) -> None:
         device = self.device
-        welcome = self._joined()
-        if (message.run, message.epoch) != (welcome.run, welcome.epoch) or message.round <= device.applied_round:
+        if message.round <= device.applied_round:
             return
         if message.round > device.applied_round + 1:
             raise ConnectionLost(f"update of round {message.round} came after round {device.applied_round}")

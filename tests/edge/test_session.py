@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from hosl_edge import step
@@ -17,7 +18,21 @@ from hosl_edge.display import Progress
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.session import Session
 from hosl_edge.trust import Cloud, Token
-from hosl_protocol import CutGradient, EvalResult, EvalStart, Frame, Late, Refusal, RoundStart
+from hosl_protocol import (
+    CatchUp,
+    CutGradient,
+    EvalResult,
+    EvalStart,
+    Frame,
+    Late,
+    Refusal,
+    RoundStart,
+    RunSettings,
+    Task,
+    Update,
+    Welcome,
+    name_of,
+)
 
 Reply = CutGradient | EvalStart | EvalResult | Late
 
@@ -63,6 +78,33 @@ def test_without_a_deadline_a_device_waits() -> None:
     got, said, _ = drive(None, 0.3, ANSWER)
     assert got == [Frame(ANSWER), "closed"]
     assert said == []
+
+
+FOREIGN: list[dict[str, Any]] = [{"run": "other", "epoch": 0}, {"run": "r", "epoch": 1}]
+
+
+@pytest.mark.parametrize("named", FOREIGN, ids=["run", "epoch"])
+@pytest.mark.parametrize("kind", [CatchUp, Update, RoundStart, EvalStart])
+def test_what_is_of_another_run_or_epoch_than_the_welcome_changes_nothing(
+    caplog: pytest.LogCaptureFixture, kind: Any, named: dict[str, Any]
+) -> None:
+    more: dict[Any, dict[str, Any]] = {
+        CatchUp: {"first_round": 1, "last": True},
+        Update: {"round": 1, "learning_rate": 0.0},
+        RoundStart: {"round": 1, "deadline_s": 1.0},
+        EvalStart: {"round": 1},
+    }
+    tensors = {
+        "coefficients": np.zeros((1, 2) if kind is CatchUp else 2, np.float32),
+        "learning_rates": np.zeros(1),
+        "loss": np.zeros((), np.float32),
+    }
+    task = Task(name="t", kind="lm", template="{text}")
+    unused: Any = None
+    session = Session(unused, unused, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+    session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
+    assert asyncio.run(session._handle(Frame(kind(**named, **more[kind]), tensors))) is None
+    assert f"{name_of(kind)} of another run or epoch is ignored" in caplog.text
 
 
 def test_a_device_says_why_its_answer_was_not_taken() -> None:
