@@ -37,6 +37,7 @@ try:
     from hosl_cloud.settings import load_config
     from hosl_cloud.store import Store
     from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
+    from hosl_protocol.arguments import Parser
     from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
@@ -57,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
     )
     add_version(parser)
@@ -178,6 +179,8 @@ def _simulate(options: argparse.Namespace) -> int:
     baseline = [f"baseline={options.baseline}"] if options.baseline else []
     config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
     check_fleet(config)
+    if options.csv is not None:
+        options.csv.open("a").close()  # a path that cannot be written is an error now, and not after the run
     make_data_dir(options.data_dir)
     check_files(options.bundle, manifest)
     threads = options.threads or len(os.sched_getaffinity(0))

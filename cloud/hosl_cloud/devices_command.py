@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import shlex
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from hosl_cloud.api_client import add_client_options, client_of, service_file
@@ -74,32 +78,46 @@ def _init(options: argparse.Namespace) -> int:
 
 def _add(options: argparse.Namespace) -> int:
     client = client_of(options)
-    path = Path(options.out or f"{options.name}.token")
-    if options.out != "-" and path.exists():
-        raise ServiceError(f"{path} exists: choose another --out, or delete it")
-    made = client.request("POST", "/v1/devices", {"name": options.name, "bundle": options.bundle})
-    if made["warning"]:
-        log.warning("%s", made["warning"])
-    if options.out == "-":
-        print(made["token"])
+    path = None if options.out == "-" else Path(options.out or f"{options.name}.token")
+    with _reserved(path) if path is not None else contextlib.nullcontext(sys.stdout) as file:
+        made = client.request("POST", "/v1/devices", {"name": options.name, "bundle": options.bundle})
+        if made["warning"]:
+            log.warning("%s", made["warning"])
+        _write_token(file, made["token"], made["name"])
+    if path is None:
         return int(ExitCode.OK)
-    _write_token(path, made["token"], made["name"])
     if options.json:
         print(json.dumps({"name": made["name"], "token_file": str(path)}))
     else:
         print(f"the token is in {path}: copy it to the device, and start there")
-        print(f"hosl-edge --server {_public_address(options)} --token-file {path} --data FILE")
+        words = ("hosl-edge", "--server", _public_address(options), "--token-file", str(path), "--data", "FILE")
+        print(shlex.join(words))
     return int(ExitCode.OK)
 
 
-def _write_token(path: Path, token: str, name: str) -> None:
+@contextlib.contextmanager
+def _reserved(path: Path) -> Iterator[TextIO]:
+    """A new file that its owner alone can read, made before the token that it is for; gone again if none comes."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(token + "\n")
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii")
+    except FileExistsError as error:
+        raise ServiceError(f"{path} exists: choose another --out, or delete it") from error
     except OSError as error:
-        remedy = f"run hosl-cloud device revoke {name}, and add it again with another --out"
-        raise ServiceError(f"{path} cannot be written ({error.strerror}), and the token is lost: {remedy}") from error
+        raise ServiceError(f"{path} cannot be written ({error.strerror}): choose another --out") from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write_token(file: TextIO, token: str, name: str) -> None:
+    try:
+        print(token, file=file, flush=True)
+    except OSError as error:
+        remedy = f"run hosl-cloud device revoke {name}, and add it again"
+        raise ServiceError(f"the token cannot be written ({error.strerror}), and is lost: {remedy}") from error
 
 
 def _public_address(options: argparse.Namespace) -> str:
@@ -132,5 +150,5 @@ def _date(unix: float) -> str:
 def _revoke(options: argparse.Namespace) -> int:
     # Every byte of the name: one that is none must reach the service as it is, and be refused by it.
     answer = client_of(options).request("DELETE", f"/v1/devices/{quote(options.name, safe='')}")
-    print(json.dumps(answer) if options.json else f"the token of {answer['name']} is worth nothing now")
+    print(json.dumps(answer) if options.json else f"the token of {answer['name']} is revoked")
     return int(ExitCode.OK)

@@ -103,8 +103,8 @@ def add_drain(parser: Parser) -> None:
         if options.json:
             print(json.dumps(answer))
         else:
-            paused, verb = ", ".join(answer["runs"]) or "no run", "leaves" if options.no_wait else "has left"
-            print(f"the service pauses {paused}, and {verb}")
+            paused = f"pauses {', '.join(answer['runs'])}" if answer["runs"] else "has no run to pause"
+            print(f"the service {paused}, and {'leaves' if options.no_wait else 'has left'}")
         return int(ExitCode.OK)
 
     _finish(parser, drain)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,7 @@ def _ahead_of(store: Store, run: str) -> list[str]:
 def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path) -> list[str]:
     """How devices reach the service."""
     if listen.is_loopback():
-        return [f"devices join with: hosl-edge --server {address} --token-file {token_path} --data FILE"]
+        words = ("hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE")
+        return [f"devices join with: {shlex.join(words)}"]
     names = f"its certificate is for {', '.join(listen.authority.names())}; " if listen.authority is not None else ""
     return [f"{names}{hint('device add NAME', data_dir)} makes a device's token"]

@@ -21,6 +21,7 @@ try:
     from hosl_edge.settings import FIELDS, EdgeSettings, Resolved, masked, resolve, split_fields
     from hosl_edge.status import SERVICE_FOLDER, read_status, readable, status_folder
     from hosl_protocol import ExitCode
+    from hosl_protocol.arguments import Parser
     from hosl_protocol.plain import plain
     from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
@@ -54,8 +55,9 @@ def _is_command(given: Sequence[str], place: int) -> bool:
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     is_run = name == "run"
     commands = "; ".join(f"{other}: {text}" for other, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hosl-edge" if is_run else f"hosl-edge {name}",
+        commands=COMMANDS,
         description=description,
         epilog=f"Commands: {commands}." if is_run else None,
     )

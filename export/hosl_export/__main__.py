@@ -14,6 +14,7 @@ from typing import get_args
 try:
     import msgspec
 
+    from hosl_protocol.arguments import Parser
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.manifest import TrainMode
     from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hosl-export", description="Cut a model in two: a shard and a tail.")
+    parser = Parser(prog="hosl-export", description="Cut a model in two: a shard and a tail.")
     parser.add_argument("--model", required=True, help="hub id, local folder, or .gguf file")
     parser.add_argument("--split", required=True, type=int, help="blocks on the device; the rest goes to the cloud")
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")

@@ -79,7 +79,7 @@ def test_a_device_is_added_listed_and_revoked(
         assert await cli(service, "add", "third", "--json", "--out", "t") == 0
         assert json.loads(capsys.readouterr().out) == {"name": "third", "token_file": "t"}
         assert await cli(service, "revoke", "pi.kitchen") == 0
-        assert capsys.readouterr().out == "the token of pi.kitchen is worth nothing now\n"
+        assert capsys.readouterr().out == "the token of pi.kitchen is revoked\n"
         assert await cli(service, "list") == 0
         rows = capsys.readouterr().out.splitlines()
         assert [row.split()[0] for row in rows] == ["pi.kitchen", "second", "third"]
@@ -89,6 +89,22 @@ def test_a_device_is_added_listed_and_revoked(
         assert {key for device in listed for key in device} == {"name", "created_at", "revoked_at", "bundle"}
         assert await cli(service, "revoke", "nobody") == 6
         assert "refused: no device 'nobody' has a token" in capsys.readouterr().err
+
+    run(test)
+
+
+def test_a_path_that_cannot_be_written_costs_no_token(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def test(service: Service) -> None:
+        path = tmp_path / "a folder" / "garage.token"
+        assert await cli(service, "add", "garage", "--out", str(path)) == 3
+        assert capsys.readouterr().err.endswith(
+            "a folder/garage.token cannot be written (No such file or directory): choose another --out\n"
+        )
+        path.parent.mkdir()
+        assert await cli(service, "add", "garage", "--out", str(path)) == 0
+        assert f"--token-file '{path}' --data FILE" in capsys.readouterr().out
 
     run(test)
 
