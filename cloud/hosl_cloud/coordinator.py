@@ -346,6 +346,8 @@ class Coordinator:
                 return None
             peers = [self.fleet.peers[name] for name in devices]
             examples = await asyncio.to_thread(self.store.held_out, self.run.id)
+            if not self.config.strict:  # what never comes must not leave every evaluation in want of it
+                examples = {name: count for name, count in examples.items() if not self._is_unreliable(name)}
             examples |= {peer.name: peer.eval_examples for peer in peers}
             digests = {peer.name: peer.eval_digest for peer in peers}
             context = self._context(self.run.round, devices)

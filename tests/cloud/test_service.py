@@ -31,6 +31,8 @@ from hosl_protocol import (
     CatchUp,
     Complete,
     Connection,
+    EvalBatch,
+    EvalResult,
     EvalStart,
     Frame,
     Goodbye,
@@ -487,24 +489,40 @@ def test_a_run_begins_with_the_devices_that_a_round_needs(run: Callable[..., Non
 
 
 def test_a_device_that_never_sends_its_held_out_data_is_asked_no_more(run: Callable[..., None]) -> None:
+    one = np.ones(1, np.int32)
+    batch = {"activations": np.zeros((1, 32), np.float32), "lengths": one, "labels": one}
+
+    async def join(device: Client, name: str, eval_examples: int) -> None:
+        await device.send(device.hello(name))
+        assert isinstance(await device.receive(), Welcome)
+        assert isinstance(await device.receive(), CatchUp)
+        await device.send(msgspec.structs.replace(device.ready(), eval_examples=eval_examples))
+        while not device.is_ready(name):
+            await asyncio.sleep(0.01)
+
     async def test(service: Service) -> None:
         coordinator = service.coordinator
-        async with client(service) as device:
-            await device.send(device.hello())
-            assert isinstance(await device.receive(), Welcome)
-            assert isinstance(await device.receive(), CatchUp)
-            await device.send(msgspec.structs.replace(device.ready(), eval_examples=10**9))
-            while not device.is_ready("pi"):
-                await asyncio.sleep(0.01)
-            for _ in range(2):
-                assert await coordinator._score() is None
-                assert isinstance(await device.receive(), EvalStart)
-            assert await coordinator._score() is None
+        async with client(service) as silent, client(service) as good:
+            await join(silent, "silent", 10**9)
+            await join(good, "good", 1)
+            for is_asked in (True, True, False):
+                scoring = asyncio.create_task(coordinator._score())
+                start = await good.receive()
+                assert isinstance(start, EvalStart)
+                named = {"run": "run-1", "epoch": 0, "round": 0, "attempt": start.attempt}
+                await good.send(EvalBatch(**named, last=True), batch)
+                evaluation = await scoring
+                assert isinstance(await good.receive(), EvalResult)
+                assert evaluation is not None
+                assert (evaluation.examples, evaluation.of_examples) == (1, 1 + is_asked * 10**9)
+                if is_asked:
+                    assert isinstance(await silent.receive(), EvalStart)
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(device.socket.recv(), 0.2)
-        assert "device pi did not send all its held-out data in 2 evaluations: it is asked no more" in service.said
+                await asyncio.wait_for(silent.socket.recv(), 0.2)
+        sentence = "device silent did not send all its held-out data in 2 evaluations: it is asked no more"
+        assert sentence in service.said
 
-    run(test, strikes=2, round_deadline_s=0.05)
+    run(test, start_with=3, strikes=2, round_deadline_s=1.0)
 
 
 def test_what_a_device_says_as_it_leaves_stays_on_one_line(run: Callable[..., None]) -> None:
