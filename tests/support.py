@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 import signal
 import socket
 import threading
@@ -73,6 +75,26 @@ def count_right(folder: Path, files: list[Path], *, is_classifier: bool = False)
             logits = model(**inputs).logits[0]
         right += int((logits if is_classifier else logits[-1, answers]).argmax()) == example["label"]
     return right, len(examples)
+
+
+def run_card(folder: Path) -> dict[str, Any]:
+    """Run the code of the folder's card, as somebody does who has it before him; the names that it defines."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(compile("\n".join(code), str(folder / "README.md"), "exec"), names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+def count_right_by_card(folder: Path, files: list[Path]) -> tuple[int, int]:
+    """Right answers to the reviews by the code of the folder's card, and out of how many."""
+    classify = run_card(folder)["classify"]
+    examples = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    return sum(classify(example) == str(example["label"]) for example in examples), len(examples)
 
 
 TASK = """

@@ -119,6 +119,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from hosl_cloud.card import CARD
     from hosl_cloud.checkpoint import find_checkpoint
     from hosl_cloud.merge import PROMPT_FOLDER, merge_run
     from hosl_cloud.mirror import replay_client
@@ -145,15 +146,19 @@ def _merge(options: argparse.Namespace) -> int:
         client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
     finally:
         store.close()
-    info = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter)
+    merged = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter, run.id)
     prompt = options.out / PROMPT_FOLDER if manifest.prompt_tokens else None
     if options.json:
-        facts = {"run": run.id, "round": info.round, "out": str(options.out)}
+        facts = {"run": run.id, "round": merged.info.round, "out": str(options.out)}
         print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
         return int(ExitCode.OK)
-    is_unscored = options.checkpoint == "best" and info.metrics is None
+    is_unscored = options.checkpoint == "best" and merged.info.metrics is None
     which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
-    print(f"run {run.id} at round {info.round} ({which}) is in {options.out}")
+    print(f"run {run.id} at round {merged.info.round} ({which}) is in {options.out}")
+    print(f"{options.out / CARD} shows how to use it")
+    if merged.untied_bytes:
+        size = f"{merged.untied_bytes / 1e6:.0f} MB more than tied"
+        print(f"its head and its embedding were one tensor and are two, {size}: the two sides trained them apart")
     if prompt is not None:
         print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
     return int(ExitCode.OK)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
+from hosl_cloud.card import Facts, write_card
 from hosl_cloud.checkpoint import CheckpointInfo, read_weights
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail import class_count, tail_lora
 from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
 from hosl_export.halves import load_config
 from hosl_export.heads import keeps_head, own_labels
+from hosl_export.origin import FILE as ORIGIN_FILE
+from hosl_export.origin import read_origin
 from hosl_export.prompt import is_prompt, peft_prompt
 from hosl_export.staging import staging
 from hosl_protocol import BundleError, Manifest, Task
@@ -39,6 +43,16 @@ PROMPT_FOLDER = "prompt"
 State = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a merge came to."""
+
+    info: CheckpointInfo
+    """Of the checkpoint."""
+    untied_bytes: int
+    """Of a head that was tied to the embedding and is a tensor of its own now; 0 where there is none."""
+
+
 def merge_run(
     bundle: Path,
     manifest: Manifest,
@@ -46,25 +60,30 @@ def merge_run(
     checkpoint: Path,
     out: Path,
     adapter: Path | None = None,
-) -> CheckpointInfo:
+    run: str = "",
+) -> Merged:
     """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for.
 
     `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
-    what the two halves compute: adapters are folded in, and embeddings are untied (`tie_word_embeddings` is false).
-    After a soft prompt it does so with the PEFT adapter `out`/prompt.
+    what the two halves compute: adapters are folded in, and a head that was tied to the embedding is a tensor of its
+    own unless both are still the same. After a soft prompt it does so with the PEFT adapter `out`/prompt. Each folder
+    has a card, which names the `run`, and the task.
     Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
     CheckpointMissing or CheckpointDamaged.
     """
     info, trained = read_weights(checkpoint)
     if adapter is not None:
         check_adapter(manifest, info)
+        if read_origin(bundle, manifest).is_adapter:
+            raise AdapterError("the exported model was an adapter on its base itself, and PEFT loads none on another")
     client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
     tail = tail_state(bundle, manifest, info, trained)
+    facts = _facts(bundle, manifest, info, run)
     with contextlib.ExitStack() as stack:
         if adapter is not None:
-            _write_adapter(stack.enter_context(staging(adapter, "--adapter")), manifest, client, tail)
-        _write_model(stack.enter_context(staging(out, "--out")), bundle, manifest, info, client, tail)
-    return info
+            _write_adapter(stack.enter_context(staging(adapter, "--adapter")), facts, client, tail)
+        untied_bytes = _write_model(stack.enter_context(staging(out, "--out")), bundle, facts, client, tail)
+    return Merged(info, untied_bytes)
 
 
 def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
@@ -89,22 +108,42 @@ def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: 
     return state
 
 
-def _write_model(
-    folder: Path, bundle: Path, manifest: Manifest, info: CheckpointInfo, client: State, tail: State
-) -> None:
+def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str) -> Facts:
+    task = info.config.task
+    return Facts(
+        manifest=manifest,
+        info=info,
+        origin=read_origin(bundle, manifest),
+        run=run,
+        prompt_folder=PROMPT_FOLDER if manifest.prompt_tokens else None,
+        class_names=_class_names(bundle, manifest, task) if task.has_class_head else (),
+        pad_token_id=manifest.pad_token_id if task.kind == "sequence-classification" else None,
+    )
+
+
+def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: State) -> int:
+    """The merged folder; the bytes of a head that is tied to the embedding no more."""
+    manifest, info = facts.manifest, facts.info
     lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
     if info.config.task.has_class_head:
-        config.id2label = dict(enumerate(_class_names(bundle, manifest, info.config.task)))
+        config.id2label = dict(enumerate(facts.class_names))
         config.label2id = {label: place for place, label in config.id2label.items()}
     state = _checked(state, config, info)
+    was_tied = getattr(load_config(bundle), "tie_word_embeddings", False)
+    head = f"{family.head}.weight" if was_tied else ""
+    if head in state and torch.equal(state[head], state[f"{family.embeddings[0]}.weight"]):
+        config.tie_word_embeddings = True
+        del state[head]
     _save(state, folder / "model.safetensors")
     for prompt in [tensor for name, tensor in client.items() if is_prompt(name)]:
         (folder / PROMPT_FOLDER).mkdir()
         _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(prompt, state))
     config.to_json_file(folder / "config.json")
     _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
+    write_card(folder, facts)
+    return state[head].nbytes if head in state else 0
 
 
 def _class_names(bundle: Path, manifest: Manifest, task: Task) -> tuple[str, ...]:
@@ -146,7 +185,7 @@ def _save(state: State, path: Path) -> None:
 
 def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
     """The tokenizer's files or the image preprocessor, and how a language model generates."""
-    skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name}
+    skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name, ORIGIN_FILE}
     if not is_language_model:
         skipped.add(_GENERATION_CONFIG)
     for path in source.iterdir():
@@ -154,12 +193,16 @@ def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_adapter(folder: Path, manifest: Manifest, client: State, tail: State) -> None:
+def _write_adapter(folder: Path, facts: Facts, client: State, tail: State) -> None:
+    manifest = facts.manifest
     state, config = peft_adapter(_with_lora(manifest), client, tail)
+    # A folder's bare name, which the manifest has, leads nowhere.
+    config["base_model_name_or_path"] = facts.origin.model
     if manifest.lora is None:
         # The device's half has no adapters: without this PEFT would expect them there too.
         config["layers_to_transform"] = list(range(manifest.split, manifest.blocks))
     _save_adapter(folder, state, config)
+    write_card(folder, facts, is_adapter=True)
 
 
 def _save_adapter(folder: Path, state: State, config: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
         _check_language_head(tail, manifest, config.task)
     if config.task.kind == "prompt-classification":
         rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
+        _check_rows(tail, config.task, rows)
         narrow_head(tail, rows)
     choose_trainable(tail, manifest, config)
     return tail.eval(), rows
@@ -105,6 +106,16 @@ def verbalizer_rows(task: Task, tokenizer_path: Path) -> tuple[int, ...]:
             raise VerbalizerError("task.verbalizers", verbalizer, remedy)
         rows.append(ids[0])
     return tuple(rows)
+
+
+def _check_rows(tail: Tail, task: Task, rows: tuple[int, ...]) -> None:
+    """Raise VerbalizerError for a token that the tokenizer has and the head has no row for."""
+    head = language_head(tail)
+    assert head is not None
+    for verbalizer, row in zip(task.verbalizers, rows, strict=True):
+        if row >= head.out_features:
+            remedy = f"it is token {row}, and the model's head has {head.out_features} rows: use another word"
+            raise VerbalizerError("task.verbalizers", verbalizer, remedy)
 
 
 def answer_ids(tokenizer: Tokenizer, task: Task, verbalizer: str) -> list[int]:

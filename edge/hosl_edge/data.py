@@ -178,6 +178,7 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    _check_tokens(path, lines, rows, tokenizer, manifest)
     if blank:
         log.warning("%s: examples without text: %d, the first in line %d", path, len(blank), blank[0])
     warn_of_absent(path, task, labels)
@@ -221,6 +222,19 @@ def tokenize(
             flush(portion)
     flush(portion)
     return rows
+
+
+def _check_tokens(
+    path: Path, lines: list[int], rows: list[npt.NDArray[np.int32]], tokenizer: Tokenizer, manifest: Manifest
+) -> None:
+    """Raise DataError for a text with a token that the model has no embedding for: a special one, written out."""
+    tokens = manifest.tokens
+    if tokens is None or int(np.concatenate(rows).max()) < tokens:
+        return
+    line, worst = next((line, int(row.max())) for line, row in zip(lines, rows, strict=True) if row.max() >= tokens)
+    token = tokenizer.id_to_token(worst)
+    problem = f"the text has the special token {token!r}, and the model has no embedding for it: leave it out"
+    raise DataError(path, line, problem)
 
 
 def _ends_before_padding(task: Task, manifest: Manifest) -> bool:

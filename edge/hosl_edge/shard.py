@@ -84,6 +84,14 @@ def _view(mapping: mmap.mmap, first: int, shape: tuple[int, ...]) -> npt.NDArray
     return np.frombuffer(mapping, np.float32, math.prod(shape), first).reshape(shape)
 
 
+def check_tokens(ids: npt.NDArray[np.int64], tokens: int) -> None:
+    """Raise BundleError where one of `ids` is not below `tokens`."""
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= tokens:
+        wrong = lowest if lowest < 0 else highest
+        raise BundleError(f"a text has token {wrong}, and the model's token table has {tokens} rows: export it again")
+
+
 class TokenTable:
     """A frozen token embedding that stays in its file: a batch reads the rows of its tokens and no more.
 
@@ -280,7 +288,13 @@ class Shard:
         return given
 
     def _look_up(self, given: Inputs) -> Inputs:
-        """Inputs with the rows of a frozen token table that they name, and their tokens numbered anew."""
+        """Inputs with the rows of a frozen token table that they name, and their tokens numbered anew.
+
+        Raises BundleError for a token that the table has no row for: behind it lie other tensors' bytes.
+        """
+        tokens = self.manifest.tokens
+        if tokens is not None:
+            check_tokens(given["input_ids"], tokens)
         if self._table is None:
             return given
         ids, rows = self._table.read(given["input_ids"])

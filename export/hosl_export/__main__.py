@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -80,15 +81,29 @@ def _export(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def show_step(name: str) -> Iterator[None]:
-    """One line on stderr: the step's name when it starts, its seconds when it ends."""
-    print(f"{name} ...", end="", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    ending = " stopped"
+    """One line on stderr: the step's name when it starts, its seconds when it ends; anew after lines of the log."""
+    # Held, because libraries are kept quiet by another stream in its place.
+    stream, begun = sys.stderr, f"{name} ..."
+    print(begun, end="", file=stream, flush=True)
+    start, ending, is_open = time.monotonic(), "stopped", True
+
+    def end_line(record: logging.LogRecord) -> bool:
+        nonlocal is_open
+        if is_open:
+            print(file=stream, flush=True)
+        is_open = False
+        return True
+
+    handlers = logging.getLogger().handlers
+    for handler in handlers:
+        handler.addFilter(end_line)
     try:
         yield
-        ending = f" {time.monotonic() - start:.1f} s"
+        ending = f"{time.monotonic() - start:.1f} s"
     finally:
-        print(ending, file=sys.stderr, flush=True)
+        for handler in handlers:
+            handler.removeFilter(end_line)
+        print(f" {ending}" if is_open else f"{begun} {ending}", file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> 
     plain.no_padding()
     plain.no_truncation()
     plain.save(str(bundle / SHARD_TOKENIZER))
-    if tokenizer.pad_token_id != pad_token_id and pad_token_id in tokenizer.all_special_ids:
+    padding = tokenizer.added_tokens_decoder.get(pad_token_id)
+    if tokenizer.pad_token_id != pad_token_id and padding is not None and padding.special:
         # A merged model's batches are padded as its config says. A token that is not special yet stays as it is: texts
         # would be split at it.
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
+        tokenizer.pad_token = padding.content
     tokenizer.save_pretrained((bundle / TAIL_CONFIG).parent)
     write_config(bundle, model)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 
 
@@ -11,6 +14,7 @@ class ExportError(HoslError):
     ExportError
     ├── ModelError           the model cannot be read, or lacks what a bundle needs: choose or repair the model
     │   └── UnknownFamily    an architecture that the exporter cannot cut
+    ├── TraceError           torch or ONNX Runtime cannot run or export the model: choose another, or other versions
     ├── ParityError          shard and tail together do not compute what the uncut model computes: no bundle is left
     └── SpaceError           the disk cannot hold the bundle
     """
@@ -28,6 +32,51 @@ class UnknownFamily(ModelError):
     def __init__(self, model_type: str, known: list[str]) -> None:
         self.known = known
         super().__init__("architecture", model_type, f"hosl-export can cut {', '.join(known)}")
+
+
+class TraceError(ExportError):
+    """Torch, its exporter or ONNX Runtime failed at a model. Stores the model's type, the step, and what was said."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, model_type: str, step: str, problem: str) -> None:
+        self.model_type, self.step, self.problem = model_type, step, problem
+        super().__init__(
+            f"{step} of this {model_type} failed: {problem}; try the tested versions of torch, transformers and onnx "
+            "(constraints.txt), or another model; --debug shows the whole error"
+        )
+
+
+@contextlib.contextmanager
+def told_in_one_line(model_type: str, step: str) -> Iterator[None]:
+    """Turn whatever torch, its exporter or ONNX Runtime raise, which is any type and may be pages, into a TraceError.
+
+    What is ours, or the machine's, passes through.
+    """
+    try:
+        yield
+    except (HoslError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise TraceError(model_type, step, _sentence(error)) from error
+
+
+_LONGEST = 300
+
+
+def _sentence(error: BaseException) -> str:
+    """What the first cause of an error says, in one line."""
+    seen = [error]
+    while (cause := seen[-1].__cause__ or seen[-1].__context__) is not None and cause not in seen:
+        seen.append(cause)
+    text = first_line(seen[-1])
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()
 
 
 class ParityError(ExportError):

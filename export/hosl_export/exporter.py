@@ -12,13 +12,16 @@ import msgspec
 
 from hosl_export import bundle as files
 from hosl_export.check import Reference, check_bundle, compute_references
+from hosl_export.exceptions import told_in_one_line
 from hosl_export.families import find_family
 from hosl_export.graph import OUTPUT, graph_inputs
 from hosl_export.halves import ClientHalf, Tail, client_half, tail_half
 from hosl_export.inputs import Input, choose_input
 from hosl_export.loading import Source, find_source, load_config, load_model
 from hosl_export.lora import inject_lora
+from hosl_export.origin import find_origin, write_origin
 from hosl_export.prompt import add_prompt, draw_prompt
+from hosl_export.rope import settle_rope
 from hosl_export.staging import check_output, staging
 from hosl_export.summary import Summary, summarize
 from hosl_export.trainable import put_on_lattice, trained_blocks, uses_lora
@@ -71,7 +74,8 @@ def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext)
         _check_prompt(settings, given, config)
     with staging(settings.out) as folder:
         manifest, references = _write(settings, source, config, given, folder, step)
-        with step("checking the halves against the uncut model"):
+        checking = "checking the halves against the uncut model"
+        with step(checking), told_in_one_line(config.model_type, checking):
             parity_error = check_bundle(folder, manifest, references)
         files.write_manifest(folder, manifest)
     return summarize(settings.out, manifest, config, parity_error)
@@ -97,14 +101,16 @@ def _write(
     tensors, largest_change = put_on_lattice(client, settings.train, trained)
     facts = given.facts(client)
     prefix, grid = given.prefix(client, trained.start) if trained.start > 0 else (None, None)
-    with step("computing reference outputs"):
+    with step("computing reference outputs"), told_in_one_line(config.model_type, "computing reference outputs"):
         references = compute_references(model, given.cases(model.config, prompt_tokens))
-    with step("tracing the client half"):
+    settle_rope(client.model)
+    with step("tracing the client half"), told_in_one_line(config.model_type, "tracing the client half"):
         files.write_shard_graphs(folder, client, tensors, prefix, grid)
     with step("writing the weights"):
         files.write_weights(folder, client, tail)
         model.config.architectures = [type(model).__name__]
         given.write(folder, model)
+        write_origin(folder, find_origin(source))
         manifest = Manifest(
             model=source.name,
             revision=source.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,14 +11,17 @@ import msgspec
 import torch
 
 from hosl_export import bundle as files
-from hosl_export.check import Case, make_image_cases, make_text_cases
+from hosl_export.check import SAMPLE, Case, make_image_cases, make_text_cases
 from hosl_export.exceptions import ModelError
 from hosl_export.families import find_family
 from hosl_export.halves import ClientHalf, divide
 from hosl_export.images import read_image_entry, write_preprocessor
 from hosl_export.loading import Source, load_preprocessor, load_tokenizer
+from hosl_export.rope import check_rope, rope_limit
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.manifest import ImageEntry, PrefixEntry
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -61,7 +65,9 @@ def choose_input(source: Source, config: Any, max_length: int | None, image_size
         return ImageInput(read_image_entry(load_preprocessor(source), config, family, source.name, image_size))
     if image_size is not None:
         raise SettingsError("image-size", image_size, f"{config.model_type} reads text: see --max-length")
-    return TextInput(load_tokenizer(source), _choose_max_length(max_length, config.max_position_embeddings), config)
+    tokenizer = load_tokenizer(source)
+    _check_tokens(tokenizer, config, source.name)
+    return TextInput(tokenizer, _choose_max_length(max_length, config), config)
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,34 @@ class ImageInput:
         return rows * columns, features.shape[1], (rows, columns)
 
 
-def _choose_max_length(asked: int | None, positions: int) -> int:
+def _choose_max_length(asked: int | None, config: Any) -> int:
+    positions, limit = int(config.max_position_embeddings), rope_limit(config)
     if asked is None:
-        return min(DEFAULT_MAX_LENGTH, positions)
+        return min(DEFAULT_MAX_LENGTH, positions, positions if limit is None else limit[1])
     if not 2 <= asked <= positions:
         raise SettingsError("max-length", asked, f"use 2 to {positions}, the model's positions")
+    check_rope(config, asked)
     return asked
+
+
+def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
+    """Raise ModelError for a token that texts come to and that the embedding has no row for.
+
+    Special tokens come of texts only where somebody writes them out: models are published with some, for padding or
+    for images, that they have no row for. Those are told, and a device refuses a text that has one.
+    """
+    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= config.vocab_size}
+    if not beyond:
+        return
+    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    made = set(tokenizer(SAMPLE)["input_ids"])
+    rows = f"the embedding has {config.vocab_size} rows"
+    remedy = "resize it with model.resize_token_embeddings(len(tokenizer)) and save the model, or remove the token"
+    for token, place in sorted(beyond.items(), key=lambda entry: entry[1]):
+        if place in made or place not in special:
+            raise ModelError("tokenizer", name, f"its token {token!r} is number {place}, and {rows}: {remedy}")
+    some = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:4]) + (", ..." if len(beyond) > 4 else "")
+    logger.warning("%s has no embedding for its special tokens %s: no text may have them", name, some)
 
 
 def _choose_padding(tokenizer: Any, config: Any) -> int:

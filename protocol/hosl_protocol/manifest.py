@@ -160,6 +160,11 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
         return tuple(entry for entry in self.tensors if entry.trainable)
 
     @property
+    def tokens(self) -> int | None:
+        """Rows of the token table: what a token id stays below; None where the model takes no text."""
+        return next((entry.shape[0] for entry in self.tensors if entry.lookup), None)
+
+    @property
     def shard_files(self) -> tuple[FileEntry, ...]:
         """The files that a device fetches."""
         return tuple(entry for entry in self.files if entry.path.startswith("shard/"))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data import Dataset, check_consent, digest_of_data, load_dataset, read_examples
 from hosl_edge.exceptions import ConsentError, DataError
-from hosl_protocol import Manifest, Task
+from hosl_protocol import Manifest, Task, TensorEntry
 
 TASK = Task(
     name="reviews",
@@ -96,6 +96,17 @@ def test_a_causal_classifiers_text_ends_before_padding_that_the_tokenizer_puts_t
     dataset = load_dataset(write(tmp_path, rows), bare, tokenizer, 8, manifest(**facts))
     parts = [dataset.ids[first:end].tolist() for first, end in pairwise(dataset.offsets)]
     assert parts == ids
+
+
+@pytest.mark.parametrize("task", [CLASSES, TASK], ids=["classes", "prompt"])
+def test_a_text_with_a_token_that_the_model_has_no_embedding_for_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, task: Task
+) -> None:
+    tokenizer.add_special_tokens(["<image>"])
+    table = TensorEntry(name="embed", shape=(8, 4), trainable=False, lookup=True)
+    path = write(tmp_path, '{"text": "good film", "label": 1}\n{"text": "a <image> it", "label": 0}\n')
+    with pytest.raises(DataError, match=r"data.jsonl:2: the text has the special token '<image>'.* no embedding"):
+        load_dataset(path, task, tokenizer, 8, manifest(tensors=(table,)))
 
 
 def test_a_long_text_of_other_tasks_loses_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -138,6 +138,28 @@ def test_what_stands_in_the_padding_does_not_matter(shard: Shard) -> None:
     np.testing.assert_array_equal(pack(shard, batch), before)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("token", [41, 4000, -1])
+def test_a_token_that_the_table_has_no_row_for_is_an_error_and_no_other_tensors_bytes(
+    bundle: Path, is_trained: bool, token: int
+) -> None:
+    manifest = load_manifest(bundle)
+    assert manifest.tokens == 41
+    if is_trained:  # the graph then gathers from the whole table
+        entries = [
+            msgspec.structs.replace(entry, trainable=True, exponent=-20) if entry.lookup else entry
+            for entry in manifest.tensors
+        ]
+        manifest = msgspec.structs.replace(manifest, tensors=tuple(entries))
+    shard = Shard(bundle, manifest, threads=1)
+    shard.open()
+    batch = make_batch((3, 5))
+    pack(shard, batch)
+    batch.ids_BL[1, 2] = token
+    with pytest.raises(BundleError, match=f"a text has token {token}, and the model's token table has 41 rows"):
+        pack(shard, batch)
+
+
 def test_an_update_is_seen_by_the_next_run_and_undone_by_reset(shard: Shard) -> None:
     batch = make_batch((4, 8))
     before = pack(shard, batch)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +19,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import CONFIGS, make_model, make_tokenizer
+from tiny import CONFIGS, make_model, make_tokenizer, save_scaled, save_with_sentencepiece
+from tokenizers import processors
 
 from hosl_export import bundle, check, exporter
-from hosl_export.__main__ import main
+from hosl_export.__main__ import main, show_step
 from hosl_export.families import FAMILIES
+from hosl_export.inputs import choose_input
+from hosl_export.loading import find_source, load_config
 from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.manifest import TAIL_WEIGHTS, load_manifest
@@ -113,6 +119,50 @@ def test_model_without_tokenizer_is_refused(export, capsys, tmp_path, tmp_path_f
     _assert_refused(capsys, tmp_path, "tokenizer")
 
 
+def _retokenized(source: Path, folder: Path, tokenizer: Any) -> Path:
+    """The model of a folder, with another tokenizer."""
+    shutil.copytree(source, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_token_that_the_embedding_has_no_row_for_is_refused(
+    export, capsys, tmp_path, tmp_path_factory, model_folder
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new1>", "<new2>"])
+    folder = _retokenized(model_folder("llama"), tmp_path_factory.mktemp("model") / "m", tokenizer)
+    assert export("--model", str(folder)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "'<new1>'", "64", "resize_token_embeddings")
+
+
+def test_special_token_without_a_row_that_every_text_gets_is_refused(
+    export, capsys, tmp_path, tmp_path_factory, model_folder
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"cls_token": "<cls>"})
+    special = [("<cls>", tokenizer.cls_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<cls> $A", special_tokens=special)
+    folder = _retokenized(model_folder("llama"), tmp_path_factory.mktemp("model") / "m", tokenizer)
+    assert export("--model", str(folder)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "'<cls>'", "64", "resize_token_embeddings")
+
+
+def test_special_token_without_a_row_that_only_a_text_can_have_is_told(tmp_path, model_folder, caplog) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<fill>", "additional_special_tokens": ["<image>"]})
+    source = find_source(str(_retokenized(model_folder("llama"), tmp_path / "m", tokenizer)))
+    given = choose_input(source, load_config(source), None, None)
+    assert [record.message for record in caplog.records] == [
+        "m has no embedding for its special tokens <fill>, <image>: no text may have them"
+    ]
+    for side in ("shard", "tail"):
+        (tmp_path / "bundle" / side).mkdir(parents=True)
+    given.write(tmp_path / "bundle", make_model("llama"))
+    merged = hf.AutoTokenizer.from_pretrained(tmp_path / "bundle" / "tail")
+    assert merged.pad_token_id == 0, "batches of the merged model are padded with a token that it has"
+
+
 def test_incomplete_checkpoint_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
     model = _copy_of_llama(tmp_path_factory.mktemp("model"))
     state = {name: tensor.clone() for name, tensor in read_tensors(model / "model.safetensors").items()}
@@ -120,6 +170,67 @@ def test_incomplete_checkpoint_is_refused(export, capsys, tmp_path, tmp_path_fac
     write_tensors(model / "model.safetensors", state)
     assert export("--model", str(model)) == ExitCode.SETTINGS
     _assert_refused(capsys, tmp_path, "lacks model.layers.2.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "mxfp4", "compressed-tensors"])
+def test_checkpoint_whose_weights_only_a_kernel_can_read_is_refused(
+    export, capsys, tmp_path, tmp_path_factory, model_folder, method: str
+) -> None:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    shutil.copytree(model_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert export("--model", str(folder)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, f"the checkpoint is quantized ({method})", "give the model that it was made from")
+
+
+def test_tokenizer_model_without_its_package_is_named(
+    export, capsys, tmp_path, tmp_path_factory, model_folder, monkeypatch
+) -> None:
+    folder = save_with_sentencepiece(model_folder("llama"), tmp_path_factory.mktemp("model") / "m")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert export("--model", str(folder)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "tokenizer.model needs: pip install sentencepiece")
+
+
+def test_length_at_which_rotary_angles_change_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    save_scaled(folder, "longrope")
+    assert export("--model", str(folder), "--max-length", "25") == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "max-length is 25", "rope_scaling (longrope)", "use at most 24")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_whatever_the_exporter_of_torch_says_becomes_one_line(export, capsys, tmp_path, monkeypatch) -> None:
+    whole = exporter.load_model
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        """The model, with a branch on its data, of which there is no graph."""
+        model = whole(*arguments, **options)
+        norm = model.model.layers[0].input_layernorm
+        norm.register_forward_pre_hook(lambda module, given: None if given[0].sum() > 0 else given)
+        return model
+
+    monkeypatch.setattr(exporter, "load_model", load)
+    assert export() == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "tracing the client half of this llama failed", "constraints.txt", "--debug")
+
+
+def test_lines_of_the_log_stand_on_lines_of_their_own(capsys) -> None:
+    log = logging.getLogger("hosl_export.anything")
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(handler)
+    try:
+        with show_step("reading"):
+            log.warning("one")
+            log.warning("two")
+        with show_step("loading"):
+            pass
+    finally:
+        logging.getLogger().removeHandler(handler)
+    lines = [re.sub(r"\d+\.\d s", "N s", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["reading ...", "one", "two", "reading ... N s", "loading ... N s"]
 
 
 def test_damaged_gguf_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:

@@ -111,7 +111,7 @@ def test_device_tokenizer_neither_pads_nor_cuts(tmp_path) -> None:
     assert source.backend_tokenizer.truncation is not None
     for folder in ("shard", "tail"):
         (tmp_path / folder).mkdir()
-    write_texts(tmp_path, make_model("llama"), source)
+    write_texts(tmp_path, make_model("llama"), source, source.pad_token_id)
     tokenizer = Tokenizer.from_file(str(tmp_path / SHARD_TOKENIZER))
     assert tokenizer.padding is None
     assert tokenizer.truncation is None

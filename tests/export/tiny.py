@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from hosl_export.check import SAMPLE
 from hosl_protocol.manifest import SHARD_GRAPH
@@ -86,6 +89,50 @@ def run_shard(bundle: Path, weights: dict[str, Tensor], ids: Tensor, mask: Tenso
 def largest_difference(got: Tensor, expected: Tensor, mask: Tensor) -> float:
     """Largest difference on real tokens, as a share of the largest magnitude."""
     return float((got - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max())
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "linear": {},
+    "yarn": {"original_max_position_embeddings": 12},
+    "llama3": {"original_max_position_embeddings": 12, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"original_max_position_embeddings": 24, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+}
+"""What `rope_scaling` may say; the factor is 4."""
+
+
+def save_scaled(folder: Path, kind: str) -> Any:
+    """Write a tiny Llama with scaled rotary embeddings; the model."""
+    config = hf.LlamaConfig(**_LLAMA, **_TOKENS, rope_scaling={"rope_type": kind, "factor": 4.0, **SCALINGS[kind]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(config).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model
+
+
+def save_with_sentencepiece(source: Path, folder: Path) -> Path:
+    """The model of a folder, with a `tokenizer.model` alone: a piece for each letter."""
+    pb = import_protobuf()
+    proto = pb.ModelProto()
+    kinds = pb.ModelProto.SentencePiece
+    for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
+        proto.pieces.add(piece=piece, score=0, type=kind)
+    for place, letter in enumerate("\u2581abcdefghijklmnopqrstuvwxyz"):
+        proto.pieces.add(piece=letter, score=-float(place), type=kinds.NORMAL)
+    proto.trainer_spec.model_type = pb.TrainerSpec.BPE
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    proto.normalizer_spec.name = "identity"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, folder)
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    said = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
 
 
 def make_tokenizer() -> Any:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hosl_edge.images import normalize
 from hosl_protocol import load_manifest
 from pictures import CLASSES, make_pictures, write_pictures
 from processes import Program
+from support import run_card
 
 DEADLINE_S = 180.0
 DEVICES = ("pi-1", "pi-2")
@@ -117,3 +119,9 @@ def test_a_resnet_learns_from_two_devices_and_merges(
         right += int(own * 12 + 0.5)
     assert right >= 20
     assert model.config.id2label == dict(enumerate(CLASSES))
+    classify, found = run_card(merged)["classify"], 0
+    for number in range(len(DEVICES)):
+        images, labels = make_pictures(12, seed=100 + number)
+        named = zip(images, labels, strict=True)
+        found += sum(classify(Image.fromarray(pixels)) == CLASSES[label] for pixels, label in named)
+    assert found == right

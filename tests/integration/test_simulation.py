@@ -21,7 +21,7 @@ from hosl_cloud.store import Store
 from hosl_edge import EdgeSettings, run_agent
 from hosl_protocol import ExitCode, load_manifest
 from pictures import CLASSES, SIZES, make_pictures
-from support import TASK, Service, count_right, serving, write_reviews
+from support import TASK, Service, count_right, count_right_by_card, serving, write_reviews
 
 DEVICES, EXAMPLES = 3, 41
 MakeBundle = Callable[..., Path]
@@ -160,7 +160,14 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert cloud_main(merged) == 0
     said = capsys.readouterr().out
     assert ("its soft prompt is a PEFT adapter" in said) == (train == "prompt")
-    assert count_right(tmp_path / "merged", [held_out]) == (round(40 * summary["final_accuracy"]), 40)
+    right = round(40 * summary["final_accuracy"])
+    assert count_right(tmp_path / "merged", [held_out]) == (right, 40)
+    assert count_right_by_card(tmp_path / "merged", [held_out]) == (right, 40)
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"accuracy {100 * right / 40:.1f} % ({right} of 40)" in card
+    assert f"| run | `{summary['run']}` |" in card
+    task = json.loads((tmp_path / "merged" / "hosl_task.json").read_text(encoding="utf-8"))
+    assert (task["template"], task["labels"], task["verbalizers"]) == ("{text} it was", ["0", "1"], ["bad", "good"])
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_encoder"])
@@ -178,6 +185,7 @@ def test_a_classifier_and_its_soft_prompt_load_in_peft_with_the_trained_head(
     assert cloud_main([*merged, "--checkpoint", "last"]) == 0
     found = count_right(tmp_path / "merged", [tmp_path / "run" / "eval.jsonl"], is_classifier=True)
     assert found == (evaluation.correct, evaluation.scored)
+    assert count_right_by_card(tmp_path / "merged", [tmp_path / "run" / "eval.jsonl"]) == found
 
 
 def test_a_run_may_begin_without_an_evaluation(make_bundle: MakeBundle, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.records import Evaluation
 from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
 from hosl_protocol import load_manifest
-from support import Service, serving, write_reviews
+from support import Service, count_right_by_card, run_card, serving, write_reviews
 
 NAMES = ("pi-1", "pi-2")
 ROUNDS = 40
@@ -107,9 +107,11 @@ def test_a_language_model_learns_the_devices_texts_and_merges(
         with torch.no_grad():
             scored.append((model(input_ids=ids).logits[0, :-1], ids[0, 1:]))
     assert evaluations[-1] == score(scored, ROUNDS)
+    assert run_card(merged)["go_on"]({"text": "the film was"}, tokens=3).startswith("the film was ")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # peft's, when it generates
 def test_a_soft_prompt_learns_the_devices_texts_and_merges(
     export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_soft_prompt_learns_the_devices_texts_and_merges(
         # The last place of the prompt tells the first token.
         scored.append((logits[0, prompt - 1 : -1], ids[0]))
     assert evaluations[-1] == score(scored, ROUNDS)
+    assert run_card(merged)["go_on"]({"text": "the film was"}, tokens=3).startswith("the film was ")
 
 
 def test_an_encoder_learns_to_classify_and_merges(
@@ -152,6 +155,8 @@ def test_an_encoder_learns_to_classify_and_merges(
             scored.append((model(input_ids=inputs.input_ids).logits, torch.tensor([example["label"]])))
     assert evaluations[-1] == score(scored, ROUNDS)
     assert model.config.id2label == {0: "0", 1: "1"}
+    files = [tmp_path / f"{name}-eval.jsonl" for name in NAMES]
+    assert count_right_by_card(merged, files) == (evaluations[-1].correct, evaluations[-1].scored)
 
 
 def test_a_device_that_was_not_told_to_share_its_text_does_not(
