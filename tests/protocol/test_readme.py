@@ -188,3 +188,12 @@ def test_a_value_becomes_the_text_of_its_row():
             expected = found[1] + int(found[2]) * found[3]
         for value in re.findall("`([^`]+)`", values):
             assert text_of_value(json.loads(value)) == expected, value
+
+
+@pytest.mark.parametrize(
+    "page", sorted(README.parents[1].glob("*/*.md")), ids=lambda page: f"{page.parent.name}/{page.name}"
+)
+def test_shell_lines_quote_their_variables(page):
+    """A folder's name may have a space."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert [found for block in blocks for found in re.findall(r"[^\"]\$[A-Z]\w*.*", block)] == []
