@@ -36,7 +36,7 @@ class Progress:
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         if self.accuracy is not None:
-            parts.append(f"accuracy {100 * self.accuracy:.1f} %")
+            parts.append(f"accuracy on its own held-out data {100 * self.accuracy:.1f} %")
         parts += [
             f"step {self.step_seconds:.2f} s",
             f"memory {memory.resident / 1e6:.0f} MB (anonymous {memory.anonymous / 1e6:.0f}, "

@@ -268,6 +268,10 @@ def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_pat
             with devices(service, "pi-1", "pi-2") as processes:
                 await sign_in(page, service)
                 await numbers_move(page)
+                await page.locator("#checkpoints tr", has_text="· best").wait_for()
+                assert await page.locator(".chart .key").all_text_contents() == ["training", "held-out"]
+                await an_unknown_run_is_named_and_no_other_shown(page)
+                await the_log_begins_with_a_whole_line(page)
                 await a_line_of_the_log_is_text(page, service)
                 await nothing_is_wider_than_a_phone(page)
                 await take_screenshots(page, "run")
@@ -295,6 +299,23 @@ async def numbers_move(page: Any) -> None:
     assert re.search(r"40 \+ 10.*\d+ MB", await row.text_content())
     assert "anchor" in await page.locator("#wire").text_content()
     await page.locator("#checkpoints tbody tr").first.wait_for()
+
+
+async def an_unknown_run_is_named_and_no_other_shown(page: Any) -> None:
+    await page.evaluate("location.hash = 'nonesuch'")
+    await page.get_by_text("There is no run nonesuch.").wait_for()
+    assert await page.locator("#run").is_hidden()
+    await page.evaluate("location.hash = ''")
+    await page.get_by_role("heading", name="run-1").wait_for()
+
+
+async def the_log_begins_with_a_whole_line(page: Any) -> None:
+    """Once it is longer than its box, and shows its end."""
+    await page.wait_for_function("() => document.querySelector('#log').scrollTop > 0")
+    cut = """[...document.querySelectorAll('#log li')].map((line) =>
+        line.offsetTop - document.querySelector('#log').offsetTop - document.querySelector('#log').scrollTop)
+        .filter((top) => top < -1 && top > -15).length"""
+    assert await page.evaluate(cut) == 0
 
 
 async def a_line_of_the_log_is_text(page: Any, service: Service) -> None:
@@ -356,7 +377,7 @@ def test_the_page_says_what_is_wrong_and_works_without_charts(bundle: Path, tmp_
             await sign_in(page, service)
             await page.get_by_text("Charts are missing").wait_for()
             assert await page.locator("#rounds").is_visible()
-            await page.get_by_text(re.compile("Waits for more devices")).wait_for()
+            await page.get_by_text("Waits for more devices (0 of 2 are there)").wait_for()
             await take_screenshots(page, "no-charts", whole=False)
             await context.set_offline(True)
             await page.get_by_text("The service does not answer. Trying again.").wait_for()

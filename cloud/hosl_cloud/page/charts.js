@@ -7,6 +7,13 @@ const HEIGHT = 190;
 /** Without the zeros that end a decimal fraction. */
 const shorten = (text) => text.replace(/(\.\d*?)0+(?=\s|$)/, "$1").replace(/\.(?=\s|$)/, "");
 
+/** Which line is which. */
+function makeKey(line) {
+  const key = element("span", `key ${line.color.slice(2)}`);
+  setText(key, line.name);
+  return key;
+}
+
 export const hasCharts = typeof window.uPlot === "function";
 
 /** A chart of one or two lines: {name, color (a variable of page.css), points}. `format` makes a number a text. */
@@ -15,7 +22,7 @@ export class Chart {
     Object.assign(this, { title, lines, format, fromZero, data: [[], ...lines.map(() => [])] });
     this.box = element("figure", "card chart");
     const head = element("figcaption");
-    head.append(element("h3"), element("output"));
+    head.append(element("h3"), ...lines.filter((line) => line.name).map(makeKey), element("output"));
     setText(head.firstChild, title);
     this.readout = head.lastChild;
     this.readout.setAttribute("aria-live", "off");

@@ -54,11 +54,21 @@ async function ask() {
   };
 }
 
-/** The run in the address, or else the newest under way, or the newest. */
+/** The run in the address, and no other where that is none; without one the newest under way, or the newest. */
 function choose(runs) {
   const wanted = location.hash.slice(1);
-  const found = runs.find((run) => encodeURIComponent(run.id) === wanted) ?? runs.findLast((run) => run.state === "running") ?? runs.at(-1);
+  const named = runs.find((run) => encodeURIComponent(run.id) === wanted);
+  const found = wanted ? named : (runs.findLast((run) => run.state === "running") ?? runs.at(-1));
+  setText($("no-such-run"), wanted && !named ? `There is no run ${decode(wanted)}. Choose one above.` : "");
   return found?.id ?? null;
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 /** Bring what is known of a run up to date; its status. */

@@ -17,11 +17,12 @@ export function showRuns(runs, chosen) {
   $("runs").hidden = !runs.length;
   keep($("runs").tBodies[0], [...runs].reverse(), (run) => run.id, makeRun, (row, run) => {
     const [name, state, progress, ...others] = row.cells;
-    setText(name.firstChild, run.id);
+    setName(name.firstChild, run.id);
     name.firstChild.href = `#${encodeURIComponent(run.id)}`;
     if (run.id === chosen) name.firstChild.setAttribute("aria-current", "true");
     else name.firstChild.removeAttribute("aria-current");
     badge(state.firstChild, run.state);
+    state.firstChild.title = run.problem || (run.behind.length ? `In line behind ${run.behind[0]}` : "");
     setProgress(progress.firstChild, run);
     setText(progress.lastChild, `${count(run.round)} of ${count(run.rounds)}`);
     const texts = [loss(run.loss), percent(run.accuracy), count(run.devices), run.bundle, day(run.created_at)];
@@ -43,11 +44,20 @@ function makeRun() {
   return row;
 }
 
+/** A run's name breaks before its date, and not within it. */
+function setName(link, id) {
+  if (link.textContent === id) return;
+  const date = /-\d{8}-\d{6}.*$/.exec(id);
+  const whole = element("span", "date");
+  setText(whole, date ? id.slice(date.index + 1) : "");
+  link.replaceChildren(date ? id.slice(0, date.index + 1) : id, whole);
+}
+
 export function showRun(run, { rounds, events }) {
   setText($("run-title"), run.id);
   badge($("run-state"), run.state);
   setText($("run-algorithm"), `${run.algorithm} on ${run.bundle}`);
-  setText($("run-reason"), run.reason);
+  setText($("run-reason"), run.reason || run.problem);
   $("stop").hidden = !CAN_STOP.has(run.state);
   $("resume").hidden = !CAN_RESUME.has(run.state);
   showFigures(run, rounds);
@@ -64,7 +74,8 @@ function showFigures(run, rounds) {
   setText($("f-loss"), loss(run.loss));
   setText($("f-accuracy"), score(run));
   setText($("f-seconds"), duration(rounds.at(-1)?.seconds));
-  setText($("f-left"), run.state === "running" ? duration(secondsLeft(run, rounds)) : duration());
+  const isHeldUp = ["devices", "room on the disk"].includes(run.waits_for?.what);
+  setText($("f-left"), run.state === "running" && !isHeldUp ? duration(secondsLeft(run, rounds)) : duration());
   setText($("f-devices"), `${count(run.devices)} of ${count(run.members.length)}`);
 }
 
@@ -76,11 +87,15 @@ function secondsLeft(run, rounds) {
   return pace * (run.rounds - run.round);
 }
 
-function waitingFor({ waits_for: waiting, state }) {
+function waitingFor({ waits_for: waiting, state, behind }) {
+  if (behind.length) {
+    const others = behind.length > 1 ? ` and ${behind.length - 1} more` : "";
+    return `In line behind ${behind[0]}${others}: one run trains at a time of each bundle, whatever its folder's name.`;
+  }
   if (waiting === null) return state === "pending" ? "The run waits for its turn." : "";
-  const { what, devices, since } = waiting;
+  const { what, devices, since, ready, needed } = waiting;
   const named = devices.length > MOST_NAMES + 1 ? [...devices.slice(0, MOST_NAMES), `${devices.length - MOST_NAMES} more`] : devices;
-  const subject = what === "devices" ? "more devices" : what;
+  const subject = what === "devices" ? `more devices (${ready} of ${needed} are there)` : what;
   const whose = named.length ? ` of ${named.join(", ")}` : "";
   return `Waits for ${subject}${whose}${isLong(waiting) ? `, since ${clock(since)}, for ${waited(waiting)}` : ""}.`;
 }
@@ -131,7 +146,16 @@ function showLog(events) {
   log.hidden = !events.length;
   const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 20;
   keep(log, events, (event) => event.id, makeEvent, () => {});
-  if (isAtEnd) log.scrollTop = log.scrollHeight;
+  if (isAtEnd) log.scrollTop = wholeLines(log);
+}
+
+/** Where to scroll for the end of the log, so that its first visible line is a whole one. */
+function wholeLines(log) {
+  log.style.setProperty("--below", "0px");
+  const end = log.scrollHeight - log.clientHeight;
+  const first = [...log.children].find((line) => line.offsetTop - log.offsetTop >= end);
+  log.style.setProperty("--below", `${first ? first.offsetTop - log.offsetTop - end : 0}px`);
+  return log.scrollHeight;
 }
 
 function makeEvent(event) {
@@ -149,7 +173,8 @@ export function showCheckpoints(checkpoints) {
   $("no-checkpoints").hidden = checkpoints.length > 0;
   $("checkpoints").hidden = !checkpoints.length;
   const newest = [...checkpoints].reverse();
-  fillTable($("checkpoints"), newest.map((c) => [String(c.round), bytes(c.size_bytes), loss(c.loss), score(c)]));
+  const mark = (c) => (c.is_best ? `${score(c)} · best` : score(c));
+  fillTable($("checkpoints"), newest.map((c) => [String(c.round), bytes(c.size_bytes), loss(c.loss), mark(c)]));
 }
 
 export function showRounds({ rounds, evaluations }) {

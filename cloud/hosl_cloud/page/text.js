@@ -9,9 +9,9 @@ export function loss(value) {
 }
 
 export const percent = (share) => (isNumber(share) ? `${(100 * share).toFixed(1)} %` : NOTHING);
-/** The accuracy of a run or checkpoint; where devices left half way, of how many examples it is. */
+/** The accuracy of a run or checkpoint; where not all held-out examples were scored, of how many it is. */
 export const score = (of) =>
-  percent(of.accuracy) + (of.examples < of.of_examples ? ` (${of.examples} of ${of.of_examples} examples)` : "");
+  percent(of.accuracy) + (of.examples < of.of_examples ? ` (only ${of.examples} of ${of.of_examples} held-out examples)` : "");
 
 export const count = (value) => (isNumber(value) ? value.toLocaleString("en") : NOTHING);
 
@@ -19,12 +19,14 @@ export function bytes(value) {
   if (!isNumber(value)) return NOTHING;
   let unit = 0;
   for (; value >= 1000 && unit < 4; unit++) value /= 1000;
-  return `${Number(value.toFixed(unit && value < 100 ? 1 : 0))} ${["B", "KB", "MB", "GB", "TB"][unit]}`;
+  const digits = value < 10 ? 2 : value < 100 ? 1 : 0; // three figures, whatever the unit
+  return `${Number(value.toFixed(unit ? digits : 0))} ${["B", "KB", "MB", "GB", "TB"][unit]}`;
 }
 
 /** How long something takes. */
 export function duration(seconds) {
   if (!isNumber(seconds)) return NOTHING;
+  if (seconds === 0) return "0 s";
   if (seconds < 1) return `${Math.round(1000 * seconds)} ms`;
   if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
   if (seconds < 120) return `${Math.round(seconds)} s`;
