@@ -271,7 +271,7 @@ def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_pat
                 await page.locator("#checkpoints tr", has_text="· best").wait_for()
                 assert await page.locator(".chart .key").all_text_contents() == ["training", "held-out"]
                 await an_unknown_run_is_named_and_no_other_shown(page)
-                await the_log_begins_with_a_whole_line(page)
+                await the_log_begins_with_a_whole_line(page, service)
                 await a_line_of_the_log_is_text(page, service)
                 await nothing_is_wider_than_a_phone(page)
                 await take_screenshots(page, "run")
@@ -309,8 +309,10 @@ async def an_unknown_run_is_named_and_no_other_shown(page: Any) -> None:
     await page.get_by_role("heading", name="run-1").wait_for()
 
 
-async def the_log_begins_with_a_whole_line(page: Any) -> None:
+async def the_log_begins_with_a_whole_line(page: Any, service: Service) -> None:
     """Once it is longer than its box, and shows its end."""
+    said = [Said("run-1", time.time(), "info", f"sentence {number}") for number in range(40)]
+    await asyncio.to_thread(service.coordinator.store.add_events, said)
     await page.wait_for_function("() => document.querySelector('#log').scrollTop > 0")
     cut = """[...document.querySelectorAll('#log li')].map((line) =>
         line.offsetTop - document.querySelector('#log').offsetTop - document.querySelector('#log').scrollTop)
