@@ -281,7 +281,7 @@ def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Call
                     pass
             assert caught.value.response.status_code == status
             assert caught.value.response.body == SAID[status]
-        whole = service.guard.access.add("pi") + "~fingerprint"
+        whole = await asyncio.to_thread(service.guard.access.add, "pi") + "~fingerprint"
         answer = await get(service, f"/v1/bundle/{MANIFEST}", Authorization=f"Bearer {whole}")
         assert answer == (401, SAID[401])
         assert service.coordinator.fleet.peers == {}
@@ -424,12 +424,12 @@ def test_a_device_that_is_told_that_the_run_is_over_is_not_said_to_be_away(run: 
     run(test)
 
 
-def make_round(service: Service) -> None:
+async def make_round(service: Service) -> None:
     """A round that no device was asked for."""
     run = service.coordinator.run
     update = UpdateRecord(run.round + 1, np.array([2.0**-12, -(2.0**-12)], np.float32), 0.0)
     run.apply(update)
-    run.store.add_round(run.id, run.epoch, update, seconds=0.0, loss=0.0, devices=[])
+    await add_round(run, update)
     run.round = update.round
 
 
@@ -447,8 +447,8 @@ def test_a_ready_that_no_catch_up_leads_to_is_refused_with_what_was_expected(
     changes, sentence = ASTRAY.get(how, ({"applied_round": 1}, "at round 1, the catch-up ended with round 2"))
 
     async def test(service: Service) -> None:
-        make_round(service)
-        make_round(service)
+        await make_round(service)
+        await make_round(service)
         async with client(service) as device:
             await device.send(device.hello())
             assert isinstance(await device.receive(), Welcome)
@@ -468,8 +468,8 @@ def test_a_report_of_what_cannot_be_is_refused(run: Callable[..., None], how: st
         async with client(service) as device:
             await device.join("pi")
             await device.next_round()
-            make_round(service)
-            make_round(service)
+            await make_round(service)
+            await make_round(service)
             await device.send(msgspec.structs.replace(report(service), **changes))
             refusal = await device.refusal()
         assert (refusal.code, refusal.reason, refusal.retry) == ("message", f"report {sentence}", False)
