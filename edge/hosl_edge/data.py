@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +181,7 @@ def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, 
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
     _check_tokens(path, lines, rows, tokenizer, manifest)
     if blank:
-        log.warning("%s: examples without text: %d, the first in line %d", path, len(blank), blank[0])
+        warn_once(f"{path}: examples without text: {len(blank)}, the first in line {blank[0]}")
     warn_of_absent(path, task, labels)
     # The graph puts its prompt in the place of these.
     places = np.full(prompt_tokens, pad_token_id, np.int32)
@@ -195,7 +196,13 @@ def warn_of_absent(path: Path, task: Task, labels: Iterable[int]) -> None:
     held = set(labels)
     absent = [label for place, label in enumerate(task.labels) if place not in held]
     if held and absent:
-        log.warning("%s: no example of %s", path, ", ".join(absent))
+        warn_once(f"{path}: no example of {', '.join(absent)}")
+
+
+@lru_cache
+def warn_once(sentence: str) -> None:
+    """Say what data lacks: a device may read it several times."""
+    log.warning("%s", sentence)
 
 
 def tokenize(

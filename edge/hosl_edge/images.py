@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hosl_edge.data import warn_of_absent
+from hosl_edge.data import warn_of_absent, warn_once
 from hosl_edge.exceptions import DataError
 from hosl_edge.pictures import (
     MODES,
@@ -278,7 +278,7 @@ def find_pictures(path: Path, task: Task, *, skip_broken: bool) -> tuple[list[Pa
     others += [each for each in pictures if each.parent == path]
     pictures = [each for each in pictures if each.parent != path]
     if others:
-        log.warning("%s: files that are no pictures of a class: %d (%s)", path, len(others), some_of(others, path))
+        warn_once(f"{path}: files that are no pictures of a class: {len(others)} ({some_of(others, path)})")
     if broken := broken_among(pictures, path):
         _tell_broken(path, broken, len(pictures), skip_broken=skip_broken)
         pictures = [each for each in pictures if each not in broken]
@@ -303,4 +303,4 @@ def _tell_broken(path: Path, broken: Mapping[Path, str], count: int, *, skip_bro
     if not skip_broken:
         remedy = "mend or delete them, or leave them out with --skip-broken"
         raise DataError(path, None, f"{len(broken)} of {count} pictures cannot be decoded ({which}): {remedy}")
-    log.warning("%s: %d of %d pictures cannot be decoded and are left out (%s)", path, len(broken), count, which)
+    warn_once(f"{path}: {len(broken)} of {count} pictures cannot be decoded and are left out ({which})")

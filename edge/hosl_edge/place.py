@@ -68,7 +68,7 @@ def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> 
 def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *, skip_broken: bool = False) -> str:
     """That a file can be read, and what `task` can do with it, where that is known; in words. Raises DataError."""
     check_files(path)
-    if task is None and (path.is_dir() or path.suffix == ".npz"):
+    if task is None and (path.is_dir() or path.suffix.lower() == ".npz"):
         return "can be read"
     if task is not None and task.is_image:
         if manifest is None or manifest.image is None:
