@@ -16,7 +16,7 @@ from hosl_cloud.__main__ import main
 from hosl_cloud.checkpoint import find_checkpoint, save_checkpoint
 from hosl_cloud.exceptions import ForeignSettings
 from hosl_cloud.resume import find_run
-from hosl_cloud.run_status import Live, list_runs
+from hosl_cloud.run_status import Live, Turns, WaitsFor, list_runs
 from hosl_cloud.store import Store
 from hosl_cloud.stored_settings import read_stored
 from hosl_protocol import ExitCode, UpdateRecord
@@ -116,3 +116,24 @@ def test_run_show_says_which_setting_it_is(bundle: Any, store: Store, capsys: py
     assert "this one has no setting report_each" in capsys.readouterr().out
     assert main(["run", "list", "--data-dir", folder]) == ExitCode.OK
     assert capsys.readouterr().out.count("its settings cannot be read") == 2
+
+
+def test_a_run_in_line_names_those_before_it_and_one_of_another_bundle_waits_for_nobody(
+    bundle: Any, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "hosl.sqlite")
+    for run, shard in (("first", "a"), ("second", "a"), ("other", "b"), ("stuck", "a"), ("third", "a")):
+        store.create_run(run, tmp_path / run, shard, bundle.config())
+    waits = WaitsFor("devices", (), 1.0, 1, 2)
+    turns = Turns({"a": "first", "b": "other"}, frozenset({"stuck"}))
+    runs = {run.id: run for run in list_runs(store, {"first": Live(["pi"], {"pi": 1.0}, waits)}, turns)}
+    assert {id_: run.behind for id_, run in runs.items()} == {
+        "first": (),
+        "second": ("first",),
+        "other": (),
+        "stuck": (),
+        "third": ("first", "second"),
+    }
+    assert (runs["first"].devices, runs["first"].waits_for) == (1, waits)
+    assert not any(run.behind for run in list_runs(store, {})), "nobody has a turn where no service runs"
+    store.close()
