@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosl_cloud import metrics
 from hosl_cloud.evaluation import evaluate_batches
 from hosl_cloud.exchange import Ask, Doubles, Exchange, RoundContext, Tally, Tell, batch_of, first
-from hosl_cloud.rounds import Outcome
+from hosl_cloud.rounds import Outcome, make_update
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.trainer import TailTrainer
 from hosl_edge import step
@@ -155,9 +155,7 @@ def zeroth_order_round(context: RoundContext) -> Exchange[Outcome | None]:
     differences = {device: losses[device][:, 0] - losses[device][:, 1] for device in weights}
     estimates = context.combine(differences, weights) / (2.0 * config.probe_step * config.directions)
     _step_tail(trainer, context, estimates)
-    client_rate = scheduled_rate(config.client, context.round, config.rounds)
-    coefficients = estimates if config.client.optimizer == "adamw" else -client_rate * estimates
-    update = UpdateRecord(context.round, coefficients.astype(np.float32), client_rate)
+    update = make_update(context, estimates)
     loss = float(np.mean([np.mean(losses[device]) for device in weights]))
     return Outcome(update, loss, tuple(device for device in context.devices if device in weights))
 

@@ -245,12 +245,18 @@ class _Part:
 
     def outcome(self, context: RoundContext, estimates: Doubles) -> Outcome:
         """`estimates` [P] are the coefficients of the client's gradient estimate Σ_p estimate_p · z_p."""
-        optimizer = context.config.client
-        rate = scheduled_rate(optimizer, context.round, context.config.rounds)
-        coefficients = estimates if optimizer.optimizer == "adamw" else -rate * estimates
-        update = UpdateRecord(context.round, coefficients.astype(np.float32), rate)
+        update = make_update(context, estimates)
         loss = math.fsum(weight * self.losses[device] for device, weight in self.weights.items()) / self.total
         return Outcome(update, loss, tuple(device for device in context.devices if device in self.weights))
+
+
+def make_update(context: RoundContext, estimates: Doubles) -> UpdateRecord:
+    """What the estimate Σ_p estimate_p · z_p does; a number beyond float32 becomes infinite, and nobody is told it."""
+    optimizer = context.config.client
+    rate = scheduled_rate(optimizer, context.round, context.config.rounds)
+    with np.errstate(over="ignore"):
+        coefficients = (estimates if optimizer.optimizer == "adamw" else -rate * estimates).astype(np.float32)
+    return UpdateRecord(context.round, coefficients, rate)
 
 
 def _step(context: RoundContext, part: _Part) -> bool:

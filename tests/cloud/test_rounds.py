@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -33,6 +35,7 @@ from hosl_protocol import (
     Projections,
     Refusal,
     RoundStart,
+    Task,
 )
 
 NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
@@ -785,3 +788,12 @@ def test_infinite_activations_count_against_their_device_and_a_tail_that_diverge
     prober.spoilt = ""
     _, seen = drive(rounds.ROUNDS[algorithm](cloud.context("ac")), lambda ask: prober(ask), lambda asks: asks[0])
     assert not [action for action in seen if isinstance(action, Fault)]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("sgd", -math.inf), ("adamw", 1e30)])
+def test_an_estimate_that_leaves_float32_is_infinite_without_a_word(kind: str, expected: float) -> None:
+    client = ClientOptimizer(optimizer=kind, learning_rate=1e9)  # type: ignore[arg-type]
+    config = RunConfig(task=Task(name="t", kind="lm", template="{text}"), client=client)
+    context: Any = SimpleNamespace(config=config, round=1)
+    (coefficient,) = rounds.make_update(context, np.array([1e30])).coefficients.tolist()
+    assert coefficient == pytest.approx(expected)
