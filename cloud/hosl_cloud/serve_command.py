@@ -124,6 +124,8 @@ def _serve(
     admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
     metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
     leaving.callback(lock(data_dir).close)
+    if (data_dir / SERVICE_FILE).exists():  # whoever wrote it is gone, for the lock is ours
+        _say("the service that was here before was killed, or crashed: it did not leave in order")
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.

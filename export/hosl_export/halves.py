@@ -151,7 +151,12 @@ def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
 
 def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Positions [B, T, D] as the feature map [B, D, rows, columns] that they are of, if any."""
-    return h_BTD if grid is None else h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
+    if grid is None:
+        return h_BTD
+    h_BDRC = h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
+    # Transposed, each position's channels lie together. On CPUs with AVX-512 torch 2.13 crashes in the backward of such
+    # a map for some shapes (8 channels, stride 2), and is no faster for any.
+    return h_BDRC.contiguous() if h_BDRC.device.type == "cpu" else h_BDRC
 
 
 def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:

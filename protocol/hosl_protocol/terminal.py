@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib.metadata
 import logging
 import os
@@ -80,6 +81,8 @@ def run_command(
 ) -> int:
     """Parse, run, and turn errors into a line on stderr and an exit code."""
     options = argparse.Namespace(debug=False, log_format="text")
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # a crash in native code says what and where it was
     try:
         options = parser.parse_args(arguments)
         configure_logs(parser.prog, options.log_level, options.log_format)

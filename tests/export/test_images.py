@@ -84,6 +84,21 @@ def test_halves_of_a_model_compute_what_the_model_computes(kind: str, split: int
     assert model(images).logits.std(dim=0).min() > 1e-3
 
 
+@pytest.mark.parametrize("kind", RESNETS)
+def test_convolutions_on_a_cpu_get_maps_whose_channels_lie_apart(kind: str) -> None:
+    """With those of a position together, torch crashes in the backward of some shapes on some processors."""
+    model, seen = make_image_model(kind), []
+    client = client_half(model, 1)
+    h_BTD = client(pixel_values=make_images(kind, 2)).detach().contiguous().requires_grad_()
+    tail = tail_half(model, 1, tuple(client.features(make_images(kind, 1)).shape[2:]))
+    for module in tail.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    tail(h_BTD).sum().backward()
+    assert len(seen) > 2
+    assert all(seen)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SIZES)
 def test_bundle_computes_what_the_model_computes_for_any_batch(exported, kind: str) -> None:

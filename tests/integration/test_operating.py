@@ -165,7 +165,7 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     assert f"run {run} paused" in site.run("log", run)
     assert site.ask("checkpoint", "list", run)["checkpoints"][-1]["round"] == at_rest["round"]
     assert "no service runs" in site.run("run", "resume", run, code=ExitCode.REFUSED)
-    site.start()
+    assert "killed" not in "".join(site.start())
     assert site.ask("run", "show", run)["round"] >= 2
     site.train("pi-2")
     reached = site.wait(run, lambda shown: shown["round"] >= 2)["round"]
@@ -185,6 +185,7 @@ def test_a_service_killed_outright_goes_on_with_every_run_whoever_began_it(site:
     said = site.start(*begin)
     first, second = site.ask("run", "list")["runs"]
     assert (first["id"], first["state"]) == (started, "pending"), "not stopped"
+    assert "the service that was here before was killed, or crashed" in "".join(said)
     assert any(f"run {started} goes on first, and run {second['id']} after it" in line for line in said)
     assert "those without --stay have ended" in site.run("run", "stop", started)  # while it is loaded, or soon after
     device = site.train("pi")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,15 @@ def test_sigterm_within_generated_code_ends_with_the_exit_code(tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (ExitCode.INTERRUPTED, "work: interrupted\n")
+
+
+def test_a_crash_in_native_code_says_what_and_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(MODULE.replace("SIGTERM", "SIGSEGV"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == -signal.SIGSEGV
+    assert result.stderr.startswith("Fatal Python error: Segmentation fault\n")
+    assert " in work\n" in result.stderr
 
 
 @pytest.mark.parametrize("program", ["hosl-edge", "hosl-cloud", "hosl-export"])
