@@ -1,6 +1,7 @@
 # make demo     the whole way: export, train from two devices, merge, compare
 # make test     format check, lint, types, tests; what CI runs
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
+# make test-onnxruntime    the tests of edge, protocol and export with the oldest and the newest ONNX Runtime
 # make fuzz     damaged frames and sequences for the protocol, as many as FRAMES= and SEQUENCES= say; a table
 # make chaos    runs whose processes and connections are broken at random, SEEDS=1-20; they must end with the same bits
 # make bench    speed and memory, as tables
@@ -9,6 +10,8 @@
 # make format   format the code
 
 PYTHON ?= python3
+ONNXRUNTIMES ?= onnxruntime==1.23.2 onnxruntime
+ONNXRUNTIME_TESTS ?= tests/edge tests/protocol tests/export
 FRAMES ?= 200000
 SEQUENCES ?= 3000
 SEEDS ?= 1-20
@@ -19,7 +22,7 @@ BIN := $(VENV)/bin
 # Where this is set, each program that a test starts compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-hosl test test-aarch64 fuzz chaos bench audit lint format clean
+.PHONY: demo demo-hosl test test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/kernel.c
@@ -39,6 +42,16 @@ test: lint
 test-aarch64: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/aarch64.sh
 
+# Each in a folder of its own that Python looks into first. 1.23.2 is the newest for Python 3.10; without a number it is
+# PyPI's newest.
+test-onnxruntime: $(VENV)/installed
+	for wanted in $(ONNXRUNTIMES); do \
+	    $(BIN)/pip install -qq --no-deps --disable-pip-version-check --upgrade --target .cache/$$wanted $$wanted || exit 1; \
+	    export PYTHONPATH=$$PWD/.cache/$$wanted; \
+	    $(BIN)/python -c "import onnxruntime; print('== onnxruntime', onnxruntime.__version__)" || exit 1; \
+	    $(BIN)/pytest -n auto --dist loadfile $(ONNXRUNTIME_TESTS) || exit 1; \
+	done
+
 fuzz: $(VENV)/installed
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo "no wheel of atheris here"
 	$(BIN)/python tests/fuzz.py --frames $(FRAMES) --sequences $(SEQUENCES)
@@ -49,6 +62,7 @@ chaos: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python tests/device_imports.py
 	$(BIN)/mypy
 
 format: $(VENV)/installed

@@ -87,7 +87,7 @@ import tomllib
 from pathlib import Path
 
 settings = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))
-print(*settings["project"]["dependencies"], *settings["build-system"]["requires"], "pytest", "hypothesis", sep="\n")
+print(*settings["project"]["dependencies"], *settings["build-system"]["requires"], "pytest", "pytest-timeout", "hypothesis", sep="\n")
 END
     "$PYTHON" -m pip download -qq --disable-pip-version-check --only-binary=:all: "${platforms[@]}" \
         --python-version "$PYTHON_VERSION" --constraint constraints.txt --requirement "$wheels/requirements.txt" \
@@ -97,15 +97,14 @@ END
     inside pip install --quiet --no-index --find-links /srv/wheels --requirement /srv/wheels/requirements.txt
 }
 
-# The tests that need bundles run here first; the bundles that they made go into the root, and what torch computes from
-# them, as .npz files beside them.
+# The tests that need bundles run here first. What they made goes into the root: bundles, and beside them, as .npz files,
+# what torch computes from them.
 make_bundles() {
     say "making tiny bundles"
     rm -rf "$KEPT/made" "$ROOT/srv/bundles"
-    mkdir -p "$ROOT/srv/bundles"
     nice -n 19 "$PYTHON" -m pytest --quiet -p no:cacheprovider --basetemp="$KEPT/made" \
         tests/edge/test_shard.py tests/edge/test_step.py
-    mv "$KEPT"/made/bundles[0-9]*/* "$ROOT/srv/bundles"
+    mv "$KEPT/made/shared" "$ROOT/srv/bundles"
     rm -rf "$KEPT/made"
 }
 
@@ -136,4 +135,4 @@ once_for install_wheels pyproject.toml constraints.txt
 once_for install_hosl "${sources[@]}"
 once_for make_bundles "${sources[@]}" tests/conftest.py tests/edge/test_shard.py
 say "running the tests"
-inside python -m pytest -p no:cacheprovider tests/edge tests/protocol "$@"
+inside python -m pytest -p no:cacheprovider --timeout 3000 tests/edge tests/protocol "$@"

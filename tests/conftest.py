@@ -128,19 +128,23 @@ def export_bundle(made_once: MadeOnce) -> Callable[[Path, str, int], Path]:
             options += ["--train-blocks", blocks] if blocks else []
             assert main([*options, "--out", str(folder / "bundle")]) == 0
 
-        return made_once(f"{model.name}-{train.replace(':', '-')}-{split}", export) / "bundle"
+        return made_once(_folder_of(model.name, train, split), export) / "bundle"
 
     return make
+
+
+def _folder_of(model: str, train: str, split: int) -> str:
+    return f"{model}-{train.replace(':', '-')}-{split}"
 
 
 @pytest.fixture(scope="session")
 def make_bundle(request: pytest.FixtureRequest) -> Callable[[str, int], Path]:
     """A bundle of the tiny model by what trains and where it is cut.
 
-    HOSL_TEST_BUNDLES names a folder of bundles that are ready made, for machines that have no torch.
+    HOSL_TEST_BUNDLES names a folder in which `made_once` has made them, for machines that have no torch.
     """
     if ready := os.environ.get("HOSL_TEST_BUNDLES"):
-        return lambda train="lora", split=2: Path(ready, f"{train}-{split}")
+        return lambda train="lora", split=2: Path(ready, _folder_of("tiny-llama", train, split), "bundle")
     model, export = request.getfixturevalue("tiny_model"), request.getfixturevalue("export_bundle")
     return lambda train="lora", split=2: export(model, train, split)
 

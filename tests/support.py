@@ -1,4 +1,4 @@
-"""Small data, devices and cloud joined without sockets, and a whole service in this process."""
+"""Small data, and devices without sockets or in threads of this process: of what a device has, and no more."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hosl_cloud import rounds
-from hosl_cloud.access import Access, Guard
-from hosl_cloud.exchange import Answer, Await, Exchange, Tell
-from hosl_cloud.listen import Listen
-from hosl_cloud.settings import RunConfig, parse_config
-from hosl_cloud.store import Store
-from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
+import msgspec
+from safetensors.numpy import load_file, save_file
+
 from hosl_edge import step
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.data import Batch
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.shard import Shard
-from hosl_protocol import ClientWeights, Frame, Manifest, RoundStart, load_manifest, make_client_weights
-
-if TYPE_CHECKING:
-    from hosl_cloud.coordinator import Coordinator
+from hosl_protocol import (
+    ClientState,
+    ClientWeights,
+    Frame,
+    Manifest,
+    RoundStart,
+    RunSettings,
+    Snapshot,
+    SnapshotHeader,
+    make_client_weights,
+    sha256_of_file,
+)
+from hosl_protocol.manifest import SHARD_WEIGHTS
 
 NICE = ("good", "great", "fine", "nice", "happy", "lovely", "warm", "bright", "clever", "fresh")
 NASTY = ("bad", "awful", "poor", "sad", "dull", "cold", "weak", "dark", "slow", "stale")
@@ -118,13 +121,15 @@ def free_port() -> int:
 class Device:
     """A device without sockets: it takes what a round tells it, and gives what a round asks for."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, config: RunConfig, batch: Batch, held_sets: int = 1) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, settings: RunSettings, batch: Batch, held_sets: int = 1
+    ) -> None:
         self.shard = Shard(bundle, manifest, threads=1)
         self.shard.open()
         self.shard.rows = 2
-        self.shard.max_length = config.max_length
-        self.weights: ClientWeights = make_client_weights(manifest, self.shard.weights, config.wire_settings())
-        self.config, self.batch, self.held_sets = config, batch, held_sets
+        self.shard.max_length = settings.max_length
+        self.weights: ClientWeights = make_client_weights(manifest, self.shard.weights, settings)
+        self.settings, self.batch, self.held_sets = settings, batch, held_sets
         self._steps: step.Step | None = None
         self._sent: deque[Frame] = deque()
         self._replies: deque[Frame] = deque()
@@ -135,12 +140,12 @@ class Device:
                 run=frame.message.run,
                 epoch=frame.message.epoch,
                 round=frame.message.round,
-                settings=self.config.wire_settings(),
+                settings=self.settings,
                 shard=self.shard,
                 weights=self.weights,
                 held_sets=self.held_sets,
             )
-            self._steps = step.ROUNDS[self.config.algorithm](context, self.batch)
+            self._steps = step.ROUNDS[self.settings.algorithm](context, self.batch)
             self._advance(None)
         else:
             self._replies.append(frame)
@@ -167,24 +172,6 @@ class Device:
                     return
         except StopIteration:
             pass
-
-
-def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Device]) -> rounds.Outcome:
-    """Drive a round's generator against devices; what it comes to."""
-    answer: Answer | None = None
-    try:
-        while True:
-            action = exchange.send(answer)
-            answer = None
-            if isinstance(action, Tell):
-                devices[action.device].tell(Frame(action.message, action.tensors))
-            else:
-                assert isinstance(action, Await)
-                ask = action.asks[0]
-                answer = Answer(ask, devices[ask.device].ask(ask.kind))
-    except StopIteration as stop:
-        outcome: rounds.Outcome = stop.value
-        return outcome
 
 
 class Crew:
@@ -219,76 +206,23 @@ class Crew:
             thread.join()
 
 
-@dataclass
-class Service:
-    """A running service in this process."""
-
-    coordinator: Coordinator
-    guard: Guard
-    token: str
-    admin_token: str
-    metrics_token: str
-    folder: Path
-    address: str
-    """`ws://127.0.0.1:port`."""
-    serving: asyncio.Task[str]
-    """Its result is how the run ended."""
-    said: list[str]
-    """What the service told people."""
-
-    @property
-    def token_file(self) -> Path:
-        return self.folder / "join-token"
+def mirror_of(bundle: Path, manifest: Manifest, settings: RunSettings) -> ClientWeights:
+    """What a cloud keeps of a device's weights, from the bundle's on."""
+    tensors = load_file(bundle / SHARD_WEIGHTS)
+    return make_client_weights(manifest, {entry.name: tensors[entry.name] for entry in manifest.trainable}, settings)
 
 
-@contextlib.asynccontextmanager
-async def serving(
-    bundle: Path,
-    folder: Path,
-    settings: dict[str, Any],
-    listen: Listen | None = None,
-    run_id: str = "run-1",
-    port: int = 0,
-    *,
-    stays: bool = False,
-) -> AsyncIterator[Service]:
-    """The service with everything real, on a free port or this one; stopped at the end where its run goes on, or where
-    it stays."""
-    from hosl_cloud import service
-    from hosl_cloud.coordinator import Coordinator
-    from hosl_cloud.run import Run
-    from hosl_cloud.runs import Runs
-
-    folder.mkdir(exist_ok=True)
-    listen = listen or Listen("127.0.0.1", port)
-    fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
-    token, _ = load_or_make_token(folder, fingerprint)
-    admin_token = load_or_make_secret(folder / ADMIN_TOKEN_FILE)
-    metrics_token = load_or_make_secret(folder / METRICS_TOKEN_FILE)
-    manifest = load_manifest(bundle)
-    config = parse_config(settings, manifest)
-    store, said = await asyncio.to_thread(Store, folder / "hosl.sqlite"), list[str]()
-    run = Run(run_id, config, manifest, bundle, folder / "runs" / run_id, store)
-    coordinator = Coordinator(run, said.append)
-    await coordinator.prepare()
-    await asyncio.to_thread(store.create_run, run_id, bundle, manifest.shard_digest, config)
-    runs = Runs(store, folder, said.append)
-    runs.adopt(coordinator)
-    access = await asyncio.to_thread(Access, store, fingerprint)
-    guard = Guard(access, token, admin_token, metrics_token=metrics_token)
-    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(
-        service.serve(
-            service.Service(
-                runs, guard, listen, bundle.parent, until=None if stays else run_id, ends_on_interrupt=run_id
-            ),
-            listening.set_result,
-        )
+def write_snapshot(path: Path, run: str, epoch: int, state: ClientState, manifest: Manifest) -> Snapshot:
+    """The state as the file that a cloud serves; what it offers."""
+    header = SnapshotHeader(
+        run=run,
+        epoch=epoch,
+        round=state.round,
+        weights_digest=state.digest(),
+        exponents=dict(state.exponents),
+        steps=state.moments.steps if state.moments is not None else None,
     )
-    try:
-        yield Service(coordinator, guard, token, admin_token, metrics_token, folder, await listening, task, said)
-    finally:
-        if not task.done():
-            signal.raise_signal(signal.SIGINT)
-        await asyncio.wait({task}, timeout=20.0)
-        store.close()
+    shapes = {entry.name: entry.shape for entry in manifest.trainable}
+    tensors = {name: values.reshape(shapes[tensor]) for name, tensor, values in state.arrays()}
+    save_file(tensors, path, {"hosl": msgspec.json.encode(header).decode()})
+    return Snapshot(round=state.round, size_bytes=path.stat().st_size, sha256=sha256_of_file(path))

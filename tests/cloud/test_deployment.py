@@ -27,7 +27,8 @@ from hosl_cloud.runs import GOODBYE_S
 from hosl_cloud.settings import DeviceSettings
 from hosl_cloud.tokens import METRICS_TOKEN_FILE
 from hosl_protocol.notify import feed_watchdog, notify
-from support import TASK, Service, serving
+from services import Service, serving
+from support import TASK
 
 ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "cloud"

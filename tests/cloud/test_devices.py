@@ -20,7 +20,8 @@ from hosl_cloud.authority import make_authority
 from hosl_cloud.exceptions import RequestError
 from hosl_cloud.listen import Listen, write_service_file
 from hosl_protocol import ExitCode
-from support import TASK, Service, serving
+from services import Service, serving
+from support import TASK
 
 Cli = Callable[..., Awaitable[int]]
 

@@ -25,7 +25,8 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.store import Store
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode, Task, UpdateRecord
-from support import TASK, Crew, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, Crew, write_reviews
 
 CONFIG = RunConfig(task=Task(name="text", kind="lm", template="{text}"))
 

@@ -51,7 +51,8 @@ from hosl_protocol import (
     make_client_weights,
 )
 from hosl_protocol.manifest import MANIFEST, SHARD_WEIGHTS
-from support import TASK, Service, serving
+from services import Service, serving
+from support import TASK
 
 DATA = "d" * 64
 WAIT_S = 10.0

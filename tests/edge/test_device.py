@@ -14,8 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud.mirror import load_shard_weights
-from hosl_cloud.snapshots import write_snapshot
 from hosl_edge import device as device_module
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
@@ -27,7 +25,6 @@ from hosl_edge.settings import EdgeSettings
 from hosl_protocol import (
     BundleError,
     ClientOptimizer,
-    ClientWeights,
     IrreversibleError,
     LatticeError,
     ProtocolError,
@@ -40,9 +37,8 @@ from hosl_protocol import (
     convert,
     load_manifest,
     load_preset,
-    make_client_weights,
 )
-from support import write_reviews
+from support import mirror_of, write_reviews, write_snapshot
 
 OPTIMIZERS = {
     "sgd": ClientOptimizer(),
@@ -66,8 +62,7 @@ class Site:
             state_dir=str(folder / "state"),
         )
         self.state = folder / "state" / "pi"
-        weights = load_shard_weights(bundle, self.manifest, only_trainable=True)
-        self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.run_settings)
+        self.mirror = mirror_of(bundle, self.manifest, self.run_settings)
         self.devices: list[Device] = []
 
     def start(self) -> Device:
@@ -88,8 +83,7 @@ class Site:
         return Welcome(settings=self.run_settings, plan=plan, snapshot=snapshot, **fields)  # type: ignore[arg-type]
 
     def snapshot(self, run: str = "r", epoch: int = 0) -> Snapshot:
-        shapes = {entry.name: entry.shape for entry in self.manifest.trainable}
-        return write_snapshot(self.folder / "served", run, epoch, self.mirror.state(), shapes)
+        return write_snapshot(self.folder / "served", run, epoch, self.mirror.state(), self.manifest)
 
     def fetch(self, snapshot: Snapshot, path: Path) -> None:
         shutil.copy(self.folder / "served", path)
@@ -250,11 +244,8 @@ def test_a_snapshot_of_another_digest_is_a_snapshot_error(make_site: Callable[..
 def test_a_snapshot_of_another_optimizer_leaves_a_device_that_can_rebuild(make_site: Callable[..., Site]) -> None:
     site = make_site()
     base = site.mirror.digest()
-    site.mirror = make_client_weights(
-        site.manifest,
-        load_shard_weights(site.bundle, site.manifest, only_trainable=True),
-        msgspec.structs.replace(site.run_settings, client=OPTIMIZERS["adamw"]),
-    )
+    settings = msgspec.structs.replace(site.run_settings, client=OPTIMIZERS["adamw"])
+    site.mirror = mirror_of(site.bundle, site.manifest, settings)
     device = site.start()
     with pytest.raises(SnapshotError, match="not one of sgd"):
         device.join(site.welcome("snapshot", site.snapshot()), site.fetch)

@@ -15,8 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud.mirror import load_shard_weights
-from hosl_cloud.snapshots import write_snapshot
 from hosl_edge.data import Batch
 from hosl_edge.device import Device
 from hosl_edge.exceptions import SnapshotError
@@ -44,7 +42,7 @@ from hosl_protocol.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from support import write_reviews
+from support import mirror_of, write_reviews, write_snapshot
 
 SETTINGS = RunSettings(task=convert(load_preset("reviews"), Task, "task"), max_length=16, batch_size=4)
 NASTY: tuple[Any, ...] = (
@@ -195,8 +193,8 @@ def test_a_graph_with_any_byte_changed(folder: Path, bundle: Path) -> None:
 
 def test_a_snapshot_with_any_header(tmp_path: Path, bundle: Path) -> None:
     manifest, path = load_manifest(bundle), tmp_path / "snapshot"
-    weights = make_client_weights(manifest, load_shard_weights(bundle, manifest, only_trainable=True), SETTINGS)
-    write_snapshot(path, "r", 0, weights.state(), {entry.name: entry.shape for entry in manifest.trainable})
+    weights = mirror_of(bundle, manifest, SETTINGS)
+    write_snapshot(path, "r", 0, weights.state(), manifest)
     good, header = path.read_bytes(), header_of(path)
     deep = [b'"abc"', b"1", b"[" * 200_000, b"null", b"{}", b'{"__metadata__": 1}', b'{"__metadata__": {"hosl": 1}}']
     for text in [*deep, *(twisted(header, seed) for seed in SEEDS)]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import platform
 import shutil
@@ -11,13 +10,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from answers import Answers, answering
@@ -41,7 +38,6 @@ from hosl_edge.preflight import (
 from hosl_edge.settings import EdgeSettings, read_token
 from hosl_edge.trust import Cloud, Token
 from hosl_protocol import ExitCode, FileEntry, Manifest, TensorEntry, encode_manifest, load_preset
-from support import TASK, serving
 
 MANIFEST = "/v1/bundle/manifest.json"
 
@@ -401,32 +397,6 @@ def test_a_signer_whom_neither_machine_nor_token_names_is_not_tried_for_ever(
         code, found = preflight(capsys, "--server", server, *options)
     assert "copy the whole token again" in found["tls"].remedy
     assert code == ExitCode.REFUSED
-
-
-def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_real_service(
-    capsys: pytest.CaptureFixture[str], make_bundle: Callable[..., Path], options: list[str], tmp_path: Path
-) -> None:
-    config = msgspec.toml.decode(f"max_length = 16\n{TASK}")
-    bundle = make_bundle("lora", 2)
-    capsys.readouterr()  # what the export said
-
-    async def main() -> None:
-        async with serving(bundle, tmp_path / "cloud", config) as service:
-            token = tmp_path / "kitchen.token"
-            token.write_text(service.guard.access.add("kitchen"), encoding="ascii")
-            arguments = ["--server", service.address, *options, "--token-file", str(token)]
-            code, found = await asyncio.to_thread(preflight, capsys, *arguments)
-            assert (code, found["device"].detail) == (ExitCode.OK, "the token is that of kitchen")
-            assert found["data"].detail.endswith("which task reviews can use")
-            code, found = await asyncio.to_thread(preflight, capsys, *arguments, "--name", "hall")
-            assert (code, found["settings"].outcome) == (ExitCode.SETTINGS, FAILED)
-            assert "is that of 'kitchen': leave the name out" in found["settings"].detail
-            local = ["--token-file", str(service.token_file), "--name", "kitchen"]
-            code, found = await asyncio.to_thread(preflight, capsys, *arguments, *local)
-            assert (code, found["device"].outcome) == (ExitCode.REFUSED, FAILED)
-            assert found["device"].detail == "the token is not one of device kitchen"
-
-    asyncio.run(main())
 
 
 def test_by_hand_the_token_of_the_service_is_taken(

@@ -10,10 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud.settings import parse_config
 from hosl_edge import step
 from hosl_edge.data import Batch, Dataset
-from hosl_protocol import CutGradient, EvalResult, Frame, ProbeLoss, ProtocolError, load_manifest, name_of
+from hosl_protocol import CutGradient, EvalResult, Frame, ProbeLoss, ProtocolError, RunSettings, load_manifest, name_of
 from support import TASK, Device
 
 MakeBundle = Callable[[str, int], Path]
@@ -27,10 +26,10 @@ def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
         bundle = make_bundle("norm", 2)
         manifest = load_manifest(bundle)
         data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2, "anchor": anchor}
-        config = parse_config({**msgspec.toml.decode(TASK), **data}, manifest)
+        settings = msgspec.convert({**msgspec.toml.decode(TASK), **data}, RunSettings)
         ids_BL = np.random.default_rng(0).integers(4, 41, (len(LENGTHS), max(LENGTHS)))
         batch = Batch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
-        return Device(bundle, manifest, config, batch, held_sets)
+        return Device(bundle, manifest, settings, batch, held_sets)
 
     return make
 
@@ -40,7 +39,7 @@ def context(device: Device, round_: int = 1) -> step.RoundContext:
         run="r",
         epoch=0,
         round=round_,
-        settings=device.config.wire_settings(),
+        settings=device.settings,
         shard=device.shard,
         weights=device.weights,
         held_sets=device.held_sets,
@@ -48,7 +47,7 @@ def context(device: Device, round_: int = 1) -> step.RoundContext:
 
 
 def steps_of(device: Device) -> step.Step:
-    return step.ROUNDS[device.config.algorithm](context(device), device.batch)
+    return step.ROUNDS[device.settings.algorithm](context(device), device.batch)
 
 
 def reply_to(action: step.Send | step.Receive) -> Frame | None:
@@ -215,5 +214,5 @@ def test_every_held_out_example_is_sent_once_and_the_last_batch_says_so(
         pass
     assert sorted(labels) == list(range(count))
     assert is_last == [False] * (len(is_last) - 1) + [True]
-    assert len(is_last) == -(-count // device.config.batch_size)
+    assert len(is_last) == -(-count // device.settings.batch_size)
     assert [loss for loss, _, _ in heard] == [0.5] * len(is_last)

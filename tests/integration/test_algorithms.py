@@ -23,7 +23,8 @@ from hosl_export.loading import load_model
 from hosl_protocol import Manifest, UpdateRecord, direction, load_manifest
 from hosl_protocol.lattice import round_probe_step
 from hosl_protocol.manifest import SHARD_TOKENIZER
-from support import TASK, Device, run_round, write_reviews
+from services import run_round
+from support import TASK, Device, write_reviews
 
 SEED = 11
 MakeBundle = Callable[[str, int], Path]
@@ -95,7 +96,9 @@ def test_a_round_of_ho_sfl_is_what_the_paper_says(
             reference.move(1, p, -1, config.probe_step)
     expected *= -0.5 / (3 * config.probe_step)
 
-    devices = {name: Device(bundle, manifest, config, batch, held_sets) for name, batch in batches.items()}
+    devices = {
+        name: Device(bundle, manifest, config.wire_settings(), batch, held_sets) for name, batch in batches.items()
+    }
     outcome = run_round(rounds.ho_sfl_round(context(config, trainer, devices)), devices)
     assert outcome.update.coefficients == pytest.approx(expected, rel=2e-2, abs=2e-5)
     assert np.abs(expected).max() > 1e-3, "the comparison must not be one of zeros"
@@ -121,7 +124,7 @@ def test_a_round_of_hosl_is_what_the_paper_says(
         reference.move(1, q, +1, config.probe_step)
         expected.append(-0.5 * (plus - minus) / (2 * config.probe_step * 2))
 
-    device = Device(bundle, manifest, config, batch, held_sets)
+    device = Device(bundle, manifest, config.wire_settings(), batch, held_sets)
     before = device.weights.digest()
     outcome = run_round(rounds.hosl_round(context(config, trainer, {"d": device})), {"d": device})
     assert outcome.update.coefficients == pytest.approx(expected, rel=2e-2, abs=2e-5)
@@ -147,7 +150,7 @@ def test_a_round_of_ho_sfl_with_central_differences(
     lambda_TD = result.cut_gradient_TD.astype(np.float64)
     expected = [-0.5 / (3 * config.probe_step) * np.sum(lambda_TD * (plus - minus)) / 2 for plus, minus in pairs]
 
-    device = Device(bundle, manifest, config, batch, held_sets)
+    device = Device(bundle, manifest, config.wire_settings(), batch, held_sets)
     outcome = run_round(rounds.ho_sfl_round(context(config, trainer, {"d": device})), {"d": device})
     assert outcome.update.coefficients == pytest.approx(expected, rel=2e-2, abs=2e-5)
     assert outcome.loss == pytest.approx(result.loss, rel=1e-6)
@@ -168,7 +171,7 @@ def test_a_round_of_hosl_with_the_midpoint_takes_the_tails_step_at_the_mean_of_t
     probes = [reference.at(batch, 1, q, sign, config.probe_step) for q in range(2) for sign in (+1, -1)]
     result = plain.forward_backward(np.mean(probes, axis=0), batch.lengths_B, batch.labels_N)
 
-    devices = {name: Device(bundle, manifest, config, batch, held_sets) for name in ("d", "e")}
+    devices = {name: Device(bundle, manifest, config.wire_settings(), batch, held_sets) for name in ("d", "e")}
     outcome = run_round(rounds.hosl_round(context(config, trainer, devices)), devices)
     assert outcome.devices == ("d", "e")
     assert outcome.loss == pytest.approx(result.loss, rel=1e-6)
@@ -184,7 +187,9 @@ def test_the_tail_takes_the_first_order_step_that_torch_would_take(make_bundle: 
     config = configure(manifest, "frozen", tail={"learning_rate": 1e-2, "clip_norm": 0.0, "optimizer": "sgd"})
     batches = [make_batch(bundle, manifest, config, tmp_path, 8 * n) for n in range(2)]
     trainer, plain = (TailTrainer(bundle, manifest, config) for _ in range(2))
-    devices = {f"device-{n}": Device(bundle, manifest, config, batch) for n, batch in enumerate(batches)}
+    devices = {
+        f"device-{n}": Device(bundle, manifest, config.wire_settings(), batch) for n, batch in enumerate(batches)
+    }
     run_round(rounds.frozen_round(context(config, trainer, devices)), devices)
 
     for name, device in devices.items():
@@ -228,7 +233,7 @@ def test_the_mean_of_many_estimates_is_the_gradient(
     trainer = TailTrainer(bundle, manifest, config)
     batch = make_batch(bundle, manifest, config, tmp_path)
     gradient = autograd_gradient(Reference(bundle, manifest, tiny_model, trainer), batch)
-    device = Device(bundle, manifest, config, batch)
+    device = Device(bundle, manifest, config.wire_settings(), batch)
     outcome = run_round(rounds.ROUNDS[algorithm](context(config, trainer, {"d": device})), {"d": device})
 
     estimate = np.zeros_like(gradient)
@@ -265,7 +270,7 @@ def train_client_only(make_bundle: MakeBundle, folder: Path, algorithm: str, sig
     tail = {"optimizer": "sgd", "learning_rate": 1e-30}
     config = configure(manifest, algorithm, directions=8, rounds=40, client={"learning_rate": 0.05}, tail=tail)
     trainer = TailTrainer(bundle, manifest, config)
-    device = Device(bundle, manifest, config, make_batch(bundle, manifest, config, folder))
+    device = Device(bundle, manifest, config.wire_settings(), make_batch(bundle, manifest, config, folder))
     losses = []
     for round_ in range(1, config.rounds + 1):
         outcome = run_round(rounds.ROUNDS[algorithm](context(config, trainer, {"d": device}, round_)), {"d": device})
@@ -285,7 +290,7 @@ def test_clients_that_probed_and_clients_that_only_replay_hold_the_same_bits(
         config = configure(manifest, "ho-sfl", directions=2, client=client)
         trainer = TailTrainer(bundle, manifest, config)
         batch = make_batch(bundle, manifest, config, tmp_path)
-        prober, watcher = (Device(bundle, manifest, config, batch) for _ in range(2))
+        prober, watcher = (Device(bundle, manifest, config.wire_settings(), batch) for _ in range(2))
         updates = []
         for round_ in (1, 2, 3):
             outcome: Outcome = run_round(

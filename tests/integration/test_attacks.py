@@ -47,7 +47,8 @@ from hosl_protocol import (
     load_manifest,
 )
 from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH
-from support import TASK, Service, free_port, serving, write_reviews
+from services import Service, serving
+from support import TASK, free_port, write_reviews
 
 GROWTH_BYTES = 60 * 2**20
 WAIT_S = 20.0

@@ -23,7 +23,8 @@ from hosl_edge.fetch import OnProgress, OnRate
 from hosl_edge.journal import open_journal
 from hosl_protocol import Snapshot
 from hosl_protocol.manifest import SHARD_WEIGHTS
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 MakeBundle = Callable[[str, int], Path]
 

@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 LIMIT_S = 300.0
 """Of a whole test; it takes a fraction on a machine that has nothing else to do."""

@@ -33,7 +33,8 @@ from hosl_protocol import (
     RoundStart,
     encode,
 )
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 ROUNDS = 8
 GROWTH_BYTES = 200 * 2**20

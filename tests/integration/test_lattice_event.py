@@ -11,7 +11,8 @@ import msgspec
 
 from hosl_cloud.checkpoint import list_checkpoints
 from hosl_edge import EdgeSettings, Summary, run_agent
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 ROUNDS = 12
 SETTINGS = {

@@ -28,7 +28,8 @@ from hosl_cloud.app import make_app
 from hosl_cloud.records import Said
 from hosl_cloud.runs import Runs
 from hosl_cloud.store import Store
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / ".cache" / "page"

@@ -18,7 +18,8 @@ from hosl_edge.__main__ import main
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import ExitCode
-from support import TASK, free_port, serving, write_reviews
+from services import serving
+from support import TASK, free_port, write_reviews
 
 BRIEF = f"rounds = 2\nbatch_size = 2\nmax_length = 16\n{TASK}\n[evaluation]\nevery = 0\n"
 VARIABLES = [name for each in ("http", "https", "all", "no") for name in (f"{each}_proxy", f"{each.upper()}_PROXY")]

@@ -14,7 +14,8 @@ import pytest
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
 from integration.proxy import Direction, Proxy
-from support import TASK, serving, write_reviews
+from services import serving
+from support import TASK, write_reviews
 
 MakeBundle = Callable[[str, int], Path]
 SETTINGS: dict[str, Any] = {

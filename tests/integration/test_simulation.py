@@ -21,7 +21,8 @@ from hosl_cloud.store import Store
 from hosl_edge import EdgeSettings, run_agent
 from hosl_protocol import ExitCode, load_manifest
 from pictures import CLASSES, SIZES, make_pictures
-from support import TASK, Service, count_right, count_right_by_card, serving, write_reviews
+from services import Service, serving
+from support import TASK, count_right, count_right_by_card, write_reviews
 
 DEVICES, EXAMPLES = 3, 41
 MakeBundle = Callable[..., Path]

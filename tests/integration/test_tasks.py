@@ -18,7 +18,8 @@ from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.records import Evaluation
 from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
 from hosl_protocol import load_manifest
-from support import Service, count_right_by_card, run_card, serving, write_reviews
+from services import Service, serving
+from support import count_right_by_card, run_card, write_reviews
 
 NAMES = ("pi-1", "pi-2")
 ROUNDS = 40

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from device_imports import faults
+
 BLOCKED = ("torch", "transformers", "hosl_cloud", "hosl_export")
 
 SCRIPT = """
@@ -40,3 +42,14 @@ def test_the_blocker_blocks(module):
     done = import_alone(module)
     assert done.returncode == 1
     assert f"ImportError: {module} is blocked" in done.stderr
+
+
+def test_a_test_of_the_device_may_not_import_the_cloud_itself_or_through_a_helper(tmp_path):
+    path = tmp_path / "test_some.py"
+    path.write_text("from support import free_port\n\n\ndef test_later():\n    import torch\n")
+    assert list(faults([path])) == []
+    for line, culprit in (("import torch", path.name), ("from services import serving", "services.py")):
+        path.write_text(f"{line}\n")
+        assert any(f"{culprit}:" in fault for fault in faults([path]))
+    path.write_text("def test_later():\n    from hosl_cloud import settings\n")
+    assert list(faults([path])) == [f"{path}:2: imports hosl_cloud, which no device has"]

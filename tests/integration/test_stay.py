@@ -14,7 +14,8 @@ from hosl_cloud.api_client import ApiClient
 from hosl_edge import EdgeSettings, run_agent
 from hosl_edge.health import Guard, Health
 from hosl_edge.status import Document, read_status
-from support import TASK, Service, free_port, serving, write_reviews
+from services import Service, serving
+from support import TASK, free_port, write_reviews
 
 BRIEF = f"rounds = 2\nbatch_size = 2\nmax_length = 16\n{TASK}\n[evaluation]\nevery = 0\n"
 TOKEN = "the-token-of-both-services"

@@ -12,7 +12,8 @@ import pytest
 
 from hosl_edge import EdgeSettings, run_agent
 from hosl_edge.exceptions import DataError
-from support import TASK, Service, serving, write_reviews
+from services import Service, serving
+from support import TASK, write_reviews
 
 
 async def is_ready(service: Service) -> None:
