@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from hosl_cloud.card import f_string
 from hosl_cloud.checkpoint import Metrics, record_metrics, save_checkpoint
+from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.merge import merge_run
 from hosl_export.origin import Origin, write_origin
 from hosl_protocol import load_preset, preset_names, render
@@ -104,6 +105,14 @@ def test_a_card_names_what_is_known_and_nothing_else(
     task = json.loads((tmp_path / "out" / "hosl_task.json").read_text(encoding="utf-8"))
     assert task["verbalizers"] == [" bad", " good"]
     assert task["verbalizer_tokens"] == [2, 3]
+
+
+def test_an_adapter_on_an_adapter_is_refused(make_bundle: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = make_bundle("llama", "lora", "card")
+    write_origin(bundle.path, Origin(model="/models/adapter", is_adapter=True))
+    with pytest.raises(AdapterError, match="the exported model was an adapter on its base itself"):
+        merged(bundle, "prompt-classification", "lora", tmp_path, has_adapter=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 EXAMPLE = {"a": 'one "two"', "b": {"c": "{a}\\n"}, "y": "ß"}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
 from hosl_cloud.exceptions import BatchError, CloudError, VerbalizerError
 from hosl_cloud.objectives import unpack
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail import build_tail
 from hosl_protocol import SettingsError
+from hosl_protocol.manifest import SHARD_TOKENIZER
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 
@@ -128,6 +132,17 @@ def test_a_verbalizer_that_is_not_one_token_of_its_own_is_named(
     assert caught.value.value == value
     assert isinstance(caught.value, SettingsError)
     assert isinstance(caught.value, CloudError)
+
+
+def test_a_verbalizer_that_the_head_has_no_row_for_is_named(bundle: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle.path, tmp_path / "bundle")
+    tokenizer = Tokenizer.from_file(str(folder / SHARD_TOKENIZER))
+    tokenizer.add_special_tokens(["<late>"])
+    tokenizer.save(str(folder / SHARD_TOKENIZER))
+    task = {"name": "t", "kind": PROMPTS, "template": "{text}", "labels": ["0", "1"], "verbalizers": ["bad", "<late>"]}
+    config = parse_config({"task": task, "max_length": 32}, bundle.manifest)
+    with pytest.raises(VerbalizerError, match="'<late>': it is token 48, and the model's head has 48 rows"):
+        build_tail(folder, bundle.manifest, config)
 
 
 @pytest.mark.parametrize("kind", [PROMPTS, TEXT])
