@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models
 
 _CHARACTERS_A_TOKEN = 16
 """Of the first window: few texts have longer tokens on average, and for them it grows."""
-SMALLEST_WINDOW = 2048
+_SMALLEST_WINDOW = 2048
 
 _LETTER = r"[^\W\d_]"
 _WORDS = rf"(?<={_LETTER}) (?={_LETTER})"
@@ -45,11 +45,10 @@ _CHARACTER_SPLITTERS = {"Digits", "Punctuation"}
 class LongTexts:
     """What of a text must be tokenized for `keep` ids at its beginning, or with `keep_end` at its end."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, keep: int, *, keep_end: bool, smallest_window: int = SMALLEST_WINDOW
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, keep: int, *, keep_end: bool, window: int = 0) -> None:
+        """`window` characters are tried first; 0 takes as many as texts mostly need."""
         self._tokenizer, self._keep, self._keep_end = tokenizer, keep, keep_end
-        self._first_window = max(smallest_window, _CHARACTERS_A_TOKEN * keep)
+        self._first_window = window or max(_SMALLEST_WINDOW, _CHARACTERS_A_TOKEN * keep)
 
     @cached_property
     def _places(self) -> re.Pattern[str] | None:
@@ -69,7 +68,7 @@ class LongTexts:
     def _first(self, text: str, window: int) -> str | None:
         """Up to the first place to cut behind `window` characters, where that has ids enough."""
         end, beyond = self._place(text, window, 2 * window), self._place(text, 2 * window, 4 * window)
-        if end is None or beyond is None:
+        if end is None or beyond is None or beyond == end:
             return None
         ids = self._ids(text[:end])
         is_right = len(ids) >= self._keep and self._ids(text[:beyond])[: len(ids)] == ids
@@ -79,7 +78,7 @@ class LongTexts:
         """From a place to cut on; the ids before a second place, which the cut may have changed, must not count."""
         size = len(text)
         start, place = self._place(text, size - 3 * window, size), self._place(text, size - 2 * window, size)
-        if start is None or place is None:
+        if start is None or place is None or place == start:
             return None
         before, ids = self._ids(text[start:place]), self._ids(text[start:])
         is_right = len(ids) - len(before) >= self._keep and ids[: len(before)] == before

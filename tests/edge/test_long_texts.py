@@ -125,7 +125,7 @@ texts = st.lists(st.tuples(pieces, joins), max_size=80).map(lambda parts: "".joi
 @given(text=texts, keep=st.integers(3, 12))
 def test_a_part_of_a_long_text_gives_the_ids_of_the_whole(kind: str, keep_end: bool, text: str, keep: int) -> None:
     tokenizer = KINDS[kind]()
-    part = LongTexts(tokenizer, keep, keep_end=keep_end, smallest_window=8).shorten(text)
+    part = LongTexts(tokenizer, keep, keep_end=keep_end, window=8).shorten(text)
     tokenizer.enable_truncation(keep, direction="left" if keep_end else "right")
     assert tokenizer.encode(part).ids == tokenizer.encode(text).ids
 
