@@ -47,8 +47,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         is_known = self.headers["Authorization"] == f"Bearer {TOKEN}"
-        body = (self.folder / self.path.removeprefix("/v1/bundle/")).read_bytes() if is_known else b""
-        self.send_response(200 if is_known else 401)
+        is_there = self.path.startswith("/v1/bundle/")
+        body = (self.folder / self.path.removeprefix("/v1/bundle/")).read_bytes() if is_known and is_there else b""
+        self.send_response(401 if not is_known else 200 if is_there else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
