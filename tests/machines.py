@@ -44,10 +44,10 @@ _ENDS = {"complete", "refusal", "goodbye"}
 _MAY_SAY = {
     (Role.EDGE, Phase.HELLO): {"hello", "goodbye"},
     (Role.EDGE, Phase.JOINING): {"ready", "goodbye"},
-    (Role.EDGE, Phase.ACTIVE): {"ready", "goodbye", "report", "probe", "anchor", "projections", "eval-batch"},
+    (Role.EDGE, Phase.ACTIVE): {"goodbye", "report", "probe", "anchor", "projections", "eval-batch"},
     (Role.CLOUD, Phase.HELLO): {"welcome", "complete", "refusal"},
     (Role.CLOUD, Phase.JOINING): {"welcome", "catch-up", "complete", "refusal"} | _ROUND_FROM_CLOUD,
-    (Role.CLOUD, Phase.ACTIVE): {"welcome", "catch-up", "complete", "refusal"} | _ROUND_FROM_CLOUD,
+    (Role.CLOUD, Phase.ACTIVE): {"complete", "refusal"} | _ROUND_FROM_CLOUD,
 }
 
 NAMES = {role: [name_of(message) for message, _ in MESSAGES[role]] for role in Role}

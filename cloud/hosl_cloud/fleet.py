@@ -116,10 +116,10 @@ class Fleet:
     async def drive(self, exchange: Exchange[T], stage_deadline_s: float, deadline_s: float = math.inf) -> T:
         """Run a round's generator to its end, its work on the compute thread.
 
-        It talks to the connections that stood at its start, so that a device that comes back waits for the next
-        round. A device that is late at a stage has left the round; after `deadline_s` as a whole, all have.
+        It talks to the devices that were ready at its start, so that one that comes back joins in peace and waits for
+        the next round. A device that is late at a stage has left the round; after `deadline_s` as a whole, all have.
         """
-        peers = dict(self.peers)
+        peers = {name: peer for name, peer in self.peers.items() if peer.is_ready}
         limits = Limits(stage_deadline_s, asyncio.get_running_loop().time() + deadline_s)
         asked: dict[Ask, float] = {}
         answer: Answer | None = None

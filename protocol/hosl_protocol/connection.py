@@ -40,10 +40,10 @@ _END_FROM_CLOUD = (m.Complete, m.Refusal)
 _ALLOWED: dict[tuple[Role, Phase], tuple[type, ...]] = {
     (Role.EDGE, Phase.HELLO): (m.Hello, m.Goodbye),
     (Role.EDGE, Phase.JOINING): (m.Ready, m.Goodbye),
-    (Role.EDGE, Phase.ACTIVE): (*_ROUND_FROM_EDGE, m.Ready, m.Goodbye),
+    (Role.EDGE, Phase.ACTIVE): (*_ROUND_FROM_EDGE, m.Goodbye),
     (Role.CLOUD, Phase.HELLO): (m.Welcome, *_END_FROM_CLOUD),
     (Role.CLOUD, Phase.JOINING): (m.Welcome, m.CatchUp, *_ROUND_FROM_CLOUD, *_END_FROM_CLOUD),
-    (Role.CLOUD, Phase.ACTIVE): (m.CatchUp, m.Welcome, *_ROUND_FROM_CLOUD, *_END_FROM_CLOUD),
+    (Role.CLOUD, Phase.ACTIVE): (*_ROUND_FROM_CLOUD, *_END_FROM_CLOUD),
 }
 
 
@@ -137,8 +137,7 @@ class Connection:
         self._was_greeted |= isinstance(message, m.Hello)
         if isinstance(message, (m.Complete, m.Refusal, m.Goodbye)):
             self.phase = Phase.CLOSED
-        elif isinstance(message, m.Welcome) and self.phase is Phase.HELLO:
-            # A later Welcome leaves the connection active: the device's messages of the old epoch may cross it.
+        elif isinstance(message, m.Welcome):
             self.phase = Phase.JOINING
         elif isinstance(message, _ROUND_FROM_CLOUD):
             self.phase = Phase.ACTIVE

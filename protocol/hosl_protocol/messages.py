@@ -162,7 +162,7 @@ class Ready(_Message, kw_only=True, frozen=True, tag="ready"):
     epoch: Count
     applied_round: RoundNumber
     weights_digest: Digest
-    train_examples: Count
+    train_examples: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
     eval_examples: Count
 
 

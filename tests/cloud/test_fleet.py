@@ -129,6 +129,18 @@ def test_answers_are_taken_as_they_come(fleet: Fleet) -> None:
     asyncio.run(main())
 
 
+def test_a_device_that_is_still_joining_hears_nothing_of_a_round(fleet: Fleet) -> None:
+    async def main() -> None:
+        joining, ready = Device(fleet, "a"), Device(fleet, "b")
+        joining.is_ready = False
+        driving = asyncio.create_task(fleet.drive(start("a", "b"), 10.0))
+        await once_asked(ready, lambda: ready.answer(Anchor(**NAME)))
+        assert sorted(await driving) == [("a", False), ("b", True)]
+        assert joining.told == []
+
+    asyncio.run(main())
+
+
 def test_several_that_are_there_are_taken_at_once_and_no_others_are_waited_for(fleet: Fleet) -> None:
     def few() -> Exchange[list[list[str]]]:
         asks, waves = [Ask(device, Anchor, 1) for device in "abcd"], []

@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from hosl_protocol import (
     Anchor,
@@ -106,11 +107,11 @@ IN_A_ROUND_FROM_CLOUD = {"round-start", "probe-loss", "cut-gradient", "update", 
 ALLOWED = {
     (Role.EDGE, Phase.HELLO): {"hello", "goodbye"},
     (Role.EDGE, Phase.JOINING): {"ready", "goodbye"},
-    (Role.EDGE, Phase.ACTIVE): {"ready", "goodbye", *IN_A_ROUND_FROM_EDGE},
+    (Role.EDGE, Phase.ACTIVE): {"goodbye", *IN_A_ROUND_FROM_EDGE},
     (Role.EDGE, Phase.CLOSED): set(),
     (Role.CLOUD, Phase.HELLO): {"welcome", "complete", "refusal"},
     (Role.CLOUD, Phase.JOINING): {"welcome", "catch-up", "complete", "refusal", *IN_A_ROUND_FROM_CLOUD},
-    (Role.CLOUD, Phase.ACTIVE): {"welcome", "catch-up", "complete", "refusal", *IN_A_ROUND_FROM_CLOUD},
+    (Role.CLOUD, Phase.ACTIVE): {"complete", "refusal", *IN_A_ROUND_FROM_CLOUD},
     (Role.CLOUD, Phase.CLOSED): set(),
 }
 CASES = [
@@ -196,15 +197,6 @@ def test_a_rebuild_may_follow_a_ready_with_the_wrong_digest():
     assert edge.phase is Phase.JOINING
 
 
-def test_a_message_of_the_old_epoch_may_cross_a_second_welcome():
-    edge, cloud = make_pair(Phase.ACTIVE)
-    crossing = list(edge.send(Anchor(**ROUND), BATCH))
-    carry(cloud, edge, welcome())
-    for piece in crossing:
-        frame = cloud.receive(bytes(piece))
-    assert frame.message.epoch == 0
-
-
 @pytest.mark.parametrize("phase", [Phase.HELLO, Phase.JOINING])
 def test_a_batch_before_its_time_is_refused_by_its_header_alone(phase):
     _, cloud = make_pair(phase)
@@ -224,6 +216,12 @@ def header_and_size(tokens, width):
     h_TD = np.broadcast_to(np.float32(0), (tokens, width))
     tensors = {"activations": h_TD, "lengths": np.ones(1, np.int32), "labels": np.ones(1, np.int32)}
     return next(iter(encode(Anchor(**ROUND), tensors))), h_TD.nbytes
+
+
+def test_a_device_without_training_data_cannot_be_ready():
+    _, cloud = make_pair(Phase.JOINING)
+    with pytest.raises(FrameError, match="field train_examples"):
+        cloud.receive(bytes(next(iter(encode(structs.replace(READY, train_examples=0), {})))))
 
 
 def test_a_batch_larger_than_the_run_allows_is_refused_by_its_header():
