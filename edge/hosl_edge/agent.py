@@ -91,6 +91,8 @@ class Agent:
         self._next_try_at: float | None = None
         self._waits_for_run = False
         self._ended_run: str | None = None
+        self._refused_shard: str | None = None
+        """Digest of the shard that the cloud refused last."""
 
     async def run(self) -> Summary:
         """Attend runs, and stop where memory runs out. Raises LowMemoryError."""
@@ -129,10 +131,16 @@ class Agent:
     def _fetch_anew(self, error: RefusedError) -> ConnectionLost:
         """Let go of a shard that the cloud has no run for any more; raises `error` where that changes nothing.
 
-        An agent that has joined a run, and does not stay, has no part in another.
+        An agent that has joined a run, and does not stay, has no part in another; and one that got the same shard
+        again, and is refused again, would get it for ever.
         """
         if error.code != "shard" or not (self.settings.stay or self.progress.run is None):
             raise error
+        assert self._device is not None
+        refused = self._device.manifest.shard_digest
+        if self.progress.run is None and refused == self._refused_shard:
+            raise error
+        self._refused_shard = refused
         self._close_device()
         self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
         return ConnectionLost("the cloud's run has another shard, which is fetched now")

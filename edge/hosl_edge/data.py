@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from hosl_edge.exceptions import ConsentError, DataError
+from hosl_edge.exceptions import ConsentError, DataError, UnservedError
 from hosl_edge.long_texts import LongTexts
 from hosl_edge.pictures import visible_files
-from hosl_protocol import Manifest, RunSettings, Task, label_of, preset_fields, render
+from hosl_protocol import Manifest, RunSettings, SettingsError, Task, label_of, preset_fields, render
 from hosl_protocol.tasks import is_blank
 
 log = logging.getLogger(__name__)
@@ -157,8 +157,14 @@ class Dataset:
 
 
 def load_dataset(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> Dataset:
-    """Read and tokenize a file; `max_length` counts the soft prompt. Raises DataError with file and line."""
+    """Read and tokenize a file; `max_length` counts the soft prompt.
+
+    Raises DataError with file and line, and UnservedError where `max_length` has no room for a text.
+    """
     prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
+    if max_length < (fewest := prompt_tokens + tokenizer.num_special_tokens_to_add(is_pair=False)):
+        remedy = f"the tokenizer's special tokens and the soft prompt take {fewest} places: use more"
+        raise UnservedError(SettingsError("max_length", max_length, remedy))
     lines, labels, blank = [], [], []
 
     def texts() -> Iterator[str]:

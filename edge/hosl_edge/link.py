@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from hosl_edge.display import Progress
 from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain
-from hosl_protocol import PIECE_BYTES, Connection, Frame, Goodbye, HoslError, Message, Phase, Role
+from hosl_protocol import PIECE_BYTES, Connection, Frame, Goodbye, HoslError, Message, Phase, ProtocolError, Role
 from hosl_protocol.proxies import through
 from hosl_protocol.waiting import within
 
@@ -96,7 +96,7 @@ class Link:
         try:
             async for piece in socket:
                 if isinstance(piece, str):
-                    piece = piece.encode()
+                    raise ProtocolError("a text message, expected binary ones")
                 self._progress.received_bytes += len(piece)
                 if self.is_closed:
                     continue

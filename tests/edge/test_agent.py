@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hosl_edge.__main__ import main
-from hosl_edge.agent import LONGEST_PAUSE_S, backoff_s, run_agent
+from hosl_edge.agent import LONGEST_PAUSE_S, Agent, backoff_s, run_agent
+from hosl_edge.display import Display
+from hosl_edge.exceptions import RefusedError
 from hosl_edge.settings import EdgeSettings
+from hosl_edge.trust import Token
 from hosl_protocol import ExitCode
 
 
@@ -108,3 +113,26 @@ def test_a_cloud_that_is_away_is_tried_again_and_again(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
     assert all("pi: cannot reach http://127.0.0.1:1" in line and "next try in" in line for line in lines)
+
+
+def test_a_shard_that_is_fetched_again_and_refused_again_is_not_fetched_for_ever(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    settings = EdgeSettings(
+        server=files["--server"], token_file=files["--token-file"], data=files["--data"], state_dir=str(tmp_path)
+    )
+    agent = Agent(settings, Token("pi", "pi~secret"), Display("pi"))
+    refusal = RefusedError("another shard", retry=False, code="shard")
+
+    def refuse(shard: str) -> None:
+        device: Any = SimpleNamespace(manifest=SimpleNamespace(shard_digest=shard), close=lambda: None)
+        agent._device = device
+        agent._fetch_anew(refusal)
+
+    try:
+        refuse("first")
+        refuse("second")
+        with pytest.raises(RefusedError, match="another shard"):
+            refuse("second")
+    finally:
+        agent._network.close()

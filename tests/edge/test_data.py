@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data import Dataset, check_consent, digest_of_data, load_dataset, read_examples
-from hosl_edge.exceptions import ConsentError, DataError
+from hosl_edge.exceptions import ConsentError, DataError, UnservedError
 from hosl_protocol import Manifest, Task, TensorEntry
 
 TASK = Task(
@@ -72,6 +72,16 @@ def test_a_long_prompt_loses_its_beginning_but_keeps_its_special_tokens(tmp_path
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path = write(tmp_path, '{"text": "good good good good good bad", "label": 1}\n')
     assert load(path, tokenizer, max_length=5).ids.tolist() == [1, 3, 4, 6, 7]
+
+
+def test_a_length_that_special_tokens_fill_and_more_is_not_served(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <s> <s>", special_tokens=[("<s>", 1), ("<pad>", 2)]
+    )
+    path = write(tmp_path, '{"text": "good film", "label": "1"}')
+    assert load(path, tokenizer, max_length=5, prompt_tokens=2).ids.size == 5
+    with pytest.raises(UnservedError, match=r"max_length is 4: .* take 5 places"):
+        load(path, tokenizer, max_length=4, prompt_tokens=2)
 
 
 CLASSES = Task(name="x", kind="sequence-classification", template="{text}", labels=("0", "1"))
