@@ -186,7 +186,7 @@ FIELDS = {
         "snapshot": st.none() | st.builds(Snapshot, round=rounds, size_bytes=counts, sha256=digests),
     },
     CatchUp: {"run": names, "epoch": counts, "first_round": rounds, "last": booleans},
-    Ready: {**standing, "train_examples": counts, "eval_examples": counts},
+    Ready: {**standing, "train_examples": st.integers(1, 2**53 - 1), "eval_examples": counts},
     RoundStart: {**round_fields, "deadline_s": numbers},
     Probe: {**round_fields, "direction": directions, "sign": signs},
     ProbeLoss: {**round_fields, "direction": directions, "sign": signs},
