@@ -6,23 +6,12 @@ import ast
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
-from starlette.routing import Match
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_cloud.access import Denied
-from hosl_cloud.admission import JOIN_DEADLINE_S, LONGEST_CATCH_UP_S
-from hosl_cloud.device_routes import HELLO_DEADLINE_S, DeviceRoutes
-from hosl_cloud.peer import MAX_WAITING, OUTBOX_BYTES
-from hosl_cloud.rounds import LARGEST_PROJECTION
-from hosl_cloud.service import HEARTBEAT_S
-from hosl_cloud.settings import DeviceSettings, EvaluationSettings
-from hosl_edge.agent import LONGEST_PAUSE_S
 from hosl_edge.data import load_dataset
-from hosl_edge.session import PATIENCE
 from hosl_protocol import (
     CATCH_UP_ROUNDS,
     MAX_HEADER_BYTES,
@@ -48,19 +37,10 @@ from hosl_protocol import (
 from hosl_protocol.client import MAX_COARSENING
 from hosl_protocol.connection import _ALLOWED
 from hosl_protocol.tasks import text_of_value
+from specification import README, section, table_below
 
-README = Path(__file__).parents[2] / "protocol" / "README.md"
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
 ROUND_FIELDS = {"run", "epoch", "round", "attempt", "id"}
-
-
-def section(title):
-    """The text below a heading, up to the next heading of its rank or above."""
-    text = README.read_text(encoding="utf-8")
-    rank = re.match("#+", title).group()
-    found = re.search(rf"^{re.escape(title)}\n(.*?)(?=^#{{1,{len(rank)}}} |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"no section {title}"
-    return found.group(1)
 
 
 def rows(text):
@@ -68,14 +48,6 @@ def rows(text):
     found = re.findall(r"^\| (?:tensor )?`([^`]+)` \|(.*)\|$", text, re.MULTILINE)
     assert len(found) == len(dict(found)), "a row occurs twice"
     return {name: [cell.strip() for cell in row.split("|")] for name, row in found}
-
-
-def table_below(heading):
-    """The cells of each row of the table that follows a heading or a bold line, without its own two."""
-    text = README.read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1]
-    found = re.search(r"^\|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
-    assert found
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in found.group().split("\n")[2:]]
 
 
 def test_the_contents_name_every_section_but_the_last():
@@ -200,41 +172,6 @@ def test_each_phase_has_what_each_side_may_say_in_it():
         cloud |= in_a_round if phase is Phase.JOINING else set()
         assert edge == {name_of(kind) for kind in _ALLOWED.get((Role.EDGE, phase), ())}
         assert cloud == {name_of(kind) for kind in _ALLOWED.get((Role.CLOUD, phase), ())}
-
-
-def test_every_request_that_a_device_may_make_has_its_row_and_no_other_has():
-    asked = {name.strip("`") for name, *_ in table_below("## Connection") if name not in ("", "any")}
-    served = DeviceRoutes(None, SimpleNamespace(identify=None)).routes()
-
-    def route_of(request):
-        path = request.replace("ROUND", "7").partition("?")[0]
-        scope = {"type": "websocket" if request == "/v1/device" else "http", "path": path, "method": "GET"}
-        return next((route.path for route in served if route.matches(scope)[0] is Match.FULL), None)
-
-    assert {request for request in asked if route_of(request) is None} == {"/v1/ca.pem"}
-    assert {route_of(request) for request in asked} - {None} == {route.path for route in served}
-
-
-def test_an_answer_to_a_request_that_is_denied_has_its_row():
-    codes = {code for name, answer, _ in table_below("## Connection") if name == "any" for code in answer.split(", ")}
-    assert codes == {"401", "403", "429", "another", "5xx"}
-    assert "Retry-After" in Denied(429, 1.0).headers
-
-
-def test_times_and_counts_of_the_cloud_are_those_of_the_code():
-    waits = {what: seconds for what, seconds, _ in table_below("**How long the cloud waits**")}
-    assert waits["Hello"].startswith(f"{HELLO_DEADLINE_S:.0f} from")
-    assert waits["Ready"].startswith(f"{JOIN_DEADLINE_S:.0f} from")
-    assert f"of this {LONGEST_CATCH_UP_S:.0f} at most" in waits["Ready"]
-    assert f"all of an evaluation {EvaluationSettings().deadline_s:.0f}, or" in waits["EvalBatch"]
-    assert f"{OUTBOX_BYTES >> 20} MiB" in waits["room for what it sends"]
-    text = README.read_text(encoding="utf-8")
-    assert f"a ping every {HEARTBEAT_S:.0f} seconds" in text
-    assert f"At most {MAX_WAITING} Probes, Anchors" in text
-    assert f"After {DeviceSettings().strikes}, or what the cloud's settings say" in text
-    assert f"between -{LARGEST_PROJECTION:.0e} and {LARGEST_PROJECTION:.0e}".replace("e+", "e") in text
-    assert f"more than {PATIENCE} times `deadline_s`" in text
-    assert f"min({LONGEST_PAUSE_S:.0f}, 0.5" in text
 
 
 GOLDEN = re.compile(r"[0-9a-f]{64}|`[+-]{16}`|`[0-9a-f]{16}`|0\.\d{15,}|\{\"__metadata__\".*")
