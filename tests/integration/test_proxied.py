@@ -70,7 +70,8 @@ def test_a_run_a_preflight_and_a_command_go_through_the_proxy(
         async with serving(bundle, tmp_path / "cloud", config, listen) as service:
             port = service.address.rpartition(":")[2]
             server = f"{scheme}://cloud.example.org:{port}"
-            (tmp_path / "pi.token").write_text(service.guard.access.add("pi"), encoding="ascii")
+            token = await asyncio.to_thread(service.guard.access.add, "pi")
+            (tmp_path / "pi.token").write_text(token, encoding="ascii")
             settings = settings_of(tmp_path, server, tmp_path / "pi.token")
             await asyncio.to_thread(main, ["preflight", "--json", "--insecure", *options_of(settings)])
             ca = ["--ca", str(tmp_path / "cloud" / "tls" / "ca.pem")] if scheme == "wss" else []

@@ -33,7 +33,7 @@ def test_an_agent_that_stays_takes_part_in_the_next_run_and_a_throttled_one_paus
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("support.load_or_make_token", lambda folder, fingerprint: (TOKEN, folder / "join-token"))
+    monkeypatch.setattr("services.load_or_make_token", lambda folder, fingerprint: (TOKEN, folder / "join-token"))
     bundle, state = make_bundle("lora", 2), tmp_path / "state"
     config = msgspec.toml.decode(BRIEF)
     port = free_port()
