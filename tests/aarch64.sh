@@ -102,8 +102,7 @@ END
 make_bundles() {
     say "making tiny bundles"
     rm -rf "$KEPT/made" "$ROOT/srv/bundles"
-    nice -n 19 "$PYTHON" -m pytest --quiet -p no:cacheprovider --basetemp="$KEPT/made" \
-        tests/edge/test_shard.py tests/edge/test_step.py
+    nice -n 19 "$PYTHON" -m pytest --quiet -p no:cacheprovider --basetemp="$KEPT/made" "${needing_bundles[@]}"
     mv "$KEPT/made/shared" "$ROOT/srv/bundles"
     rm -rf "$KEPT/made"
 }
@@ -133,6 +132,7 @@ once_for make_root
 copy_tree
 once_for install_wheels pyproject.toml constraints.txt
 once_for install_hosl "${sources[@]}"
-once_for make_bundles "${sources[@]}" tests/conftest.py tests/edge/test_shard.py
+mapfile -t needing_bundles < <(grep --files-with-matches make_bundle tests/edge/*.py tests/protocol/test_*.py)
+once_for make_bundles "${sources[@]}" tests/conftest.py "${needing_bundles[@]}"
 say "running the tests"
 inside python -m pytest -p no:cacheprovider --timeout 3000 tests/edge tests/protocol "$@"
