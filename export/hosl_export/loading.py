@@ -224,7 +224,8 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
             model = merge_adapter(model, source.adapter)
     # Left by those who dequantize, and some weights in another type; all are plain float32 from here on.
     vars(model.config).pop("quantization_config", None)
-    return model.float().eval()
+    # The model's own float() refuses one that was dequantized, too.
+    return torch.nn.Module.float(model).eval()
 
 
 def _check_complete(source: Source, config: Any, report: dict[str, Any]) -> None:
