@@ -420,7 +420,7 @@ def test_a_device_that_is_told_that_the_run_is_over_is_not_said_to_be_away(run: 
             assert isinstance(await device.receive(), Complete)
         while coordinator.fleet.peers:
             await asyncio.sleep(0.01)
-        assert service.said == ["device pi is ready: 8 examples, 0 held out"]
+        assert [each for each in service.said if "device pi" in each] == ["device pi is ready: 8 examples, 0 held out"]
 
     run(test)
 

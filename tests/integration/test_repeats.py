@@ -66,8 +66,8 @@ async def _train(
         end = {
             "digest": summary.weights_digest,
             "accuracy": summary.accuracy,
-            "losses": [row.loss for row in run.store.rounds(run.id)],
-            "evaluations": run.store.evaluations(run.id),
+            "losses": [row.loss for row in await asyncio.to_thread(run.store.rounds, run.id)],
+            "evaluations": await asyncio.to_thread(run.store.evaluations, run.id),
         }
     return repeated, end
 
