@@ -141,6 +141,30 @@ def test_a_device_that_is_still_joining_hears_nothing_of_a_round(fleet: Fleet) -
     asyncio.run(main())
 
 
+def test_a_probe_that_came_too_early_may_come_again_under_another_id(fleet: Fleet) -> None:
+    def probes() -> Exchange[list[int]]:
+        yield Tell("a", RoundStart(**NAME, deadline_s=1.0))
+        ids = []
+        for sign in (+1, -1):
+            answer = yield Await((Ask("a", Probe, 1, 0, sign),))
+            assert isinstance(answer, Answer)
+            assert answer.frame is not None
+            ids.append(answer.frame.message.id)  # type: ignore[union-attr]
+        return ids
+
+    async def main() -> None:
+        device = Device(fleet, "a")
+        driving = asyncio.create_task(fleet.drive(probes(), 10.0))
+        await once_asked(device, lambda: device.answer(Probe(**NAME, id=0, direction=0, sign=-1)))
+        while not any(isinstance(message, Late) for message in device.told):
+            await asyncio.sleep(0.005)
+        device.answer(Probe(**NAME, id=1, direction=0, sign=+1))
+        device.answer(Probe(**NAME, id=2, direction=0, sign=-1))
+        assert await driving == [1, 2]
+
+    asyncio.run(main())
+
+
 def test_several_that_are_there_are_taken_at_once_and_no_others_are_waited_for(fleet: Fleet) -> None:
     def few() -> Exchange[list[list[str]]]:
         asks, waves = [Ask(device, Anchor, 1) for device in "abcd"], []
