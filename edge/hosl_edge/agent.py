@@ -16,7 +16,8 @@ import msgspec
 from hosl_edge.data import check_files
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, NoRun, RefusedError
+from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError
+from hosl_edge.farewell import decline
 from hosl_edge.fetch import fetch_bundle
 from hosl_edge.health import Guard, read_available, read_health
 from hosl_edge.memory import keep_heap_small, read_memory
@@ -26,12 +27,14 @@ from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings, device_name, read_token
 from hosl_edge.status import Document, serve_status, status_folder
 from hosl_edge.trust import Cloud, Token, connect_securely
-from hosl_protocol import Complete, HoslError, Manifest, ProtocolError
+from hosl_protocol import Complete, Hello, HoslError, Manifest, ProtocolError
 
 log = logging.getLogger(__name__)
 
 CONNECTING, WAITING = "connecting", "waiting to connect"
 """States of an agent that has no connection."""
+NO_DIGEST = "0" * 64
+"""Stands for the data of a device that declines."""
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
@@ -155,11 +158,25 @@ class Agent:
                 self.display.say(f"goes through {self._cloud.proxy}")
         if self._device is None:
             waits = self._ended_run is not None
-            self._device = await _prepare(self.settings, self._cloud, self.display, waits=waits)
+            self._device = await self._prepare(self._cloud, waits=waits)
         self._waits_for_run = False
         pace = self._guard.pace
         session = Session(self._device, self.display, self.progress, self.software, self._cloud, pace)
         return await session.run()
+
+    async def _prepare(self, cloud: Cloud, *, waits: bool) -> Device:
+        """The shard, fetched and opened; a run that this device cannot be in is told why."""
+        manifests: list[Manifest] = []
+        try:
+            return await _prepare(self.settings, cloud, self.display, manifests.append, waits=waits)
+        except (ConsentError, DataError) as error:
+            for manifest in manifests:
+                shard = manifest.shard_digest
+                hello = Hello(
+                    software=self.software, device=self.settings.name, shard_digest=shard, data_digest=NO_DIGEST
+                )
+                await decline(cloud, hello, error)
+            raise
 
     async def _pause(self, error: HoslError) -> None:
         """Wait before the next try."""
@@ -263,7 +280,9 @@ class Agent:
         )
 
 
-async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, waits: bool) -> Device:
+async def _prepare(
+    settings: EdgeSettings, cloud: Cloud, display: Display, note: Callable[[Manifest], None], *, waits: bool
+) -> Device:
     files: list[str] = []
     rates: list[float] = []
 
@@ -271,6 +290,7 @@ async def _prepare(settings: EdgeSettings, cloud: Cloud, display: Display, *, wa
         display.show_download(f"downloads {files[-1]}", done, size)
 
     def on_manifest(manifest: Manifest) -> None:
+        note(manifest)
         place = fetch_place(cloud, settings.name)
         if place is not None and place.task is not None:
             check_fit(settings, place.task, manifest)

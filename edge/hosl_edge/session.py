@@ -20,21 +20,18 @@ from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import (
     ConnectionLost,
-    ConsentError,
     DataError,
     HistoryError,
-    MemoryBudgetError,
     RefusedError,
     SnapshotError,
-    UnservedError,
 )
+from hosl_edge.farewell import farewell
 from hosl_edge.fetch import fetch_snapshot
 from hosl_edge.health import read_health
 from hosl_edge.link import Link
 from hosl_edge.memory import read_memory
 from hosl_edge.trust import Cloud
 from hosl_protocol import (
-    BundleError,
     CatchUp,
     Complete,
     CutGradient,
@@ -69,14 +66,6 @@ _REPLIES = (CutGradient, ProbeLoss, EvalResult, Late)
 
 STATES = {Welcome: "joining", CatchUp: "catching up", RoundStart: "training", EvalStart: "evaluating"}
 """What the device is doing while it deals with a message, in the words of its status."""
-
-_FAREWELLS: tuple[tuple[type[HoslError], str], ...] = (
-    (DataError, "its data cannot be used, see its log"),
-    (ConsentError, "it does not share what the task reads"),
-    (MemoryBudgetError, "its memory budget is too small for the run"),
-    (BundleError, "its shard cannot be used"),
-    (ProtocolError, "what it was sent is against the protocol, see its log"),
-)
 
 T = TypeVar("T")
 
@@ -120,7 +109,7 @@ class Session:
             except (ConnectionLost, RefusedError):
                 raise
             except HoslError as error:
-                await self.link.leave(_farewell(error))
+                await self.link.leave(farewell(error))
                 raise
             except OSError as error:  # a full disk may have room again
                 await self.link.leave("its disk cannot be used, see its log")
@@ -411,13 +400,6 @@ class Session:
     def _joined(self) -> Welcome:
         assert self._welcome is not None
         return self._welcome
-
-
-def _farewell(error: HoslError) -> str:
-    """Why a device leaves, for the cloud: the error's own words may hold names and values of this machine."""
-    if isinstance(error, UnservedError):  # of the cloud's own settings
-        return str(error)
-    return next((text for kind, text in _FAREWELLS if isinstance(error, kind)), "an error of its own, see its log")
 
 
 def _advance(steps: step.Step, reply: Frame | None) -> step.Send | step.Receive | None:
