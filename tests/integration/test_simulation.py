@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.partition import Partition
+from hosl_cloud.records import Evaluation
 from hosl_cloud.run import Run
 from hosl_cloud.settings import parse_config
 from hosl_cloud.simulation import simulate
@@ -75,15 +77,20 @@ def run_real(bundle: Path, folder: Path, settings: dict[str, Any]) -> Store:
             cache_dir=str(folder / "cache"),
         )
 
-    async def main() -> Store:
+    async def main() -> None:
         async with serving(bundle, folder / "cloud", {**settings, "strict": True}) as service:
             parts = Partition().deal(None, EXAMPLES, DEVICES, settings["seed"])
             agents = [run_agent(agent(service, number, part)) for number, part in enumerate(parts)]
             await asyncio.wait_for(asyncio.gather(*agents), 60.0)
             assert await service.serving == "completed"
-        return Store(folder / "cloud" / "hosl.sqlite")
 
-    return asyncio.run(main())
+    asyncio.run(main())
+    return Store(folder / "cloud" / "hosl.sqlite")
+
+
+def scores(store: Store) -> list[Evaluation]:
+    """The evaluations; a simulated device has no file whose digest could be the real one's."""
+    return [dataclasses.replace(evaluation, held_out="") for evaluation in store.evaluations("run-1")]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,7 @@ def test_a_simulated_run_gives_the_bits_of_a_real_one(
     ]
     assert updates[0] == updates[1]
     assert [row.loss for row in simulated.rounds("run-1")] == [row.loss for row in real.rounds("run-1")]
-    assert simulated.evaluations("run-1") == real.evaluations("run-1")
+    assert scores(simulated) == scores(real)
     assert [evaluation.round for evaluation in real.evaluations("run-1")] == [0, 3, 6]
     # Whoever answered late, or joined, is in the real count alone.
     assert (
