@@ -1,9 +1,10 @@
 """What half precision on the wire does to HO-SFL: the estimate of one round, and a short run.
 
-python tests/benchmarks/wire_dtypes.py --bundle BUNDLE --data train.jsonl --eval validation.jsonl [--task PRESET]
+python tests/benchmarks/wire_dtypes.py [--bundle BUNDLE --data train.jsonl --eval validation.jsonl --task PRESET]
 
-The first round's projections of one device, with many directions, are compared with those that float32 gives: their
-relative difference in length. Then a run of some rounds is scored with each type.
+Without options it takes what `make demo` left behind. The first round's projections of one device, with many
+directions, are compared with those that float32 gives: their relative difference in length. Then a run of some rounds
+is scored with each type.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from hosl_cloud.simulation import simulate
 from hosl_cloud.store import Store
 from hosl_protocol import load_manifest
 
+WORK = Path(__file__).parents[2] / "examples" / "reviews" / "work"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, default=WORK / "bundle")
+    parser.add_argument("--data", type=Path, default=WORK / "data" / "device-1-train.jsonl")
+    parser.add_argument("--eval", type=Path, default=WORK / "data" / "device-1-validation.jsonl")
     parser.add_argument("--task", default="reviews")
     parser.add_argument("--directions", type=int, default=64, help="of the compared round")
     parser.add_argument("--rounds", type=int, default=30, help="of the scored run, with P = 2 and 4 devices")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not options.bundle.exists():
+        print(f"{options.bundle} is not there: run `make demo` first, or give --bundle, --data and --eval")
+        return 0
     rows = measure(options)
     if options.json:
         print(json.dumps(rows))
