@@ -27,12 +27,13 @@ async def attend(service: Service, settings: EdgeSettings) -> None:
     agent, ready = asyncio.create_task(run_agent(settings)), asyncio.create_task(is_ready(service))
     await asyncio.wait({agent, ready}, timeout=40.0, return_when=asyncio.FIRST_COMPLETED)
     ready.cancel()
-    if agent.done():
-        await agent
+    is_refused = agent.done()
     agent.cancel()
     await asyncio.gather(agent, return_exceptions=True)
-    while "pi" in service.coordinator.fleet.peers:
+    while "pi" in service.coordinator.fleet.peers:  # the cloud may hear of it later than the device leaves
         await asyncio.sleep(0.02)
+    if is_refused:
+        await agent
 
 
 def test_a_mended_file_and_added_held_out_data_are_taken_and_changed_training_data_is_refused_in_one_line(
