@@ -17,10 +17,10 @@ import pytest
 from hosl_edge import device as device_module
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
+from hosl_edge.farewell import farewell
 from hosl_edge.journal import journal_path
 from hosl_edge.memory import Memory
 from hosl_edge.pace import Pace
-from hosl_edge.session import _farewell
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol import (
     BundleError,
@@ -375,7 +375,7 @@ def test_a_setting_that_cannot_be_served_is_named_to_the_cloud(make_site: Callab
     site.run_settings = msgspec.structs.replace(site.run_settings, client=ClientOptimizer(epsilon=1e-30))
     with pytest.raises(UnservedError) as caught:
         site.start().join(site.welcome("continue"), never)
-    assert _farewell(caught.value) == (
+    assert farewell(caught.value) == (
         "it cannot serve the run, whose client.epsilon is 1e-30: use a number from 1e-12 to 1"
     )
 
