@@ -73,6 +73,7 @@ make_root() {
     alone debootstrap --arch=arm64 --variant=minbase --include=python3,python3-venv,gcc,libc6-dev \
         "$SUITE" "$ROOT" ${MIRROR:+"$MIRROR"} >"$KEPT/debootstrap.log" ||
         die "debootstrap failed, see $KEPT/debootstrap.log"
+    echo "127.0.0.1 localhost" >"$ROOT/etc/hosts" # debootstrap writes none, and tests name this machine
 }
 
 # The base distribution's requirements and those of its build: wheels come through this machine's pip as it is set up.

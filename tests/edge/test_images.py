@@ -239,6 +239,7 @@ def test_a_folder_that_is_no_class_is_named(folder: Path) -> None:
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
     (tmp_path / "red").mkdir()
     with pytest.raises(DataError, match="holds no pictures"):
         load(tmp_path)
