@@ -19,7 +19,7 @@ from hosl_cloud.api_client import add_client_options, client_of, service_file
 from hosl_cloud.data_folder import add_data_dir, make_data_dir
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, load_or_make_secret
-from hosl_protocol import ExitCode
+from hosl_protocol import ExitCode, Task, preset_fields
 from hosl_protocol.terminal import add_common_options
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,19 @@ def _add(options: argparse.Namespace) -> int:
         print(json.dumps({"name": made["name"], "token_file": str(path)}))
     else:
         print(f"the token is in {path}: copy it to the device, and start there")
-        words = ("hosl-edge", "--server", _public_address(options), "--token-file", str(path), "--data", "FILE")
-        print(shlex.join(words))
+        print(device_command(_public_address(options), path))
     return int(ExitCode.OK)
+
+
+def device_command(address: str, token_path: Path, task: Task | None = None) -> str:
+    """What a person types on a device, with the consent that `task` needs beyond what devices allow by themselves."""
+    words = ["hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE"]
+    if task is not None:
+        if not set(task.fields) <= set(preset_fields(task.name) or ()):
+            words += ["--fields", ",".join(task.fields)]
+        if task.kind == "lm":
+            words.append("--share-text")
+    return shlex.join(words)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,13 @@ from urllib.parse import urlsplit
 
 from hosl_cloud.api_client import SERVICE_FILE
 from hosl_cloud.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock, make_data_dir
+from hosl_cloud.devices_command import device_command
 from hosl_cloud.listen import Listen, write_service_file
 from hosl_cloud.records import UNENDED
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.store import Store
 from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
-from hosl_protocol import ExitCode, Manifest, SettingsError, check_files, load_manifest
+from hosl_protocol import ExitCode, Manifest, SettingsError, Task, check_files, load_manifest
 from hosl_protocol.terminal import add_common_options
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _serve(
         _say(f"listens on {listen.bound_address(port)}{begin}")
         page = listen.public_address(port).replace("ws", "http", 1)
         _say(f"status page: {page}/ takes the token in {data_dir / ADMIN_TOKEN_FILE}")
-        for sentence in _ways_to_join(listen, address, token_path, data_dir):
+        task = first[1].task if first is not None else None
+        for sentence in _ways_to_join(listen, address, token_path, data_dir, task):
             _say(sentence)
 
     ending = asyncio.run(_train(service, run if not ahead else None, on_listening))
@@ -238,10 +239,12 @@ def _ahead_of(store: Store, run: str) -> list[str]:
     return [id_ for id_ in unfinished[: unfinished.index(run)] if store.run(id_).shard_digest == shard]
 
 
-def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path) -> list[str]:
-    """How devices reach the service."""
+def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path, task: Task | None) -> list[str]:
+    """How devices reach the service, and what the run of --config, whose task this is, asks of them."""
     if listen.is_loopback():
-        words = ("hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE")
-        return [f"devices join with: {shlex.join(words)}"]
+        return [
+            f"devices join with: {device_command(address, token_path, task)}",
+            "each further device on this machine needs a name of its own: --name NAME",
+        ]
     names = f"its certificate is for {', '.join(listen.authority.names())}; " if listen.authority is not None else ""
     return [f"{names}{hint('device add NAME', data_dir)} makes a device's token"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -17,13 +18,19 @@ import pytest
 from hosl_cloud.__main__ import main
 from hosl_cloud.api_client import ApiClient
 from hosl_cloud.authority import make_authority
+from hosl_cloud.devices_command import device_command
 from hosl_cloud.exceptions import RequestError
 from hosl_cloud.listen import Listen, write_service_file
-from hosl_protocol import ExitCode
+from hosl_edge.__main__ import main as edge
+from hosl_edge.data import check_consent
+from hosl_protocol import ExitCode, Task
+from hosl_protocol.tasks import load_preset
 from services import Service, serving
 from support import TASK
 
 Cli = Callable[..., Awaitable[int]]
+
+SST2 = msgspec.convert(load_preset("sst2"), Task)
 
 
 @pytest.fixture
@@ -240,3 +247,26 @@ def test_the_environment_names_service_and_token(
         assert "give --admin-token-file FILE" in capsys.readouterr().err
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        SST2,
+        msgspec.convert(load_preset("lm"), Task),
+        Task(name="tickets", kind="lm", template="{message} {answer|reply}"),
+        Task(name="tickets", kind="sequence-classification", template="{message}", labels=("a", "b")),
+        Task(name="sst2", kind="sequence-classification", template="{review}", labels=("a", "b")),
+        Task(name="pets", kind="image-classification", labels=("cat", "dog")),
+    ],
+)
+def test_the_command_for_a_device_allows_what_the_task_reads(
+    task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typed as it stands it needs no second try for consent."""
+    words = shlex.split(device_command("ws://127.0.0.1:8765", tmp_path / "join token", task))
+    assert words[0] == "hosl-edge"
+    assert edge(["config", "--json", *words[1:]]) == 0
+    settings = {name: setting["value"] for name, setting in json.loads(capsys.readouterr().out).items()}
+    check_consent(task, settings["fields"], share_text=settings["share_text"])
+    assert (settings["fields"] is None) == (task == SST2)
