@@ -136,4 +136,4 @@ once_for install_hosl "${sources[@]}"
 mapfile -t needing_bundles < <(grep --files-with-matches make_bundle tests/edge/*.py tests/protocol/test_*.py)
 once_for make_bundles "${sources[@]}" tests/conftest.py "${needing_bundles[@]}"
 say "running the tests"
-inside python -m pytest -p no:cacheprovider --timeout 3000 tests/edge tests/protocol "$@"
+inside python -m pytest -p no:cacheprovider --timeout 3000 --durations 25 tests/edge tests/protocol "$@"

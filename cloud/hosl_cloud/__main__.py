@@ -19,6 +19,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hosl_cloud.checkpoint import CheckpointInfo
+    from hosl_cloud.records import Evaluation
 
 try:
     from hosl_cloud.data_folder import (
@@ -33,6 +38,7 @@ try:
     )
     from hosl_cloud.devices_command import add_device, add_init
     from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
+    from hosl_cloud.sentences import score_text
     from hosl_cloud.serve_command import add_serve
     from hosl_cloud.settings import load_config
     from hosl_cloud.store import Store
@@ -144,6 +150,7 @@ def _merge(options: argparse.Namespace) -> int:
         check_files(bundle, manifest)
         checkpoint = find_checkpoint(run_folder(options.data_dir, run.id), options.checkpoint)
         client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
+        before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
     finally:
         store.close()
     merged = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter, run.id)
@@ -156,12 +163,32 @@ def _merge(options: argparse.Namespace) -> int:
     which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
     print(f"run {run.id} at round {merged.info.round} ({which}) is in {options.out}")
     print(f"{options.out / CARD} shows how to use it")
+    if harm := _harm(before, merged.info):
+        print(harm)
     if merged.untied_bytes:
         size = f"{merged.untied_bytes / 1e6:.0f} MB more than tied"
         print(f"its head and its embedding were one tensor and are two, {size}: the two sides trained them apart")
     if prompt is not None:
         print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
     return int(ExitCode.OK)
+
+
+def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:
+    """A sentence where the same held-out data scored more before the first round; else empty."""
+    from hosl_cloud.checkpoint import comparable_of, rank
+    from hosl_cloud.keeper import metrics_of
+
+    if before is None or info.metrics is None:
+        return ""
+    scores = [(0, metrics_of(before)), (info.round, info.metrics)]
+    kind = info.config.task.kind
+    if len(comparable_of(scores)) < 2 or rank(info.metrics, kind) >= rank(scores[0][1], kind):
+        return ""
+    was, is_ = (
+        f"{score_text(each.correct, each.scored, each.examples, each.of_examples)}, loss {each.loss:.4f}"
+        for _, each in scores
+    )
+    return f"on the held-out data training made it worse: {was} before the first round, {is_} now"
 
 
 def _unit(options: argparse.Namespace) -> int:

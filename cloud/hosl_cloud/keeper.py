@@ -68,12 +68,12 @@ class Keeper:
 
     def note(self, evaluation: Evaluation) -> None:
         """Remember an evaluation."""
-        self._scored.append((evaluation.round, _metrics(evaluation)))
+        self._scored.append((evaluation.round, metrics_of(evaluation)))
 
     async def keep(self, trainer: TailHolder, evaluation: Evaluation | None = None) -> None:
         """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
         run, config = self._run, self._run.config
-        scores = None if evaluation is None else _metrics(evaluation)
+        scores = None if evaluation is None else metrics_of(evaluation)
         if self._kept_round == run.round:
             if run.round and scores is not None:
                 await self.durably(lambda: record_metrics(find_checkpoint(run.folder, run.round).path, scores))
@@ -97,7 +97,8 @@ class Keeper:
         self._fleet.waiting = Waiting(ROOM, (), time.time()) if is_waiting else None
 
 
-def _metrics(evaluation: Evaluation) -> Metrics:
+def metrics_of(evaluation: Evaluation) -> Metrics:
+    """What a checkpoint keeps of an evaluation."""
     return Metrics(
         loss=evaluation.loss,
         correct=evaluation.correct,

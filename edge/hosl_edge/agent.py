@@ -262,7 +262,8 @@ class Agent:
         assert self._device is not None
         memory, progress = read_memory(), self.progress
         self.display.say(
-            f"run {complete.run} {complete.reason} at round {complete.round}; peak memory {memory.peak / 1e6:.0f} MB, "
+            f"run {complete.run} {complete.reason} at round {complete.round}; "
+            f"{f'{progress.score()}; ' if progress.score() else ''}peak memory {memory.peak / 1e6:.0f} MB, "
             f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
         )
         return Summary(

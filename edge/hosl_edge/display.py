@@ -25,6 +25,8 @@ class Progress:
     round: int = 0
     loss: float | None = None
     accuracy: float | None = None
+    accuracy_round: int = 0
+    """The round after which it was measured; evaluations are rarer than rounds."""
     step_seconds: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -36,7 +38,7 @@ class Progress:
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         if self.accuracy is not None:
-            parts.append(f"accuracy on its own held-out data {100 * self.accuracy:.1f} %")
+            parts.append(self.score())
         parts += [
             f"step {self.step_seconds:.2f} s",
             f"memory {memory.resident / 1e6:.0f} MB (anonymous {memory.anonymous / 1e6:.0f}, "
@@ -44,6 +46,12 @@ class Progress:
             f"sent {self.sent_bytes / 1e6:.1f} MB",
         ]
         return "  ".join(parts)
+
+    def score(self) -> str:
+        """The accuracy, and when it was measured; empty where it was not."""
+        if self.accuracy is None:
+            return ""
+        return f"accuracy on its own held-out data {100 * self.accuracy:.1f} % at round {self.accuracy_round}"
 
 
 class Display:

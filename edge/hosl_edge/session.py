@@ -329,7 +329,7 @@ class Session:
         context = self._begin(start)
         interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)
         if interruption is None and totals[1]:
-            self.progress.accuracy = float(totals[0] / totals[1])
+            self.progress.accuracy, self.progress.accuracy_round = float(totals[0] / totals[1]), start.round
             self.display.show(self.progress)
         return interruption
 

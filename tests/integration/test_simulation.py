@@ -196,6 +196,25 @@ def test_a_classifier_and_its_soft_prompt_load_in_peft_with_the_trained_head(
     assert count_right_by_card(tmp_path / "merged", [tmp_path / "run" / "eval.jsonl"]) == found
 
 
+@pytest.mark.parametrize(("rate", "is_harmed"), [(1.0, True), (3e-3, False)])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
+def test_merge_says_when_a_run_has_made_the_model_worse(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: float, is_harmed: bool
+) -> None:
+    tail = {"learning_rate": rate, "device": "cpu", "clip_norm": 0.0}
+    settings = configure(task={"preset": "lm"}, tail=tail, rounds=3)
+    store = run_simulated(make_bundle("norm", 2), tmp_path / "run", settings)
+    before, after = (each.loss for each in store.evaluations("run-1"))
+    store.close()
+    capsys.readouterr()
+    assert (after > before) == is_harmed
+    assert cloud_main(["merge", "run-1", "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert ("training made it worse" in said) == is_harmed
+    assert not is_harmed or f"loss {before:.4f} before the first round" in said
+    assert not is_harmed or f"loss {after:.4f} now" in said
+
+
 def test_a_run_may_begin_without_an_evaluation(make_bundle: MakeBundle, tmp_path: Path) -> None:
     settings = configure(rounds=2, evaluation={"every": 0, "start": False})
     store = run_simulated(make_bundle("norm", 2), tmp_path / "run", settings)

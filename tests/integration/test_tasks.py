@@ -140,7 +140,7 @@ def test_a_soft_prompt_learns_the_devices_texts_and_merges(
 
 
 def test_an_encoder_learns_to_classify_and_merges(
-    export_bundle: Callable[..., Path], tiny_encoder: Path, tmp_path: Path
+    export_bundle: Callable[..., Path], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = export_bundle(tiny_encoder, "lora", 2)
     task = {"preset": "sequence-classification", "labels": ["0", "1"]}
@@ -148,6 +148,9 @@ def test_an_encoder_learns_to_classify_and_merges(
     assert summaries[0].weights_digest == summaries[1].weights_digest != ""
     assert evaluations[-1].accuracy >= 0.8 > evaluations[0].accuracy
     own = [summary.accuracy for summary in summaries if summary.accuracy is not None]
+    said = capsys.readouterr().err
+    for share in own:
+        assert f"; accuracy on its own held-out data {100 * share:.1f} % at round {ROUNDS}; peak memory" in said
     assert sum(own) / 2 == pytest.approx(evaluations[-1].accuracy)
     merged = merge(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
