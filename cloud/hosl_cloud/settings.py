@@ -295,8 +295,6 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     check_run(config.wire_settings(), manifest)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", config.name):
         raise SettingsError("name", config.name, "use 1 to 40 characters of A-Za-z0-9._-")
-    if manifest.train == "none" and config.algorithm != "frozen":
-        raise SettingsError("algorithm", config.algorithm, "the bundle trains nothing on the device: use 'frozen'")
     check_step("tail.learning_rate", config.tail.learning_rate)
     for name, value in (
         ("devices.round_deadline_s", config.devices.round_deadline_s),

@@ -16,7 +16,7 @@ import msgspec
 from hosl_edge.data import check_files
 from hosl_edge.device import Device
 from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError
+from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
 from hosl_edge.farewell import decline
 from hosl_edge.fetch import fetch_bundle
 from hosl_edge.health import Guard, read_available, read_health
@@ -96,6 +96,8 @@ class Agent:
         self._ended_run: str | None = None
         self._refused_shard: str | None = None
         """Digest of the shard that the cloud refused last."""
+        self._wrong_file: str | None = None
+        """Digest that the last file should have had which had another."""
 
     async def run(self) -> Summary:
         """Attend runs, and stop where memory runs out. Raises LowMemoryError."""
@@ -126,6 +128,12 @@ class Agent:
                     # A connection that carried something was a good one: start counting anew.
                     if self._device is not None and self.progress.sent_bytes > sent + 65536:
                         self._attempt = 0
+                    await self._pause(error)
+                except WrongDigestError as error:
+                    # The run may have changed while its shard was fetched: with the manifest of now all is well.
+                    if error.expected == self._wrong_file:
+                        raise
+                    self._wrong_file = error.expected
                     await self._pause(error)
         finally:
             self._network.close()

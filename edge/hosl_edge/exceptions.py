@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hosl_protocol import ExitCode, HoslError, SettingsError
+from hosl_protocol import BundleError, ExitCode, HoslError, SettingsError
 
 
 class EdgeError(HoslError):
@@ -87,6 +87,14 @@ class LowMemoryError(EdgeError):
             f"{lowest_bytes / 1e6:.0f} MB: stopped before the kernel kills something; lower memory_budget, "
             "or run less beside it"
         )
+
+
+class WrongDigestError(BundleError):
+    """A file came whole and is another than the manifest's. Stores the digest that was expected."""
+
+    def __init__(self, url: str, digest: str, expected: str) -> None:
+        self.expected = expected
+        super().__init__(f"{url} has digest {digest}, expected {expected}: fetch it again")
 
 
 class JournalError(EdgeError):

@@ -19,7 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hosl_edge.exceptions import ConnectionLost, NoRun, NoSpaceError, NotFoundError, RefusedError, SignerError
+from hosl_edge.exceptions import (
+    ConnectionLost,
+    NoRun,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    SignerError,
+    WrongDigestError,
+)
 from hosl_edge.trust import UNKNOWN_TOKEN, Cloud, explain, is_unknown_signer
 from hosl_protocol import BundleError, Manifest, Snapshot, decode_manifest, sha256_of_file
 from hosl_protocol.manifest import MANIFEST
@@ -53,7 +61,7 @@ def fetch_bundle(
 
     `on_manifest` is told before anything large is fetched, and may raise. With `waits` the shard is that of a run under
     way alone: the last one is over for this device. Raises NoRun, ConnectionLost
-    (try again), RefusedError (token), BundleError (digest), NoSpaceError.
+    (try again), RefusedError (token), WrongDigestError, BundleError, NoSpaceError.
     """
     base = cloud.url("bundle/")
     data = read_url(cloud, base + MANIFEST + ("?waits=1" if waits else ""))
@@ -124,7 +132,7 @@ def _fetch_file(
     digest = sha256_of_file(part)
     if digest != sha256:
         part.unlink()
-        raise BundleError(f"{url} has digest {digest}, expected {sha256}: fetch it again")
+        raise WrongDigestError(url, digest, sha256)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)

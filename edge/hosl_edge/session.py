@@ -236,6 +236,9 @@ class Session:
     async def _catch_up(self, message: CatchUp, frame: Frame) -> None:
         coefficients = frame.tensors["coefficients"]
         rates = frame.tensors["learning_rates"].tolist()
+        expected = self.device.applied_round + 1
+        if message.first_round > expected:
+            raise ProtocolError(f"catch-up from round {message.first_round}, expected round {expected}")
         updates = [UpdateRecord(message.first_round + row, coefficients[row], rates[row]) for row in range(len(rates))]
         missing = [update for update in updates if update.round > self.device.applied_round]
         await _in_thread(lambda: self.device.apply(missing))
@@ -325,6 +328,8 @@ class Session:
 
         if self.device.eval is None:
             raise ProtocolError("eval-start, and this device has no held-out data")
+        if start.round != self.device.applied_round:
+            raise ConnectionLost(f"an evaluation of round {start.round} began at round {self.device.applied_round}")
         await self.link.drain()
         context = self._begin(start)
         interruption = await self._drive(step.evaluate(context, self.device.eval, on_result), context)

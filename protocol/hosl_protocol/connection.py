@@ -112,6 +112,8 @@ class Connection:
         return frame
 
     def _agree_to(self, welcome: m.Welcome) -> None:
+        if welcome.protocol != m.PROTOCOL_VERSION:
+            raise ProtocolError(f"welcome of protocol {welcome.protocol}, expected {m.PROTOCOL_VERSION}")
         try:
             check_run_settings(welcome.settings)
         except SettingsError as error:

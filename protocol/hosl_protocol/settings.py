@@ -148,6 +148,8 @@ def _check_client(client: ClientOptimizer, rounds: int) -> None:
 def check_run(settings: RunSettings, manifest: Manifest) -> None:
     """Raise SettingsError for the first setting that cannot be used with the bundle."""
     check_run_settings(settings, bundle_max_length=manifest.max_length)
+    if manifest.train == "none" and settings.algorithm != "frozen":
+        raise SettingsError("algorithm", settings.algorithm, "the bundle trains nothing on the device: use 'frozen'")
     if settings.task.is_image != (manifest.image is not None):
         takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"
         raise SettingsError("task.kind", settings.task.kind, f"the bundle's model takes {takes}")

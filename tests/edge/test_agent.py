@@ -13,7 +13,7 @@ import pytest
 from hosl_edge.__main__ import main
 from hosl_edge.agent import LONGEST_PAUSE_S, Agent, backoff_s, run_agent
 from hosl_edge.display import Display
-from hosl_edge.exceptions import RefusedError
+from hosl_edge.exceptions import RefusedError, WrongDigestError
 from hosl_edge.settings import EdgeSettings
 from hosl_edge.trust import Token
 from hosl_protocol import ExitCode
@@ -113,6 +113,24 @@ def test_a_cloud_that_is_away_is_tried_again_and_again(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
     assert all("pi: cannot reach http://127.0.0.1:1" in line and "next try in" in line for line in lines)
+
+
+def test_a_file_of_the_wrong_digest_is_fetched_again_with_the_manifest_and_not_for_ever(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EdgeSettings(
+        server=files["--server"], token_file=files["--token-file"], data=files["--data"], state_dir=str(tmp_path)
+    )
+    agent = Agent(settings, Token("pi", "pi~secret"), Display("pi"))
+    expected = iter(["first", "second", "second", "third"])
+
+    async def fetch(cloud: object, *, waits: bool) -> None:
+        raise WrongDigestError("shard", "another", next(expected))
+
+    monkeypatch.setattr(agent, "_prepare", fetch)
+    with pytest.raises(WrongDigestError) as caught:
+        asyncio.run(agent.run())
+    assert (caught.value.expected, next(expected)) == ("second", "third")
 
 
 def test_a_shard_that_is_fetched_again_and_refused_again_is_not_fetched_for_ever(

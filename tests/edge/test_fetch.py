@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from hosl_edge import trust
-from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.exceptions import ConnectionLost, RefusedError, WrongDigestError
 from hosl_edge.fetch import NoSpaceError, fetch_bundle, fetch_snapshot
 from hosl_protocol import BundleError, FileEntry, Manifest, Snapshot, describe_file, encode_manifest
 from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH, SHARD_WEIGHTS
@@ -151,8 +151,9 @@ def test_a_server_without_ranges_sends_all_of_it_again(cloud: Cloud, tmp_path: P
 def test_a_file_of_the_wrong_digest_is_thrown_away(cloud: Cloud, tmp_path: Path) -> None:
     good = cloud.files[SHARD_WEIGHTS]
     cloud.files[SHARD_WEIGHTS] = b"\xff" + good[1:]
-    with pytest.raises(BundleError, match=rf"{SHARD_WEIGHTS} has digest \w+, expected"):
+    with pytest.raises(WrongDigestError, match=rf"{SHARD_WEIGHTS} has digest \w+, expected") as caught:
         fetch(cloud, tmp_path / "cache")
+    assert caught.value.expected == hashlib.sha256(good).hexdigest()
     assert not list((tmp_path / "cache").rglob("shard.safetensors*")), "neither the file nor its part stays"
     cloud.files[SHARD_WEIGHTS] = good
     assert_whole(fetch(cloud, tmp_path / "cache"))

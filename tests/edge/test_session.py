@@ -25,6 +25,7 @@ from hosl_protocol import (
     EvalStart,
     Frame,
     Late,
+    ProtocolError,
     Refusal,
     RoundStart,
     RunSettings,
@@ -105,6 +106,30 @@ def test_what_is_of_another_run_or_epoch_than_the_welcome_changes_nothing(
     session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
     assert asyncio.run(session._handle(Frame(kind(**named, **more[kind]), tensors))) is None
     assert f"{name_of(kind)} of another run or epoch is ignored" in caplog.text
+
+
+def join(applied_round: int) -> Session:
+    """A session whose device stands there."""
+    device: Any = SimpleNamespace(applied_round=applied_round, eval=object())
+    display: Any = None
+    session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
+    task = Task(name="t", kind="lm", template="{text}")
+    session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
+    return session
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_catch_up_that_leaves_rounds_out_breaks_the_protocol(rows: int) -> None:
+    message = CatchUp(run="r", epoch=0, first_round=5, last=True)
+    tensors = {"coefficients": np.zeros((rows, 2), np.float32), "learning_rates": np.zeros(rows)}
+    with pytest.raises(ProtocolError, match=r"^catch-up from round 5, expected round 4$"):
+        asyncio.run(join(3)._handle(Frame(message, tensors)))
+
+
+@pytest.mark.parametrize("round_", [2, 4])
+def test_an_evaluation_of_another_round_than_the_devices_ends_the_connection(round_: int) -> None:
+    with pytest.raises(ConnectionLost, match=f"^an evaluation of round {round_} began at round 3$"):
+        asyncio.run(join(3)._handle(Frame(EvalStart(run="r", epoch=0, round=round_, attempt=1))))
 
 
 def test_a_device_says_why_its_answer_was_not_taken() -> None:

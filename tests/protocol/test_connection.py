@@ -253,6 +253,14 @@ def test_a_welcome_whose_settings_cannot_be_used_ends_the_connection():
     assert edge.settings is None
 
 
+def test_a_welcome_of_another_protocol_ends_the_connection():
+    edge, cloud = Connection(Role.EDGE), Connection(Role.CLOUD)
+    carry(edge, cloud, HELLO)
+    with pytest.raises(ProtocolError, match="welcome of protocol 2, expected 1"):
+        carry(cloud, edge, structs.replace(welcome(), protocol=2))
+    assert edge.phase is Phase.HELLO
+
+
 def test_labels_may_be_as_many_as_tokens_only_for_the_language_model():
     assert bounds_for(make_settings("sst2"), WIDTH).largest["N"] == 4
     assert bounds_for(make_settings("lm"), WIDTH).largest["N"] == 64

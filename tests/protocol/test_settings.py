@@ -145,9 +145,9 @@ def make_image_settings(**changes):
     return RunSettings(**{"task": task, "max_length": 4, **changes})
 
 
-def make_manifest(image=None, **changes):
+def make_manifest(image=None, train="norm", **changes):
     return Manifest(
-        model="m", family="f", architecture="a", split=1, blocks=2, width=4, max_length=4, pad_token_id=0, train="none",
+        model="m", family="f", architecture="a", split=1, blocks=2, width=4, max_length=4, pad_token_id=0, train=train,
         tensors=(), files=(), image=image, **changes,
     )  # fmt: skip
 
@@ -168,6 +168,13 @@ def test_a_soft_prompt_leaves_texts_room():
     check_run(make_settings(max_length=4), make_manifest(prompt_tokens=2))
     with pytest.raises(SettingsError, match="max_length is 3: the bundle's soft prompt takes 2 of them: use more"):
         check_run(make_settings(max_length=3), make_manifest(prompt_tokens=2))
+
+
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+def test_a_shard_of_which_nothing_trains_is_for_frozen_runs_alone(algorithm):
+    with pytest.raises(SettingsError, match=f"algorithm is '{algorithm}': the bundle trains nothing on the device"):
+        check_run(make_settings(algorithm=algorithm, max_length=4), make_manifest(train="none"))
+    check_run(make_settings(algorithm="frozen", max_length=4), make_manifest(train="none"))
 
 
 def test_an_image_has_as_many_positions_as_the_bundle_says():

@@ -166,7 +166,9 @@ def test_labels_are_numbers_booleans_or_text(labels, value, expected):
     assert label_of(make_task(labels=labels), {"label": value}) == expected
 
 
-@pytest.mark.parametrize("value", [2, "Good", True, 1.5, "1.5", math.nan, math.inf, None, ["0"], {}])
+@pytest.mark.parametrize(
+    "value", [2, "Good", True, 1.5, "1.5", "-0.0", "+1.0", "1.", math.nan, math.inf, None, ["0"], {}]
+)
 def test_an_unknown_label_is_an_error_that_does_not_quote_it(value):
     with pytest.raises(ValueError, match="one of 0, 1") as caught:
         label_of(make_task(), {"label": value})

@@ -152,7 +152,7 @@ def label_of(task: Task, example: Mapping[str, Any]) -> int:
     if text is None:
         raise ValueError(f"should be one of {', '.join(task.labels)}, it is {_kind_of(value)}")
     # A table that had gaps writes 1.0 where 1 was meant.
-    for spelling in (text, re.sub(r"^(-?\d+)\.0+$", r"\1", text)):
+    for spelling in (text, text.partition(".")[0] if re.fullmatch(r"-?[0-9]+\.0+", text) else text):
         for names in (task.labels, task.label_names):
             if spelling in names:
                 return names.index(spelling)
