@@ -16,39 +16,33 @@ from typing import Any
 
 import numpy as np
 
-from hosl_protocol import (
-    MAX_HEADER_BYTES,
-    PIECE_BYTES,
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, Frame, encode
+from hosl_protocol.wire.connection import Connection, Phase, Role
+from hosl_protocol.wire.messages import (
     Anchor,
     CatchUp,
     Complete,
-    Connection,
     CutGradient,
     EvalBatch,
     EvalResult,
     EvalStart,
-    Frame,
     Goodbye,
     Hello,
     Late,
     Message,
-    Phase,
     Probe,
     ProbeLoss,
     Projections,
-    ProtocolError,
     Ready,
     Refusal,
     Report,
-    Role,
     RoundStart,
-    RunSettings,
     Snapshot,
     Update,
     Welcome,
-    convert,
-    encode,
-    load_preset,
 )
 
 WIDTH, ROWS, DIRECTIONS = 3, 4, 2

@@ -27,17 +27,10 @@ from fuzzing import (
     pieces_of,
     with_length,
 )
-from hosl_protocol import (
-    PIECE_BYTES,
-    Connection,
-    Frame,
-    Message,
-    Phase,
-    ProtocolError,
-    Role,
-    UnexpectedMessage,
-    name_of,
-)
+from hosl_protocol.exceptions import ProtocolError, UnexpectedMessage
+from hosl_protocol.wire.codec import PIECE_BYTES, Frame
+from hosl_protocol.wire.connection import Connection, Phase, Role
+from hosl_protocol.wire.messages import Message, name_of
 
 _ROUND_FROM_CLOUD = {"round-start", "probe-loss", "cut-gradient", "update", "eval-start", "eval-result", "late"}
 _ENDS = {"complete", "refusal", "goodbye"}

@@ -16,8 +16,8 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *("hosl_cloud.__main__", "hosl_cloud.service", "hosl_cloud.resume", "hosl_cloud.trainer", "hosl_edge.agent"),
-        *("torch._dynamo", "transformers.models.llama.modeling_llama", "hosl_export.joining"),
+        *("hosl_cloud.__main__", "hosl_cloud.service.server", "hosl_cloud.runs.resume", "hosl_cloud.tail.trainer"),
+        *("hosl_edge.agent", "torch._dynamo", "transformers.models.llama.modeling_llama", "hosl_export.model.joining"),
     ]
 )
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hosl_cloud import rounds
-from hosl_cloud.access import Access, Guard
-from hosl_cloud.exchange import Answer, Await, Exchange, Tell
-from hosl_cloud.listen import Listen
+from hosl_cloud.rounds import algorithms as rounds
+from hosl_cloud.rounds.exchange import Answer, Await, Exchange, Tell
+from hosl_cloud.service.access import Access, Guard
+from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_cloud.settings import parse_config
-from hosl_cloud.store import Store
-from hosl_cloud.tokens import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
-from hosl_protocol import Frame, load_manifest
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import load_manifest
+from hosl_protocol.wire.codec import Frame
 from support import Device
 
 if TYPE_CHECKING:
-    from hosl_cloud.coordinator import Coordinator
+    from hosl_cloud.runs.coordinator import Coordinator
 
 
 def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Device]) -> rounds.Outcome:
@@ -77,10 +78,10 @@ async def serving(
 ) -> AsyncIterator[Service]:
     """The service with everything real, on a free port or this one; stopped at the end where its run goes on, or where
     it stays."""
-    from hosl_cloud import service
-    from hosl_cloud.coordinator import Coordinator
-    from hosl_cloud.run import Run
-    from hosl_cloud.runs import Runs
+    from hosl_cloud.runs.coordinator import Coordinator
+    from hosl_cloud.runs.queue import Runs
+    from hosl_cloud.runs.run import Run
+    from hosl_cloud.service import server as service
 
     folder.mkdir(exist_ok=True)
     listen = listen or Listen("127.0.0.1", port)

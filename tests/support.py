@@ -19,22 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 from hosl_edge import step
 from hosl_edge.agent import Summary, run_agent
-from hosl_edge.data import Batch
+from hosl_edge.data.examples import Batch
+from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.shard import Shard
-from hosl_protocol import (
-    ClientState,
-    ClientWeights,
-    Frame,
-    Manifest,
-    RoundStart,
-    RunSettings,
-    Snapshot,
-    SnapshotHeader,
-    make_client_weights,
-    sha256_of_file,
-)
-from hosl_protocol.manifest import SHARD_WEIGHTS
+from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, sha256_of_file
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import ClientWeights, make_client_weights
+from hosl_protocol.weights.state import ClientState, SnapshotHeader
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import RoundStart, Snapshot
 
 NICE = ("good", "great", "fine", "nice", "happy", "lovely", "warm", "bright", "clever", "fresh")
 NASTY = ("bad", "awful", "poor", "sad", "dull", "cold", "weak", "dark", "slow", "stale")

@@ -22,11 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hosl_cloud.checkpoint import CheckpointInfo
-    from hosl_cloud.records import Evaluation
+    from hosl_cloud.storage.records import Evaluation
+    from hosl_cloud.tail.checkpoint import CheckpointInfo
 
 try:
-    from hosl_cloud.data_folder import (
+    from hosl_cloud.commands.devices import add_device, add_init
+    from hosl_cloud.commands.runs import add_checkpoint, add_drain, add_log, add_run
+    from hosl_cloud.commands.serve import add_serve
+    from hosl_cloud.sentences import score_text
+    from hosl_cloud.settings import load_config
+    from hosl_cloud.storage.data_folder import (
         DATABASE,
         add_data_dir,
         hint,
@@ -36,15 +41,11 @@ try:
         run_folder,
         settle_data_dir,
     )
-    from hosl_cloud.devices_command import add_device, add_init
-    from hosl_cloud.runs_command import add_checkpoint, add_drain, add_log, add_run
-    from hosl_cloud.sentences import score_text
-    from hosl_cloud.serve_command import add_serve
-    from hosl_cloud.settings import load_config
-    from hosl_cloud.store import Store
-    from hosl_protocol import BundleError, ExitCode, SettingsError, check_files, load_manifest
-    from hosl_protocol.arguments import Parser
-    from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command
+    from hosl_cloud.storage.store import Store
+    from hosl_protocol.exceptions import ExitCode, SettingsError
+    from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.terminal import add_common_options, add_version, print_unit, run_command
+    from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
@@ -125,10 +126,10 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from hosl_cloud.card import CARD
-    from hosl_cloud.checkpoint import find_checkpoint
-    from hosl_cloud.merge import PROMPT_FOLDER, merge_run
-    from hosl_cloud.mirror import replay_client
+    from hosl_cloud.storage.mirror import replay_client
+    from hosl_cloud.tail.card import CARD
+    from hosl_cloud.tail.checkpoint import find_checkpoint
+    from hosl_cloud.tail.merge import PROMPT_FOLDER, merge_run
 
     database = options.data_dir / DATABASE
     if not database.exists():
@@ -175,8 +176,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:
     """A sentence where the same held-out data scored more before the first round; else empty."""
-    from hosl_cloud.checkpoint import comparable_of, rank
-    from hosl_cloud.keeper import metrics_of
+    from hosl_cloud.runs.keeper import metrics_of
+    from hosl_cloud.tail.checkpoint import comparable_of, rank
 
     if before is None or info.metrics is None:
         return ""
@@ -199,11 +200,11 @@ def _unit(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     # OpenMP threads that spin while they wait take the cores from the devices' forwards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from hosl_cloud.baselines import prepare_config
-    from hosl_cloud.partition import Partition
-    from hosl_cloud.results import summarize, write_csv
-    from hosl_cloud.run import Run
-    from hosl_cloud.simulation import check_fleet, simulate
+    from hosl_cloud.runs.run import Run
+    from hosl_cloud.simulation.baselines import prepare_config
+    from hosl_cloud.simulation.fleet import check_fleet, simulate
+    from hosl_cloud.simulation.partition import Partition
+    from hosl_cloud.simulation.results import summarize, write_csv
 
     manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
     task = [f"task.preset={options.task}"] if options.task else []

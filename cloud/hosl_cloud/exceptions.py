@@ -6,7 +6,7 @@ import errno
 import re
 from pathlib import Path
 
-from hosl_protocol import ExitCode, HoslError, ProtocolError, SettingsError
+from hosl_protocol.exceptions import ExitCode, HoslError, ProtocolError, SettingsError
 
 
 class CloudError(HoslError):

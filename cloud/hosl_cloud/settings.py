@@ -11,26 +11,24 @@ from typing import Any, Literal
 
 import msgspec
 
-from hosl_cloud.aggregation import Aggregation
-from hosl_protocol import (
+from hosl_cloud.rounds.aggregation import Aggregation
+from hosl_protocol.exceptions import MalformedSettings, SettingsError
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import (
     Algorithm,
     AnchorPoint,
     Augmentation,
     ClientOptimizer,
-    Distribution,
-    Manifest,
     RunSettings,
-    SettingsError,
-    Task,
     WireDtype,
     check_run,
     check_step,
     convert,
-    load_preset,
+    nearest,
     read_toml,
 )
-from hosl_protocol.exceptions import MalformedSettings
-from hosl_protocol.settings import nearest
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.weights.directions import Distribution
 
 
 class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -140,7 +138,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     """Give the same bits every time: gradients add up in the order of the devices' names, a round takes place only
     with all the devices it began with, and no device is too late."""
     baseline: Literal["", "first-order", "zeroth-order"] = ""
-    """`hosl-cloud simulate` only: train both halves by backpropagation, or both without; see hosl_cloud.baselines."""
+    """`hosl-cloud simulate` only: train both halves by backpropagation, or both without; simulation/baselines.py."""
     client: ClientOptimizer = ClientOptimizer()
     tail: TailSettings = TailSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

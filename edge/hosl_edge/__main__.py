@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from hosl_edge.notify import WatchedPool, notified
+    from hosl_edge.host.notify import WatchedPool, notified
+    from hosl_edge.host.status import SERVICE_FOLDER, read_status, readable, status_folder
     from hosl_edge.preflight import FAILED, examine
     from hosl_edge.settings import FIELDS, EdgeSettings, Resolved, masked, resolve, split_fields
-    from hosl_edge.status import SERVICE_FOLDER, read_status, readable, status_folder
-    from hosl_protocol import ExitCode
-    from hosl_protocol.arguments import Parser
-    from hosl_protocol.plain import plain
-    from hosl_protocol.terminal import add_common_options, add_version, print_unit, run_command, terminable
+    from hosl_protocol.exceptions import ExitCode
+    from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.plain import plain
+    from hosl_protocol.program.terminal import add_common_options, add_version, print_unit, run_command, terminable
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 

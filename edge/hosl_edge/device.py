@@ -16,32 +16,23 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from hosl_edge.data import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
+from hosl_edge.connection.pace import Pace, load_link, measure_replay_s, save_link
+from hosl_edge.data.examples import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
+from hosl_edge.data.images import blank_images, load_images
+from hosl_edge.data.token_cache import Splits, load_or_tokenize, tokens_key
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, UnservedError
-from hosl_edge.history import FetchSnapshot, History
-from hosl_edge.images import blank_images, load_images
-from hosl_edge.journal import JournalHeader
-from hosl_edge.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
-from hosl_edge.pace import Pace, load_link, measure_replay_s, save_link
+from hosl_edge.history.history import FetchSnapshot, History
+from hosl_edge.history.journal import JournalHeader
+from hosl_edge.history.snapshot import check_offer, snapshot_path
+from hosl_edge.model.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
+from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.shard import Shard
-from hosl_edge.snapshot import check_offer, snapshot_path
 from hosl_edge.step import useful_sets
-from hosl_edge.tokens import Splits, load_or_tokenize, tokens_key
-from hosl_protocol import (
-    BundleError,
-    ClientWeights,
-    HoslError,
-    Manifest,
-    ProtocolError,
-    RunSettings,
-    SettingsError,
-    Snapshot,
-    UpdateRecord,
-    Welcome,
-    check_run,
-)
-from hosl_protocol.manifest import SHARD_TOKENIZER
+from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
+from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, Manifest
+from hosl_protocol.run.settings import RunSettings, check_run
+from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.wire.messages import Snapshot, Welcome
 
 log = logging.getLogger(__name__)
 

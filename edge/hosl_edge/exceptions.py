@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hosl_protocol import BundleError, ExitCode, HoslError, SettingsError
+from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
+from hosl_protocol.run.manifest import BundleError
 
 
 class EdgeError(HoslError):

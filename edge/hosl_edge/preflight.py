@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
-from hosl_edge.data import check_consent, digest_of_data
+from hosl_edge.connection.fetch import read_url
+from hosl_edge.connection.offer import Place, check_data_file, fetch_place
+from hosl_edge.connection.trust import Cloud, Token, connect_securely, http_address, opener, tls_remedy, unverified
+from hosl_edge.data.examples import check_consent, digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
-from hosl_edge.fetch import read_url
-from hosl_edge.health import ROOT, read_available
-from hosl_edge.place import Place, check_data_file, fetch_place
+from hosl_edge.host.health import ROOT, read_available
 from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
-from hosl_edge.trust import Cloud, Token, connect_securely, http_address, opener, tls_remedy, unverified
-from hosl_protocol import BundleError, ExitCode, HoslError, Manifest, SettingsError, decode_manifest
-from hosl_protocol.manifest import MANIFEST
-from hosl_protocol.plain import plain
-from hosl_protocol.proxies import Proxy, find_proxy, through
+from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
+from hosl_protocol.program.plain import plain
+from hosl_protocol.program.proxies import Proxy, find_proxy, through
+from hosl_protocol.run.manifest import MANIFEST, BundleError, Manifest, decode_manifest
 
 OK: Literal["ok"] = "ok"
 WARNING: Literal["warning"] = "warning"

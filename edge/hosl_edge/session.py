@@ -16,46 +16,39 @@ from typing import TypeVar
 import numpy as np
 
 from hosl_edge import step
+from hosl_edge.connection.farewell import farewell
+from hosl_edge.connection.fetch import fetch_snapshot
+from hosl_edge.connection.link import Link
+from hosl_edge.connection.trust import Cloud
 from hosl_edge.device import Device
-from hosl_edge.display import Display, Progress
-from hosl_edge.exceptions import (
-    ConnectionLost,
-    DataError,
-    HistoryError,
-    RefusedError,
-    SnapshotError,
-)
-from hosl_edge.farewell import farewell
-from hosl_edge.fetch import fetch_snapshot
-from hosl_edge.health import read_health
-from hosl_edge.link import Link
-from hosl_edge.memory import read_memory
-from hosl_edge.trust import Cloud
-from hosl_protocol import (
+from hosl_edge.exceptions import ConnectionLost, DataError, HistoryError, RefusedError, SnapshotError
+from hosl_edge.host.display import Display, Progress
+from hosl_edge.host.health import read_health
+from hosl_edge.model.memory import read_memory
+from hosl_protocol.exceptions import HoslError, ProtocolError
+from hosl_protocol.program.waiting import within
+from hosl_protocol.run.ordering import batch_indices
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import (
     CatchUp,
     Complete,
     CutGradient,
     EvalResult,
     EvalStart,
-    Frame,
     Hello,
-    HoslError,
     Late,
     Message,
     ProbeLoss,
-    ProtocolError,
     Ready,
     Refusal,
     Report,
     RoundStart,
     Snapshot,
     Update,
-    UpdateRecord,
     Welcome,
-    batch_indices,
     name_of,
 )
-from hosl_protocol.waiting import within
 
 log = logging.getLogger(__name__)
 

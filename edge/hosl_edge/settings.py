@@ -15,12 +15,11 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from hosl_edge.trust import Token, parse_token
-from hosl_protocol import SettingsError, convert, read_toml
-from hosl_protocol.exceptions import MalformedSettings
-from hosl_protocol.proxies import is_loopback
-from hosl_protocol.settings import nearest, wanted
-from hosl_protocol.terminal import default_folder
+from hosl_edge.connection.trust import Token, parse_token
+from hosl_protocol.exceptions import MalformedSettings, SettingsError
+from hosl_protocol.program.proxies import is_loopback
+from hosl_protocol.program.terminal import default_folder
+from hosl_protocol.run.settings import convert, nearest, read_toml, wanted
 
 log = logging.getLogger(__name__)
 

@@ -14,22 +14,21 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hosl_edge.data import AnyBatch, AnyDataset
-from hosl_edge.shard import Shard
-from hosl_protocol import (
+from hosl_edge.data.examples import AnyBatch, AnyDataset
+from hosl_edge.model.shard import Shard
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import (
     Anchor,
-    ClientWeights,
     CutGradient,
     EvalBatch,
     EvalResult,
-    Frame,
     Message,
     Probe,
     ProbeLoss,
-    ProbePoint,
     Projections,
-    ProtocolError,
-    RunSettings,
 )
 
 Activations: TypeAlias = npt.NDArray[np.float32]

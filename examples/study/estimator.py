@@ -23,11 +23,14 @@ from plan import Cell, merge, read_study
 from sources import export_bundle, prepare_data
 
 from hosl_cloud.settings import parse_config
-from hosl_cloud.simulation import load_first_order, open_data
-from hosl_cloud.trainer import TailTrainer
-from hosl_edge.shard import Shard
-from hosl_export.lora import plain_name
-from hosl_protocol import ClientWeights, ProbePoint, RunSettings, direction, load_manifest, make_client_weights
+from hosl_cloud.simulation.fleet import load_first_order, open_data
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_edge.model.shard import Shard
+from hosl_export.model.lora import plain_name
+from hosl_protocol.run.manifest import load_manifest
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, make_client_weights
+from hosl_protocol.weights.directions import direction
 
 HERE = Path(__file__).parent
 GROUPS = (1, 2, 8, 32, 128)

@@ -26,7 +26,7 @@ from msgspec import structs
 from plan import Cell, Study, TaskEntry, merge, read_study
 from sources import export_bundle, prepare_data
 
-from hosl_protocol import load_manifest
+from hosl_protocol.run.manifest import load_manifest
 
 COLUMNS = ("task", "split", "trains", "trained", "directions", "shape", "cosine")
 GROUPS = (8, 32)

@@ -12,21 +12,21 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from hosl_export.exceptions import ExportError, ModelError, ParityError, SpaceError, UnknownFamily
     from hosl_export.exporter import ExportSettings, export_bundle
-    from hosl_export.families import FAMILIES, Family, find_family
-    from hosl_export.halves import ClientHalf, Tail, client_half, load_tail, tail_half
-    from hosl_export.joining import full_config, join_state
-    from hosl_export.loading import load_model
-    from hosl_export.lora import fold_lora, inject_lora, load_plain_state, peft_adapter, plain_state
+    from hosl_export.model.families import FAMILIES, Family, find_family
+    from hosl_export.model.halves import ClientHalf, Tail, client_half, load_tail, tail_half
+    from hosl_export.model.joining import full_config, join_state
+    from hosl_export.model.lora import fold_lora, inject_lora, load_plain_state, peft_adapter, plain_state
+    from hosl_export.sources.loading import load_model
     from hosl_export.summary import Summary
 
 _HOMES = {
     "exceptions": ("ExportError", "ModelError", "ParityError", "SpaceError", "UnknownFamily"),
     "exporter": ("ExportSettings", "export_bundle"),
-    "families": ("FAMILIES", "Family", "find_family"),
-    "halves": ("ClientHalf", "Tail", "client_half", "load_tail", "tail_half"),
-    "joining": ("full_config", "join_state"),
-    "loading": ("load_model",),
-    "lora": ("fold_lora", "inject_lora", "load_plain_state", "peft_adapter", "plain_state"),
+    "model.families": ("FAMILIES", "Family", "find_family"),
+    "model.halves": ("ClientHalf", "Tail", "client_half", "load_tail", "tail_half"),
+    "model.joining": ("full_config", "join_state"),
+    "sources.loading": ("load_model",),
+    "model.lora": ("fold_lora", "inject_lora", "load_plain_state", "peft_adapter", "plain_state"),
     "summary": ("Summary",),
 }
 

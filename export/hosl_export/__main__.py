@@ -15,10 +15,10 @@ from typing import get_args
 try:
     import msgspec
 
-    from hosl_protocol.arguments import Parser
     from hosl_protocol.exceptions import ExitCode
-    from hosl_protocol.manifest import TrainMode
-    from hosl_protocol.terminal import add_common_options, add_version, run_command, terminable
+    from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.terminal import add_common_options, add_version, run_command, terminable
+    from hosl_protocol.run.manifest import TrainMode
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 

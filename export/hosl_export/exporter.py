@@ -10,23 +10,23 @@ from typing import Any
 
 import msgspec
 
-from hosl_export import bundle as files
-from hosl_export.check import Reference, check_bundle, compute_references
+from hosl_export.bundle import writing as files
+from hosl_export.bundle.graph import OUTPUT, graph_inputs
+from hosl_export.bundle.parity import Reference, check_bundle, compute_references
+from hosl_export.bundle.staging import check_output, staging
 from hosl_export.exceptions import told_in_one_line
-from hosl_export.families import find_family
-from hosl_export.graph import OUTPUT, graph_inputs
-from hosl_export.halves import ClientHalf, Tail, client_half, tail_half
-from hosl_export.inputs import Input, choose_input
-from hosl_export.loading import Source, find_source, load_config, load_model
-from hosl_export.lora import inject_lora
-from hosl_export.origin import find_origin, write_origin
-from hosl_export.prompt import add_prompt, draw_prompt
-from hosl_export.rope import settle_rope
-from hosl_export.staging import check_output, staging
+from hosl_export.model.families import find_family
+from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
+from hosl_export.model.inputs import Input, choose_input
+from hosl_export.model.lora import inject_lora
+from hosl_export.model.prompt import add_prompt, draw_prompt
+from hosl_export.model.rope import settle_rope
+from hosl_export.model.trainable import put_on_lattice, trained_blocks, uses_lora
+from hosl_export.sources.loading import Source, find_source, load_config, load_model
+from hosl_export.sources.origin import find_origin, write_origin
 from hosl_export.summary import Summary, summarize
-from hosl_export.trainable import put_on_lattice, trained_blocks, uses_lora
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.manifest import SHORTEST_TEXT, LoraEntry, Manifest, TrainMode
+from hosl_protocol.run.manifest import SHORTEST_TEXT, LoraEntry, Manifest, TrainMode
 
 Step = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""

@@ -37,8 +37,10 @@ if TYPE_CHECKING:  # a worker imports nothing that its method does not need
     import torch
 
     from hosl_edge.step import Receive, Send, Step
-    from hosl_export.halves import ClientHalf
-    from hosl_protocol import Frame, Manifest, RunSettings
+    from hosl_export.model.halves import ClientHalf
+    from hosl_protocol.run.manifest import Manifest
+    from hosl_protocol.run.settings import RunSettings
+    from hosl_protocol.wire.codec import Frame
 
 GEOMETRIES: dict[str, dict[str, int]] = {
     "OPT-125M": {},
@@ -276,9 +278,10 @@ class EdgeClient:
         import numpy as np
 
         from hosl_edge.device import Device
-        from hosl_edge.memory import choose_micro_batch, keep_heap_small, read_memory
+        from hosl_edge.model.memory import choose_micro_batch, keep_heap_small, read_memory
         from hosl_edge.settings import EdgeSettings
-        from hosl_protocol import Welcome, load_manifest
+        from hosl_protocol.run.manifest import load_manifest
+        from hosl_protocol.wire.messages import Welcome
 
         keep_heap_small()
         self._settings = run_settings(method, case)
@@ -326,7 +329,7 @@ class EdgeClient:
         import numpy as np
 
         from hosl_edge import step
-        from hosl_protocol import UpdateRecord
+        from hosl_protocol.weights.client_weights import UpdateRecord
 
         device = self._device
         assert device.weights is not None
@@ -361,7 +364,8 @@ class EdgeClient:
         import numpy as np
 
         from hosl_edge import step
-        from hosl_protocol import CutGradient, Frame, ProbeLoss, encode
+        from hosl_protocol.wire.codec import Frame, encode
+        from hosl_protocol.wire.messages import CutGradient, ProbeLoss
 
         if isinstance(action, step.Send):
             # As a session does: piece by piece, so that no second copy of a set exists.
@@ -378,7 +382,7 @@ class EdgeClient:
 
 def run_settings(method: str, case: Case) -> RunSettings:
     """As the cloud's Welcome has them."""
-    from hosl_protocol import RunSettings, convert
+    from hosl_protocol.run.settings import RunSettings, convert
 
     data = {"task": {**as_task(), "name": "reviews"}, "batch_size": case.batch, "max_length": case.length}
     settings: RunSettings = convert({**data, **ROUNDS[method]}, RunSettings, method)
@@ -417,10 +421,10 @@ class TorchClient:
         import numpy as np
         import torch
 
-        from hosl_export.lora import plain_name
-        from hosl_export.trainable import is_trainable, trained_blocks
-        from hosl_export.weights import read_tensors
-        from hosl_protocol.manifest import SHARD_WEIGHTS
+        from hosl_export.bundle.weights import read_tensors
+        from hosl_export.model.lora import plain_name
+        from hosl_export.model.trainable import is_trainable, trained_blocks
+        from hosl_protocol.run.manifest import SHARD_WEIGHTS
 
         torch.manual_seed(0)
         self.sizes: dict[str, int] = {}
@@ -482,8 +486,8 @@ def make_half(case: Case) -> ClientHalf:
     """The first blocks, with adapters where they train; no further block is made."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from hosl_export.halves import client_half
-    from hosl_export.lora import inject_lora
+    from hosl_export.model.halves import client_half
+    from hosl_export.model.lora import inject_lora
 
     model = OPTForCausalLM(OPTConfig(num_hidden_layers=case.split, **GEOMETRIES[case.model]))
     half = client_half(model, case.split)
@@ -495,8 +499,8 @@ def make_half(case: Case) -> ClientHalf:
 
 def lora_entry(case: Case) -> Any:
     """As the exporter chooses it."""
-    from hosl_export.families import find_family
-    from hosl_protocol.manifest import LoraEntry
+    from hosl_export.model.families import find_family
+    from hosl_protocol.run.manifest import LoraEntry
 
     return LoraEntry(targets=find_family("opt").lora_targets) if case.train == "lora" else None
 
@@ -506,10 +510,10 @@ def export(case: Case, folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from hosl_export import bundle
-    from hosl_export.trainable import plain_parameters, put_on_lattice, trained_blocks
-    from hosl_export.weights import write_tensors
-    from hosl_protocol.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
+    from hosl_export.bundle import writing as bundle
+    from hosl_export.bundle.weights import write_tensors
+    from hosl_export.model.trainable import plain_parameters, put_on_lattice, trained_blocks
+    from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
 
     torch.manual_seed(0)
     half = make_half(case)

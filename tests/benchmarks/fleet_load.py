@@ -33,16 +33,28 @@ import psutil
 import safetensors.numpy
 from websockets.asyncio.client import connect
 
-from hosl_protocol import (
+from hosl_protocol.run.manifest import (
+    MANIFEST,
+    SHARD_WEIGHTS,
+    Manifest,
+    TensorEntry,
+    describe_file,
+    encode_manifest,
+    load_manifest,
+)
+from hosl_protocol.run.ordering import sample_devices
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
+from hosl_protocol.weights.lattice import exponent_for, round_to_lattice
+from hosl_protocol.weights.perturbation import LatticeTensor
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.connection import Connection, Role
+from hosl_protocol.wire.messages import (
     Anchor,
     CatchUp,
     Complete,
-    Connection,
     CutGradient,
-    Frame,
     Hello,
-    LatticeTensor,
-    Manifest,
     Message,
     Probe,
     ProbeLoss,
@@ -50,19 +62,10 @@ from hosl_protocol import (
     Ready,
     Refusal,
     Report,
-    Role,
     RoundStart,
-    RunSettings,
     Update,
-    UpdateRecord,
     Welcome,
-    encode_manifest,
-    load_manifest,
-    make_client_weights,
-    sample_devices,
 )
-from hosl_protocol.lattice import exponent_for, round_to_lattice
-from hosl_protocol.manifest import MANIFEST, SHARD_WEIGHTS, TensorEntry, describe_file
 
 RUN = "load"
 SEED = 1
@@ -189,7 +192,7 @@ class Mark:
 
 
 class NullTail:
-    """Stands in for hosl_cloud.trainer.TailTrainer: every batch has one loss and one gradient."""
+    """Stands in for hosl_cloud.tail.trainer.TailTrainer: every batch has one loss and one gradient."""
 
     head_rows = (0, 1)
     at_once = 1
@@ -202,12 +205,12 @@ class NullTail:
         self._wire_bytes = wire_bytes_by_kind
 
     def forward_backward_many(self, batches: Any, weights: Any, **more: bool) -> Any:
-        from hosl_cloud.trainer import StepResult
+        from hosl_cloud.tail.trainer import StepResult
 
         return [StepResult(0.5, self._lambda_TD[: len(batch[0])], 0, batch[2].size) for batch in batches]
 
     def evaluate_many(self, batches: Any) -> Any:
-        from hosl_cloud.trainer import EvalScore
+        from hosl_cloud.tail.trainer import EvalScore
 
         return [EvalScore(0.5, 0, batch[2].size) for batch in batches]
 
@@ -231,15 +234,15 @@ def serve_main(pipe: Pipe, folder: Path, work: Work) -> None:
 
 
 async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
-    from hosl_cloud.access import Access, Guard
-    from hosl_cloud.coordinator import Coordinator
-    from hosl_cloud.listen import Listen
     from hosl_cloud.metrics import wire_bytes_by_kind
-    from hosl_cloud.run import Run
-    from hosl_cloud.runs import Runs
-    from hosl_cloud.service import Service, serve
+    from hosl_cloud.runs.coordinator import Coordinator
+    from hosl_cloud.runs.queue import Runs
+    from hosl_cloud.runs.run import Run
+    from hosl_cloud.service.access import Access, Guard
+    from hosl_cloud.service.listen import Listen
+    from hosl_cloud.service.server import Service, serve
     from hosl_cloud.settings import parse_config
-    from hosl_cloud.store import Store
+    from hosl_cloud.storage.store import Store
 
     bundle = folder / "bundle"
     manifest = load_manifest(bundle)

@@ -30,9 +30,9 @@ import onnxruntime as ort
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from hosl_export.graph import OPSET, write_graph
-from hosl_export.halves import ClientHalf, client_half
-from hosl_export.trainable import plain_parameters
+from hosl_export.bundle.graph import OPSET, write_graph
+from hosl_export.model.halves import ClientHalf, client_half
+from hosl_export.model.trainable import plain_parameters
 
 SHAPES = ((1, 16), (1, 64), (1, 128), (1, 512), (8, 64), (4, 128), (8, 128), (2, 512), (16, 128))
 VOCABULARY = 50272

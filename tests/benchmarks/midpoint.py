@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from hosl_cloud.settings import RunConfig, load_config
-from hosl_cloud.simulation import open_data
-from hosl_cloud.trainer import TailTrainer
-from hosl_edge.data import Batch
-from hosl_edge.shard import Shard
-from hosl_protocol import ClientWeights, Manifest, ProbePoint, load_manifest, make_client_weights
+from hosl_cloud.simulation.fleet import open_data
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_edge.data.examples import Batch
+from hosl_edge.model.shard import Shard
+from hosl_protocol.run.manifest import Manifest, load_manifest
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, make_client_weights
 
 REVIEWS = Path(__file__).parents[2] / "examples" / "reviews"
 STEPS = (1e-4, 1e-3, 1e-2)

@@ -23,11 +23,11 @@ from typing import Any
 import msgspec
 import psutil
 
-from hosl_cloud.access import Access
-from hosl_cloud.devices_api import device_operations
+from hosl_cloud.service.access import Access
+from hosl_cloud.service.devices_api import device_operations
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import Store
-from hosl_protocol import sample_devices
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.ordering import sample_devices
 
 TRIES = 200
 TASK = {"name": "t", "kind": "lm", "template": "{text}"}

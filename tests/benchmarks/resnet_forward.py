@@ -28,10 +28,10 @@ import onnxruntime as ort
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hosl_export.graph import OPSET, write_graph
-from hosl_export.halves import ClientHalf, client_half
-from hosl_export.trainable import put_on_lattice
-from hosl_protocol.manifest import ImageEntry, TrainMode
+from hosl_export.bundle.graph import OPSET, write_graph
+from hosl_export.model.halves import ClientHalf, client_half
+from hosl_export.model.trainable import put_on_lattice
+from hosl_protocol.run.manifest import ImageEntry, TrainMode
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {
     "ResNet-18": ({"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}, 224, (1, 4)),

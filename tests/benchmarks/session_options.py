@@ -206,7 +206,7 @@ class Client(EdgeClient):
 
     def answer(self, question: str) -> Any:
         """Seconds of a step, the figures of a forward, or the bytes at the end."""
-        from hosl_edge.memory import read_memory
+        from hosl_edge.model.memory import read_memory
 
         if question == "step":
             watch = Stopwatch()
@@ -220,7 +220,7 @@ class Client(EdgeClient):
     def _measure_forward(self) -> dict[str, Any]:
         import numpy as np
 
-        from hosl_edge.memory import read_memory
+        from hosl_edge.model.memory import read_memory
 
         self._turn += 1
         if self._is_mixed:

@@ -38,10 +38,9 @@ def write_bundle(folder: Path, geometry: str, blocks: int, tokens: int) -> int:
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
-    from hosl_export.halves import tail_half
-    from hosl_export.weights import stream_tensors
-    from hosl_protocol import Manifest, encode_manifest
-    from hosl_protocol.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS
+    from hosl_export.bundle.weights import stream_tensors
+    from hosl_export.model.halves import tail_half
+    from hosl_protocol.run.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS, Manifest, encode_manifest
 
     config = OPTConfig(num_hidden_layers=blocks + 1, architectures=["OPTForCausalLM"], **GEOMETRIES[geometry])
     with torch.device("meta"):
@@ -75,10 +74,10 @@ TASK = {"name": "classes", "kind": "sequence-classification", "template": "{text
 @contextlib.contextmanager
 def make_tail(bundle: Path, config: Any, manifest: Any, out: Path) -> Iterator[Any]:
     """The trainer of one process or of all ranks; does not return on ranks that only obey."""
-    from hosl_cloud.following import follow
-    from hosl_cloud.group import Group
-    from hosl_cloud.leading import GroupTrainer
-    from hosl_cloud.trainer import TailTrainer
+    from hosl_cloud.ranks.follower import follow
+    from hosl_cloud.ranks.group import Group
+    from hosl_cloud.ranks.leader import GroupTrainer
+    from hosl_cloud.tail.trainer import TailTrainer
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield TailTrainer(bundle, manifest, config)
@@ -100,9 +99,9 @@ def peak_mib() -> float:
 
 def work(options: argparse.Namespace) -> None:
     """A process of a case."""
-    from hosl_cloud.checkpoint import save_checkpoint
     from hosl_cloud.settings import parse_config, read_config
-    from hosl_protocol import load_manifest
+    from hosl_cloud.tail.checkpoint import save_checkpoint
+    from hosl_protocol.run.manifest import load_manifest
 
     manifest = load_manifest(options.bundle)
     data = {"task": TASK, "algorithm": "frozen", "max_length": options.tokens, "batch_size": options.batch}

@@ -22,12 +22,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from hosl_cloud.partition import Partition
-from hosl_cloud.run import Run
+from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import load_config
-from hosl_cloud.simulation import simulate
-from hosl_cloud.store import Store
-from hosl_protocol import load_manifest
+from hosl_cloud.simulation.fleet import simulate
+from hosl_cloud.simulation.partition import Partition
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import load_manifest
 
 WORK = Path(__file__).parents[2] / "examples" / "reviews" / "work"
 DTYPES = ("float32", "bfloat16", "float16")

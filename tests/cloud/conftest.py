@@ -28,10 +28,17 @@ from transformers import (
 )
 
 from hosl_cloud.settings import RunConfig, parse_config
-from hosl_cloud.trainer import TailTrainer
+from hosl_cloud.tail.trainer import TailTrainer
 from hosl_export import client_half, find_family, inject_lora, plain_state, tail_half
-from hosl_protocol import LoraEntry, Manifest, encode_manifest
-from hosl_protocol.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS, TensorEntry
+from hosl_protocol.run.manifest import (
+    MANIFEST,
+    TAIL_CONFIG,
+    TAIL_WEIGHTS,
+    LoraEntry,
+    Manifest,
+    TensorEntry,
+    encode_manifest,
+)
 
 VOCABULARY = 48
 BLOCKS, SPLIT = 3, 1

@@ -19,14 +19,15 @@ import msgspec
 import numpy as np
 import torch
 
-from hosl_cloud.checkpoint import load_checkpoint, save_checkpoint
-from hosl_cloud.exchange import BatchArrays
-from hosl_cloud.following import follow
-from hosl_cloud.group import Group
-from hosl_cloud.leading import GroupTrainer
+from hosl_cloud.ranks.follower import follow
+from hosl_cloud.ranks.group import Group
+from hosl_cloud.ranks.leader import GroupTrainer
+from hosl_cloud.rounds.exchange import BatchArrays
 from hosl_cloud.settings import RunConfig, parse_config
-from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import HoslError, Manifest, load_manifest
+from hosl_cloud.tail.checkpoint import load_checkpoint, save_checkpoint
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_protocol.exceptions import HoslError
+from hosl_protocol.run.manifest import Manifest, load_manifest
 
 LENGTHS = ((3, 7, 1, 5), (9, 2), (4, 4, 4), (11,), (1, 1, 6))
 """Of the batches of an uneven number of devices, without a soft prompt."""

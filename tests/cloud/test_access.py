@@ -10,10 +10,10 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.requests import HTTPConnection
 
-from hosl_cloud.access import Access, Caller, Denied, Guard, is_cross_site, is_local
 from hosl_cloud.exceptions import ApiError
-from hosl_cloud.limits import Buckets, Limits
-from hosl_cloud.store import Store
+from hosl_cloud.service.access import Access, Caller, Denied, Guard, is_cross_site, is_local
+from hosl_cloud.service.limits import Buckets, Limits
+from hosl_cloud.storage.store import Store
 
 JOIN, ADMIN = "join-" + "j" * 40, "admin-" + "a" * 40
 LOOPBACK, ELSEWHERE = "127.0.0.1", "192.0.2.7"

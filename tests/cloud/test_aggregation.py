@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_cloud.aggregation import Aggregation, aggregate
+from hosl_cloud.rounds.aggregation import Aggregation, aggregate
 
 KINDS: list[Aggregation] = ["mean", "trimmed-mean", "median"]
 numbers = st.floats(-1e6, 1e6)

@@ -14,10 +14,10 @@ import pytest
 from cryptography import x509
 
 from hosl_cloud.__main__ import main
-from hosl_cloud.authority import Authority, find_authority, make_authority, renew_certificate
 from hosl_cloud.exceptions import ServiceError
-from hosl_cloud.listen import Listen
-from hosl_cloud.tokens import ADMIN_TOKEN_FILE, read_secret
+from hosl_cloud.service.authority import Authority, find_authority, make_authority, renew_certificate
+from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, read_secret
 
 NAMES = ["cloud.example.org", "192.168.1.5", "2001:db8::5"]
 
@@ -171,7 +171,7 @@ def test_a_certificate_that_ends_soon_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("hosl_cloud.authority.SERVER_DAYS", 10)
+        patch.setattr("hosl_cloud.service.authority.SERVER_DAYS", 10)
         make_authority(tmp_path, NAMES)
     Listen("127.0.0.1", 1).with_authority(tmp_path)
     assert [record.message for record in caplog.records] == [

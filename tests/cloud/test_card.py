@@ -13,13 +13,12 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from hosl_cloud.card import f_string
-from hosl_cloud.checkpoint import Metrics, record_metrics, save_checkpoint
 from hosl_cloud.exceptions import AdapterError
-from hosl_cloud.merge import merge_run
-from hosl_export.origin import Origin, write_origin
-from hosl_protocol import load_preset, preset_names, render
-from hosl_protocol.tasks import Task
+from hosl_cloud.tail.card import f_string
+from hosl_cloud.tail.checkpoint import Metrics, record_metrics, save_checkpoint
+from hosl_cloud.tail.merge import merge_run
+from hosl_export.sources.origin import Origin, write_origin
+from hosl_protocol.run.tasks import Task, load_preset, preset_names, render
 from support import run_card
 
 TEXTS = ("w1 w9 good w4", "bad w3", "w17 w2 w2 w8 w5 w30 w31 good", "w6", "w40 w41 bad", "w11 w12 w13")

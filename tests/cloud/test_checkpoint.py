@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hosl_cloud.checkpoint import (
+from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.tail.checkpoint import (
     Metrics,
     find_checkpoint,
     list_checkpoints,
@@ -19,8 +20,7 @@ from hosl_cloud.checkpoint import (
     record_metrics,
     save_checkpoint,
 )
-from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
-from hosl_cloud.trainer import TailTrainer
+from hosl_cloud.tail.trainer import TailTrainer
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 

@@ -10,12 +10,20 @@ import pytest
 
 from damaging import DAMAGES, contents, damage, without_privileges
 from hosl_cloud.exceptions import ServiceError, StoreError
+from hosl_cloud.service.secrets import TOKEN_FILE, load_or_make_token
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import Store
-from hosl_cloud.tokens import TOKEN_FILE, load_or_make_token
-from hosl_protocol import BundleError, FileEntry, Manifest, UpdateRecord, check_files, describe_file
-from hosl_protocol.manifest import TAIL_CONFIG, TAIL_WEIGHTS
-from hosl_protocol.tasks import Task
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import (
+    TAIL_CONFIG,
+    TAIL_WEIGHTS,
+    BundleError,
+    FileEntry,
+    Manifest,
+    check_files,
+    describe_file,
+)
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.weights.client_weights import UpdateRecord
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hosl_cloud import metrics
 from hosl_cloud.__main__ import main
-from hosl_cloud.runs import GOODBYE_S
+from hosl_cloud.runs.queue import GOODBYE_S
+from hosl_cloud.service.secrets import METRICS_TOKEN_FILE
 from hosl_cloud.settings import DeviceSettings
-from hosl_cloud.tokens import METRICS_TOKEN_FILE
-from hosl_protocol.notify import feed_watchdog, notify
+from hosl_protocol.program.notify import feed_watchdog, notify
 from services import Service, serving
 from support import TASK
 

@@ -16,15 +16,15 @@ import msgspec
 import pytest
 
 from hosl_cloud.__main__ import main
-from hosl_cloud.api_client import ApiClient
-from hosl_cloud.authority import make_authority
-from hosl_cloud.devices_command import device_command
+from hosl_cloud.commands.client import ApiClient
+from hosl_cloud.commands.devices import device_command
 from hosl_cloud.exceptions import RequestError
-from hosl_cloud.listen import Listen, write_service_file
+from hosl_cloud.service.authority import make_authority
+from hosl_cloud.service.listen import Listen, write_service_file
 from hosl_edge.__main__ import main as edge
-from hosl_edge.data import check_consent
-from hosl_protocol import ExitCode, Task
-from hosl_protocol.tasks import load_preset
+from hosl_edge.data.examples import check_consent
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.tasks import Task, load_preset
 from services import Service, serving
 from support import TASK
 

@@ -12,27 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosl_cloud import peer
-from hosl_cloud.exchange import Answer, Ask, Await, Exchange, Fault, Tell, first_few
-from hosl_cloud.fleet import Fleet
-from hosl_cloud.peer import Peer
-from hosl_protocol import (
+from hosl_cloud.rounds.exchange import Answer, Ask, Await, Exchange, Fault, Tell, first_few
+from hosl_cloud.runs import peer
+from hosl_cloud.runs.fleet import Fleet
+from hosl_cloud.runs.peer import Peer
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.wire.codec import Frame, encode
+from hosl_protocol.wire.connection import Phase
+from hosl_protocol.wire.messages import (
     Anchor,
     CutGradient,
     EvalBatch,
     EvalStart,
-    Frame,
     Late,
     Message,
-    Phase,
     Probe,
     Projections,
-    ProtocolError,
     Refusal,
     Report,
     RoundStart,
     Update,
-    encode,
     name_of,
 )
 
@@ -382,7 +381,7 @@ def test_an_error_in_a_round_leaves_nobody_in_it(fleet: Fleet) -> None:
 
 
 def test_λ_reaches_a_float16_device_with_its_small_entries() -> None:
-    from hosl_cloud.rounds import _scale_for_wire
+    from hosl_cloud.rounds.algorithms import _scale_for_wire
 
     lambda_TD = np.array([[3e-9, -2e-7, 1e-12]], np.float32)
     scaled, exponent = _scale_for_wire(lambda_TD, "float16")

@@ -15,16 +15,19 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud import room, runs
-from hosl_cloud.authority import make_authority, renew_certificate
-from hosl_cloud.checkpoint import save_checkpoint
-from hosl_cloud.event_log import EventLog
 from hosl_cloud.exceptions import StoreFull, is_disk_full
-from hosl_cloud.records import Said
+from hosl_cloud.runs import queue as runs
+from hosl_cloud.runs.event_log import EventLog
+from hosl_cloud.service.authority import make_authority, renew_certificate
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import Store
+from hosl_cloud.storage import disk_space as room
+from hosl_cloud.storage.records import Said
+from hosl_cloud.storage.store import Store
+from hosl_cloud.tail.checkpoint import save_checkpoint
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode, Task, UpdateRecord
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.weights.client_weights import UpdateRecord
 from services import Service, serving
 from support import TASK, Crew, write_reviews
 

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hosl_cloud.checkpoint import save_checkpoint
 from hosl_cloud.exceptions import BatchError
-from hosl_cloud.merge import merge_run
 from hosl_cloud.settings import parse_config
-from hosl_cloud.trainer import TailTrainer
-from hosl_edge.data import AnyBatch
-from hosl_edge.images import ImageDataset
-from hosl_edge.shard import Shard
-from hosl_protocol import Manifest, SettingsError, load_manifest
-from hosl_protocol.manifest import SHARD_WEIGHTS
+from hosl_cloud.tail.checkpoint import save_checkpoint
+from hosl_cloud.tail.merge import merge_run
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_edge.data.examples import AnyBatch
+from hosl_edge.data.images import ImageDataset
+from hosl_edge.model.shard import Shard
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, load_manifest
 from pictures import BLOCKS, SIZES, TASK, make_image_model, make_pictures
 
 CASES = [("resnet", "norm", 1), ("resnet", "blocks", 2), ("vit", "lora", 1), ("vit", "all", 3)]

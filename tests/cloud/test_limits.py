@@ -20,9 +20,17 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from hosl_cloud import limits
-from hosl_cloud.authority import make_authority
-from hosl_cloud.limits import MAX_BODY_BYTES, MAX_HEAD_BYTES, Buckets, HttpProtocol, Limits, Listener, network_of
+from hosl_cloud.service import limits
+from hosl_cloud.service.authority import make_authority
+from hosl_cloud.service.limits import (
+    MAX_BODY_BYTES,
+    MAX_HEAD_BYTES,
+    Buckets,
+    HttpProtocol,
+    Limits,
+    Listener,
+    network_of,
+)
 
 GET = b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"
 

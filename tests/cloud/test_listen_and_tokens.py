@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hosl_cloud.exceptions import ServiceError
-from hosl_cloud.listen import Listen
-from hosl_cloud.tokens import TOKEN_FILE, load_or_make_token
+from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.secrets import TOKEN_FILE, load_or_make_token
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

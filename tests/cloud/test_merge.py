@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hosl_cloud.checkpoint import save_checkpoint
 from hosl_cloud.exceptions import AdapterError
-from hosl_cloud.merge import merge_run
-from hosl_cloud.trainer import TailTrainer
-from hosl_edge.data import without_end_padding
+from hosl_cloud.tail.checkpoint import save_checkpoint
+from hosl_cloud.tail.merge import merge_run
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_edge.data.examples import without_end_padding
 from hosl_export import plain_state
-from hosl_protocol import BundleError, SettingsError
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import BundleError
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 IDS = torch.randint(4, 48, (3, 9), generator=torch.Generator().manual_seed(2))

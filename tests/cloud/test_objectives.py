@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from hosl_cloud.exceptions import BatchError, CloudError, VerbalizerError
-from hosl_cloud.objectives import unpack
 from hosl_cloud.settings import parse_config
-from hosl_cloud.tail import build_tail
-from hosl_protocol import SettingsError
-from hosl_protocol.manifest import SHARD_TOKENIZER
+from hosl_cloud.tail.building import build_tail
+from hosl_cloud.tail.objectives import unpack
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import SHARD_TOKENIZER
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 

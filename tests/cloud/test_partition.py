@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_cloud.partition import Partition
-from hosl_protocol import SettingsError
+from hosl_cloud.simulation.partition import Partition
+from hosl_protocol.exceptions import SettingsError
 
 partitions = st.sampled_from([Partition(), Partition(0.05), Partition(0.5), Partition(50.0)])
 

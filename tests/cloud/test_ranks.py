@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hosl_cloud.leading import spread
+from hosl_cloud.ranks.leader import spread
 from support import free_port
 
 SCRIPT = Path(__file__).with_name("ranked.py")

@@ -12,16 +12,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud.admission import _plan
-from hosl_cloud.checkpoint import list_checkpoints, save_checkpoint
-from hosl_cloud.coordinator import Coordinator
-from hosl_cloud.records import Evaluation
-from hosl_cloud.resume import Cut, cut, find_run
-from hosl_cloud.run import Run
-from hosl_cloud.runs import Runs
-from hosl_cloud.serve_command import _ahead_of, _choose_first
-from hosl_cloud.store import Store
-from hosl_protocol import Hello, UpdateRecord
+from hosl_cloud.commands.serve import _ahead_of, _choose_first
+from hosl_cloud.runs.admission import _plan
+from hosl_cloud.runs.coordinator import Coordinator
+from hosl_cloud.runs.queue import Runs
+from hosl_cloud.runs.resume import Cut, cut, find_run
+from hosl_cloud.runs.run import Run
+from hosl_cloud.storage.records import Evaluation
+from hosl_cloud.storage.store import Store
+from hosl_cloud.tail.checkpoint import list_checkpoints, save_checkpoint
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.messages import Hello
 
 
 class Site:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hosl_cloud.returning import Returning
+from hosl_cloud.runs.returning import Returning
 
 
 def test_the_pause_grows_so_that_fifty_devices_return_in_a_second() -> None:

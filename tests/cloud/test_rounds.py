@@ -13,29 +13,29 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from hosl_cloud import rounds
-from hosl_cloud.evaluation import evaluate
 from hosl_cloud.exceptions import RoundSpoiltError
-from hosl_cloud.exchange import Action, Answer, Ask, Await, Exchange, Fault, RoundContext, Tell
-from hosl_cloud.records import Evaluation
-from hosl_cloud.rounds import Outcome
+from hosl_cloud.rounds import algorithms as rounds
+from hosl_cloud.rounds.algorithms import Outcome
+from hosl_cloud.rounds.evaluation import evaluate
+from hosl_cloud.rounds.exchange import Action, Answer, Ask, Await, Exchange, Fault, RoundContext, Tell
 from hosl_cloud.settings import DeviceSettings, RunConfig
-from hosl_cloud.trainer import TailTrainer
-from hosl_protocol import (
+from hosl_cloud.storage.records import Evaluation
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_protocol.run.settings import ClientOptimizer
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import (
     Anchor,
-    ClientOptimizer,
     CutGradient,
     EvalBatch,
     EvalResult,
     EvalStart,
-    Frame,
     Late,
     Probe,
     ProbeLoss,
     Projections,
     Refusal,
     RoundStart,
-    Task,
 )
 
 NAME: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}

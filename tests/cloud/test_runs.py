@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hosl_cloud.runs import Runs
+from hosl_cloud.runs.queue import Runs
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.store import Store
-from hosl_protocol import Complete, Hello, Refusal, Task, convert, load_preset
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.settings import convert
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.wire.messages import Complete, Hello, Refusal
 
 SHARD, DATA = "a" * 64, "d" * 64
 

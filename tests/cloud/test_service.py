@@ -20,21 +20,21 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from hosl_cloud import service as service_module
-from hosl_cloud.mirror import load_shard_weights
-from hosl_cloud.run import Run
-from hosl_protocol import (
+from hosl_cloud.runs.run import Run
+from hosl_cloud.service import server as service_module
+from hosl_cloud.storage.mirror import load_shard_weights
+from hosl_protocol.run.manifest import MANIFEST, SHARD_WEIGHTS, load_manifest
+from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
+from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, Frame, encode
+from hosl_protocol.wire.connection import Connection, Role
+from hosl_protocol.wire.messages import (
     CATCH_UP_ROUNDS,
-    MAX_HEADER_BYTES,
-    PIECE_BYTES,
     Anchor,
     CatchUp,
     Complete,
-    Connection,
     EvalBatch,
     EvalResult,
     EvalStart,
-    Frame,
     Goodbye,
     Hello,
     Message,
@@ -42,15 +42,9 @@ from hosl_protocol import (
     Ready,
     Refusal,
     Report,
-    Role,
     RoundStart,
-    UpdateRecord,
     Welcome,
-    encode,
-    load_manifest,
-    make_client_weights,
 )
-from hosl_protocol.manifest import MANIFEST, SHARD_WEIGHTS
 from services import Service, serving
 from support import TASK
 

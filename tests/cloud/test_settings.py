@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from hosl_cloud.settings import RunConfig, load_config, parse_config, read_config
-from hosl_protocol import Manifest, SettingsError, label_of, render
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.tasks import label_of, render
 
 
 def manifest(train: Any = "lora") -> Manifest:

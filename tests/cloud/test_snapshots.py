@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from hosl_cloud.run import Run
+from hosl_cloud.runs.run import Run
+from hosl_cloud.runs.snapshots import KEPT, MARGIN, Snapshots, is_snapshot_faster
 from hosl_cloud.settings import parse_config
-from hosl_cloud.snapshots import KEPT, MARGIN, Snapshots, is_snapshot_faster
-from hosl_cloud.store import Store
-from hosl_protocol import Hello, Snapshot, SnapshotHeader, UpdateRecord, load_manifest, sha256_of_file
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import load_manifest, sha256_of_file
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.state import SnapshotHeader
+from hosl_protocol.wire.messages import Hello, Snapshot
 from support import TASK
 
 MakeRun = Callable[..., Run]
@@ -229,6 +232,6 @@ def test_a_disk_that_cannot_be_written_means_replay(
 
     run = make_run()
     advance(run, 20)
-    monkeypatch.setattr("hosl_cloud.snapshots.write_snapshot", full)
+    monkeypatch.setattr("hosl_cloud.runs.snapshots.write_snapshot", full)
     assert offer(Snapshots(run, compute), 0) is None
     assert "no snapshot can be made" in caplog.text

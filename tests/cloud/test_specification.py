@@ -7,12 +7,12 @@ from typing import Any
 
 from starlette.routing import Match
 
-from hosl_cloud.access import Denied
-from hosl_cloud.admission import JOIN_DEADLINE_S, LONGEST_CATCH_UP_S
-from hosl_cloud.device_routes import HELLO_DEADLINE_S, DeviceRoutes
-from hosl_cloud.peer import MAX_WAITING, OUTBOX_BYTES
-from hosl_cloud.rounds import LARGEST_PROJECTION
-from hosl_cloud.service import HEARTBEAT_S
+from hosl_cloud.rounds.algorithms import LARGEST_PROJECTION
+from hosl_cloud.runs.admission import JOIN_DEADLINE_S, LONGEST_CATCH_UP_S
+from hosl_cloud.runs.peer import MAX_WAITING, OUTBOX_BYTES
+from hosl_cloud.service.access import Denied
+from hosl_cloud.service.device_routes import HELLO_DEADLINE_S, DeviceRoutes
+from hosl_cloud.service.server import HEARTBEAT_S
 from hosl_cloud.settings import DeviceSettings, EvaluationSettings
 from hosl_edge.agent import LONGEST_PAUSE_S
 from hosl_edge.session import PATIENCE

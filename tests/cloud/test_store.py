@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
-from hosl_cloud.records import DeviceRow, Evaluation, Said
-from hosl_cloud.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.store import Store
-from hosl_protocol import Report, Task, UpdateRecord
+from hosl_cloud.storage.records import DeviceRow, Evaluation, Said
+from hosl_cloud.storage.schema import MIGRATIONS, SCHEMA_VERSION
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.messages import Report
 
 CONFIG = RunConfig(
     task=Task(name="text", kind="lm", template="{text}"), seed=7, tail=TailSettings(train="head", learning_rate=0.1)
@@ -72,7 +74,7 @@ def test_updates_come_back_bit_for_bit(store: Store) -> None:
 def test_a_replay_reads_a_portion_at_a_time_and_misses_no_round(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hosl_cloud.store.PORTION", 2)
+    monkeypatch.setattr("hosl_cloud.storage.store.PORTION", 2)
     for round_ in range(1, 6):
         add_round(store, round_)
     asked: list[tuple[int, int]] = []
@@ -289,8 +291,8 @@ def say(store: Store, *sentences: str, is_ending: bool = False) -> None:
 def test_the_oldest_sentences_of_a_log_make_room_but_not_those_that_say_how_the_run_ended(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hosl_cloud.store.MOST_EVENTS", 10)
-    monkeypatch.setattr("hosl_cloud.store._PRUNE_EVERY", 5)
+    monkeypatch.setattr("hosl_cloud.storage.store.MOST_EVENTS", 10)
+    monkeypatch.setattr("hosl_cloud.storage.store._PRUNE_EVERY", 5)
     store.create_run("run-2", tmp_path, "5" * 64, CONFIG)
     store.add_events([Said("run-2", 1.0, "info", "another run's")])
     for number in range(30):

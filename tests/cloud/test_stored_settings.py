@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from hosl_cloud.__main__ import main
-from hosl_cloud.checkpoint import find_checkpoint, save_checkpoint
 from hosl_cloud.exceptions import ForeignSettings
-from hosl_cloud.resume import find_run
-from hosl_cloud.run_status import Live, Turns, WaitsFor, list_runs
-from hosl_cloud.store import Store
-from hosl_cloud.stored_settings import read_stored
-from hosl_protocol import ExitCode, UpdateRecord
+from hosl_cloud.runs.resume import find_run
+from hosl_cloud.service.run_status import Live, Turns, WaitsFor, list_runs
+from hosl_cloud.storage.store import Store
+from hosl_cloud.storage.stored_settings import read_stored
+from hosl_cloud.tail.checkpoint import find_checkpoint, save_checkpoint
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.weights.client_weights import UpdateRecord
 
 
 def text_of(bundle: Any, *path: str, **more: Any) -> str:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hosl_cloud.exceptions import NotFiniteError, RoundSpoiltError
-from hosl_cloud.tail import block_list
-from hosl_cloud.trainer import TailTrainer, split_rows
+from hosl_cloud.tail.building import block_list
+from hosl_cloud.tail.trainer import TailTrainer, split_rows
 from hosl_export import plain_state, tail_half
-from hosl_protocol import SettingsError
+from hosl_protocol.exceptions import SettingsError
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 

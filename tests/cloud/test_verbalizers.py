@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from hosl_cloud.exceptions import VerbalizerError
-from hosl_cloud.tail import verbalizer_rows
-from hosl_protocol import Task, convert, load_preset, preset_names
+from hosl_cloud.tail.building import verbalizer_rows
+from hosl_protocol.run.settings import convert
+from hosl_protocol.run.tasks import Task, load_preset, preset_names
 
 ANSWERS = ("terrible", "great", "No", "Yes", "Maybe")
 

@@ -12,11 +12,11 @@ import pytest
 
 from hosl_edge.__main__ import main
 from hosl_edge.agent import LONGEST_PAUSE_S, Agent, backoff_s, run_agent
-from hosl_edge.display import Display
+from hosl_edge.connection.trust import Token
 from hosl_edge.exceptions import RefusedError, WrongDigestError
+from hosl_edge.host.display import Display
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.trust import Token
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 
 
 def pauses(attempt: int) -> list[float]:

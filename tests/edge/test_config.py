@@ -15,7 +15,7 @@ import pytest
 from hosl_edge import settings as settings_module
 from hosl_edge.__main__ import EXAMPLE, UNIT, main
 from hosl_edge.settings import FIELDS, load_settings, resolve
-from hosl_protocol import ExitCode, SettingsError
+from hosl_protocol.exceptions import ExitCode, SettingsError
 
 FILE = 'server = "wss://file:1"\ntoken_file = "file"\ndata = "file.jsonl"\nthreads = 3\nname = "file"\n'
 

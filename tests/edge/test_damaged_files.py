@@ -14,22 +14,15 @@ import pytest
 
 from damaging import DAMAGES, contents, damage, without_privileges
 from hosl_edge.__main__ import main
+from hosl_edge.data.images import load_images
 from hosl_edge.exceptions import DataError
-from hosl_edge.images import load_images
 from hosl_edge.session import Session
-from hosl_protocol import (
-    Complete,
-    ExitCode,
-    ImageEntry,
-    RunSettings,
-    Task,
-    UpdateRecord,
-    Welcome,
-    convert,
-    load_manifest,
-    load_preset,
-)
-from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH, SHARD_TOKENIZER, SHARD_WEIGHTS
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.manifest import MANIFEST, SHARD_GRAPH, SHARD_TOKENIZER, SHARD_WEIGHTS, ImageEntry, load_manifest
+from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.messages import Complete, Welcome
 
 TOKEN = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"
 SETTINGS: RunSettings = convert(

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data import Dataset, check_consent, digest_of_data, load_dataset, read_examples
+from hosl_edge.data.examples import Dataset, check_consent, digest_of_data, load_dataset, read_examples
 from hosl_edge.exceptions import ConsentError, DataError, UnservedError
-from hosl_protocol import Manifest, Task, TensorEntry
+from hosl_protocol.run.manifest import Manifest, TensorEntry
+from hosl_protocol.run.tasks import Task
 
 TASK = Task(
     name="reviews",

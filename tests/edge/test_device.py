@@ -15,29 +15,20 @@ import numpy as np
 import pytest
 
 from hosl_edge import device as device_module
+from hosl_edge.connection.farewell import farewell
+from hosl_edge.connection.pace import Pace
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
-from hosl_edge.farewell import farewell
-from hosl_edge.journal import journal_path
-from hosl_edge.memory import Memory
-from hosl_edge.pace import Pace
+from hosl_edge.history.journal import journal_path
+from hosl_edge.model.memory import Memory
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import (
-    BundleError,
-    ClientOptimizer,
-    IrreversibleError,
-    LatticeError,
-    ProtocolError,
-    RunSettings,
-    Snapshot,
-    Task,
-    UpdateRecord,
-    Welcome,
-    client,
-    convert,
-    load_manifest,
-    load_preset,
-)
+from hosl_protocol.exceptions import IrreversibleError, LatticeError, ProtocolError
+from hosl_protocol.run.manifest import BundleError, load_manifest
+from hosl_protocol.run.settings import ClientOptimizer, RunSettings, convert
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.weights import client_weights as client
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.messages import Snapshot, Welcome
 from support import mirror_of, write_reviews, write_snapshot
 
 OPTIMIZERS = {
@@ -296,7 +287,7 @@ def test_a_rewind_ends_with_the_bits_of_the_round_it_goes_back_to(make_site: Cal
 def test_many_rounds_are_taken_back_in_portions(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hosl_edge.history.REVERTED_ROUNDS", 7)
+    monkeypatch.setattr("hosl_edge.history.history.REVERTED_ROUNDS", 7)
     site = make_site()
     device = site.rebased(50)
     device.apply(make_updates(51, 100))
@@ -332,7 +323,7 @@ def test_a_rewind_that_lacks_a_file_leaves_no_run_and_not_half_of_one(
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("place", ["hosl_edge.journal.os.fsync", "hosl_edge.journal.Path.replace"])
+@pytest.mark.parametrize("place", ["hosl_edge.history.journal.os.fsync", "hosl_edge.history.journal.Path.replace"])
 @pytest.mark.parametrize("plan", ["rewind", "snapshot", "rebuild"])
 def test_a_disk_that_fails_between_journal_and_weights_leaves_a_state_that_is_whole(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str, place: str, plan: str
@@ -446,7 +437,7 @@ def test_a_memory_budget_pays_for_what_a_round_needs_and_then_for_held_sets(
     if train == "norm:-1":
         needed += set_bytes  # what the blocks that stand still computed
     nothing = Memory(resident=0, peak=0, anonymous=0, file_backed=0)
-    monkeypatch.setattr("hosl_edge.memory.read_memory", lambda: nothing)
+    monkeypatch.setattr("hosl_edge.model.memory.read_memory", lambda: nothing)
     monkeypatch.setattr("hosl_edge.device.read_memory", lambda: nothing)
     site.run_settings = settings
     site.settings = msgspec.structs.replace(site.settings, memory_budget=str(needed + spare * set_bytes))

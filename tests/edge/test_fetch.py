@@ -16,11 +16,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hosl_edge import trust
+from hosl_edge.connection import trust
+from hosl_edge.connection.fetch import NoSpaceError, fetch_bundle, fetch_snapshot
 from hosl_edge.exceptions import ConnectionLost, RefusedError, WrongDigestError
-from hosl_edge.fetch import NoSpaceError, fetch_bundle, fetch_snapshot
-from hosl_protocol import BundleError, FileEntry, Manifest, Snapshot, describe_file, encode_manifest
-from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH, SHARD_WEIGHTS
+from hosl_protocol.run.manifest import (
+    MANIFEST,
+    SHARD_GRAPH,
+    SHARD_WEIGHTS,
+    BundleError,
+    FileEntry,
+    Manifest,
+    describe_file,
+    encode_manifest,
+)
+from hosl_protocol.wire.messages import Snapshot
 
 TOKEN = "the-token"
 CONTENT = {SHARD_WEIGHTS: bytes(range(256)) * 12_000, SHARD_GRAPH: b"a graph"}

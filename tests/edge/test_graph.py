@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_edge.graph import check_graph
-from hosl_edge.shard import Shard
-from hosl_protocol import BundleError, load_manifest
-from hosl_protocol.manifest import SHARD_GRAPH
+from hosl_edge.model.graph_check import check_graph
+from hosl_edge.model.shard import Shard
+from hosl_protocol.run.manifest import SHARD_GRAPH, BundleError, load_manifest
 
 
 def number(value: int) -> bytes:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hosl_edge.display import Display, Progress
 from hosl_edge.exceptions import LowMemoryError
-from hosl_edge.health import Guard, Health, read_available, read_health
+from hosl_edge.host.display import Display, Progress
+from hosl_edge.host.health import Guard, Health, read_available, read_health
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -15,33 +15,29 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data import Batch
+from hosl_edge.data.examples import Batch
 from hosl_edge.device import Device
 from hosl_edge.exceptions import SnapshotError
+from hosl_edge.history.snapshot import read_snapshot
+from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.shard import Shard
-from hosl_edge.snapshot import read_snapshot
-from hosl_protocol import (
-    BundleError,
-    HoslError,
-    Manifest,
-    RunSettings,
-    Task,
-    TensorEntry,
-    Welcome,
-    convert,
-    load_manifest,
-    load_preset,
-    make_client_weights,
-)
-from hosl_protocol.manifest import (
+from hosl_protocol.exceptions import HoslError
+from hosl_protocol.run.manifest import (
     MANIFEST,
     SHARD_GRAPH,
     SHARD_TOKENIZER,
     SHARD_WEIGHTS,
+    BundleError,
+    Manifest,
+    TensorEntry,
     decode_manifest,
     encode_manifest,
+    load_manifest,
 )
+from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.weights.client_weights import make_client_weights
+from hosl_protocol.wire.messages import Welcome
 from support import mirror_of, write_reviews, write_snapshot
 
 SETTINGS = RunSettings(task=convert(load_preset("reviews"), Task, "task"), max_length=16, batch_size=4)

@@ -12,12 +12,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data import digest_of_data
+from hosl_edge.data.examples import digest_of_data
+from hosl_edge.data.images import ImageDataset, fit, load_images, normalize
 from hosl_edge.exceptions import DataError
-from hosl_edge.images import ImageDataset, fit, load_images, normalize
-from hosl_edge.shard import Shard
-from hosl_protocol import Augmentation, ImageEntry, RunSettings, Task, draw_variations, load_manifest, vary
-from hosl_protocol.installing import install_line
+from hosl_edge.model.shard import Shard
+from hosl_protocol.program.installing import install_line
+from hosl_protocol.run.augmentation import draw_variations, vary
+from hosl_protocol.run.manifest import ImageEntry, load_manifest
+from hosl_protocol.run.settings import Augmentation, RunSettings
+from hosl_protocol.run.tasks import Task
 from pictures import CLASSES, SIZES, TASK, make_image_model, make_pictures
 
 IMAGE = ImageEntry(channels=3, height=32, width=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), resample="bicubic")
@@ -111,7 +114,7 @@ def test_activations_are_those_of_torch_for_any_micro_batch(
     make_image_bundle: Callable[..., Path], kind: str, train: str, rows: int
 ) -> None:
     torch = pytest.importorskip("torch")
-    from hosl_export.halves import client_half
+    from hosl_export.model.halves import client_half
 
     bundle = make_image_bundle(kind, train)
     manifest = load_manifest(bundle)

@@ -14,8 +14,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.journal import JournalHeader, create_journal, journal_path, open_journal
-from hosl_protocol import RunSettings, Task, UpdateRecord
+from hosl_edge.history.journal import JournalHeader, create_journal, journal_path, open_journal
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.weights.client_weights import UpdateRecord
 
 HEADER = JournalHeader(
     run="r",

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
-from hosl_edge.display import Progress
-from hosl_edge.link import Link
-from hosl_edge.trust import Cloud, Token
-from hosl_protocol import ProtocolError
+from hosl_edge.connection.link import Link
+from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.host.display import Progress
+from hosl_protocol.exceptions import ProtocolError
 
 
 def test_a_text_message_is_against_the_protocol() -> None:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from hosl_edge.exceptions import MemoryBudgetError
-from hosl_edge.memory import (
+from hosl_edge.model.memory import (
     choose_micro_batch,
     growth_bytes,
     keep_heap_small,
@@ -18,7 +18,9 @@ from hosl_edge.memory import (
     read_memory,
     release_unused,
 )
-from hosl_protocol import ImageEntry, RunSettings, Task
+from hosl_protocol.run.manifest import ImageEntry
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task
 
 MB = 10**6
 TASK = Task(name="t", kind="lm", template="{text}")

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from hosl_edge.network import NetworkWatch
+from hosl_edge.connection.network import NetworkWatch
 
 NEW_LINK, NEW_ADDRESS, NEW_ROUTE, GONE_ADDRESS = 16, 20, 24, 21
 

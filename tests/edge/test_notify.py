@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hosl_edge.display import Display
-from hosl_edge.notify import WatchedPool, notified
-from hosl_protocol.notify import notify
+from hosl_edge.host.display import Display
+from hosl_edge.host.notify import WatchedPool, notified
+from hosl_protocol.program.notify import notify
 
 
 @pytest.fixture

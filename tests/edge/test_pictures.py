@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hosl_edge.data.pictures import PictureFiles, broken_among, some_of, visible_files
 from hosl_edge.exceptions import DataError
-from hosl_edge.pictures import PictureFiles, broken_among, some_of, visible_files
 
 Image = pytest.importorskip("PIL.Image")
 

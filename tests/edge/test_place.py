@@ -13,13 +13,14 @@ import pytest
 
 from answers import Answers, answering
 from hosl_edge.agent import run_agent
+from hosl_edge.connection.offer import fetch_place
+from hosl_edge.connection.trust import Cloud, Token
 from hosl_edge.exceptions import ConsentError, DataError, RefusedError
-from hosl_edge.place import fetch_place
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.trust import Cloud, Token
-from hosl_protocol import Complete, load_manifest, load_preset
-from hosl_protocol.manifest import MANIFEST
+from hosl_protocol.run.manifest import MANIFEST, load_manifest
+from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.wire.messages import Complete
 from support import write_reviews
 
 OWN_TASK = {**load_preset("reviews"), "name": "tickets"}

@@ -20,9 +20,10 @@ import pytest
 from answers import Answers, answering
 from hosl_edge import settings as settings_module
 from hosl_edge.__main__ import main
-from hosl_edge.data import digest_of_data
+from hosl_edge.connection.fetch import fetch_bundle
+from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.data.examples import digest_of_data
 from hosl_edge.exceptions import ConnectionLost
-from hosl_edge.fetch import fetch_bundle
 from hosl_edge.preflight import (
     FAILED,
     OK,
@@ -36,8 +37,9 @@ from hosl_edge.preflight import (
     check_system,
 )
 from hosl_edge.settings import EdgeSettings, read_token
-from hosl_edge.trust import Cloud, Token
-from hosl_protocol import ExitCode, FileEntry, Manifest, TensorEntry, encode_manifest, load_preset
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.manifest import FileEntry, Manifest, TensorEntry, encode_manifest
+from hosl_protocol.run.tasks import load_preset
 
 MANIFEST = "/v1/bundle/manifest.json"
 

@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 
 from hosl_edge import step
-from hosl_edge.display import Progress
+from hosl_edge.connection.trust import Cloud, Token
 from hosl_edge.exceptions import ConnectionLost, RefusedError
+from hosl_edge.host.display import Progress
 from hosl_edge.session import Session
-from hosl_edge.trust import Cloud, Token
-from hosl_protocol import (
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import (
     CatchUp,
     CutGradient,
     EvalResult,
     EvalStart,
-    Frame,
     Late,
-    ProtocolError,
     Refusal,
     RoundStart,
-    RunSettings,
-    Task,
     Update,
     Welcome,
     name_of,

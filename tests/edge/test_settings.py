@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hosl_edge.connection.trust import Token
 from hosl_edge.settings import device_name, load_settings, parse_bytes, read_token
-from hosl_edge.trust import Token
-from hosl_protocol import SettingsError
+from hosl_protocol.exceptions import SettingsError
 
 GIVEN = {"server": "wss://host:8765", "token_file": "t", "data": "d.jsonl"}
 

@@ -13,23 +13,15 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from hosl_edge.data import Batch
-from hosl_edge.shard import Shard
-from hosl_protocol import (
-    BundleError,
-    Manifest,
-    RunSettings,
-    Task,
-    TensorEntry,
-    UpdateRecord,
-    load_manifest,
-    make_client_weights,
-    sha256_of_file,
-)
-from hosl_protocol.manifest import SHARD_WEIGHTS
+from hosl_edge.data.examples import Batch
+from hosl_edge.model.shard import Shard
+from hosl_protocol.run.manifest import SHARD_WEIGHTS, BundleError, Manifest, TensorEntry, load_manifest, sha256_of_file
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task
+from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
 
 if TYPE_CHECKING:
-    from hosl_export.halves import ClientHalf
+    from hosl_export.model.halves import ClientHalf
 
 MakeBundle = Callable[[str, int], Path]
 SETTINGS = RunSettings(task=Task(name="text", kind="lm", template="{text}"), seed=3, directions=2)
@@ -82,8 +74,8 @@ def load_half(model: Path, bundle: Path) -> ClientHalf:
     """torch's client half with the bundle's weights."""
     import torch
 
-    from hosl_export.halves import client_half
-    from hosl_export.loading import load_model
+    from hosl_export.model.halves import client_half
+    from hosl_export.sources.loading import load_model
 
     half = client_half(load_model(str(model)), 2)
     parameters = dict(half.model.named_parameters())

@@ -20,8 +20,8 @@ import pytest
 from answers import answering
 from hosl_edge.__main__ import main
 from hosl_edge.exceptions import ConnectionLost
-from hosl_edge.status import read_status, readable, serve_status, status_folder
-from hosl_protocol import ExitCode, SettingsError
+from hosl_edge.host.status import read_status, readable, serve_status, status_folder
+from hosl_protocol.exceptions import ExitCode, SettingsError
 
 MANIFEST = "/v1/bundle/manifest.json"
 

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from hosl_edge import step
-from hosl_edge.data import Batch, Dataset
-from hosl_protocol import CutGradient, EvalResult, Frame, ProbeLoss, ProtocolError, RunSettings, load_manifest, name_of
+from hosl_edge.data.examples import Batch, Dataset
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.run.manifest import load_manifest
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import CutGradient, EvalResult, ProbeLoss, name_of
 from support import TASK, Device
 
 MakeBundle = Callable[[str, int], Path]

@@ -18,4 +18,4 @@ def files_left_by(code: str, home: Path) -> list[Path]:
 
 
 def test_onnxruntime_keeps_no_reports_in_the_agents_process(tmp_path: Path) -> None:
-    assert files_left_by("import hosl_edge.shard, time; time.sleep(0.5)", tmp_path / "home") == []
+    assert files_left_by("import hosl_edge.model.shard, time; time.sleep(0.5)", tmp_path / "home") == []

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data import Dataset
-from hosl_edge.tokens import FILE, Splits, load_or_tokenize, tokens_key
-from hosl_protocol import RunSettings, load_preset
-from hosl_protocol.tasks import Task
+from hosl_edge.data.examples import Dataset
+from hosl_edge.data.token_cache import FILE, Splits, load_or_tokenize, tokens_key
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task, load_preset
 
 
 def make_splits(has_labels: bool = True) -> Splits:

@@ -8,10 +8,10 @@ import torch
 from tiny import CONFIGS, SPLITS, make_batch, make_model, make_tokenizer, run_shard
 from tokenizers import Tokenizer
 
-from hosl_export.bundle import write_texts
-from hosl_export.graph import IR_VERSION, OPSET
-from hosl_export.halves import load_config
-from hosl_protocol.manifest import (
+from hosl_export.bundle.graph import IR_VERSION, OPSET
+from hosl_export.bundle.writing import write_texts
+from hosl_export.model.halves import load_config
+from hosl_protocol.run.manifest import (
     SHARD_GRAPH,
     SHARD_TOKENIZER,
     SHARD_WEIGHTS,

@@ -14,13 +14,14 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from hosl_export import check, exporter
+from hosl_export import exporter
 from hosl_export.__main__ import main
+from hosl_export.bundle import parity as check
+from hosl_export.bundle.weights import read_tensors, write_tensors
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.halves import client_half, load_client, load_tail, tail_half
-from hosl_export.weights import read_tensors, write_tensors
+from hosl_export.model.halves import client_half, load_client, load_tail, tail_half
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.manifest import SHARD_GRAPH, SHARD_WEIGHTS, TAIL_WEIGHTS, Manifest, load_manifest
+from hosl_protocol.run.manifest import SHARD_GRAPH, SHARD_WEIGHTS, TAIL_WEIGHTS, Manifest, load_manifest
 from pictures import BLOCKS, SIZES, make_image_model, save_image_model
 
 SPLITS = {"vit": 3, "vit-wide": 1, "resnet": 1, "resnet-bottleneck": 3, "resnet-grey": 2}
@@ -283,8 +284,8 @@ def test_the_size_of_a_resnets_images_may_be_chosen(tmp_path: Path, capsys: Any)
     ],
 )
 def test_preprocessors_name_their_size_in_many_ways(facts: dict[str, Any], expected: tuple[int, int]) -> None:
-    from hosl_export.families import find_family
-    from hosl_export.images import read_image_entry
+    from hosl_export.model.families import find_family
+    from hosl_export.sources.images import read_image_entry
 
     config = make_image_model("resnet").config
     image = read_image_entry(

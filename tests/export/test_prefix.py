@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny import BLOCKS, make_batch
 
-from hosl_edge.data import Batch
-from hosl_edge.images import blank_images
-from hosl_edge.shard import Shard
-from hosl_export.check import TOLERANCE
+from hosl_edge.data.examples import Batch
+from hosl_edge.data.images import blank_images
+from hosl_edge.model.shard import Shard
+from hosl_export.bundle.parity import TOLERANCE
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_protocol.manifest import SHARD_PREFIX, load_manifest
+from hosl_protocol.run.manifest import SHARD_PREFIX, load_manifest
 from pictures import save_image_model
 
 IMAGE_KINDS = ("resnet-bottleneck",)

@@ -17,8 +17,8 @@ from tiny import SCALINGS, make_batch, make_model, save_scaled, save_with_senten
 
 from hosl_export.exceptions import ModelError
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.loading import find_source, load_config, load_model, load_tokenizer
-from hosl_protocol import load_manifest
+from hosl_export.sources.loading import find_source, load_config, load_model, load_tokenizer
+from hosl_protocol.run.manifest import load_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from hosl_export.check import SAMPLE
-from hosl_protocol.manifest import SHARD_GRAPH
+from hosl_export.bundle.parity import SAMPLE
+from hosl_protocol.run.manifest import SHARD_GRAPH
 
 VOCABULARY = 64
 WINDOW = 8

@@ -31,11 +31,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hosl_cloud.checkpoint import find_checkpoint, read_tensors
-from hosl_cloud.mirror import load_shard_weights
-from hosl_cloud.store import Store
-from hosl_edge.journal import open_journal
-from hosl_protocol import load_manifest, make_client_weights
+from hosl_cloud.storage.mirror import load_shard_weights
+from hosl_cloud.storage.store import Store
+from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
+from hosl_edge.history.journal import open_journal
+from hosl_protocol.run.manifest import load_manifest
+from hosl_protocol.weights.client_weights import make_client_weights
 from integration.chaos_site import DATABASE, ROUNDS, Settings, Site
 from integration.faults import do_faults, draw_faults, draw_settings, targets_of
 

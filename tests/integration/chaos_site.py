@@ -18,9 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hosl_cloud.tokens import load_or_make_token
-from hosl_edge.pace import save_link
-from hosl_protocol import ExitCode
+from hosl_cloud.service.secrets import load_or_make_token
+from hosl_edge.connection.pace import save_link
+from hosl_protocol.exceptions import ExitCode
 from integration import launch
 from integration.proxy import Proxy
 from processes import FORKS

@@ -19,42 +19,42 @@ from typing import Any
 SHORTER = {
     "hosl_edge": {
         "hosl_edge.agent.LONGEST_PAUSE_S": 1.0,  # 20
-        "hosl_edge.link.HEARTBEAT_S": 2.0,  # 15
-        "hosl_edge.fetch.TIMEOUT_S": 3.0,  # 30
+        "hosl_edge.connection.link.HEARTBEAT_S": 2.0,  # 15
+        "hosl_edge.connection.fetch.TIMEOUT_S": 3.0,  # 30
         "hosl_edge.device.measure_replay_s": lambda *_: 1.0,  # beside a known link: a snapshot is always faster
     },
     "hosl_cloud": {
-        "hosl_cloud.service.HEARTBEAT_S": 2.0,  # 15
-        "hosl_cloud.admission.JOIN_DEADLINE_S": 20.0,  # 600
+        "hosl_cloud.service.server.HEARTBEAT_S": 2.0,  # 15
+        "hosl_cloud.runs.admission.JOIN_DEADLINE_S": 20.0,  # 600
     },
 }
 """Waits that are constants of the product; what they are there stands behind."""
 
 POINTS = {
     "hosl_edge": {
-        "journal-append": "hosl_edge.journal.Journal.append",
-        "journal-create": "hosl_edge.history.NewJournal",
-        "journal-install": "hosl_edge.journal.NewJournal.install",
-        "rewind": "hosl_edge.history.History.rewind",
-        "journal-open": "hosl_edge.history.open_journal",
-        "weights-apply": "hosl_edge.history.History._replay",
+        "journal-append": "hosl_edge.history.journal.Journal.append",
+        "journal-create": "hosl_edge.history.history.NewJournal",
+        "journal-install": "hosl_edge.history.journal.NewJournal.install",
+        "rewind": "hosl_edge.history.history.History.rewind",
+        "journal-open": "hosl_edge.history.history.open_journal",
+        "weights-apply": "hosl_edge.history.history.History._replay",
         "join": "hosl_edge.device.Device.join",
         "batch": "hosl_edge.session.batch_indices",
         "snapshot-fetch": "hosl_edge.session.fetch_snapshot",
-        "snapshot-read": "hosl_edge.history.read_snapshot",
+        "snapshot-read": "hosl_edge.history.history.read_snapshot",
     },
     "hosl_cloud": {
-        "store-roster": "hosl_cloud.store.Store.set_roster",
-        "store-cut": "hosl_cloud.store.Store.cut_run",
-        "store-round": "hosl_cloud.store.Store.add_round",
-        "store-evaluation": "hosl_cloud.store.Store.add_evaluation",
-        "store-state": "hosl_cloud.store.Store.set_state",
-        "store-updates": "hosl_cloud.store.Store.updates",
-        "checkpoint-file": "hosl_cloud.checkpoint._put",
-        "checkpoint-prune": "hosl_cloud.keeper.prune_checkpoints",
-        "tail-step": "hosl_cloud.trainer.TailTrainer.step",
-        "mirror-apply": "hosl_cloud.run.Run.apply",
-        "snapshot-write": "hosl_cloud.snapshots.write_snapshot",
+        "store-roster": "hosl_cloud.storage.store.Store.set_roster",
+        "store-cut": "hosl_cloud.storage.store.Store.cut_run",
+        "store-round": "hosl_cloud.storage.store.Store.add_round",
+        "store-evaluation": "hosl_cloud.storage.store.Store.add_evaluation",
+        "store-state": "hosl_cloud.storage.store.Store.set_state",
+        "store-updates": "hosl_cloud.storage.store.Store.updates",
+        "checkpoint-file": "hosl_cloud.tail.checkpoint._put",
+        "checkpoint-prune": "hosl_cloud.runs.keeper.prune_checkpoints",
+        "tail-step": "hosl_cloud.tail.trainer.TailTrainer.step",
+        "mirror-apply": "hosl_cloud.runs.run.Run.apply",
+        "snapshot-write": "hosl_cloud.runs.snapshots.write_snapshot",
     },
 }
 """Where a process can be told to die."""
@@ -123,7 +123,7 @@ def _mortal(point: str, function: Callable[..., Any], order: Path) -> Callable[.
 
 def _tear(journal: Any, updates: Any) -> None:
     """Half of what Journal.append would write."""
-    from hosl_edge.journal import _encode_update, _record
+    from hosl_edge.history.journal import _encode_update, _record
 
     data = b"".join(_record(_encode_update(update)) for update in updates)
     journal._file.write(data[: len(data) // 2])

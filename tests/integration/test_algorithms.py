@@ -13,16 +13,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from hosl_cloud import rounds
-from hosl_cloud.rounds import Outcome, RoundContext
+from hosl_cloud.rounds import algorithms as rounds
+from hosl_cloud.rounds.algorithms import Outcome, RoundContext
 from hosl_cloud.settings import RunConfig, parse_config
-from hosl_cloud.trainer import TailTrainer
-from hosl_edge.data import Batch, load_dataset
-from hosl_export.halves import client_half
-from hosl_export.loading import load_model
-from hosl_protocol import Manifest, UpdateRecord, direction, load_manifest
-from hosl_protocol.lattice import round_probe_step
-from hosl_protocol.manifest import SHARD_TOKENIZER
+from hosl_cloud.tail.trainer import TailTrainer
+from hosl_edge.data.examples import Batch, load_dataset
+from hosl_export.model.halves import client_half
+from hosl_export.sources.loading import load_model
+from hosl_protocol.run.manifest import SHARD_TOKENIZER, Manifest, load_manifest
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.directions import direction
+from hosl_protocol.weights.lattice import round_probe_step
 from services import run_round
 from support import TASK, Device, write_reviews
 

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 from support import TASK
 
 CHECKS = [

@@ -25,28 +25,17 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from hosl_cloud import limits
-from hosl_cloud.api_client import ApiClient
-from hosl_cloud.authority import find_authority, make_authority
-from hosl_cloud.listen import Listen
+from hosl_cloud.commands.client import ApiClient
+from hosl_cloud.service import limits
+from hosl_cloud.service.authority import find_authority, make_authority
+from hosl_cloud.service.listen import Listen
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.exceptions import ConsentError, RefusedError, TrustError
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import (
-    BundleError,
-    Connection,
-    Frame,
-    Hello,
-    Message,
-    Refusal,
-    Role,
-    Welcome,
-    describe_file,
-    encode,
-    encode_manifest,
-    load_manifest,
-)
-from hosl_protocol.manifest import MANIFEST, SHARD_GRAPH
+from hosl_protocol.run.manifest import MANIFEST, SHARD_GRAPH, BundleError, describe_file, encode_manifest, load_manifest
+from hosl_protocol.wire.codec import Frame, encode
+from hosl_protocol.wire.connection import Connection, Role
+from hosl_protocol.wire.messages import Hello, Message, Refusal, Welcome
 from services import Service, serving
 from support import TASK, free_port, write_reviews
 

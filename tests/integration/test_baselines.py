@@ -16,13 +16,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.baselines import prepare_config
-from hosl_cloud.partition import Partition
-from hosl_cloud.run import Run
+from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import parse_config
-from hosl_cloud.simulation import simulate
-from hosl_cloud.store import Store
-from hosl_protocol import ExitCode, SettingsError, batch_indices, load_manifest
+from hosl_cloud.simulation.baselines import prepare_config
+from hosl_cloud.simulation.fleet import simulate
+from hosl_cloud.simulation.partition import Partition
+from hosl_cloud.storage.store import Store
+from hosl_protocol.exceptions import ExitCode, SettingsError
+from hosl_protocol.run.manifest import load_manifest
+from hosl_protocol.run.ordering import batch_indices
 from support import TASK, write_reviews
 
 ROUNDS, RATE, BATCH, EXAMPLES = 5, 0.02, 6, 20

@@ -19,10 +19,10 @@ import msgspec
 import pytest
 
 from hosl_edge import EdgeSettings, Summary, run_agent
-from hosl_edge.fetch import OnProgress, OnRate
-from hosl_edge.journal import open_journal
-from hosl_protocol import Snapshot
-from hosl_protocol.manifest import SHARD_WEIGHTS
+from hosl_edge.connection.fetch import OnProgress, OnRate
+from hosl_edge.history.journal import open_journal
+from hosl_protocol.run.manifest import SHARD_WEIGHTS
+from hosl_protocol.wire.messages import Snapshot
 from services import Service, serving
 from support import TASK, write_reviews
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from hosl_protocol import ExitCode, load_manifest
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.manifest import load_manifest
 from processes import Program
 from support import TASK, count_right, write_reviews
 

@@ -19,20 +19,10 @@ from websockets.exceptions import ConnectionClosed
 from fuzzing import VALID, damage, with_length
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import (
-    Anchor,
-    CatchUp,
-    Connection,
-    Frame,
-    Hello,
-    Message,
-    ProtocolError,
-    Ready,
-    Refusal,
-    Role,
-    RoundStart,
-    encode,
-)
+from hosl_protocol.exceptions import ProtocolError
+from hosl_protocol.wire.codec import Frame, encode
+from hosl_protocol.wire.connection import Connection, Role
+from hosl_protocol.wire.messages import Anchor, CatchUp, Hello, Message, Ready, Refusal, RoundStart
 from services import Service, serving
 from support import TASK, write_reviews
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from hosl_edge.images import normalize
-from hosl_protocol import load_manifest
+from hosl_edge.data.images import normalize
+from hosl_protocol.run.manifest import load_manifest
 from pictures import CLASSES, make_pictures, write_pictures
 from processes import Program
 from support import run_card

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from hosl_cloud.checkpoint import list_checkpoints
+from hosl_cloud.tail.checkpoint import list_checkpoints
 from hosl_edge import EdgeSettings, Summary, run_agent
 from services import Service, serving
 from support import TASK, write_reviews

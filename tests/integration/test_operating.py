@@ -17,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from hosl_cloud.__main__ import main
-from hosl_cloud.data_folder import is_locked
+from hosl_cloud.storage.data_folder import is_locked
 from hosl_edge.agent import Summary
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 from processes import Program
 from support import TASK, Crew, write_reviews
 

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from hosl_cloud import page_routes
-from hosl_cloud.access import Access, Guard
-from hosl_cloud.app import make_app
-from hosl_cloud.records import Said
-from hosl_cloud.runs import Runs
-from hosl_cloud.store import Store
+from hosl_cloud.runs.queue import Runs
+from hosl_cloud.service import page_routes
+from hosl_cloud.service.access import Access, Guard
+from hosl_cloud.service.app import make_app
+from hosl_cloud.storage.records import Said
+from hosl_cloud.storage.store import Store
 from services import Service, serving
 from support import TASK, write_reviews
 

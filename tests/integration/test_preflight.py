@@ -13,7 +13,7 @@ import pytest
 
 from hosl_edge.__main__ import main
 from hosl_edge.preflight import FAILED
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 from services import serving
 from support import TASK, write_reviews
 

@@ -12,12 +12,12 @@ import pytest
 
 from forwarding import forwarding
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.authority import make_authority
-from hosl_cloud.listen import Listen
+from hosl_cloud.service.authority import make_authority
+from hosl_cloud.service.listen import Listen
 from hosl_edge.__main__ import main
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode
+from hosl_protocol.exceptions import ExitCode
 from services import serving
 from support import TASK, free_port, write_reviews
 

@@ -20,13 +20,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from hosl_cloud.__main__ import main
-from hosl_cloud.api_client import ApiClient, service_file
-from hosl_cloud.checkpoint import find_checkpoint, read_tensors
+from hosl_cloud.commands.client import ApiClient, service_file
 from hosl_cloud.exceptions import CloudError
-from hosl_cloud.mirror import replay_client
-from hosl_cloud.store import Store
+from hosl_cloud.storage.mirror import replay_client
+from hosl_cloud.storage.store import Store
+from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
 from hosl_edge.settings import EdgeSettings
-from hosl_protocol import ExitCode, load_manifest
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.manifest import load_manifest
 from support import TASK, Crew, free_port, write_reviews
 
 DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hosl_cloud.store import Store
-from hosl_protocol import ExitCode
+from hosl_cloud.storage.store import Store
+from hosl_protocol.exceptions import ExitCode
 from processes import Program
 from support import TASK, free_port, write_reviews
 

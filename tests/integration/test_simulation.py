@@ -14,14 +14,15 @@ import msgspec
 import pytest
 
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.partition import Partition
-from hosl_cloud.records import Evaluation
-from hosl_cloud.run import Run
+from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import parse_config
-from hosl_cloud.simulation import simulate
-from hosl_cloud.store import Store
+from hosl_cloud.simulation.fleet import simulate
+from hosl_cloud.simulation.partition import Partition
+from hosl_cloud.storage.records import Evaluation
+from hosl_cloud.storage.store import Store
 from hosl_edge import EdgeSettings, run_agent
-from hosl_protocol import ExitCode, load_manifest
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.run.manifest import load_manifest
 from pictures import CLASSES, SIZES, make_pictures
 from services import Service, serving
 from support import TASK, count_right, count_right_by_card, write_reviews

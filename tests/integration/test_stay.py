@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hosl_cloud.api_client import ApiClient
+from hosl_cloud.commands.client import ApiClient
 from hosl_edge import EdgeSettings, run_agent
-from hosl_edge.health import Guard, Health
-from hosl_edge.status import Document, read_status
+from hosl_edge.host.health import Guard, Health
+from hosl_edge.host.status import Document, read_status
 from services import Service, serving
 from support import TASK, free_port, write_reviews
 
@@ -84,7 +84,7 @@ def test_an_agent_whose_run_has_ended_asks_for_the_next_one_and_neither_joins_no
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hosl_cloud.returning.SHORTEST_S", 1)
+    monkeypatch.setattr("hosl_cloud.runs.returning.SHORTEST_S", 1)
     bundle, state, config = make_bundle("lora", 2), tmp_path / "state", msgspec.toml.decode(BRIEF)
 
     async def main() -> None:

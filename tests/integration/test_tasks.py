@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.records import Evaluation
+from hosl_cloud.storage.records import Evaluation
 from hosl_edge import ConsentError, EdgeSettings, Summary, run_agent
-from hosl_protocol import load_manifest
+from hosl_protocol.run.manifest import load_manifest
 from services import Service, serving
 from support import count_right_by_card, run_card, write_reviews
 

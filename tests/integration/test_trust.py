@@ -19,12 +19,12 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from hosl_cloud.authority import Authority, make_authority
-from hosl_edge.display import Progress
+from hosl_cloud.service.authority import Authority, make_authority
+from hosl_edge.connection.fetch import fetch_bundle
+from hosl_edge.connection.trust import Cloud, Token, connect_securely, parse_token, ssl_context
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SignerError, TrustError
-from hosl_edge.fetch import fetch_bundle
+from hosl_edge.host.display import Progress
 from hosl_edge.session import Session
-from hosl_edge.trust import Cloud, Token, connect_securely, parse_token, ssl_context
 
 
 @dataclass

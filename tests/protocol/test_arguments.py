@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hosl_protocol.arguments import Parser
+from hosl_protocol.program.arguments import Parser
 
 
 def make_parser() -> Parser:

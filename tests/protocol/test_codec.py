@@ -16,25 +16,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from hosl_protocol import (
+from hosl_protocol.exceptions import FrameError, LimitError
+from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.wire.codec import (
     MAX_HEADER_BYTES,
     PIECE_BYTES,
-    Anchor,
     Bounds,
+    FrameReader,
+    encode,
+    from_bfloat16_bits,
+    to_bfloat16_bits,
+)
+from hosl_protocol.wire.messages import (
+    Anchor,
     CatchUp,
     Complete,
     CutGradient,
     EvalBatch,
     EvalResult,
     EvalStart,
-    FrameError,
-    FrameReader,
     FromCloud,
     FromEdge,
     Goodbye,
     Hello,
     Late,
-    LimitError,
     Probe,
     ProbeLoss,
     Projections,
@@ -42,15 +48,10 @@ from hosl_protocol import (
     Refusal,
     Report,
     RoundStart,
-    RunSettings,
     Snapshot,
     Update,
     Welcome,
-    convert,
-    encode,
-    load_preset,
 )
-from hosl_protocol.codec import from_bfloat16_bits, to_bfloat16_bits
 
 PLACE = {"run": "r1", "epoch": 0, "round": 7, "id": 0}
 DIGEST = "0123456789abcdef" * 4

@@ -8,37 +8,30 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from hosl_protocol import (
+from hosl_protocol.exceptions import FrameError, LimitError, ProtocolError, UnexpectedMessage
+from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.wire.codec import encode
+from hosl_protocol.wire.connection import Connection, Phase, Role, bounds_for
+from hosl_protocol.wire.messages import (
     Anchor,
     CatchUp,
     Complete,
-    Connection,
     CutGradient,
     EvalBatch,
     EvalResult,
     EvalStart,
-    FrameError,
     Goodbye,
     Hello,
-    LimitError,
-    Phase,
     Probe,
     ProbeLoss,
     Projections,
-    ProtocolError,
     Ready,
     Refusal,
     Report,
-    Role,
     RoundStart,
-    RunSettings,
-    UnexpectedMessage,
     Update,
     Welcome,
-    bounds_for,
-    convert,
-    encode,
-    load_preset,
     name_of,
 )
 

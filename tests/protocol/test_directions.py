@@ -8,8 +8,21 @@ import math
 import numpy as np
 import pytest
 
-from hosl_protocol import MAX_SEED, SettingsError, Stream, direction, philox, uniforms
-from hosl_protocol.directions import CHUNK, MAX_DIRECTION, MAX_ROUND, SUMS, GaussianSteps, read_bits, signs
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.weights.directions import (
+    CHUNK,
+    MAX_DIRECTION,
+    MAX_ROUND,
+    MAX_SEED,
+    SUMS,
+    GaussianSteps,
+    Stream,
+    direction,
+    philox,
+    read_bits,
+    signs,
+    uniforms,
+)
 
 # (seed, round, direction, tensor): first two words, first 16 entries. The same stand in protocol/README.md.
 GOLDEN_DIRECTIONS = {

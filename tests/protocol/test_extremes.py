@@ -8,21 +8,21 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hosl_protocol import (
+from hosl_protocol.exceptions import HoslError, SettingsError
+from hosl_protocol.run.settings import (
+    MAX_BETA1,
+    MAX_BETA_RATIO,
+    MIN_BETA2,
+    MIN_EPSILON,
     ClientOptimizer,
-    ClientWeights,
-    HoslError,
-    LatticeTensor,
     RunSettings,
-    SettingsError,
-    UpdateRecord,
     check_run_settings,
-    lattice,
-    load_preset,
     scheduled_rate,
 )
-from hosl_protocol.settings import MAX_BETA1, MAX_BETA_RATIO, MIN_BETA2, MIN_EPSILON
-from hosl_protocol.tasks import Task
+from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.weights import lattice
+from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.perturbation import LatticeTensor
 
 EXPONENTS = (-24, 0, 103)
 TASK = Task(**load_preset("sst2"))

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from fuzzing import MESSAGES, SETTINGS, VALID, Tally, connection_in, feed, fuzz_frame, pieces_of, with_length
-from hosl_protocol import FrameError, LimitError, Phase, ProtocolError, Role, Welcome
+from hosl_protocol.exceptions import FrameError, LimitError, ProtocolError
+from hosl_protocol.wire.connection import Phase, Role
+from hosl_protocol.wire.messages import Welcome
 from machines import MACHINES
 
 QUICK = settings(
@@ -76,6 +78,6 @@ def test_a_frame_that_memory_does_not_hold_is_refused(monkeypatch: pytest.Monkey
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("hosl_protocol.codec.np.empty", no_memory)
+    monkeypatch.setattr("hosl_protocol.wire.codec.np.empty", no_memory)
     refusal = feed(cloud, VALID[Role.EDGE][3][0])
     assert "anchor of 76 bytes does not fit into memory" in str(refusal)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hosl_protocol.installing import install_line
+from hosl_protocol.program.installing import install_line
 
 
 @pytest.fixture

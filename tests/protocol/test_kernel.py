@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import LatticeTensor, Recipe, Term, kernel
-from hosl_protocol.directions import CHUNK
-from hosl_protocol.perturbation import TERMS_PER_PASS
+from hosl_protocol.weights import kernel
+from hosl_protocol.weights.directions import CHUNK
+from hosl_protocol.weights.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term
 
 needs_kernel = pytest.mark.skipif(kernel.load() is None, reason="installed without a C compiler")
 

@@ -16,16 +16,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from hosl_protocol import FromEdge, Goodbye, Refusal
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.logs import JsonFormatter, TextFormatter, log_scope, note_place, sentence_line
-from hosl_protocol.plain import plain
+from hosl_protocol.program.logs import JsonFormatter, TextFormatter, log_scope, note_place, sentence_line
+from hosl_protocol.program.plain import plain
+from hosl_protocol.wire.messages import FromEdge, Goodbye, Refusal
 
 MODULE = """
 import argparse, logging, sys
-from hosl_protocol import SettingsError
-from hosl_protocol.logs import log_scope, sentence_line
-from hosl_protocol.terminal import add_common_options, run_command
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.program.logs import log_scope, sentence_line
+from hosl_protocol.program.terminal import add_common_options, run_command
 
 def work(options):
     with log_scope(run="run-1"):

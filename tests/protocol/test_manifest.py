@@ -8,7 +8,7 @@ import struct
 import msgspec
 import pytest
 
-from hosl_protocol import (
+from hosl_protocol.run.manifest import (
     BundleError,
     FileEntry,
     ImageEntry,

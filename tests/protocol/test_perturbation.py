@@ -11,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import LatticeTensor, Recipe, Term, add_directions, direction, lattice, perturbation
-from hosl_protocol.directions import CHUNK
-from hosl_protocol.perturbation import SEGMENT, TERMS_PER_PASS, estimate
+from hosl_protocol.weights import lattice, perturbation
+from hosl_protocol.weights.directions import CHUNK, direction
+from hosl_protocol.weights.perturbation import (
+    SEGMENT,
+    TERMS_PER_PASS,
+    LatticeTensor,
+    Recipe,
+    Term,
+    add_directions,
+    estimate,
+)
 
 sizes = st.sampled_from([1, 7, 8, 9, 63, 64, 65, 255, 256, 257, 1000])
 seeds = st.integers(0, 2**53 - 1)

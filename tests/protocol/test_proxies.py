@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hosl_protocol import ExitCode, SettingsError
-from hosl_protocol.proxies import find_proxy
+from hosl_protocol.exceptions import ExitCode, SettingsError
+from hosl_protocol.program.proxies import find_proxy
 
 PROXY = "http://proxy.example.org:3128"
 

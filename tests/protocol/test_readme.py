@@ -11,32 +11,16 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data import load_dataset
-from hosl_protocol import (
-    CATCH_UP_ROUNDS,
-    MAX_HEADER_BYTES,
-    PIECE_BYTES,
-    Augmentation,
-    ClientOptimizer,
-    FromCloud,
-    FromEdge,
-    ImageEntry,
-    Late,
-    Manifest,
-    Phase,
-    Refusal,
-    Role,
-    RunSettings,
-    Snapshot,
-    SnapshotHeader,
-    Stream,
-    Task,
-    TensorEntry,
-    name_of,
-)
-from hosl_protocol.client import MAX_COARSENING
-from hosl_protocol.connection import _ALLOWED
-from hosl_protocol.tasks import text_of_value
+from hosl_edge.data.examples import load_dataset
+from hosl_protocol.run.manifest import ImageEntry, Manifest, TensorEntry
+from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
+from hosl_protocol.run.tasks import Task, text_of_value
+from hosl_protocol.weights.client_weights import MAX_COARSENING
+from hosl_protocol.weights.directions import Stream
+from hosl_protocol.weights.state import SnapshotHeader
+from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES
+from hosl_protocol.wire.connection import _ALLOWED, Phase, Role
+from hosl_protocol.wire.messages import CATCH_UP_ROUNDS, FromCloud, FromEdge, Late, Refusal, Snapshot, name_of
 from specification import README, section, table_below
 
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)

@@ -8,23 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import (
+from hosl_protocol.exceptions import MalformedSettings, SettingsError
+from hosl_protocol.run.manifest import ImageEntry, Manifest
+from hosl_protocol.run.settings import (
     Augmentation,
     ClientOptimizer,
-    ImageEntry,
-    Manifest,
     RunSettings,
-    SettingsError,
-    Task,
     check_run,
     check_run_settings,
     convert,
-    load_preset,
     read_toml,
     schedule_factor,
     scheduled_rate,
 )
-from hosl_protocol.exceptions import MalformedSettings
+from hosl_protocol.run.tasks import Task, load_preset
 
 
 def make_settings(**changes):

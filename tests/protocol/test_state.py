@@ -7,18 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hosl_protocol import (
-    ClientOptimizer,
-    ClientState,
-    ClientWeights,
-    HoslError,
-    IrreversibleError,
-    LatticeTensor,
-    Moments,
-    ProbePoint,
-    SettingsError,
-    UpdateRecord,
-)
+from hosl_protocol.exceptions import HoslError, IrreversibleError, SettingsError
+from hosl_protocol.run.settings import ClientOptimizer
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, UpdateRecord
+from hosl_protocol.weights.perturbation import LatticeTensor
+from hosl_protocol.weights.state import ClientState, Moments
 
 LENGTHS = (300, 17, 256)
 KINDS = ["sgd", "adamw"]

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol import (
-    SettingsError,
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.settings import convert
+from hosl_protocol.run.tasks import (
     Task,
     check_task,
-    convert,
     label_of,
     load_preset,
     preset_fields,
     preset_names,
     render,
+    text_of_value,
 )
-from hosl_protocol.tasks import text_of_value
 
 EXAMPLES = {
     "boolq": ({"passage": "Ice floats.", "question": "does ice float"}, "Ice floats. does ice float?\n"),

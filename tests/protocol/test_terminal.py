@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.installing import install_line
+from hosl_protocol.program.installing import install_line
 
 MODULE = """
 import argparse, os, signal, sys
-from hosl_protocol.terminal import add_common_options, run_command, terminable
+from hosl_protocol.program.terminal import add_common_options, run_command, terminable
 
 def work(options):
     exec("os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(30)", globals())

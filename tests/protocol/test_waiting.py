@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hosl_protocol.waiting import within
+from hosl_protocol.program.waiting import within
 
 
 async def give(value: int, after_s: float = 0.0) -> int:

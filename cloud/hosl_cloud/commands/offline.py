@@ -1,0 +1,65 @@
+"""What the commands find in a data folder in which no service runs, in the form in which the service would say it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from hosl_cloud.commands.client import SERVICE_FILE, is_local
+from hosl_cloud.service.run_status import Live, list_runs, run_status
+from hosl_cloud.storage.data_folder import DATABASE, is_locked, run_folder
+from hosl_cloud.storage.store import Store
+
+
+class DataFolder:
+    """A data folder that nobody else uses."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir, self._store = data_dir, Store(data_dir / DATABASE)
+
+    def __enter__(self) -> DataFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._store.close()
+
+    def runs(self) -> Any:
+        """All runs, oldest first."""
+        return _plain({"runs": list_runs(self._store, {})})
+
+    def run(self, run: str) -> Any:
+        """A run. Raises RunNotFound."""
+        return _plain(run_status(self._store, run, Live()))
+
+    def log(self, run: str, after: int) -> list[dict[str, Any]]:
+        """What was said about a run after an event."""
+        events: list[dict[str, Any]] = _plain(self._store.events(run, after))
+        return events
+
+    def checkpoints(self, run: str) -> Any:
+        """A run's checkpoints. Raises RunNotFound."""
+        from hosl_cloud.service.runs_api import describe_checkpoints  # imports torch, which takes seconds
+
+        return _plain({"checkpoints": describe_checkpoints(run_folder(self._data_dir, self._store.run(run).id))})
+
+
+def _plain(answer: Any) -> Any:
+    """As the service's JSON says it."""
+    return json.loads(msgspec.json.encode(answer))
+
+
+def find_offline(options: argparse.Namespace) -> DataFolder | None:
+    """The data folder, where the options name no service elsewhere and none runs in it; None asks the service.
+
+    A service that was killed has left the file that says where it is, but not its lock.
+    """
+    data_dir: Path = options.data_dir
+    if not is_local(options) or not (data_dir / DATABASE).exists():
+        return None
+    is_served = (data_dir / SERVICE_FILE).exists() and is_locked(data_dir)
+    return None if is_served else DataFolder(data_dir)

@@ -1,0 +1,303 @@
+"""`hosl-cloud run`, `log`, `checkpoint` and `drain`: what an operator does to a running service, by its HTTP API.
+
+What only looks is answered from the data folder where no service runs in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from hosl_cloud.commands.client import ApiClient, add_client_options, client_of, is_local
+from hosl_cloud.commands.offline import DataFolder, find_offline
+from hosl_cloud.exceptions import RequestError, ServiceError
+from hosl_cloud.sentences import counted, in_line, score_text
+from hosl_cloud.settings import convert_config, read_config
+from hosl_cloud.storage.data_folder import add_data_dir, is_locked
+from hosl_cloud.storage.records import UNENDED
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.program.plain import plain
+from hosl_protocol.program.terminal import add_common_options
+
+FOLLOW_S = 1.0
+"""Between questions for more of a log."""
+
+Parser = argparse.ArgumentParser
+Command = Callable[[ApiClient, argparse.Namespace], Any]
+Offline = Callable[[DataFolder, argparse.Namespace], Any]
+"""What answers a command where no service runs."""
+
+
+def add_run(parser: Parser) -> None:
+    """Options of `hosl-cloud run`."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    start = _add(commands, "start", "put a new run in line", _start, _show_run)
+    start.add_argument("--bundle", required=True, metavar="NAME", help="a bundle in the service's folder of bundles")
+    start.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
+    start.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
+    )
+    _add(
+        commands,
+        "list",
+        "show all runs",
+        lambda client, _: client.request("GET", "/v1/runs"),
+        _show_runs,
+        lambda folder, _: folder.runs(),
+    )
+    for name, method, path, text in (
+        ("show", "GET", "", "show a run and its devices"),
+        ("resume", "POST", "/resume", "go on with a run that has stopped"),
+        ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
+    ):
+        show = _show_run if name != "rm" else _show_nothing
+        offline: Offline | None = (lambda folder, options: folder.run(options.run)) if name == "show" else None
+        command = _add(commands, name, text, _on_run(method, path), show, offline)
+        command.add_argument("run", metavar="RUN")
+
+    stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped)
+    stop.add_argument("run", metavar="RUN")
+
+
+def add_log(parser: Parser) -> None:
+    """Options of `hosl-cloud log`."""
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as more is said, until the run is over")
+    _finish(parser, _log)
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """Options of `hosl-cloud checkpoint`."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = _add(
+        commands,
+        "list",
+        "show a run's checkpoints",
+        _on_run("GET", "/checkpoints"),
+        _show_checkpoints,
+        lambda folder, options: folder.checkpoints(options.run),
+    )
+    listing.add_argument("run", metavar="RUN")
+    export = commands.add_parser("export", help="copy a checkpoint of the tail to a file")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--round", type=int, metavar="N", help="of which round (default: the newest)")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file; must not exist")
+    _finish(export, _export)
+
+
+def add_drain(parser: Parser) -> None:
+    """Options of `hosl-cloud drain`."""
+
+    parser.add_argument("--no-wait", action="store_true", help="do not wait until the service has left")
+
+    def drain(options: argparse.Namespace) -> int:
+        client = client_of(options)
+        answer = client.request("POST", "/v1/drain")
+        if not options.no_wait:
+            _await_end(client, options)
+        if options.json:
+            print(json.dumps(answer))
+        else:
+            paused = f"pauses {', '.join(answer['runs'])}" if answer["runs"] else "has no run to pause"
+            print(f"the service {paused}, and {'leaves' if options.no_wait else 'has left'}")
+        return int(ExitCode.OK)
+
+    _finish(parser, drain)
+
+
+def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
+    """Until nobody answers any more, and on the service's own machine until it has left its folder, too."""
+    is_there = True
+    while is_there:
+        time.sleep(0.2)
+        try:
+            client.request("GET", "/v1/runs")
+        except RequestError as error:
+            is_there = error.status != 0
+    while is_local(options) and is_locked(options.data_dir):
+        time.sleep(0.2)
+
+
+def _add(
+    commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None], offline: Offline | None = None
+) -> Parser:
+    parser: Parser = commands.add_parser(name, help=text)
+
+    def run(options: argparse.Namespace) -> int:
+        folder = None if offline is None else find_offline(options)
+        if folder is None or offline is None:
+            answer = command(client_of(options), options)
+        else:
+            with folder:
+                answer = offline(folder, options)
+        if options.json:
+            print(json.dumps(answer))
+        else:
+            show(answer)
+            if folder is not None:
+                print(f"no service runs in {options.data_dir}; this is what the folder says")
+        return int(ExitCode.OK)
+
+    _finish(parser, run)
+    return parser
+
+
+def _finish(parser: Parser, command: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add_client_options(parser)
+    add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=command)
+
+
+def _path(run: str, more: str = "") -> str:
+    return f"/v1/runs/{quote(run, safe='')}{more}"
+
+
+def _on_run(method: str, more: str) -> Command:
+    return lambda client, options: client.request(method, _path(options.run, more))
+
+
+def _start(client: ApiClient, options: argparse.Namespace) -> Any:
+    config = read_config(options.config, options.overrides)
+    # The service does not know the file's name.
+    convert_config(config, str(options.config or "--set"))
+    body = {"bundle": options.bundle, "config": config}
+    return client.request("POST", "/v1/runs", body)
+
+
+def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
+    """Wait for the end of the round, however long it takes."""
+    shown = client.request("POST", _path(options.run, "/stop"))
+    while shown["state"] in ("pending", "running"):
+        time.sleep(FOLLOW_S)
+        shown = client.request("GET", _path(options.run))
+    return shown
+
+
+def _log(options: argparse.Namespace) -> int:
+    folder = find_offline(options)
+    if folder is not None:
+        with folder:
+            folder.run(options.run)
+            _print_log(lambda after: folder.log(options.run, after), 0, options)
+        return int(ExitCode.OK)
+    client, last = client_of(options), 0
+
+    def more(after: int) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = client.request("GET", _path(options.run, f"/log?after={after}"))["events"]
+        return events
+
+    while True:
+        is_over = client.request("GET", _path(options.run))["state"] not in UNENDED
+        last = _print_log(more, last, options)
+        if is_over or not options.follow:
+            return int(ExitCode.OK)
+        time.sleep(FOLLOW_S)
+
+
+def _print_log(more: Callable[[int], list[dict[str, Any]]], last: int, options: argparse.Namespace) -> int:
+    """Print what was said after event `last`; which event is the last now."""
+    while events := more(last):
+        for event in events:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at"]))
+            line = plain(f"{at} {event['level']} {event['text']}")
+            print(json.dumps(event) if options.json else line, flush=True)
+        last = events[-1]["id"]
+    return last
+
+
+def _export(options: argparse.Namespace) -> int:
+    client, out = client_of(options), options.out
+    if out.exists():
+        raise ServiceError(f"{out} exists: choose another --out, or delete it")
+    known = client.request("GET", _path(options.run, "/checkpoints"))["checkpoints"]
+    if not known:
+        raise ServiceError(f"run {options.run} has no checkpoint yet")
+    round_ = known[-1]["round"] if options.round is None else options.round
+    client.download(_path(options.run, f"/checkpoints/{round_}"), out)
+    print(json.dumps({"round": round_, "out": str(out)}) if options.json else f"the tail at round {round_} is in {out}")
+    return int(ExitCode.OK)
+
+
+def _show_nothing(answer: Any) -> None:
+    print("it is deleted")
+
+
+def _show_runs(answer: dict[str, Any]) -> None:
+    for run in answer["runs"]:
+        print(_line(run))
+    if not answer["runs"]:
+        print("no run yet; begin one with hosl-cloud run start")
+
+
+def _line(run: dict[str, Any]) -> str:
+    loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
+    progress = f"round {run['round']}/{run['rounds'] or '?'}"
+    problem = "  its settings cannot be read" if run["problem"] else ""
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {_devices(run)}{loss}{_score(run)}{problem}"
+
+
+def _devices(run: dict[str, Any]) -> str:
+    """How many devices are ready, and what the run waits for where it does not train."""
+    waits = run["waits_for"]
+    if run["behind"]:
+        return f"in line behind {run['behind'][0]}"
+    if waits is not None and waits["needed"]:
+        return f"{waits['ready']} of {counted(waits['needed'], 'device')}"
+    return counted(run["devices"], "device")
+
+
+def _score(entry: dict[str, Any]) -> str:
+    """The accuracy of a run or checkpoint, and what it is of."""
+    if entry["accuracy"] is None:
+        return ""
+    return f"  accuracy {score_text(entry['correct'], entry['scored'], entry['examples'], entry['of_examples'])}"
+
+
+def _waits(run: dict[str, Any]) -> str:
+    """What a run waits for, in a sentence; empty where it does not."""
+    waits = run["waits_for"]
+    if run["behind"]:
+        return in_line(run["behind"])
+    if waits is None:
+        return ""
+    whose = f" of {', '.join(waits['devices'])}" if waits["devices"] else ""
+    if waits["needed"]:
+        named = f", not {', '.join(waits['devices'])}" if waits["devices"] else ""
+        whose = f": {waits['ready']} of {waits['needed']} are there{named}"
+    return f"waits for {waits['what']}{whose}, since {time.time() - waits['since']:.0f} s"
+
+
+def _show_run(run: dict[str, Any]) -> None:
+    print(_line(run))
+    for sentence in (run["reason"], run["problem"], _waits(run)):
+        if sentence:
+            print(plain(f"  {sentence}"))
+    returning = run["returning"]
+    if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
+        count, within_s = returning["devices"], returning["within_s"]
+        print(f"  devices that found no run before: {count}; they ask again within {within_s} s")
+    for device in run["members"]:
+        state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
+        peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"
+        heat = "" if device["temperature_c"] is None else f", {device['temperature_c']:.0f} °C"
+        seen_s = time.time() - device["last_seen"]
+        figures = f"reported round {device['applied_round']}{peak}{heat}, last seen {seen_s:.0f} s ago"
+        print(f"  {device['name']:<32} {state:<10} {figures}")
+
+
+def _show_stopped(run: dict[str, Any]) -> None:
+    _show_run(run)
+    print("  its devices have been told; those without --stay have ended: start them again for the next run")
+
+
+def _show_checkpoints(answer: dict[str, Any]) -> None:
+    for each in answer["checkpoints"]:
+        best = "  best" if each["is_best"] else ""
+        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}{best}")

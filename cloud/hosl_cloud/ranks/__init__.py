@@ -1,0 +1,1 @@
+"""The tail on several processes."""

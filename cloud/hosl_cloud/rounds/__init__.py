@@ -1,0 +1,1 @@
+"""Rounds and evaluations as generators without I/O, and what they average."""

@@ -1,0 +1,366 @@
+"""A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
+
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client. Devices are dealt with as they answer. In a
+strict run gradients accumulate in the order of `RoundContext.devices`, and a round counts only with all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
+from hosl_cloud.rounds.evaluation import evaluate_batches
+from hosl_cloud.rounds.exchange import (
+    Action,
+    Ask,
+    BatchArrays,
+    Doubles,
+    Exchange,
+    Fault,
+    Floats,
+    RoundContext,
+    Tell,
+    batch_of,
+    blame,
+    first,
+    first_few,
+    leave_out,
+    refuse,
+)
+from hosl_cloud.settings import RunConfig
+from hosl_protocol.run.settings import scheduled_rate
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.codec import Frame
+from hosl_protocol.wire.messages import Anchor, CutGradient, Message, Probe, ProbeLoss, Projections
+
+log = logging.getLogger(__name__)
+
+LARGEST_PROJECTION = 1e30
+"""Magnitude from which a projection is taken for a fault of its device."""
+
+FLOAT16_EXPONENT = 15
+"""λ goes to float16 with its largest magnitude from 2^14 up to 2^15, half of what the type holds."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round came to."""
+
+    update: UpdateRecord
+    loss: float
+    """Weighted mean of the devices' losses at the clean weights, before the tail's step."""
+    devices: tuple[str, ...]
+    """Who took part in the tail's step."""
+
+
+def ho_sfl_round(context: RoundContext) -> Exchange[Outcome | None]:
+    """HO-SFL steps 1 to 4: train the tail on every Anchor, hand λ_m back, average the projections."""
+    yield from context.start()
+    part = yield from _take_anchors(context, wants_cut_gradient=True)
+    if part is None:
+        return None
+    # Devices probe while the tail makes its step; a strict round may still be void, and steps when it is whole.
+    if not (context.config.strict or _step(context, part)):
+        return None
+    projections = yield from _take_projections(context, part)
+    if context.config.strict and not (len(projections) == context.quorum and _step(context, part)):
+        context.trainer.discard()
+        return None
+    averages = context.combine(projections, part.weights)
+    return part.outcome(context, averages / (context.config.directions * context.config.probe_step))
+
+
+def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, Doubles]]:
+    """v_m [P] of each device that sent numbers one can believe."""
+    projections = {}
+    asks = [Ask(device, Projections, context.round) for device in part.weights]
+    while asks:
+        ask, frame = yield from first(asks)
+        if frame is None:
+            log.warning(
+                "round %d: %s is left out of the average: no projections",
+                context.round,
+                ask.device,
+                extra={"device": ask.device},
+            )
+            continue
+        values = frame.tensors["projections"].astype(np.float64)
+        if not np.abs(values).max() < LARGEST_PROJECTION:
+            yield Fault(ask.device, "projections that are not finite, or absurd")
+            yield leave_out(ask.device, frame.message, "its projections are not finite, or absurd")
+            continue
+        projections[ask.device] = values
+    return projections
+
+
+def hosl_round(context: RoundContext) -> Exchange[Outcome | None]:
+    """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
+    yield from context.start()
+    probed = yield from _take_probes(context)
+    if context.config.strict and len(probed.present) < context.quorum:
+        return None
+    estimates = _hosl_estimates(probed, context)
+    part = yield from _take_anchors(
+        context, wants_cut_gradient=False, devices=probed.present, midpoints=probed.midpoints(context.config)
+    )
+    return part.outcome(context, estimates) if part is not None and _step(context, part) else None
+
+
+@dataclass
+class _Probed:
+    """What the probes of a HOSL round came to."""
+
+    losses: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    """By device, direction and sign; NaN where the tail's loss is no number."""
+    weights: dict[str, float] = field(default_factory=dict)
+    means: dict[str, _MeanBatch] = field(default_factory=dict)
+    present: list[str] = field(default_factory=list)
+    """Who sent every probe, in the order of the round's devices."""
+
+    def midpoints(self, config: RunConfig) -> dict[str, BatchArrays] | None:
+        """What stands for the Anchors of a run with the midpoint anchor."""
+        return {device: self.means[device].take() for device in self.present} if config.anchor == "midpoint" else None
+
+
+def _take_probes(context: RoundContext) -> Exchange[_Probed]:
+    """Evaluate every device's probes as they come; each device goes on at its own pace."""
+    points = [(direction, sign) for direction in range(context.config.directions) for sign in (+1, -1)]
+    probed = _Probed()
+    done = dict.fromkeys(context.devices, 0)
+    asks = [Ask(device, Probe, context.round, *points[0]) for device in context.devices]
+    while asks:
+        answers = yield from first_few(asks, context.trainer.at_once)
+        for ask, frame, score in (yield from evaluate_batches(context, answers)):
+            if not (yield from _note_probe(context, ask, frame, score.loss, probed)):
+                continue
+            done[ask.device] += 1
+            if done[ask.device] < len(points):
+                asks.append(Ask(ask.device, Probe, context.round, *points[done[ask.device]]))
+    probed.present = [device for device in context.devices if done[device] == len(points)]
+    return probed
+
+
+def _note_probe(
+    context: RoundContext, ask: Ask, frame: Frame, loss: float, probed: _Probed
+) -> Generator[Action, None, bool]:
+    """Note a probe's loss and tell it; False where the device is out of the round."""
+    assert ask.direction is not None
+    assert ask.sign is not None
+    batch = batch_of(frame)
+    probed.weights[ask.device] = context.weight(batch)
+    if context.config.anchor == "midpoint":
+        try:
+            probed.means.setdefault(ask.device, _MeanBatch()).add(batch)
+        except BatchError as error:
+            yield refuse(ask.device, error)
+            return False
+    probed.losses[ask.device, ask.direction, ask.sign] = loss
+    assert isinstance(frame.message, Probe)
+    reply = ProbeLoss(**context.name(frame.message.id), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
+    yield Tell(ask.device, reply, {"loss": np.float32(loss).reshape(())})
+    return True
+
+
+class _MeanBatch:
+    """Mean of a device's probes: the same batch each time, at weights around θ."""
+
+    def __init__(self) -> None:
+        self._sum: BatchArrays | None = None
+        self._count = 0
+
+    def add(self, batch: BatchArrays) -> None:
+        """Raises BatchError where the batch is not that of the first probe."""
+        self._count += 1
+        if self._sum is None:
+            self._sum = batch[0].copy(), batch[1], batch[2]
+            return
+        activations, lengths, labels = self._sum
+        if not (np.array_equal(lengths, batch[1]) and np.array_equal(labels, batch[2])):
+            raise BatchError("examples of a probe", "those of the round's first", "others")
+        activations += batch[0]
+
+    def take(self) -> BatchArrays:
+        """The mean."""
+        assert self._sum is not None
+        activations, lengths, labels = self._sum
+        activations /= np.float32(self._count)
+        return activations, lengths, labels
+
+
+def _hosl_estimates(probed: _Probed, context: RoundContext) -> Doubles:
+    """g_q = (loss⁺ − loss⁻) / (2εQ) [Q], each over the devices that sent both signs and whose losses are finite."""
+    config = context.config
+    differences = {
+        device: np.array(
+            [
+                probed.losses.get((device, q, +1), math.nan) - probed.losses.get((device, q, -1), math.nan)
+                for q in range(config.directions)
+            ]
+        )
+        for device in probed.weights
+    }
+    return context.combine(differences, probed.weights) / (2.0 * config.probe_step * config.directions)
+
+
+def frozen_round(context: RoundContext) -> Exchange[Outcome | None]:
+    """The control: only the tail trains; nothing but the round's end goes back."""
+    yield from context.start()
+    part = yield from _take_anchors(context, wants_cut_gradient=False)
+    return part.outcome(context, np.zeros(0)) if part is not None and _step(context, part) else None
+
+
+RoundFunction: TypeAlias = Callable[[RoundContext], Exchange[Outcome | None]]
+
+ROUNDS: dict[str, RoundFunction] = {
+    "ho-sfl": ho_sfl_round,
+    "hosl": hosl_round,
+    "frozen": frozen_round,
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Who takes part in the tail's step, with which weights, and their losses."""
+
+    weights: dict[str, float]
+    losses: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Sum of the weights."""
+        return math.fsum(self.weights.values())
+
+    def outcome(self, context: RoundContext, estimates: Doubles) -> Outcome:
+        """`estimates` [P] are the coefficients of the client's gradient estimate Σ_p estimate_p · z_p."""
+        update = make_update(context, estimates)
+        loss = math.fsum(weight * self.losses[device] for device, weight in self.weights.items()) / self.total
+        return Outcome(update, loss, tuple(device for device in context.devices if device in self.weights))
+
+
+def make_update(context: RoundContext, estimates: Doubles) -> UpdateRecord:
+    """What the estimate Σ_p estimate_p · z_p does; a number beyond float32 becomes infinite, and nobody is told it."""
+    optimizer = context.config.client
+    rate = scheduled_rate(optimizer, context.round, context.config.rounds)
+    with np.errstate(over="ignore"):
+        coefficients = (estimates if optimizer.optimizer == "adamw" else -rate * estimates).astype(np.float32)
+    return UpdateRecord(context.round, coefficients, rate)
+
+
+def _step(context: RoundContext, part: _Part) -> bool:
+    """One first-order step of the tail on Σ w_m grad_m; False where its gradient is not finite."""
+    try:
+        context.trainer.step(context.round, part.total)
+    except RoundSpoiltError as error:
+        log.warning("round %d: the tail makes no step: %s", context.round, error)
+        return False
+    return True
+
+
+def _take_anchors(
+    context: RoundContext,
+    *,
+    wants_cut_gradient: bool,
+    devices: Sequence[str] | None = None,
+    midpoints: Mapping[str, BatchArrays] | None = None,
+) -> Exchange[_Part | None]:
+    """Add up Σ w_m grad_m over the devices' Anchors; None, and no gradient, where fewer came than the quorum.
+
+    `midpoints` stand for the devices' Anchors where they send none.
+    """
+    part = _Part({}, {})
+    asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
+    while asks:
+        if midpoints is not None:
+            uploads = [_Upload(ask.device, midpoints[ask.device]) for ask in asks[: context.trainer.at_once]]
+            del asks[: context.trainer.at_once]
+        else:
+            answers = yield from _next_answers(context, asks)
+            uploads = [
+                _Upload(ask.device, batch_of(frame), frame.message) for ask, frame in answers if frame is not None
+            ]
+        yield from _backpropagate(context, uploads, part, wants_cut_gradient)
+    if not part.weights or len(part.weights) < context.quorum:
+        if part.weights:
+            log.warning("round %d: %d devices of a quorum of %d", context.round, len(part.weights), context.quorum)
+        context.trainer.discard()
+        return None
+    return part
+
+
+def _next_answers(context: RoundContext, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
+    """As many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
+    if not context.config.strict:
+        return (yield from first_few(asks, context.trainer.at_once))
+    answers = []
+    for ask in asks[: context.trainer.at_once]:
+        answers.append((yield from first([ask])))
+        asks.remove(ask)
+    return answers
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """A device's batch, and the Anchor that brought it; None where its probes' mean stands for one."""
+
+    device: str
+    batch: BatchArrays
+    anchor: Message | None = None
+
+    def leave_out(self, reason: str) -> Generator[Action, None, None]:
+        """Tell the device that no λ will come."""
+        if self.anchor is not None:
+            yield leave_out(self.device, self.anchor, reason)
+
+
+def _backpropagate(
+    context: RoundContext, uploads: Sequence[_Upload], part: _Part, wants_cut_gradient: bool
+) -> Generator[Action, None, None]:
+    """Add devices' gradients to the round's, and send each its λ."""
+    weights = [context.weight(upload.batch) for upload in uploads]
+    batches = [upload.batch for upload in uploads]
+    results = context.trainer.forward_backward_many(batches, weights, wants_cut_gradient=wants_cut_gradient)
+    spoilt = [result for result in results if isinstance(result, RoundSpoiltError)]
+    for upload, weight, result in zip(uploads, weights, results, strict=True):
+        device, extra = upload.device, {"device": upload.device}
+        if isinstance(result, RoundSpoiltError):
+            log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, result, extra=extra)
+            yield from upload.leave_out(f"{result.what} is not finite")
+        elif isinstance(result, NotFiniteError):
+            log.warning("round %d: %s is left out: %s", context.round, device, result, extra=extra)
+            yield from upload.leave_out((yield from blame(device, upload.batch, result)))
+        elif isinstance(result, BatchError):
+            yield refuse(device, result)
+        elif spoilt:
+            yield from upload.leave_out("the gradients that it was added to are not finite")
+        else:
+            part.weights[device], part.losses[device] = weight, result.loss
+            if wants_cut_gradient:
+                yield _cut_gradient(context, device, result)
+    if spoilt:
+        # What the devices before, and with, this one added goes too; those after it can still make the step.
+        context.trainer.discard()
+        part.weights.clear()
+        part.losses.clear()
+
+
+def _cut_gradient(context: RoundContext, device: str, result: Any) -> Tell:
+    lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
+    tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
+    return Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
+
+
+def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:
+    """λ / 2^e and e: in float16 a mean loss's gradient would underflow, so its largest entry goes to the top."""
+    if wire_dtype != "float16":
+        return lambda_TD, 0
+    largest = float(np.abs(lambda_TD).max())
+    if largest == 0.0:
+        return lambda_TD, 0
+    exponent = math.frexp(largest)[1] - FLOAT16_EXPONENT
+    return np.ldexp(lambda_TD, -exponent), exponent

@@ -1,0 +1,109 @@
+"""What a run leaves on disk: its checkpoints, and which evaluation is the best. A full disk makes the run wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from hosl_cloud import metrics
+from hosl_cloud.rounds.exchange import TailHolder
+from hosl_cloud.runs.fleet import Fleet, Waiting
+from hosl_cloud.runs.run import Compute, Run
+from hosl_cloud.storage.disk_space import when_there_is_room
+from hosl_cloud.storage.records import Evaluation
+from hosl_cloud.tail.checkpoint import (
+    Metrics,
+    comparable_of,
+    find_checkpoint,
+    prune_checkpoints,
+    rank,
+    record_metrics,
+    save_checkpoint,
+)
+
+ROOM = "room on the disk"
+"""What a run waits for whose disk is full."""
+
+
+T = TypeVar("T")
+
+
+class Keeper:
+    """One run's checkpoints. Its methods run on the event loop, all work on disk on the compute thread."""
+
+    def __init__(self, run: Run, fleet: Fleet, compute: Compute, say: Callable[[str], None]) -> None:
+        self._run, self._fleet, self._compute, self._say = run, fleet, compute, say
+        self._kept_round = run.round
+        """The round of the newest checkpoint; 0 is what the bundle holds."""
+        self._kept_at = time.monotonic()
+        self._scored: list[tuple[int, Metrics]] = []
+        """Evaluations by round."""
+
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether the disk is full."""
+        return self._fleet.waiting is not None and self._fleet.waiting.what == ROOM
+
+    @property
+    def is_due(self) -> bool:
+        """Whether rounds or minutes enough have passed since the last checkpoint."""
+        settings = self._run.config.checkpoints
+        is_due = bool(settings.every) and self._run.round % settings.every == 0
+        is_late = bool(settings.minutes) and time.monotonic() - self._kept_at >= 60.0 * settings.minutes
+        return is_due or is_late
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the best evaluation is as many evaluations ago as the run has patience, and rounds are left.
+
+        Those that cannot be compared with the best do not count.
+        """
+        config = self._run.config
+        patience, comparable = config.evaluation.patience, comparable_of(self._scored)
+        if not (patience and comparable and self._run.round < config.rounds):
+            return False
+        ranks = [rank(metrics, config.task.kind) for _, metrics in comparable]
+        return len(ranks) - 1 - ranks.index(max(ranks)) >= patience
+
+    def note(self, evaluation: Evaluation) -> None:
+        """Remember an evaluation."""
+        self._scored.append((evaluation.round, metrics_of(evaluation)))
+
+    async def keep(self, trainer: TailHolder, evaluation: Evaluation | None = None) -> None:
+        """Save the tail as it is after this round, once; the best by evaluation and the newest ones are kept."""
+        run, config = self._run, self._run.config
+        scores = None if evaluation is None else metrics_of(evaluation)
+        if self._kept_round == run.round:
+            if run.round and scores is not None:
+                await self.durably(lambda: record_metrics(find_checkpoint(run.folder, run.round).path, scores))
+            return
+        await self.durably(lambda: save_checkpoint(run.folder, run.round, run.epoch, trainer, config, scores))
+        await self._compute(lambda: prune_checkpoints(run.folder, config.checkpoints.keep))
+        self._kept_round, self._kept_at = run.round, time.monotonic()
+        metrics.checkpoint_time.labels(run.bundle.name).set_to_current_time()
+
+    async def durably(self, work: Callable[[], T], on: Compute | None = None) -> T:
+        """Write to disk, on the compute thread or `on` another; where it is full, the run waits, and says so."""
+        run = on or self._compute
+
+        async def write() -> T:
+            result: T = await run(work)
+            return result
+
+        return await when_there_is_room(write, self._say, self._notice_room)
+
+    def _notice_room(self, is_waiting: bool) -> None:
+        self._fleet.waiting = Waiting(ROOM, (), time.time()) if is_waiting else None
+
+
+def metrics_of(evaluation: Evaluation) -> Metrics:
+    """What a checkpoint keeps of an evaluation."""
+    return Metrics(
+        loss=evaluation.loss,
+        correct=evaluation.correct,
+        scored=evaluation.scored,
+        examples=evaluation.examples,
+        of_examples=evaluation.of_examples,
+        held_out=evaluation.held_out,
+    )

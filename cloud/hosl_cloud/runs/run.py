@@ -1,0 +1,67 @@
+"""A run in progress: what it is, how far it has come, and the devices' weights as its scalars give them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.mirror import load_shard_weights
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord, make_client_weights
+
+Ending = Literal["completed", "stopped-early", "stopped", "failed"]
+"""How a run ends; a paused one does not."""
+
+Paused = Literal["paused"]
+
+Compute: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs work on the one thread that owns the tail and the mirror."""
+
+KEPT_DIGESTS = 16
+"""Rounds whose digest is remembered; a device that reports on an older one is not checked."""
+
+
+@dataclass
+class Run:
+    """State that admission and the course of the run share."""
+
+    id: str
+    config: RunConfig
+    manifest: Manifest
+    bundle: Path
+    folder: Path
+    """The run's folder; checkpoints go below it."""
+    store: Store
+    epoch: int = 0
+    round: int = 0
+    """The last finished round; stored, and in the mirror."""
+    ending: Ending | None = None
+    digests: dict[int, str] = field(default_factory=dict)
+    """Digest of the devices' weights by round."""
+    settings: RunSettings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.settings = self.config.wire_settings()
+
+    def load(self) -> None:
+        """Read the mirror of the client's weights: slow, off the event loop."""
+        weights = load_shard_weights(self.bundle, self.manifest, only_trainable=True)
+        self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.settings)
+        self.mirror.apply(self.store.replay(self.id, self.round))
+        self.note_digest()
+
+    def apply(self, update: UpdateRecord) -> None:
+        """Move the mirror. Raises LatticeError where the weights diverge, and changes nothing."""
+        self.mirror.apply([update])
+
+    def note_digest(self) -> None:
+        """Remember the mirror's digest; the oldest are forgotten."""
+        if self.mirror.applied_round not in self.digests:
+            self.digests[self.mirror.applied_round] = self.mirror.digest()
+            while len(self.digests) > KEPT_DIGESTS:
+                del self.digests[min(self.digests)]

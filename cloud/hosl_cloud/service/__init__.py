@@ -1,0 +1,1 @@
+"""The service: one port, what it answers on it, and who may ask."""

@@ -1,0 +1,201 @@
+"""What is told of runs, over HTTP and by the commands: from the store, and from a service that has them in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from hosl_cloud.storage.records import UNENDED, Evaluation, RunRow
+from hosl_cloud.storage.store import Store
+
+
+class WaitsFor(msgspec.Struct, frozen=True):
+    """What a run waits for now."""
+
+    what: str
+    """Type of message, `devices` between rounds, or `room on the disk`."""
+    devices: tuple[str, ...]
+    """Whose, where these are known by name."""
+    since: float
+    """Unix time."""
+    ready: int = 0
+    needed: int = 0
+    """Of devices: how many are there, and how many have to be; 0 where it waits for something else."""
+
+
+class ReturningDevices(msgspec.Struct, frozen=True):
+    """Devices that found no run to join, and ask again."""
+
+    devices: int
+    within_s: int
+    """Seconds in which all of them will have asked."""
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A run in a line."""
+
+    id: str
+    bundle: str
+    algorithm: str
+    """Empty where another version of hosl wrote the settings, and it cannot be told."""
+    state: str
+    """pending, running, paused, completed, failed or stopped."""
+    reason: str
+    """Why it failed, or could not go on."""
+    epoch: int
+    round: int
+    """The last finished one."""
+    rounds: int
+    """0 where another version of hosl wrote the settings, and it cannot be told."""
+    created_at: float
+    """Unix time."""
+    devices: int
+    """Ready for a round now."""
+    loss: float | None
+    """Of the last finished round."""
+    accuracy: float | None
+    """Of the last evaluation."""
+    examples: int
+    """In it, of devices that sent all they have; 0 without."""
+    of_examples: int
+    """Of all devices of the run, those that are away too."""
+    correct: int = 0
+    scored: int = 0
+    """Right predictions in it, and all of them; 0 without."""
+    waits_for: WaitsFor | None = None
+    behind: tuple[str, ...] = ()
+    """Runs that have their turn before it, the one under way first."""
+    problem: str = ""
+    """Why its settings cannot be read; empty where they can."""
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A device in a run."""
+
+    name: str
+    is_connected: bool
+    is_ready: bool
+    """For a round."""
+    last_seen: float
+    """Unix time of its last message while it is connected, else of its last connection or report."""
+    applied_round: int
+    """Of its last report."""
+    train_examples: int
+    eval_examples: int
+    connections: int
+    strikes: int
+    step_seconds: float | None
+    peak_rss_bytes: int | None
+    anonymous_bytes: int | None
+    temperature_c: float | None
+    sent_bytes: int | None
+    received_bytes: int | None
+
+
+class RunStatus(RunSummary, frozen=True, kw_only=True):
+    """Everything about a run but its history."""
+
+    config: dict[str, Any]
+    members: list[DeviceStatus]
+    returning: ReturningDevices
+    wire_bytes: dict[str, dict[str, int]]
+    """Of all runs since the service started: `sent` or `received`, then type of message."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a service has in hand of one run, as it was at one moment; nothing where none runs."""
+
+    ready: Collection[str] = ()
+    """Devices that can take part in a round."""
+    heard_at: Mapping[str, float] = field(default_factory=dict)
+    """Unix time of the last message of each device that is connected."""
+    waits_for: WaitsFor | None = None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Whose turn it is, as it was at one moment."""
+
+    by_shard: Mapping[str, str] = field(default_factory=dict)
+    """Runs under way, by the digest of their bundle's shard."""
+    aside: frozenset[str] = frozenset()
+    """Runs that wait for nobody but who resumes them."""
+
+
+def summarize(store: Store, row: RunRow, live: Live, turns: Turns | None = None) -> dict[str, Any]:
+    """The fields of a RunSummary: slow, off the event loop. `turns` is None where no service runs."""
+    evaluations: list[Evaluation] = store.evaluations(row.id, 1)
+    last = evaluations[-1] if evaluations else None
+    settings = row.settings.data
+    algorithm, rounds = settings.get("algorithm"), settings.get("rounds")
+    return {
+        "id": row.id,
+        "bundle": row.bundle.name,
+        "algorithm": algorithm if isinstance(algorithm, str) else "",
+        "state": row.state,
+        "reason": row.reason,
+        "epoch": row.epoch,
+        "round": row.round,
+        "rounds": rounds if isinstance(rounds, int) else 0,
+        "created_at": row.created_at,
+        "devices": len(live.ready),
+        "loss": next((r.loss for r in store.rounds(row.id, row.round - 1, 1)), None),
+        "accuracy": last.accuracy if last else None,
+        "examples": last.examples if last else 0,
+        "of_examples": last.of_examples if last else 0,
+        "correct": last.correct if last else 0,
+        "scored": last.scored if last else 0,
+        "waits_for": live.waits_for,
+        "behind": () if turns is None else _runs_ahead(store, row, turns),
+        "problem": row.settings.problem,
+    }
+
+
+def _runs_ahead(store: Store, row: RunRow, turns: Turns) -> tuple[str, ...]:
+    """The runs of the same shard that have their turn before this one."""
+    under_way = turns.by_shard.get(row.shard_digest)
+    if row.state not in UNENDED or under_way in (None, row.id) or row.id in turns.aside:
+        return ()
+    line = [id_ for id_ in store.line(row.shard_digest) if id_ not in turns.aside | {under_way}]
+    return (f"{under_way}", *line[: line.index(row.id)]) if row.id in line else (f"{under_way}",)
+
+
+def list_runs(store: Store, lives: Mapping[str, Live], turns: Turns | None = None) -> list[RunSummary]:
+    """All runs, oldest first: slow, off the event loop."""
+    return [RunSummary(**summarize(store, row, lives.get(row.id, Live()), turns)) for row in store.runs()]
+
+
+def run_status(
+    store: Store,
+    run: str,
+    live: Live,
+    turns: Turns | None = None,
+    returning: ReturningDevices | None = None,
+    wire_bytes: dict[str, dict[str, int]] | None = None,
+) -> RunStatus:
+    """Everything about a run but its history: slow, off the event loop. Raises RunNotFound."""
+    row = store.run(run)
+    return RunStatus(
+        **summarize(store, row, live, turns),
+        config=row.settings.data,
+        members=_members(store, run, live),
+        returning=returning or ReturningDevices(0, 0),
+        wire_bytes=wire_bytes or {},
+    )
+
+
+def _members(store: Store, run: str, live: Live) -> list[DeviceStatus]:
+    fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready", "last_seen"}
+    return [
+        DeviceStatus(
+            is_connected=row["name"] in live.heard_at,
+            is_ready=row["name"] in live.ready,
+            last_seen=live.heard_at.get(row["name"], row["last_seen"]),
+            **{name: row[name] for name in fields},
+        )
+        for row in store.devices(run)
+    ]

@@ -1,0 +1,186 @@
+"""The service: one port, one event loop, on which nothing is computed; how it starts, and how it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.runs.queue import GOODBYE_S, Runs
+from hosl_cloud.runs.run import Ending, Paused
+from hosl_cloud.service import limits
+from hosl_cloud.service.access import Guard
+from hosl_cloud.service.app import make_app
+from hosl_cloud.service.devices_api import device_operations
+from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.runs_api import Api
+from hosl_protocol.program.notify import feed_watchdog, notify
+from hosl_protocol.wire.codec import PIECE_BYTES
+from hosl_protocol.wire.messages import Refusal
+
+HEARTBEAT_S = 15.0
+"""A device that answers no ping for this long, after as long a silence, is gone."""
+
+
+class _DeviceSocket(WebSocketsSansIOProtocol):
+    """Ends a connection whose last bytes nobody takes; uvicorn would keep it, and tell nobody, until TCP gives up."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.conn.debug = False  # its log has every header, tokens too
+
+    async def send(self, message: Any) -> None:
+        """A refusal is an answer, too; uvicorn would log that none was given."""
+        await super().send(message)
+        self.handshake_complete |= self.initial_response is not None
+
+    def keepalive_timeout(self) -> None:
+        """A device that went without a word."""
+        super().keepalive_timeout()
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """We are done with the device."""
+        super().on_task_complete(task)
+        self.loop.call_later(HEARTBEAT_S, self.transport.abort)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: a run must be ended before its sockets are closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how."""
+
+    runs: Runs
+    guard: Guard
+    listen: Listen
+    bundles: Path
+    """Where the bundles of new runs are."""
+    until: str | None = None
+    """The run with whose end the service leaves; None stays."""
+    ends_on_interrupt: str | None = None
+    """The run that Ctrl-C ends; all others are paused."""
+    drain_s: float | None = None
+    """What a run may take to end its round; None: two deadlines of a stage."""
+
+
+async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending | Paused | None:
+    """Serve until a signal, a request to drain, or the end of a run; how that run ended. Raises what ended it."""
+    runs, guard, listen = service.runs, service.guard, service.listen
+    leave = asyncio.Event()
+
+    def disconnect(name: str, reason: str) -> None:
+        for slot in runs.slots():
+            peer = slot.coordinator.fleet.peers.get(name) if slot.coordinator is not None else None
+            if peer is not None:
+                peer.is_ready = False
+                peer.end(Refusal(code="device", reason=reason, retry=False))
+
+    def has_bundle(name: str) -> bool:
+        return name in {slot.bundle.name for slot in runs.slots()} or (service.bundles / name).is_dir()
+
+    operations = [
+        *Api(runs, service.bundles, leave).operations(),
+        *device_operations(guard.access, disconnect, has_bundle),
+    ]
+    app = make_app(runs, guard, operations, listen.authority.ca_cert if listen.authority is not None else None)
+    listener = _bind(listen, guard.limits)
+    server = _Server(_uvicorn_config(app, listen))
+    signals: list[signal.Signals] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        signals.append(number)
+        leave.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    working, watching = asyncio.create_task(runs.work()), asyncio.create_task(feed_watchdog())
+    # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
+    gc.freeze()
+    try:
+        on_listening(_address(listener, listen))
+        notify("READY=1")
+        await _until(runs, service.until, leave)
+        notify("STOPPING=1")
+        interrupted = service.ends_on_interrupt if signal.SIGINT in signals else None
+        await runs.drain(service.drain_s, stops=interrupted)
+        return await runs.outcome(service.until or service.ends_on_interrupt)
+    finally:
+        working.cancel()
+        await runs.close()
+        server.should_exit = True
+        with contextlib.suppress(SystemExit):
+            await serving
+        watching.cancel()
+        # At the very end: that a device is away is said, too.
+        await asyncio.to_thread(runs.events.close)
+        gc.unfreeze()
+
+
+async def _until(runs: Runs, run: str | None, leave: asyncio.Event) -> None:
+    """Wait until the service is to leave."""
+    waits: list[asyncio.Task[Any]] = [asyncio.create_task(leave.wait())]
+    if run is not None:
+        waits.append(asyncio.create_task(runs.wait(run)))
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=limits.HttpProtocol,
+        h11_max_incomplete_event_size=limits.MAX_HEAD_BYTES,
+        proxy_headers=False,
+        ws=_DeviceSocket,
+        ws_max_size=PIECE_BYTES,
+        ws_ping_interval=HEARTBEAT_S,
+        ws_ping_timeout=HEARTBEAT_S,
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=listen.tls_cert,
+        ssl_keyfile=listen.tls_key,
+        ssl_ciphers="ECDHE+AESGCM:ECDHE+CHACHA20",  # of TLS 1.2; uvicorn's default leaves just the oldest
+        timeout_graceful_shutdown=int(GOODBYE_S),
+    )
+
+
+def _bind(listen: Listen, most: limits.Limits) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = limits.Listener(family, kind, protocol, most)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise ServiceError(f"cannot listen on {listen.host}:{listen.port}: {error}") from error
+    return listener
+
+
+def _address(listener: socket.socket, listen: Listen) -> str:
+    return listen.local_address(listener.getsockname()[1])

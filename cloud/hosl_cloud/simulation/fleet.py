@@ -1,0 +1,260 @@
+"""A whole fleet in one process: the devices' own generators against the real course of a run, without sockets.
+
+Virtual devices share one copy of the client's weights, which are equal on all devices by construction, and one data
+set of which each holds a part. Frames go through the real codec: what a device gets has the wire's types.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tokenizers import Tokenizer
+
+from hosl_cloud import metrics
+from hosl_cloud.rounds.exchange import Ask, Tally
+from hosl_cloud.runs.coordinator import Coordinator
+from hosl_cloud.runs.run import Ending, Run
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.simulation.baselines import FirstOrderClient, share_weights, zeroth_order_round
+from hosl_cloud.simulation.partition import Partition, Places
+from hosl_edge import step
+from hosl_edge.data.examples import AnyBatch, AnyDataset, load_dataset
+from hosl_edge.data.images import load_images
+from hosl_edge.model.memory import preferred_rows
+from hosl_edge.model.shard import Shard
+from hosl_export.bundle.weights import read_tensors
+from hosl_export.model.halves import load_client
+from hosl_protocol.exceptions import HoslError, SettingsError
+from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
+from hosl_protocol.run.ordering import batch_indices
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord, make_client_weights
+from hosl_protocol.wire.codec import Frame, FrameReader, encode
+from hosl_protocol.wire.connection import bounds_for
+from hosl_protocol.wire.messages import EvalStart, FromCloud, FromEdge, Late, Message, RoundStart, Update, name_of
+
+Say: TypeAlias = Callable[[str], None]
+
+
+def check_fleet(config: RunConfig) -> None:
+    """Raise SettingsError where a round would wait for more devices than are simulated."""
+    devices = config.devices
+    if devices.quorum > devices.start_with:
+        raise SettingsError("devices.quorum", devices.quorum, f"use at most --devices, {devices.start_with}")
+
+
+async def simulate(
+    run: Run,
+    data: Path,
+    held_out: Path | None,
+    partition: Partition,
+    threads: int,
+    say: Say,
+    *,
+    skip_broken: bool = False,
+) -> Ending:
+    """Train to the end with `run.config.devices.start_with` virtual devices on `data`; the first one evaluates.
+
+    Raises DataError, SettingsError, and what a run raises.
+    """
+    site = await asyncio.to_thread(open_site, run, data, held_out, threads, skip_broken=skip_broken)
+    coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
+    try:
+        await coordinator.prepare()
+        coordinator.fleet.tally = site.tally
+        for device in make_devices(site, partition, run.config.devices.start_with):
+            coordinator.fleet.peers[device.name] = device
+        ending = await coordinator.train()
+        site.check()
+        assert ending != "paused"
+        return ending
+    except BaseException:
+        with contextlib.suppress(HoslError):  # what ended it is to be heard of
+            await asyncio.to_thread(run.store.set_state, run.id, "failed")
+        raise
+    finally:
+        coordinator.close()
+        site.weights.close()
+
+
+def open_site(run: Run, data: Path, held_out: Path | None, threads: int, *, skip_broken: bool = False) -> Site:
+    """Load the shard and the data, as one device does."""
+    settings, manifest = run.settings, run.manifest
+    shard = Shard(run.bundle, manifest, threads)
+    weights = make_client_weights(manifest, shard.weights, settings, threads)
+    read = partial(open_data, run.bundle, manifest, settings, skip_broken=skip_broken)
+    train, evaluated = read(data), None if held_out is None else read(held_out)
+    shard.open()
+    shard.max_length = settings.max_length
+    shard.rows = preferred_rows(settings, manifest.image)
+    if run.config.baseline == "first-order":
+        client = load_first_order(run.bundle, run.config, shard)
+        return Site(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
+    take_step = step.ROUNDS[settings.algorithm]
+    return Site(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
+
+
+def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrderClient:
+    """The client half as a torch module over the shard's own weights."""
+    half = load_client(bundle, shard.manifest, read_tensors(bundle / SHARD_WEIGHTS))
+    share_weights(half, shard.weights, {entry.name for entry in shard.manifest.trainable})
+    return FirstOrderClient(half, config)
+
+
+def open_data(
+    bundle: Path, manifest: Manifest, settings: RunSettings, path: Path, *, skip_broken: bool = False
+) -> AnyDataset:
+    """A data file, as a device reads it. Raises DataError."""
+    if manifest.image is not None:
+        return load_images(path, settings.task, manifest.image, manifest.max_length, skip_broken=skip_broken)
+    tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
+    return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest)
+
+
+def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:
+    """`device-0`, `device-1`, ... and the parts that they hold."""
+    parts = partition.deal(site.train.labels, len(site.train), count, site.settings.seed)
+    width = len(str(count - 1))
+    return [
+        VirtualDevice(f"device-{place:0{width}}", site, part, is_evaluator=place == 0)
+        for place, part in enumerate(parts)
+    ]
+
+
+@dataclass
+class Site:
+    """What all virtual devices share."""
+
+    settings: RunSettings
+    shard: Shard
+    weights: ClientWeights
+    train: AnyDataset
+    held_out: AnyDataset | None
+    take_step: Callable[[step.RoundContext, AnyBatch], step.Step]
+    """A device's part of a round."""
+    update: Callable[[UpdateRecord], None]
+    """A round's step of the client's weights."""
+    tally: Tally = field(default_factory=Tally)
+    round: int = 0
+    failure: Exception | None = None
+    """Of a device: all of them end with it, for here nobody starts it again."""
+
+    def check(self) -> None:
+        """Raise what a device has failed with."""
+        if self.failure is not None:
+            raise self.failure
+
+    def apply(self, update: UpdateRecord) -> None:
+        """Take a round's step, once for all devices."""
+        if update.round > self.round:
+            self.round = update.round
+            self.update(update)
+
+    def context(self, message: RoundStart | EvalStart) -> step.RoundContext:
+        """What a device's generator needs to know; sets are held as by a device without a memory budget."""
+        return step.RoundContext(
+            run=message.run,
+            epoch=message.epoch,
+            round=message.round,
+            settings=self.settings,
+            shard=self.shard,
+            weights=self.weights,
+            held_sets=step.useful_sets(self.settings),
+            attempt=message.attempt,
+        )
+
+
+class VirtualDevice:
+    """A device without a process: a name and its part of the data. A Participant of hosl_cloud.runs.fleet."""
+
+    def __init__(self, name: str, site: Site, examples: Places, *, is_evaluator: bool = False) -> None:
+        self.name, self._train = name, site.train.subset(examples)
+        self.is_ready = True
+        self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
+        self.eval_digest = ""
+        self.heard_at = time.time()
+        self.gone = asyncio.Event()
+        self._site = site
+        bounds = bounds_for(site.settings, site.shard.manifest.width)
+        self._up, self._down = FrameReader(FromEdge, bounds), FrameReader(FromCloud, bounds)
+        self._steps: step.Step | None = None
+        self._replies: deque[Frame] = deque()
+
+    def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
+        """What the device would do about it; what it fails with is raised where its answer is taken."""
+        try:
+            self._hear(message, tensors)
+        except Exception as error:  # nobody who tells waits for an answer
+            self._site.failure = self._site.failure or error
+
+    def _hear(self, message: Message, tensors: Mapping[str, Any] | None) -> None:
+        frame = self._carry("sent", self._down, message, tensors or {})
+        if isinstance(message, RoundStart):
+            self._begin(self._site.take_step(self._site.context(message), self._draw(message)))
+        elif isinstance(message, EvalStart):
+            assert self._site.held_out is not None
+            self._begin(step.evaluate(self._site.context(message), self._site.held_out, lambda *result: None))
+        elif isinstance(message, Update):
+            record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
+            self._site.apply(record)
+        elif isinstance(message, Late):
+            self.leave_round()
+        else:
+            self._replies.append(frame)
+
+    def _draw(self, message: RoundStart) -> AnyBatch:
+        settings = self._site.settings
+        chosen = batch_indices(settings.seed, message.round, self.name, len(self._train), settings.batch_size)
+        return self._train.training_batch(chosen, settings, message.round, self.name)
+
+    def _begin(self, steps: step.Step) -> None:
+        self._steps = steps
+        self._replies.clear()
+
+    def take(self, ask: Ask) -> Frame | None:
+        """The answer to `ask`: the device works until it has it. Raises what it, or another, has failed with."""
+        self._site.check()
+        if self._steps is None:
+            return None
+        action = next(self._steps, None)
+        while isinstance(action, step.Receive):
+            if not self._replies:  # it was left out of the round
+                return None
+            try:
+                action = self._steps.send(self._replies.popleft())
+            except StopIteration:
+                return None
+        if action is None:
+            return None
+        assert isinstance(action.message, ask.kind)
+        return self._carry("received", self._up, action.message, action.tensors)
+
+    def _carry(self, direction: str, reader: FrameReader, message: Message, tensors: Mapping[str, Any]) -> Frame:
+        """Through the codec, as over a socket."""
+        count = metrics.wire_bytes.labels(direction, name_of(message))
+        frame = None
+        for piece in encode(message, tensors, self._site.settings.wire_dtype):
+            count.inc(len(piece))
+            self._site.tally.wire_bytes += len(piece)
+            frame = reader.feed(piece)
+        assert frame is not None
+        return frame
+
+    def end(self, message: Message) -> None:
+        """The connection would end here."""
+        self.is_ready = False
+        self.gone.set()
+
+    def leave_round(self) -> None:
+        """The round is over for this device."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None

@@ -1,0 +1,1 @@
+"""What the service keeps: its database and its data folder."""

@@ -1,0 +1,89 @@
+"""What is where in a service's data folder, and the lock that keeps others out."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import shlex
+import time
+from pathlib import Path
+from typing import TextIO
+
+from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.storage.store import Store
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.program.terminal import default_folder
+
+DATABASE = "hosl.sqlite"
+BUNDLES = "bundles"
+RUNS = "runs"
+
+
+def default_data_dir() -> Path:
+    """Where the data is unless somebody says otherwise. Raises SettingsError for a user without a home."""
+    return default_folder("XDG_DATA_HOME", ".local/share", "--data-dir") / "hosl-cloud"
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """`--data-dir`."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="database, tokens, checkpoints (default: $XDG_DATA_HOME/hosl-cloud, or ~/.local/share/hosl-cloud)",
+    )
+
+
+def settle_data_dir(options: argparse.Namespace) -> None:
+    """Put the default where `--data-dir` was not given. Raises SettingsError where there is none."""
+    if vars(options).get("data_dir", ...) is None:
+        options.data_dir = default_data_dir()
+
+
+def make_data_dir(data_dir: Path) -> None:
+    """Make it where it is missing, for its user alone, with the folders of bundles and checkpoints."""
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, exist_ok=True)
+    for name in (BUNDLES, RUNS):
+        (data_dir / name).mkdir(exist_ok=True)
+
+
+def hint(command: str, data_dir: Path) -> str:
+    """A command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
+    try:
+        is_default = data_dir.absolute() == default_data_dir().absolute()
+    except SettingsError:
+        is_default = False
+    return f"hosl-cloud {command}" + ("" if is_default else f" --data-dir {shlex.quote(str(data_dir))}")
+
+
+def run_folder(data_dir: Path, run: str) -> Path:
+    """Where a run's checkpoints are."""
+    return data_dir / RUNS / run
+
+
+def new_run_id(name: str, store: Store) -> str:
+    """A name that no run has."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    known = set(store.run_ids())
+    return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
+
+
+def is_locked(data_dir: Path) -> bool:
+    """Whether a service uses the folder."""
+    try:
+        lock(data_dir).close()
+    except ServiceError:
+        return True
+    return False
+
+
+def lock(data_dir: Path) -> TextIO:
+    """Only one service may use a data folder; the lock is held as long as the file is open. Raises ServiceError."""
+    file = (data_dir / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ServiceError(f"another hosl-cloud uses {data_dir}: stop it, or choose another --data-dir") from error
+    return file

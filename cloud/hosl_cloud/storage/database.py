@@ -1,0 +1,100 @@
+"""The service's SQLite file: transactions, and errors that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hosl_cloud.exceptions import StoreError, StoreFull, is_disk_full
+from hosl_cloud.storage.schema import migrate
+
+
+class Database:
+    """One file, and one connection, which the threads take in turn.
+
+    A commit takes as long as the disk does: no method may be called on an event loop, which would stand still.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        _warn_on_event_loop()
+        with self._named_errors():
+            self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            try:
+                self._database.row_factory = sqlite3.Row
+                self._check_file()
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.execute("PRAGMA synchronous = FULL")
+                self._database.execute("PRAGMA foreign_keys = ON")
+                migrate(self._database, path)
+            except BaseException:
+                self._database.close()
+                raise
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if is_disk_full(error):
+                raise StoreFull(self._path, str(error)) from error
+            raise StoreError(f"{self._path}: {error}: check that it is a file, may be written, and has room") from error
+        except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise self._damaged(str(error)) from error
+            raise StoreError(f"{self._path}: {error}") from error
+
+    def _damaged(self, problem: str) -> StoreError:
+        remedy = "restore it from a copy, or begin anew in another --data-dir"
+        return StoreError(f"{self._path} is damaged ({problem}): {remedy}; it was left as it is")
+
+    def _check_file(self) -> None:
+        """Refuse, before anything is written, what is damaged or is not ours."""
+        names = {row["name"] for row in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if names and "runs" not in names:
+            raise StoreError(f"{self._path} is a database of something else: choose another --data-dir")
+        if not names and any((self._path.parent / "runs").glob("*/epoch-*")):
+            raise self._damaged("it is empty, and there are checkpoints of runs beside it")
+        (verdict,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise self._damaged(" ".join(verdict.split()))
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        _warn_on_event_loop()
+        with self._lock, self._named_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                # SQLite ends the transaction by itself where the disk is full; what went wrong is to be heard of.
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.rollback()
+                raise
+
+    def _query(self, sql: str, arguments: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        _warn_on_event_loop()
+        with self._lock, self._named_errors():
+            return self._database.execute(sql, arguments).fetchall()
+
+
+def _warn_on_event_loop() -> None:
+    """Make a call that could stop an event loop heard of; in tests it is an error."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    warnings.warn("the store is used on an event loop, which waits for the disk", RuntimeWarning, stacklevel=5)

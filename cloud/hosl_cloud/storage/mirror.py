@@ -1,0 +1,35 @@
+"""The client half as the cloud knows it: the base shard, and the scalars that moved it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from hosl_cloud.storage.records import RunRow
+from hosl_cloud.storage.store import Store
+from hosl_protocol.run.manifest import SHARD_WEIGHTS, BundleError, Manifest
+from hosl_protocol.weights.client_weights import make_client_weights
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+def load_shard_weights(bundle: Path, manifest: Manifest, *, only_trainable: bool = False) -> Weights:
+    """The base shard's tensors by name, in memory of their own. Raises BundleError."""
+    entries = manifest.trainable if only_trainable else manifest.tensors
+    try:
+        with safe_open(bundle / SHARD_WEIGHTS, framework="numpy") as file:
+            return {entry.name: np.array(file.get_tensor(entry.name), np.float32) for entry in entries}
+    except Exception as error:  # safetensors raises a type of its own that has no public name
+        raise BundleError(f"{bundle / SHARD_WEIGHTS} cannot be read: {error}") from error
+
+
+def replay_client(store: Store, run: RunRow, bundle: Path, manifest: Manifest, round_: int) -> Weights:
+    """The client half after `round_`: the base shard plus the stored updates, bit for bit what devices hold."""
+    weights = load_shard_weights(bundle, manifest)
+    client = make_client_weights(manifest, weights, run.config.wire_settings())
+    client.apply(store.replay(run.id, round_))
+    client.close()
+    return weights

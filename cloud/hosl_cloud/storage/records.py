@@ -1,0 +1,128 @@
+"""What the store keeps, as its readers see it: runs, rounds, evaluations, devices, tokens and a run's log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.stored_settings import StoredSettings
+
+UNENDED = ("pending", "running", "paused")
+"""States of runs that go on, now or later."""
+
+BegunBy = Literal["start", "serve", "simulate"]
+"""How a run began: by `run start` or the HTTP API, by `serve --config`, or in a simulation."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as stored."""
+
+    id: str
+    bundle: Path
+    shard_digest: str
+    settings: StoredSettings
+    state: str
+    epoch: int
+    round: int
+    reason: str = ""
+    """Why it failed, or could not go on."""
+    created_at: float = 0.0
+    """Unix time."""
+    begun_by: BegunBy = "start"
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings, to train with. Raises ForeignSettings where another version wrote them."""
+        return self.settings.config(self.id)
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A finished round's figures."""
+
+    round: int
+    loss: float
+    seconds: float
+    wire_bytes: int
+    """On the wire, both ways, since the round before."""
+    finished_at: float
+    """Unix time."""
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """A sentence of a run's log."""
+
+    id: int
+    at: float
+    """Unix time."""
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence that is to go into a run's log."""
+
+    run: str
+    at: float
+    """Unix time."""
+    level: str
+    text: str
+    is_ending: bool = False
+    """Whether it says how the run ended."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A device's own token."""
+
+    name: str
+    digest: bytes
+    """SHA-256 of its secret."""
+    created_at: float
+    revoked_at: float | None
+    """Unix times."""
+    bundle: str = ""
+    """Whose runs the device may take part in; empty: all."""
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """What admission asks about a device that joined before."""
+
+    data_digest: str
+    """Of its training data when it was ready last; empty for one that never was."""
+    eval_digest: str
+    """Of its held-out data then; empty without."""
+    strikes: int
+    """Faults counted against it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the devices' held-out data scored."""
+
+    round: int
+    loss: float
+    correct: int
+    scored: int
+    examples: int = 0
+    """Of devices that sent all they have."""
+    of_examples: int = 0
+    """Of all devices of the run, those that are away too."""
+    held_out: str = ""
+    """Digest of whose held-out data was scored; evaluations of the same can be compared."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all held-out data that is known was scored."""
+        return self.examples == self.of_examples
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return self.correct / self.scored

@@ -1,0 +1,379 @@
+"""The service's memory: runs, devices, rounds and updates in SQLite. What a device is sent is durable here before.
+
+Updates that a resume drops are marked superseded, never deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sqlite3
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from hosl_cloud.exceptions import RunNotFound
+from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.database import Database
+from hosl_cloud.storage.records import (
+    UNENDED,
+    BegunBy,
+    DeviceRow,
+    Evaluation,
+    EventRow,
+    RoundRow,
+    RunRow,
+    Said,
+    TokenRow,
+)
+from hosl_cloud.storage.stored_settings import read_stored
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.messages import Report
+
+MOST_EVENTS = 10_000
+"""Newest sentences of a run's log that stay; beside them as many that say how the run ended."""
+
+_PRUNE_EVERY = 500
+"""Sentences of a run between two looks at how many there are."""
+
+PORTION = 4096
+"""Updates that a replay holds in memory."""
+
+
+class Store(Database):
+    """All that the service knows, by run. Its methods may be called from any thread but that of an event loop."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._unpruned: Counter[str] = Counter()
+        """Sentences by run since its log was pruned."""
+
+    def create_run(
+        self, run: str, bundle: Path, shard_digest: str, config: RunConfig, begun_by: BegunBy = "start"
+    ) -> None:
+        """Add a pending run."""
+        with self._transaction() as database:
+            now, text = time.time(), msgspec.json.encode(config).decode()
+            database.execute(
+                "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, begun_by, state) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, 'pending')",
+                (run, now, now, str(bundle), shard_digest, text, begun_by),
+            )
+
+    def run(self, run: str) -> RunRow:
+        """A run by id. Raises RunNotFound."""
+        found = self.find_run(run)
+        if found is None:
+            raise RunNotFound(run, self.run_ids())
+        return found
+
+    def find_run(self, run: str) -> RunRow | None:
+        """A run by id; None where there is none."""
+        rows = self._query("SELECT * FROM runs WHERE id = ?", (run,))
+        return _run_row(rows[0]) if rows else None
+
+    def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
+        return [_run_row(row) for row in self._query("SELECT * FROM runs ORDER BY created_at, rowid")]
+
+    def run_ids(self) -> list[str]:
+        """All runs, oldest first."""
+        return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
+
+    def set_state(self, run: str, state: str, reason: str = "") -> None:
+        """pending, running, paused, completed, failed or stopped."""
+        with self._transaction() as database:
+            database.execute("UPDATE runs SET state = ?, reason = ? WHERE id = ?", (state, reason, run))
+
+    def queue_run(self, run: str) -> None:
+        """Put a run that has stopped at the end of the line."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE runs SET state = 'pending', reason = '', queued_at = ? WHERE id = ?", (time.time(), run)
+            )
+
+    def remove_run(self, run: str) -> None:
+        """Delete a run and all that is known of it."""
+        with self._transaction() as database:
+            for table in ("events", "cuts", "evaluations", "rounds", "devices"):
+                database.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+            database.execute("DELETE FROM runs WHERE id = ?", (run,))
+
+    def add_events(self, events: Sequence[Said]) -> None:
+        """Sentences for the runs' logs, in their order; the oldest make room. What is said of a deleted run is gone."""
+        with self._transaction() as database:
+            database.executemany(
+                "INSERT INTO events (run, at, level, text, is_ending) "
+                "SELECT :run, :at, :level, :text, :is_ending WHERE EXISTS (SELECT 1 FROM runs WHERE id = :run)",
+                [dataclasses.asdict(event) for event in events],
+            )
+            for run, count in Counter(event.run for event in events).items():
+                # The first look at a run is due at once: how many an earlier service left is not known.
+                self._unpruned[run] = self._unpruned.get(run, _PRUNE_EVERY) + count
+                if self._unpruned[run] > _PRUNE_EVERY:
+                    _prune_events(database, run)
+                    self._unpruned[run] = 0
+
+    def events(self, run: str, after: int = 0, most: int = 1000) -> list[EventRow]:
+        """The run's log after an event's id, `most` sentences of it."""
+        rows = self._query(
+            "SELECT id, at, level, text FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?", (run, after, most)
+        )
+        return [EventRow(**dict(row)) for row in rows]
+
+    def states(self) -> dict[str, int]:
+        """How many runs are in each state."""
+        rows = self._query("SELECT state, count(*) AS count FROM runs GROUP BY state")
+        return {row["state"]: row["count"] for row in rows}
+
+    def unfinished_runs(self) -> list[str]:
+        """Runs that are to go on, in the order in which they have their turn."""
+        rows = self._query("SELECT id FROM runs WHERE state IN (?, ?, ?) ORDER BY queued_at, rowid", UNENDED)
+        return [row["id"] for row in rows]
+
+    def line(self, shard_digest: str) -> list[str]:
+        """Unfinished runs of one shard, in the order in which they have their turn."""
+        sql = "SELECT id FROM runs WHERE shard_digest = ? AND state IN (?, ?, ?) ORDER BY queued_at, rowid"
+        return [row["id"] for row in self._query(sql, (shard_digest, *UNENDED))]
+
+    def cut_run(self, run: str, round_: int) -> int:
+        """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins.
+
+        Where nothing came later the epoch stays. The epoch; all in one transaction.
+        """
+        with self._transaction() as database:
+            later = "run = ? AND round > ? AND NOT superseded"
+            (count,) = database.execute(f"SELECT count(*) FROM rounds WHERE {later}", (run, round_)).fetchone()
+            (epoch,) = database.execute("SELECT epoch FROM runs WHERE id = ?", (run,)).fetchone()
+            database.execute(f"UPDATE rounds SET superseded = 1 WHERE {later}", (run, round_))
+            database.execute(f"UPDATE evaluations SET superseded = 1 WHERE {later}", (run, round_))
+            if count:
+                epoch += 1
+                database.execute(
+                    "INSERT INTO cuts (run, epoch, round, made_at) VALUES (?, ?, ?, ?)",
+                    (run, epoch, round_, time.time()),
+                )
+            database.execute("UPDATE runs SET epoch = ?, round = ? WHERE id = ?", (epoch, round_, run))
+        return int(epoch)
+
+    def lowest_cut(self, run: str, epoch: int) -> int | None:
+        """The lowest round at which the run was cut since `epoch`; None where it was not."""
+        (row,) = self._query("SELECT min(round) AS round FROM cuts WHERE run = ? AND epoch > ?", (run, epoch))
+        return None if row["round"] is None else int(row["round"])
+
+    def set_roster(self, run: str, devices: Sequence[str]) -> None:
+        """The devices with which a strict run began."""
+        with self._transaction() as database:
+            names = msgspec.json.encode(list(devices)).decode()
+            database.execute("UPDATE runs SET roster = ? WHERE id = ?", (names, run))
+
+    def roster(self, run: str) -> list[str]:
+        """The devices with which a strict run began; empty before."""
+        (row,) = self._query("SELECT roster FROM runs WHERE id = ?", (run,))
+        names: list[str] = msgspec.json.decode(row["roster"])
+        return names
+
+    def add_round(
+        self,
+        run: str,
+        epoch: int,
+        update: UpdateRecord,
+        *,
+        seconds: float,
+        loss: float,
+        devices: Sequence[str],
+        wire_bytes: int = 0,
+    ) -> None:
+        """A finished round, its update, and what it took on the wire; durable when this returns."""
+        coefficients = update.coefficients.astype("<f4").tobytes()
+        names = msgspec.json.encode(list(devices)).decode()
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
+                "learning_rate, wire_bytes, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    run,
+                    epoch,
+                    update.round,
+                    time.time(),
+                    seconds,
+                    loss,
+                    names,
+                    coefficients,
+                    update.learning_rate,
+                    wire_bytes,
+                    _checksum(update.round, update.learning_rate, coefficients),
+                ),
+            )
+            database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
+
+    def updates(self, run: str, first: int, last: int) -> list[UpdateRecord]:
+        """The updates in force of rounds `first` to `last`. Raises StoreError for one that is not as it was written."""
+        rows = self._query(
+            "SELECT round, coefficients, learning_rate, checksum FROM rounds "
+            "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded ORDER BY round",
+            (run, first, last),
+        )
+        for round_, coefficients, rate, checksum in rows:
+            # Updates that were written before there were checksums have none.
+            if checksum is not None and _checksum(round_, rate, coefficients) != checksum:
+                raise self._damaged(f"the update of round {round_}")
+        return [
+            UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
+        ]
+
+    def replay(self, run: str, last: int) -> Iterator[UpdateRecord]:
+        """The updates in force of rounds 1 to `last`, read a portion at a time. Raises StoreError for what is not there
+        or not as it was written."""
+        for first in range(1, last + 1, PORTION):
+            wanted = range(first, min(first + PORTION, last + 1))
+            updates = self.updates(run, wanted[0], wanted[-1])
+            for round_, update in itertools.zip_longest(wanted, updates):
+                if update is None or update.round != round_:
+                    raise self._damaged(f"the update of round {round_} is missing")
+                yield update
+
+    def rounds(self, run: str, after: int = 0, most: int = -1) -> list[RoundRow]:
+        """The rounds in force after a round; `most` of them, below zero all."""
+        rows = self._query(
+            "SELECT round, loss, seconds, wire_bytes, finished_at FROM rounds "
+            "WHERE run = ? AND round > ? AND NOT superseded ORDER BY round LIMIT ?",
+            (run, after, most),
+        )
+        return [RoundRow(**dict(row)) for row in rows]
+
+    def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
+        """The result of an evaluation round; a repeat at the same round replaces it."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE evaluations SET superseded = 1 WHERE run = ? AND round = ? AND epoch < ?",
+                (run, evaluation.round, epoch),
+            )
+            database.execute(
+                "INSERT OR REPLACE INTO evaluations "
+                "(run, epoch, round, loss, correct, scored, examples, of_examples, held_out) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, epoch, *dataclasses.astuple(evaluation)),
+            )
+
+    def evaluations(self, run: str, newest: int = -1) -> list[Evaluation]:
+        """The evaluations in force, in order; the `newest` of them, below zero all."""
+        rows = self._query(
+            "SELECT round, loss, correct, scored, examples, of_examples, held_out FROM evaluations "
+            "WHERE run = ? AND NOT superseded ORDER BY round DESC LIMIT ?",
+            (run, newest),
+        )
+        return [Evaluation(**dict(row)) for row in reversed(rows)]
+
+    def add_device(self, run: str, name: str) -> int:
+        """A device says Hello: note it; how many connections it has made."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
+                "VALUES (:run, :name, '', :now, :now, 1) ON CONFLICT (run, name) "
+                "DO UPDATE SET connections = connections + 1, last_seen = :now",
+                {"run": run, "name": name, "now": time.time()},
+            )
+            row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
+        return int(row["connections"])
+
+    def device(self, run: str, name: str) -> DeviceRow | None:
+        """A device that has joined the run; None for a new one."""
+        sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"
+        rows = self._query(sql, (run, name))
+        return DeviceRow(**dict(rows[0])) if rows else None
+
+    def held_out(self, run: str) -> dict[str, int]:
+        """How many held-out examples each device of the run had when it was ready last, but for those at fault."""
+        sql = "SELECT name, eval_examples FROM devices WHERE run = ? AND eval_examples > 0 AND strikes = 0"
+        rows = self._query(sql, (run,))
+        return {row["name"]: row["eval_examples"] for row in rows}
+
+    def set_token(self, row: TokenRow) -> None:
+        """A device's token, in place of the one before."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", dataclasses.astuple(row))
+
+    def tokens(self) -> list[TokenRow]:
+        """Every token, also the revoked ones."""
+        return [TokenRow(**dict(row)) for row in self._query("SELECT * FROM tokens ORDER BY name")]
+
+    def add_strike(self, run: str, name: str) -> int:
+        """Count a fault against a device; how many there are now."""
+        with self._transaction() as database:
+            database.execute("UPDATE devices SET strikes = strikes + 1 WHERE run = ? AND name = ?", (run, name))
+            row = database.execute("SELECT strikes FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
+        return int(row["strikes"]) if row else 0
+
+    def set_data(self, run: str, name: str, train: int, held_out: int, digest: str, eval_digest: str) -> None:
+        """How much data a device has that is ready, and the digests of both parts: from here on it is bound to them."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE devices SET train_examples = ?, eval_examples = ?, data_digest = ?, eval_digest = ? "
+                "WHERE run = ? AND name = ?",
+                (train, held_out, digest, eval_digest, run, name),
+            )
+
+    def set_reports(self, reports: Mapping[str, Report]) -> None:
+        """Devices' newest reports by name."""
+        with self._transaction() as database:
+            database.executemany(
+                "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
+                "sent_bytes = ?, received_bytes = ?, temperature_c = ?, last_seen = ? WHERE run = ? AND name = ?",
+                [
+                    (
+                        report.applied_round,
+                        report.step_seconds,
+                        report.peak_rss_bytes,
+                        report.anonymous_bytes,
+                        report.sent_bytes,
+                        report.received_bytes,
+                        report.temperature_c,
+                        time.time(),
+                        report.run,
+                        name,
+                    )
+                    for name, report in reports.items()
+                ],
+            )
+
+    def devices(self, run: str) -> list[dict[str, Any]]:
+        """The run's devices with their newest figures."""
+        return [dict(row) for row in self._query("SELECT * FROM devices WHERE run = ? ORDER BY name", (run,))]
+
+
+def _run_row(row: sqlite3.Row) -> RunRow:
+    return RunRow(
+        id=row["id"],
+        bundle=Path(row["bundle"]),
+        shard_digest=row["shard_digest"],
+        settings=read_stored(row["config"]),
+        state=row["state"],
+        epoch=row["epoch"],
+        round=row["round"],
+        reason=row["reason"],
+        created_at=row["created_at"],
+        begun_by=row["begun_by"],
+    )
+
+
+def _prune_events(database: sqlite3.Connection, run: str) -> None:
+    """Delete a run's oldest sentences; those that say how it ended are counted apart."""
+    for is_ending in (0, 1):
+        rows = "SELECT id FROM events WHERE run = :run AND is_ending = :is_ending"
+        database.execute(
+            f"DELETE FROM events WHERE id IN ({rows} ORDER BY id DESC LIMIT -1 OFFSET :most)",
+            {"run": run, "is_ending": is_ending, "most": MOST_EVENTS},
+        )
+
+
+def _checksum(round_: int, learning_rate: float, coefficients: bytes) -> int:
+    """CRC-32 of an update: SQLite would not notice a bit that has changed on disk."""
+    return zlib.crc32(coefficients, zlib.crc32(struct.pack("<qd", round_, learning_rate)))

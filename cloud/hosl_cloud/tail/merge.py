@@ -1,0 +1,214 @@
+"""Join a run's two halves into what Hugging Face loads: a model folder and, where both are LoRA, a PEFT adapter.
+
+A soft prompt is no part of a model; it becomes a PEFT adapter in a folder of the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from hosl_cloud.exceptions import AdapterError
+from hosl_cloud.tail.building import class_count, tail_lora
+from hosl_cloud.tail.card import Facts, write_card
+from hosl_cloud.tail.checkpoint import CheckpointInfo, read_weights
+from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
+from hosl_export.bundle.staging import staging
+from hosl_export.model.halves import load_config
+from hosl_export.model.heads import keeps_head, own_labels
+from hosl_export.model.prompt import is_prompt, peft_prompt
+from hosl_export.sources.origin import FILE as ORIGIN_FILE
+from hosl_export.sources.origin import read_origin
+from hosl_protocol.run.manifest import TAIL_CONFIG, TAIL_WEIGHTS, BundleError, Manifest
+from hosl_protocol.run.tasks import Task
+
+_GENERATION_CONFIG = "generation_config.json"
+
+PROMPT_FOLDER = "prompt"
+"""In the merged folder, where the device trained a soft prompt."""
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge came to."""
+
+    info: CheckpointInfo
+    """Of the checkpoint."""
+    untied_bytes: int
+    """Of a head that was tied to the embedding and is a tensor of its own now; 0 where there is none."""
+
+
+def merge_run(
+    bundle: Path,
+    manifest: Manifest,
+    client_weights: Mapping[str, npt.NDArray[np.float32]],
+    checkpoint: Path,
+    out: Path,
+    adapter: Path | None = None,
+    run: str = "",
+) -> Merged:
+    """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for.
+
+    `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
+    what the two halves compute: adapters are folded in, and a head that was tied to the embedding is a tensor of its
+    own unless both are still the same. After a soft prompt it does so with the PEFT adapter `out`/prompt. Each folder
+    has a card, which names the `run`, and the task.
+    Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
+    CheckpointMissing or CheckpointDamaged.
+    """
+    info, trained = read_weights(checkpoint)
+    if adapter is not None:
+        check_adapter(manifest, info)
+        if read_origin(bundle, manifest).is_adapter:
+            raise AdapterError("the exported model was an adapter on its base itself, and PEFT loads none on another")
+    client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
+    tail = tail_state(bundle, manifest, info, trained)
+    facts = _facts(bundle, manifest, info, run)
+    with contextlib.ExitStack() as stack:
+        if adapter is not None:
+            _write_adapter(stack.enter_context(staging(adapter, "--adapter")), facts, client, tail)
+        untied_bytes = _write_model(stack.enter_context(staging(out, "--out")), bundle, facts, client, tail)
+    return Merged(info, untied_bytes)
+
+
+def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
+    """Raise AdapterError where the run changed more than adapters, which alone could then not carry the result."""
+    if info.config.tail.train != "lora":
+        raise AdapterError(f"the tail trained {info.config.tail.train!r}, an adapter needs tail.train = 'lora'")
+    if manifest.train not in ("lora", "lora-b", "none"):
+        raise AdapterError(
+            f"the device trained {manifest.train!r}, an adapter needs a bundle of --train lora, lora-b or none"
+        )
+
+
+def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: State) -> State:
+    """The trained tail under plain names, adapters apart, its head whole again."""
+    tail = load_tail(bundle, manifest, num_labels=class_count(info.config.task), seed=info.config.seed)
+    state = plain_state(tail.model)
+    for name, value in trained.items():
+        if info.head_rows and name.rpartition(".")[0] == tail.family.head:
+            state[name] = state[name].index_copy(0, torch.tensor(info.head_rows), value)
+        else:
+            state[name] = value
+    return state
+
+
+def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str) -> Facts:
+    task = info.config.task
+    return Facts(
+        manifest=manifest,
+        info=info,
+        origin=read_origin(bundle, manifest),
+        run=run,
+        prompt_folder=PROMPT_FOLDER if manifest.prompt_tokens else None,
+        class_names=_class_names(bundle, manifest, task) if task.has_class_head else (),
+        pad_token_id=manifest.pad_token_id if task.kind == "sequence-classification" else None,
+    )
+
+
+def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: State) -> int:
+    """The merged folder; the bytes of a head that is tied to the embedding no more."""
+    manifest, info = facts.manifest, facts.info
+    lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
+    state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
+    config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
+    if info.config.task.has_class_head:
+        config.id2label = dict(enumerate(facts.class_names))
+        config.label2id = {label: place for place, label in config.id2label.items()}
+    state = _checked(state, config, info)
+    was_tied = getattr(load_config(bundle), "tie_word_embeddings", False)
+    head = f"{family.head}.weight" if was_tied else ""
+    if head in state and torch.equal(state[head], state[f"{family.embeddings[0]}.weight"]):
+        config.tie_word_embeddings = True
+        del state[head]
+    _save(state, folder / "model.safetensors")
+    for prompt in [tensor for name, tensor in client.items() if is_prompt(name)]:
+        (folder / PROMPT_FOLDER).mkdir()
+        _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(prompt, state))
+    config.to_json_file(folder / "config.json")
+    _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
+    write_card(folder, facts)
+    return state[head].nbytes if head in state else 0
+
+
+def _class_names(bundle: Path, manifest: Manifest, task: Task) -> tuple[str, ...]:
+    """The task's labels; or the names of the head that the run went on with, where the task only numbers them."""
+    own = load_config(bundle)
+    is_numbered = task.labels == tuple(map(str, range(len(task.labels))))
+    names = own_labels(own) if is_numbered and keeps_head(manifest, own, len(task.labels)) else ()
+    return names or task.labels
+
+
+_CLASSES: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+"""What loads the merged folder, by the kind of task; a language model for the others."""
+
+
+def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
+    """The state in the types of the config's class. Raises BundleError where it is not exactly what that holds."""
+    with torch.device("meta"):
+        skeleton = _CLASSES.get(info.config.task.kind, AutoModelForCausalLM).from_config(config)
+    types = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    try:
+        skeleton.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(f"the two halves do not join to a {type(skeleton).__name__}: {error}") from error
+    # A bundle holds everything as float32; a batch-norm counts its batches in whole numbers.
+    return {name: tensor if types[name].is_floating_point else tensor.to(types[name]) for name, tensor in state.items()}
+
+
+def _save(state: State, path: Path) -> None:
+    # "format" is what from_pretrained asks a safetensors file for.
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    path.touch()  # save_file makes its own with mode 0600, whatever the umask says
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
+    """The tokenizer's files or the image preprocessor, and how a language model generates."""
+    skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name, ORIGIN_FILE}
+    if not is_language_model:
+        skipped.add(_GENERATION_CONFIG)
+    for path in source.iterdir():
+        if path.is_file() and path.name not in skipped:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_adapter(folder: Path, facts: Facts, client: State, tail: State) -> None:
+    manifest = facts.manifest
+    state, config = peft_adapter(_with_lora(manifest), client, tail)
+    # A folder's bare name, which the manifest has, leads nowhere.
+    config["base_model_name_or_path"] = facts.origin.model
+    if manifest.lora is None:
+        # The device's half has no adapters: without this PEFT would expect them there too.
+        config["layers_to_transform"] = list(range(manifest.split, manifest.blocks))
+    _save_adapter(folder, state, config)
+    write_card(folder, facts, is_adapter=True)
+
+
+def _save_adapter(folder: Path, state: State, config: dict[str, Any]) -> None:
+    _save(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_lora(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, lora=tail_lora(manifest, find_family(manifest.family)))

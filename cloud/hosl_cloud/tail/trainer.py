@@ -1,0 +1,362 @@
+"""First-order training of the tail: one forward and backward per device and round, one optimizer step per round.
+
+Shapes: B examples, T tokens of the batch without padding, D width, N labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
+from hosl_cloud.rounds.exchange import BatchArrays
+from hosl_cloud.settings import RunConfig, TailSettings
+from hosl_cloud.tail import objectives
+from hosl_cloud.tail.building import block_list, build_tail, recompute, trainable_parameters
+from hosl_cloud.tail.uploads import Uploads
+from hosl_export.model.halves import Tail
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import schedule_factor
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.integer]
+
+BATCHES_AT_ONCE = 2
+"""Devices' batches that a process takes together, where it takes more than one."""
+
+_WEIGHT, _OPTIMIZER = "weights/", "optimizer/"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One device's forward and backward."""
+
+    loss: float
+    """Mean loss of this device's batch."""
+    cut_gradient_TD: Floats | None
+    """λ, the gradient of that loss with respect to the packed activations; None where it was not asked for."""
+    correct: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class EvalScore:
+    """One batch, only evaluated."""
+
+    loss: float
+    correct: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """One optimizer step."""
+
+    gradient_norm: float
+    """L2 norm of the averaged gradient before clipping."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some examples of a device's batch, on the tail's device."""
+
+    h_TD: Tensor
+    """Their activations, a leaf."""
+    lengths_B: Tensor
+    labels_N: Tensor
+    share: float
+    """Their part in the mean loss of the batch."""
+
+
+class TailTrainer:
+    """Holds the tail, the gradients of the round and the optimizer. Not for use by two threads at once.
+
+    Dropout is always off: the device's clean activations have none, and both halves must compute the same function
+    for HOSL's loss differences and HO-SFL's projections to mean anything. It also leaves no randomness in a step.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, config: RunConfig) -> None:
+        """Load the tail. Raises SettingsError, VerbalizerError and BundleError."""
+        self.config, self.kind = config, config.task.kind
+        self.device = self._choose_device()
+        forbid_tf32()
+        self._uploads = Uploads(self.device)
+        if config.tail.threads:
+            torch.set_num_threads(config.tail.threads)
+        tail, self.head_rows = build_tail(bundle, manifest, config)
+        for block in block_list(tail):
+            if config.tail.activation_checkpointing:
+                recompute(block)
+            if config.tail.compile:
+                block.compile(dynamic=True)
+        self.tail = self._place(tail)
+        self.parameters = trainable_parameters(self.tail)
+        self.optimizer = make_optimizer(list(self.parameters.values()), config.tail)
+
+    def _choose_device(self) -> torch.device:
+        return choose_device(self.config.tail.device)
+
+    def _place(self, tail: Tail) -> Tail:
+        return tail.to(self.device)
+
+    @property
+    def at_once(self) -> int:
+        """Batches that are worth handing over together: on a GPU the next ones travel while one is computed."""
+        return 1 if self.device.type == "cpu" else BATCHES_AT_ONCE
+
+    def forward_backward_many(
+        self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
+    ) -> list[StepResult | BatchError | NotFiniteError]:
+        """`forward_backward` of each: its result, or the error that left it out."""
+        self._uploads.begin(batches)
+        results: list[StepResult | BatchError | NotFiniteError] = []
+        for batch, weight in zip(batches, weights, strict=True):
+            try:
+                results.append(self.forward_backward(*batch, weight, wants_cut_gradient=wants_cut_gradient))
+            except (BatchError, NotFiniteError) as error:
+                results.append(error)
+        return results
+
+    def evaluate_many(self, batches: Sequence[BatchArrays]) -> list[EvalScore | BatchError | NotFiniteError]:
+        """`evaluate` of each: its score, or the error."""
+        self._uploads.begin(batches)
+        scores: list[EvalScore | BatchError | NotFiniteError] = []
+        for batch in batches:
+            try:
+                scores.append(self.evaluate(*batch))
+            except (BatchError, NotFiniteError) as error:
+                scores.append(error)
+        return scores
+
+    def forward_backward(
+        self,
+        activations_TD: Floats,
+        lengths_B: Integers,
+        labels_N: Integers,
+        weight: float = 1.0,
+        *,
+        wants_cut_gradient: bool = True,
+    ) -> StepResult:
+        """Add `weight` times the gradient of this device's own mean loss to the round's; return its λ.
+
+        λ is neither scaled by `weight` or by the number of devices, nor clipped (HO-SFL step 2). Raises BatchError,
+        NotFiniteError where the loss is not finite (other devices' gradients stay), and RoundSpoiltError where only λ
+        is not, or the loss of a later micro-batch (the round's gradients are dropped).
+        """
+        parts = self._micro_batches(activations_TD, lengths_B, labels_N)
+        scores: list[objectives.Score] = []
+        for part in parts:
+            part.h_TD.requires_grad_(wants_cut_gradient)
+            try:
+                scores.append(self._pass(part, weight))
+            except NotFiniteError as error:
+                if not scores:
+                    raise
+                self.discard()
+                raise RoundSpoiltError(error.what, error.value) from error
+        score = _join(parts, scores)
+        gradients = [part.h_TD.grad for part in parts if part.h_TD.grad is not None]
+        return StepResult(score.loss, self._cut_gradient(gradients, weight), score.correct, score.scored)
+
+    def _pass(self, part: MicroBatch, weight: float) -> objectives.Score:
+        """One forward and backward. Raises NotFiniteError, with no gradient added."""
+        score = self._score(part)
+        torch.autograd.backward(require_finite(score).loss * (weight * part.share))
+        return score
+
+    def _cut_gradient(self, gradients: list[Tensor], weight: float) -> Floats | None:
+        if not gradients:
+            return None
+        gradient_TD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        lambda_TD = gradient_TD if weight == 1.0 else gradient_TD / weight
+        if not torch.isfinite(lambda_TD).all():
+            self.discard()
+            raise RoundSpoiltError("the gradient at the cut layer", float(lambda_TD.abs().max()))
+        return np.asarray(lambda_TD.cpu().numpy())
+
+    def evaluate(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> EvalScore:
+        """Loss and score without gradients. Raises BatchError and NotFiniteError."""
+        parts = self._micro_batches(activations_TD, lengths_B, labels_N)
+        return _join(parts, [require_finite(self._look(part)) for part in parts])
+
+    def _look(self, part: MicroBatch) -> objectives.Score:
+        """One forward. HOSL subtracts losses of weights that hardly differ: of those bfloat16 leaves only noise."""
+        with torch.no_grad():
+            return self._score(part, is_exact=self.config.subtracts_losses)
+
+    def check(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> None:
+        """Raise BatchError for a batch that a well-behaved device would not send."""
+        if lengths_B.size and int(lengths_B.max()) > self.config.max_length:
+            raise BatchError("tokens of an example", f"at most {self.config.max_length}", int(lengths_B.max()))
+        if self.config.task.is_image and lengths_B.size and int(lengths_B.min()) != self.config.max_length:
+            raise BatchError("positions of an image", self.config.max_length, int(lengths_B.min()))
+        lengths, labels = torch.from_numpy(lengths_B.astype(np.int64)), torch.from_numpy(labels_N.astype(np.int64))
+        objectives.check_batch(self.kind, self.tail, len(activations_TD), lengths, labels)
+
+    def _micro_batches(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> list[MicroBatch]:
+        """The batch in parts of `tail.micro_batch_tokens`. Raises BatchError, and NotFiniteError where part of it
+        might be added up before another is found not to be finite."""
+        self.check(activations_TD, lengths_B, labels_N)
+        rows = split_rows(lengths_B, self.config.tail.micro_batch_tokens)
+        if len(rows) > 1 and not np.isfinite(activations_TD).all():
+            raise NotFiniteError("an activation", math.nan)
+        h_TD, labels = self._uploads.take(activations_TD, torch.float32), self._uploads.take(labels_N, torch.int64)
+        lengths, ends = torch.from_numpy(lengths_B.astype(np.int64)), np.concatenate([[0], np.cumsum(lengths_B)])
+        whole, parts = objectives.targets(self.kind, self.tail, lengths), []
+        for row in rows:
+            tokens = slice(int(ends[row.start]), int(ends[row.stop]))
+            share = objectives.targets(self.kind, self.tail, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
+            labels_N_ = labels[tokens if self.kind == "lm" else row]
+            parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
+        return parts
+
+    def _score(self, part: MicroBatch, *, is_exact: bool = False) -> objectives.Score:
+        with self._autocast(is_half=self.config.tail.precision == "bfloat16" and not is_exact):
+            return objectives.score(self.kind, self.tail, part.h_TD, part.lengths_B, part.labels_N)
+
+    def _autocast(self, *, is_half: bool) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
+
+    def step(self, round_: int, total_weight: float) -> StepStatistics:
+        """Average the round's gradients over `total_weight`, clip, and step at the rate of round `round_` (from 1).
+
+        Raises RoundSpoiltError, with the gradients dropped and no weight changed.
+        """
+        settings = self.config.tail
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        norm = self._total_norm(gradients) / total_weight
+        if not math.isfinite(norm):
+            self.discard()
+            raise RoundSpoiltError("the norm of the tail's gradient", norm)
+        clipping = settings.clip_norm / norm if 0.0 < settings.clip_norm < norm else 1.0
+        for gradient in gradients:
+            gradient.mul_(clipping / total_weight)
+        factor = schedule_factor(settings.schedule, settings.warmup_rounds, round_, self.config.rounds)
+        self._set_rate(settings.learning_rate * factor)
+        self.optimizer.step()
+        self.discard()
+        return StepStatistics(norm, settings.learning_rate * factor)
+
+    def _total_norm(self, gradients: list[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def discard(self) -> None:
+        """Drop the round's gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """What training changes, at the end of a round: `weights/<name>` and `optimizer/<name>/<key>`, shared."""
+        state = {_WEIGHT + name: value.detach() for name, value in self.parameters.items()}
+        for name, value in self.parameters.items():
+            # In one order, whether the optimizer made its state or was given it: a checkpoint's bytes follow it.
+            for key, tensor in sorted(self.optimizer.state.get(value, {}).items()):
+                if isinstance(tensor, Tensor):
+                    state[f"{_OPTIMIZER}{name}/{key}"] = tensor
+        return state
+
+    def gather(self) -> Generator[Tensor, None, None]:
+        """The tensors of `state`, in its order, whole and on the CPU, one at a time."""
+        for tensor in self.state().values():
+            yield self._whole(tensor).cpu()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave, taken one at a time. Raises KeyError where a name is unknown or a weight is
+        missing."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        places = {name: place for place, name in enumerate(self.parameters)}
+        missing = places.keys() - {name.removeprefix(_WEIGHT) for name in state}
+        if missing:
+            raise KeyError(min(missing))
+        with torch.no_grad():
+            for entry, tensor in state.items():
+                if entry.startswith(_WEIGHT):
+                    self._put(self.parameters[entry.removeprefix(_WEIGHT)], tensor)
+                else:
+                    name, _, key = entry.removeprefix(_OPTIMIZER).rpartition("/")
+                    value = torch.zeros_like(self.parameters[name]) if tensor.ndim else torch.zeros(())
+                    self._put(value, tensor)
+                    moments.setdefault(places[name], {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.discard()
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _put(self, target: Tensor, whole: Tensor) -> None:
+        """Give a tensor its value."""
+        target.copy_(whole)
+
+    def close(self) -> None:
+        """Nothing is asked of it any more."""
+
+
+def require_finite(score: objectives.Score) -> objectives.Score:
+    """The score. Raises NotFiniteError."""
+    if not math.isfinite(score.loss.item()):
+        raise NotFiniteError("the tail's loss", score.loss.item())
+    return score
+
+
+def split_rows(lengths_B: Integers, most_tokens: int) -> list[slice]:
+    """Runs of examples of at most `most_tokens` with their padding, or of one example; 0 does not split."""
+    rows, start, longest = [], 0, 0
+    for row, length in enumerate(lengths_B.tolist()):
+        longest = max(longest, length)
+        if most_tokens and row > start and (row + 1 - start) * longest > most_tokens:
+            rows.append(slice(start, row))
+            start, longest = row, length
+    return [*rows, slice(start, len(lengths_B))]
+
+
+def _join(parts: Sequence[MicroBatch], scores: Sequence[objectives.Score]) -> EvalScore:
+    """The score of a whole batch."""
+    loss = sum(part.share * score.loss.item() for part, score in zip(parts, scores, strict=True))
+    return EvalScore(loss, sum(score.correct for score in scores), sum(score.scored for score in scores))
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of `tail.device`. Raises SettingsError where this machine has none of that name."""
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError("tail.device", name, "use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not (has_cuda and (device.index or 0) < torch.cuda.device_count()):
+        raise SettingsError("tail.device", name, "this machine has no such device; use auto or cpu")
+    return device
+
+
+def forbid_tf32() -> None:
+    """Let float32 on a GPU be float32: by itself torch gives convolutions TF32 there, of fewer digits than float16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: TailSettings) -> torch.optim.Optimizer:
+    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation.
+
+    For tensors of which each rank holds a part torch has no fused SGD.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    is_whole = not any(isinstance(value, DTensor) for value in parameters)
+    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=is_whole)

@@ -1,0 +1,1 @@
+"""The way to the cloud: whom to trust, what to fetch, the websocket."""

@@ -1,0 +1,80 @@
+"""What the service says of a device before it joins, and whether its data fits: before anything large is fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from hosl_edge.connection.fetch import read_url
+from hosl_edge.connection.trust import Cloud
+from hosl_edge.data.examples import check_consent, check_files, check_first_example
+from hosl_edge.data.images import load_images
+from hosl_edge.exceptions import ConnectionLost, NotFoundError, RefusedError
+from hosl_edge.settings import EdgeSettings
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.tasks import Task, check_task
+
+
+class Place(msgspec.Struct, frozen=True):
+    """What the service says of a device whose token is right."""
+
+    task: Task | None = None
+    """Of the run that waits for it; None without one."""
+    data_digest: str = ""
+    """Of the training data that it has been in that run with; empty before."""
+    eval_digest: str = ""
+    """Of the held-out data that it must keep to; empty where it may change."""
+
+
+# Made here, on import: threads that use a type for the first time at once crash msgspec.
+_PLACE = msgspec.json.Decoder(Place)
+
+
+def fetch_place(cloud: Cloud, name: str) -> Place | None:
+    """What waits for the device of this name; None where an older service cannot tell.
+
+    Raises RefusedError where the token is another device's, SettingsError for a task that is none, and ConnectionLost.
+    """
+    url = cloud.url("device/") + quote(name, safe="")
+    try:
+        place = _PLACE.decode(read_url(cloud, url))
+    except NotFoundError:
+        return None
+    except RefusedError as error:
+        reason = (
+            f"the token is not one of device {name}: leave out the name, and the token's own counts, or take its own"
+        )
+        raise RefusedError(reason, retry=False) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConnectionLost(f"{url} answered with what no hosl-cloud says: {error}") from error
+    if place.task is not None:
+        check_task(place.task)
+    return place
+
+
+def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> None:
+    """What the run asks for before it reads everything: fields, text, and the first example of each file.
+
+    Raises ConsentError and DataError.
+    """
+    check_consent(task, settings.fields, share_text=settings.share_text)
+    for path in (settings.data, settings.eval):
+        if path is not None:
+            check_data_file(Path(path), task, manifest, skip_broken=settings.skip_broken)
+
+
+def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *, skip_broken: bool = False) -> str:
+    """That a file can be read, and what `task` can do with it, where that is known; in words. Raises DataError."""
+    check_files(path)
+    if task is None and (path.is_dir() or path.suffix.lower() == ".npz"):
+        return "can be read"
+    if task is not None and task.is_image:
+        if manifest is None or manifest.image is None:
+            return "can be read"
+        examples = len(load_images(path, task, manifest.image, manifest.max_length, skip_broken=skip_broken))
+        return f"{examples} images, which task {task.name} can use"
+    fields = check_first_example(path, task)
+    fits = f", which task {task.name} can use" if task is not None else ""
+    return f"its first example has {fields} field{'s' if fields != 1 else ''}{fits}"

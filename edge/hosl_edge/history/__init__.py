@@ -1,0 +1,1 @@
+"""The run as this device holds it: journal, snapshot, weights."""

@@ -1,0 +1,1 @@
+"""The machine and its people: temperature, memory, terminal, systemd, status."""

@@ -1,0 +1,1 @@
+"""The client half on ONNX Runtime, and the memory that it may take."""

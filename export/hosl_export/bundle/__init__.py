@@ -1,0 +1,1 @@
+"""A bundle's files: written, and checked against the uncut model."""

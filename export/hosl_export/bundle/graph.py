@@ -1,0 +1,130 @@
+"""The client half as an ONNX graph whose parameters, but for constants, are inputs under their Hugging Face names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+
+from hosl_export.exceptions import ExportError
+from hosl_export.model.families import renumber
+from hosl_export.model.halves import ClientHalf
+from hosl_export.model.lora import plain_name
+from hosl_protocol.run.manifest import BOUNDARY, PrefixEntry
+
+OPSET = 18
+IR_VERSION = 10
+"""The newest that ONNX Runtime 1.19 reads, the oldest runtime that a device may have."""
+
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
+OUTPUT = "activations"
+
+
+def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
+    """Names of the inputs that are not weights."""
+    given = BOUNDARY if half.first_block else "pixel_values" if half.family.takes_images else "input_ids"
+    return (given, "attention_mask") if half.family.is_encoder and not half.family.takes_images else (given,)
+
+
+def write_graph(
+    half: ClientHalf, path: Path, constants: Collection[str] = (), prefix: PrefixEntry | None = None
+) -> None:
+    """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`.
+
+    Parameters whose plain names are among `constants` stay inside. The size of images is fixed. `prefix` says what a
+    half is given that goes on from others.
+    """
+    # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
+    half.model.set_attn_implementation("eager")
+    model = _trace(half, prefix)
+    _lift_parameters(model, half, constants)
+    if half.family.keeps_constants:
+        # Only now, when what trains is an input that nothing can fold away.
+        optimizer.optimize(model)
+    _check_self_contained(model)
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+    ir.save(model, path)
+
+
+def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
+    names = graph_inputs(half)
+    # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
+    length = half.prompt_tokens + 8
+    if half.prompt_tokens:
+        length = min(length, half.model.config.max_position_embeddings)
+    examples = {name: torch.ones(2, length, dtype=torch.long) for name in names}
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if half.image is not None:
+        examples = {"pixel_values": torch.ones(2, half.image.channels, half.image.height, half.image.width)}
+        del axes[1]
+    if half.first_block:
+        assert prefix is not None
+        examples = {name: examples[name] for name in names if name != BOUNDARY}
+        examples[BOUNDARY] = torch.ones(2, prefix.positions or 8, prefix.width)
+    with _quiet_exporter():
+        # optimize=True would fold transposed weights into constants, which cannot be lifted.
+        program = torch.onnx.export(
+            half,
+            (),
+            kwargs={name: examples[name] for name in names},
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=list(names),
+            output_names=[OUTPUT],
+            dynamic_shapes=dict.fromkeys(names, axes),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("the exporter of torch gave no graph")
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back the exporter's chatter: it prints, warns and logs for every model, and says nothing a user can use."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[str]) -> None:
+    """Turn each parameter's initializer into a graph input under its plain name; buffers and constants stay inside."""
+    graph = model.graph
+    for name, parameter in half.model.named_parameters():
+        plain = renumber(plain_name(name), half.family.blocks, half.first_block)
+        if plain in constants:
+            continue
+        value = graph.initializers.pop(f"model.{name}", None)
+        if value is None:
+            raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
+        value.const_value = None
+        value.name = plain
+        is_table = parameter is half.token_table
+        value.shape = ir.Shape(["rows", *parameter.shape[1:]] if is_table else parameter.shape)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        graph.inputs.append(value)
+
+
+def _check_self_contained(model: ir.Model) -> None:
+    foreign = {node.domain for node in model.graph.all_nodes()} - STANDARD_DOMAINS
+    if foreign or len(model.functions):
+        raise ExportError(f"the graph uses operators outside the standard domains: {sorted(foreign)}")

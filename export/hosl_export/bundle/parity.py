@@ -1,0 +1,238 @@
+"""Parity: what shard and tail compute from the bundle's files, against what the uncut model computed before the cut.
+
+Shapes: B batch, T tokens or positions of an image, D width, S positions compared, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from hosl_export.bundle.weights import read_tensors
+from hosl_export.exceptions import ParityError
+from hosl_export.model.families import find_family
+from hosl_export.model.halves import Tail, load_tail
+from hosl_export.model.heads import class_head
+from hosl_protocol.run.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
+
+TOLERANCE = 1e-4
+"""Largest difference as a share of the output's largest magnitude. Two float32 runtimes that sum in different orders
+differ by 1e-7 to 1e-5 here, growing with depth; a block too many, a wrong position or mask differs by 1e-2 and more."""
+
+LONGEST = 2048
+"""Longest input compared, in tokens: attention over more takes minutes and gigabytes without a fused kernel."""
+
+COMPARED = 16
+"""Positions of a row whose logits are compared: all of them, for a vocabulary of 262144, would take gigabytes."""
+
+SAMPLE = (
+    "A film that begins as a quiet study of two sisters turns, about half way, into something stranger and far more "
+    "moving. The script is uneven and the last scene (shot in 1974?) is 20% too long; still, I'd see it again. "
+)
+
+
+class Case(Protocol):
+    """One batch: what both halves are given of it, and what is compared."""
+
+    @property
+    def name(self) -> str:
+        """The batch's size, in words."""
+        ...
+
+    def feed(self) -> dict[str, Tensor]:
+        """The client graph's inputs that are not weights."""
+        ...
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """What the uncut model makes of the batch, by name of the output."""
+        ...
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """What the tail makes of the batch's activations."""
+        ...
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """Those of an output's differences that count."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextCase:
+    """One padded batch of real tokens, and the positions whose logits are compared."""
+
+    input_ids: Tensor  # [B, T]
+    lengths: Tensor  # [B]
+    positions: Tensor  # [S]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    @property
+    def name(self) -> str:
+        """As of a Case."""
+        return f"{self.shape[0]} x {self.shape[1]} tokens"
+
+    @property
+    def mask(self) -> Tensor:
+        """1 on real tokens, 0 on the padding at the right [B, T]."""
+        return (torch.arange(self.shape[1]) < self.lengths[:, None]).long()
+
+    def feed(self) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"input_ids": self.input_ids, "attention_mask": self.mask}
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """As of a Case."""
+        head = class_head(model)
+        if find_family(model.config.model_type).is_encoder:
+            outputs = _name_outputs(model.base_model(**self.feed()))
+            return outputs if head is None else {**outputs, "classes": model(**self.feed()).logits}
+        if head is None:
+            return {"logits": model(**self.feed(), logits_to_keep=self.positions).logits}
+        # At every position that is compared, wherever the classifier would look for the end of a text.
+        h_BTD = model.base_model(**self.feed()).last_hidden_state
+        return {"logits": head(h_BTD[:, self.positions])}
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """As of a Case."""
+        if not tail.family.is_encoder:
+            return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
+        outputs = _name_outputs(tail.model.base_model(inputs_embeds=h_BTD, attention_mask=self.mask))
+        return outputs if tail.classifier is None else {**outputs, "classes": tail(h_BTD, self.mask)}
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """Those of real tokens."""
+        if name in ("pooler_output", "classes"):
+            return difference
+        positions = self.positions if name == "logits" else torch.arange(self.shape[1])
+        return difference[positions < self.lengths[:, None]]
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """One batch of made-up images, as the graph takes them."""
+
+    pixel_values: Tensor  # [B, C, H, W]
+
+    @property
+    def name(self) -> str:
+        """As of a Case."""
+        rows, _, height, width = self.pixel_values.shape
+        return f"{rows} x {height} x {width} pixels"
+
+    def feed(self) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"pixel_values": self.pixel_values}
+
+    def whole(self, model: Any) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"logits": model(self.pixel_values).logits}
+
+    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """As of a Case."""
+        return {"logits": tail(h_BTD)}
+
+    def kept(self, name: str, difference: Tensor) -> Tensor:
+        """All of them."""
+        return difference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A batch, and what the uncut model makes of it, by name of the output."""
+
+    case: Case
+    outputs: dict[str, Tensor]
+
+
+def make_image_cases(image: ImageEntry) -> list[Case]:
+    """Batches of one image and of more: the size of images is fixed."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (image.channels, image.height, image.width)
+    return [ImageCase(torch.randn(rows, *shape, generator=generator)) for rows in (1, 3)]
+
+
+def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int, prompt_tokens: int = 0) -> list[Case]:
+    """Batches from one token after the soft prompt's to the longest length, with rows of different lengths."""
+    tokens = tokenizer(SAMPLE, truncation=False)["input_ids"]
+    longest = min(max_length, LONGEST) - prompt_tokens
+    shapes = dict.fromkeys((rows, min(length, longest)) for rows, length in ((1, 1), (3, 7), (2, 33), (2, longest)))
+    return [_make_case(tokens, pad_token_id, rows, length, prompt_tokens) for rows, length in shapes]
+
+
+def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int, prompt_tokens: int) -> TextCase:
+    lengths = prompt_tokens + torch.tensor([max(1, length - row * length // 3) for row in range(rows)])
+    length += prompt_tokens
+    # Each row starts elsewhere in the sample, which repeats as often as the length needs.
+    stream = torch.tensor(tokens * (2 + (length + rows) // len(tokens)))
+    input_ids = torch.stack([stream[row : row + length] for row in range(rows)])
+    case = TextCase(input_ids, lengths, torch.linspace(0, length - 1, min(length, COMPARED)).long())
+    return TextCase(input_ids.masked_fill(case.mask == 0, pad_token_id), lengths, case.positions)
+
+
+@torch.no_grad()
+def compute_references(model: Any, cases: list[Case]) -> list[Reference]:
+    """Run the uncut model on each batch."""
+    return [Reference(case, case.whole(model)) for case in cases]
+
+
+def _name_outputs(outputs: Any) -> dict[str, Tensor]:
+    """Of an encoder."""
+    names = ("last_hidden_state", "pooler_output")
+    return {name: outputs[name] for name in names if outputs.get(name) is not None}
+
+
+def check_bundle(bundle: Path, manifest: Manifest, references: list[Reference]) -> float:
+    """Run the bundle's halves on each batch. Returns the largest difference, relative; raises ParityError."""
+    shard, tail = Shard(bundle, manifest), load_tail(bundle, manifest)
+    return max(_check_case(shard, tail, reference) for reference in references)
+
+
+class Shard:
+    """The client half in ONNX Runtime, its weights given as inputs from a memory map of the file."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        options = ort.SessionOptions()
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        graphs = (SHARD_GRAPH,) if manifest.prefix is None else (SHARD_PREFIX, SHARD_GRAPH)
+        self._sessions = [
+            ort.InferenceSession(str(bundle / graph), options, providers=["CPUExecutionProvider"]) for graph in graphs
+        ]
+        self._weights = {name: tensor.numpy() for name, tensor in read_tensors(bundle / SHARD_WEIGHTS).items()}
+        self._output = manifest.output
+
+    def run(self, case: Case) -> Tensor:
+        """Activations [B, T, D]."""
+        feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.feed().items()}
+        for session in self._sessions:
+            given = {**feed, **self._weights}
+            inputs = {value.name: given[value.name] for value in session.get_inputs()}
+            (feed[BOUNDARY],) = session.run([self._output], inputs)
+        return torch.from_numpy(np.asarray(feed[BOUNDARY]))
+
+
+@torch.no_grad()
+def _check_case(shard: Shard, tail: Tail, reference: Reference) -> float:
+    case = reference.case
+    outputs = case.cut(tail, shard.run(case))
+    return max(_compare(case, name, outputs[name], expected) for name, expected in reference.outputs.items())
+
+
+def _compare(case: Case, name: str, got: Tensor, expected: Tensor) -> float:
+    """Largest difference that counts, as a share of the largest expected magnitude."""
+    difference = case.kept(name, (got - expected).abs())
+    error = float(difference.max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    if not error <= TOLERANCE:  # a difference that is not a number fails too
+        raise ParityError(name, case.name, error, TOLERANCE)
+    return error

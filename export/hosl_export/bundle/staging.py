@@ -1,0 +1,42 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hosl_protocol.exceptions import SettingsError
+
+
+def check_output(out: Path, option: str = "out") -> None:
+    """Raise SettingsError, naming `option`, where something is in the way of the folder."""
+    if out.exists() or out.is_symlink():
+        raise SettingsError(option, str(out), "it exists already; choose another folder or remove it")
+    parent = nearest_folder(out)
+    if not parent.is_dir():
+        raise SettingsError(option, str(out), f"{parent} is no folder")
+
+
+def nearest_folder(out: Path) -> Path:
+    """The closest parent of `out` that exists."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+@contextlib.contextmanager
+def staging(out: Path, option: str = "out") -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
+    out = out.absolute()
+    check_output(out, option)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        check_output(out, option)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""A model, cut in two, made trainable, and joined again."""

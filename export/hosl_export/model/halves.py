@@ -1,0 +1,366 @@
+"""Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors, `load_tail` reads a bundle.
+
+Shapes: B batch, T tokens or positions of an image, D width of the activations, V vocabulary, L labels, S positions
+asked for, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from hosl_export.bundle.weights import read_tensors
+from hosl_export.model.families import Family, find_family
+from hosl_export.model.heads import HEADS, class_head, has_class_head, keeps_head, linear_of, new_head, uncut_class
+from hosl_export.model.prompt import add_prompt
+from hosl_protocol.run.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manifest
+
+
+class ClientHalf(nn.Module):
+    """The first blocks, or those of them from `first_block` on.
+
+    `model` is the cut Hugging Face model. Its parameters have the uncut model's names, but blocks count from 0.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        image: ImageEntry | None = None,
+        first_block: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.image = image
+        self.first_block = first_block
+        self.grid = grid
+        """Rows and columns of what `first_block` is given, where that is a feature map."""
+
+    @property
+    def token_table(self) -> nn.Parameter | None:
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None where there is none."""
+        has_none = self.family.takes_images or self.first_block
+        return None if has_none else self.model.get_input_embeddings().weight
+
+    @property
+    def prompt_tokens(self) -> int:
+        """N of a soft prompt; 0 where there is none."""
+        return 0 if self.token_table is None else len(getattr(self.model.get_input_embeddings(), "prompt", ()))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        boundary: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] (and the mask [B, T] for an encoder), or images [B, C, H, W], to activations [B, T, D].
+
+        From a `first_block` on, what is before it computed, `boundary` [B, T, D], takes the place of ids and images.
+        """
+        if self.family.takes_images:
+            h = self._continue(boundary) if boundary is not None else self.features(pixel_values)
+            return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
+        # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
+        mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
+        given = {"input_ids": input_ids} if boundary is None else {"inputs_embeds": boundary}
+        h_BTD: Tensor = self.model.base_model(**given, use_cache=False, **mask).last_hidden_state
+        return h_BTD
+
+    def _continue(self, boundary: Tensor) -> Tensor:
+        return _run(self.model.get_submodule(self.family.blocks), _unpack(boundary, self.grid))
+
+    def features(self, pixel_values: Tensor | None) -> Tensor:
+        """Images [B, C, H, W] to tokens [B, T, D], or to a feature map [B, D, rows, columns]."""
+        parts = [self.model.get_submodule(path) for path in self.family.embeddings]
+        return _run((*parts, *self.model.get_submodule(self.family.blocks)), pixel_values)
+
+
+class Tail(nn.Module):
+    """The later blocks and the head. `model` is the cut Hugging Face model; its blocks count from 0."""
+
+    def __init__(self, model: Any, family: Family, grid: tuple[int, int] | None = None, prompt_tokens: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.grid = grid
+        """Rows and columns of the activations, where they are a feature map."""
+        self.prompt_tokens = prompt_tokens
+        """How many of a text's first positions are the device's soft prompt."""
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The head of a classification; None for a language model or a bare encoder."""
+        return class_head(self.model)
+
+    @property
+    def class_count(self) -> int | None:
+        """Rows of the classifier; None where there is none."""
+        return None if self.classifier is None else linear_of(self.classifier)[1].out_features
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Activations [B, T, D] and mask [B, T], padded on the right, to what the model computes.
+
+        A language model gives logits [B, T, V], or [B, V] and [B, S, V] at `positions` [B] and [B, S], where only
+        those pass through the head. A classifier gives logits [B, L], read at the last real token by a causal model.
+        A bare encoder gives its last hidden state [B, T, D].
+        """
+        if self.family.takes_images:
+            return self._classify_image(inputs_embeds)
+        if self.family.is_encoder:
+            outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+            return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
+        h_BTD = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        if self.classifier is not None and positions is None:
+            positions = _last_tokens(h_BTD, attention_mask)
+        h = h_BTD if positions is None else _select(h_BTD, positions)
+        return self._head(h)
+
+    def _classify_image(self, h_BTD: Tensor) -> Tensor:
+        """Logits [B, L] from the positions of each image."""
+        h = _run(self.model.get_submodule(self.family.blocks), _unpack(h_BTD, self.grid))
+        if self.family.final_norm is not None:
+            h = self.model.get_submodule(self.family.final_norm)(h)
+        pooled = h[:, 0] if self.family.pool is None else self.model.get_submodule(self.family.pool)(h)
+        return self.model.classifier(pooled)  # type: ignore[no-any-return]
+
+    def _head(self, h: Tensor) -> Tensor:
+        if self.classifier is not None:
+            return self.classifier(h)  # type: ignore[no-any-return]
+        logits: Tensor = self.model.get_output_embeddings()(h)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
+    for part in parts:
+        h = part(h)
+    return h  # type: ignore[no-any-return]
+
+
+def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Positions [B, T, D] as the feature map [B, D, rows, columns] that they are of, if any."""
+    if grid is None:
+        return h_BTD
+    h_BDRC = h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
+    # Transposed, each position's channels lie together. On CPUs with AVX-512 torch 2.13 crashes in the backward of such
+    # a map for some shapes (8 channels, stride 2), and is no faster for any.
+    return h_BDRC.contiguous() if h_BDRC.device.type == "cpu" else h_BDRC
+
+
+def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Index of each row's last real token [B]."""
+    if attention_mask is None:
+        return torch.full(h_BTD.shape[:1], h_BTD.shape[1] - 1, device=h_BTD.device)
+    return attention_mask.sum(dim=1).long() - 1
+
+
+def _select(h_BTD: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, D] at [B] gives [B, D], at [B, S] gives [B, S, D]."""
+    rows = torch.arange(len(h_BTD), device=h_BTD.device)
+    return h_BTD[rows.view(-1, *[1] * (positions.ndim - 1)), positions]
+
+
+class _ZeroPositions(nn.Module):
+    """Stands for a position embedding on the tail: the activations already hold the positions."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """A scalar 0."""
+        return torch.zeros(())
+
+
+class _PassBy(nn.Module):
+    """Stands for an embedding block on the tail: the activations already went through it."""
+
+    def forward(self, inputs_embeds: Tensor, **keywords: Any) -> Tensor:
+        """`inputs_embeds` as they are."""
+        return inputs_embeds
+
+
+def share(model: Any) -> Any:
+    """A copy of the module tree and its config that shares every tensor with `model`."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def client_half(model: Any, split: int, image: ImageEntry | None = None) -> ClientHalf:
+    """The first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole.
+
+    `image` says what a model of images is given.
+    """
+    family = find_family(model.config.model_type)
+    # What an encoder's task head is put on is a whole model by itself, and all that a device needs of it.
+    half = share(model.base_model if base_prefix(model, family) else model)
+    _keep_blocks(half, family, slice(None, split))
+    for path in family.final:
+        _replace(half, path, None)
+    if family.final_norm is not None:
+        _replace(half, family.final_norm, nn.Identity())
+    return ClientHalf(half, family, image).eval()
+
+
+def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None) -> tuple[ClientHalf, ClientHalf]:
+    """The first `blocks` of a client half and the others, sharing its tensors; the client half stays whole.
+
+    `grid` is the shape of the activations between them where they are a feature map.
+    """
+    family, first, rest = client.family, share(client.model), share(client.model)
+    _keep_blocks(first, family, slice(None, blocks))
+    _cut_tail(rest, family, blocks)
+    return (
+        ClientHalf(first, family, client.image).eval(),
+        ClientHalf(rest, family, client.image, first_block=blocks, grid=grid).eval(),
+    )
+
+
+def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:
+    """The blocks of the uncut `model` after the first `split`, with its head, sharing its tensors.
+
+    `grid` is the shape of the activations where they are a feature map.
+    """
+    family, half = find_family(model.config.model_type), share(model)
+    _cut_tail(half, family, split)
+    return Tail(half, family, grid).eval()
+
+
+def _cut_tail(model: Any, family: Family, split: int) -> None:
+    prefix = base_prefix(model, family)
+    _keep_blocks(model, family, slice(split, None))
+    for path in family.embeddings:
+        _replace(model, prefix + path, None)
+    if family.positions is not None:
+        _replace(model, prefix + family.positions, _ZeroPositions())
+    if family.bypass is not None:
+        _replace(model, prefix + family.bypass, _PassBy())
+
+
+def base_prefix(model: Any, family: Family) -> str:
+    """What `model` puts before the uncut model's names: `bert.` where an encoder carries a task head."""
+    return family.base_prefix if hasattr(model, family.base_prefix.rstrip(".") or " ") else ""
+
+
+def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
+    """Cut the block list, and with it what the config says of each block, which some models read as they run."""
+    path = base_prefix(model, family) + family.blocks
+    blocks = nn.ModuleList(list(model.get_submodule(path))[kept])
+    _replace(model, path, blocks)
+    config = model.config
+    if family.counted_by == "num_hidden_layers":
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[kept]
+        config.num_hidden_layers = len(blocks)
+    # The embedding and the head are on different machines from here on, and PEFT looks for what they share.
+    config.tie_word_embeddings = False
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
+    """Put `module` at `path`, where the model has a module there."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if getattr(owner, name, None) is not None:
+        setattr(owner, name, module)
+
+
+def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
+    """The device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
+
+    `state` holds its weights and buffers under plain names. Raises BundleError.
+    """
+    from hosl_export.model.lora import inject_lora, plain_name  # lora imports this module by way of joining
+
+    family = find_family(manifest.family)
+    model = _skeleton(load_config(bundle), manifest, None)
+    if manifest.prompt_tokens:
+        add_prompt(model, manifest.prompt_tokens)
+    half = client_half(model, manifest.split, manifest.image)
+    if manifest.lora is not None:
+        inject_lora(half, manifest.lora, family, seed=0)
+    fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
+    return half.eval()
+
+
+def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
+    """The server half of a bundle, float32 on the CPU, in eval mode.
+
+    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
+    the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
+    nothing, and writing to them leaves the file as it is. Raises BundleError.
+    """
+    family = find_family(manifest.family)
+    config = load_config(bundle)
+    keeps = num_labels is None or keeps_head(manifest, config, num_labels)
+    model = _skeleton(config, manifest, num_labels)
+    _cut_tail(model, family, manifest.split)
+    state = _read_tail(bundle)
+    if not keeps:
+        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
+    prefix = base_prefix(model, family)
+    fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
+    grid = None if manifest.image is None else manifest.image.grid
+    return Tail(model, family, grid, manifest.prompt_tokens).eval()
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the plain name of a head's tensor, before which an encoder's prefix never stands."""
+    return name.partition(".")[0] in HEADS
+
+
+def load_config(bundle: Path) -> Any:
+    """The uncut model's configuration."""
+    return AutoConfig.from_pretrained(bundle / "tail")
+
+
+def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
+    """The uncut model, or its classifier, without memory for its weights."""
+    if num_labels is not None:
+        config.num_labels, config.problem_type = num_labels, "single_label_classification"
+    auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.float32)
+
+
+def _read_tail(bundle: Path) -> dict[str, Tensor]:
+    path = bundle / TAIL_WEIGHTS
+    try:
+        return read_tensors(path)
+    except Exception as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+
+
+def fill(model: Any, state: dict[str, Tensor]) -> None:
+    """Give a model without memory its weights and buffers. Raises BundleError where the names do not match."""
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
+    for path, module in list(model.named_modules()):
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if missing:
+            _compute_buffers(model, path, module, missing)
+
+
+def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
+    """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
+    if isinstance(module, nn.Embedding):
+        # Gemma's multiplies what it looks up.
+        module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        return
+    fresh = type(module)(config=model.config)
+    if next(module.parameters(), None) is None:
+        # Rotary frequencies.
+        _replace(model, path, fresh)
+        return
+    for name in names:
+        # Position numbers of a BERT's embeddings, whose weights are filled already.
+        setattr(module, name, getattr(fresh, name))

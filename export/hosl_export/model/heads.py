@@ -1,0 +1,82 @@
+"""The head on a model: a language model's, a classification's that a checkpoint brings, or a new one for a task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+from hosl_export.model.families import Family, find_family
+from hosl_protocol.run.manifest import Manifest
+
+HEADS = ("lm_head", "score", "classifier")
+"""What a new head takes the place of."""
+
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def uncut_class(family: Family, *, is_classifier: bool) -> Any:
+    """The Hugging Face class that the uncut model is loaded with, or the classifier of texts that it is or becomes."""
+    if family.takes_images:
+        return AutoModelForImageClassification
+    if is_classifier:
+        return AutoModelForSequenceClassification
+    return AutoModel if family.is_encoder else AutoModelForCausalLM
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a checkpoint with this config has a head that classifies texts."""
+    return any(name.endswith(_CLASSIFIER) for name in config.architectures or ())
+
+
+def has_class_head(manifest: Manifest) -> bool:
+    """Whether a bundle's tail has a classification head."""
+    return find_family(manifest.family).takes_images or manifest.architecture.endswith(_CLASSIFIER)
+
+
+def keeps_head(manifest: Manifest, config: Any, num_labels: int) -> bool:
+    """Whether a task of so many labels goes on with the head of a bundle whose uncut model had `config`."""
+    return has_class_head(manifest) and bool(config.num_labels == num_labels)
+
+
+def new_head(model: Any, seed: int) -> dict[str, Tensor]:
+    """A classification head as Hugging Face initialises it, from its own generator."""
+    generator = torch.Generator().manual_seed(seed)
+    name = "classifier" if hasattr(model, "classifier") else "score"
+    inner, head = linear_of(getattr(model, name))
+    name = f"{name}.{inner}".rstrip(".")
+    weight, bias = torch.empty(head.weight.shape), torch.zeros(head.out_features)
+    # OPT has its own name for it, and a ResNet, which has none, leaves it to torch's linear layer.
+    spread = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None)
+    if spread is None:
+        bound = head.in_features**-0.5
+        weight.uniform_(-bound, bound, generator=generator)
+        bias.uniform_(-bound, bound, generator=generator)
+    else:
+        weight.normal_(0.0, spread, generator=generator)
+    return {f"{name}.weight": weight} | ({} if head.bias is None else {f"{name}.bias": bias})
+
+
+def class_head(model: Any) -> nn.Module | None:
+    """The head of a classification; None for a language model or a bare encoder."""
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    return head if isinstance(head, nn.Module) else None
+
+
+def linear_of(head: nn.Module) -> tuple[str, nn.Linear]:
+    """The linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
+    return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
+
+
+def own_labels(config: Any) -> tuple[str, ...]:
+    """Names of the classes of a head, in the order of its rows; empty where a config has only numbers for them."""
+    names = tuple(str(config.id2label.get(place, "")) for place in range(config.num_labels))
+    is_numbered = all(name in ("", str(place), f"LABEL_{place}") for place, name in enumerate(names))
+    return () if is_numbered else names

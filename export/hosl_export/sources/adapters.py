@@ -1,0 +1,84 @@
+"""PEFT adapters given as a model: found with their base, and merged into it when that is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification
+
+from hosl_export.bundle.weights import read_tensors
+from hosl_export.exceptions import ModelError
+from hosl_export.model.heads import HEADS
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether PEFT wrote this folder; it may hold the base, too."""
+    return (folder / CONFIG).is_file()
+
+
+def find_base(folder: Path) -> str:
+    """The folder or hub id of the adapter's base. Raises ModelError where it is not there, or no base is named."""
+    if (folder / "config.json").is_file():
+        return str(folder)
+    name = _read_config(folder).get("base_model_name_or_path") or ""
+    for place in (Path(name).expanduser(), folder.absolute().parent / name):
+        if name and (place / "config.json").is_file():
+            return str(place)
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_hub_id:
+        where = f"and its base {name!r} is not there" if name else "and does not name its base"
+        remedy = "merge it into its base (merge_and_unload of PEFT), and give the folder of that"
+        raise ModelError("model", str(folder), f"it is a PEFT adapter, {where}: {remedy}")
+    return str(name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError("model", str(folder), f"its {CONFIG} cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+@contextlib.contextmanager
+def base_alone(place: str, adapter: Path | None) -> Iterator[str]:
+    """`place`, or a folder with all of it but the adapter: transformers puts on what it finds beside a model."""
+    if adapter is None or Path(place) != adapter:
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in adapter.absolute().iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(folder) / path.name).symlink_to(path)
+        yield folder
+
+
+def adopt_head(config: Any, adapter: Path) -> None:
+    """Let the base's config be that of a classifier where the adapter brings a classification head."""
+    if _read_config(adapter).get("task_type") != "SEQ_CLS" or not (adapter / WEIGHTS).is_file():
+        return
+    tensors = read_tensors(adapter / WEIGHTS)
+    rows = [len(tensor) for name, tensor in tensors.items() if name.split(".")[-2] in HEADS and name.endswith("weight")]
+    if rows:
+        config.architectures = [AutoModelForSequenceClassification._model_mapping[type(config)].__name__]
+        config.num_labels = rows[0]
+
+
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """The base with the adapter's weights in its own. Raises ModelError for one that is no part of the weights."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, adapter)
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = _read_config(adapter).get("peft_type")
+        raise ModelError(
+            "model", str(adapter), f"a PEFT adapter of kind {kind} is no part of the weights: use its base"
+        )
+    return adapted.merge_and_unload()

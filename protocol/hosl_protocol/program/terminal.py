@@ -1,0 +1,150 @@
+"""What the three commands share: one clear line and a numbered exit code for every error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import importlib.metadata
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
+from hosl_protocol.program.installing import install_line
+from hosl_protocol.program.logs import configure_logs
+from hosl_protocol.program.plain import plain
+
+_EXTRAS = {"hosl-cloud": "cloud", "hosl-export": "export"}
+"""What a program needs beside the device's packages."""
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`."""
+    version = f"{parser.prog} {importlib.metadata.version('hosl')}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and end")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """`--debug`, `--log-level` and `--log-format`."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--log-format", default="text", choices=("text", "json"), help="json: a line is an object (default: text)"
+    )
+
+
+def default_folder(variable: str, fallback: str, option: str) -> Path:
+    """The folder that an XDG variable names, or one below the user's home; only to be asked for where it is needed.
+
+    Raises SettingsError, which names `option`, for a user who has no home.
+    """
+    if folder := os.environ.get(variable):
+        return Path(folder)
+    try:
+        return Path.home() / fallback
+    except RuntimeError:
+        remedy = f"this user has no home folder, and HOME is not set: give {option} DIR"
+        raise SettingsError(option, None, remedy) from None
+
+
+def print_unit(path: Path) -> None:
+    """A systemd unit, with the folder that this program is installed in. Raises SettingsError for a path of quotes."""
+
+    def place(found: re.Match[str]) -> str:
+        return _quoted(sys.prefix + found[1])
+
+    print(re.sub(r"/opt/hosl(\S*)", place, path.read_text(encoding="utf-8")), end="")
+
+
+def _quoted(word: str) -> str:
+    """A word of a systemd command line as systemd.syntax(7) wants it."""
+    if re.search(r"[\"'\\]", word):
+        raise SettingsError(
+            "this program's path", word, "systemd takes no quotes or backslashes in it: install elsewhere"
+        )
+    word = word.replace("%", "%%")
+    return f'"{word}"' if re.search(r"[\s;]", word) else word
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse, run, and turn errors into a line on stderr and an exit code."""
+    options = argparse.Namespace(debug=False, log_format="text")
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # a crash in native code says what and where it was
+    try:
+        options = parser.parse_args(arguments)
+        configure_logs(parser.prog, options.log_level, options.log_format)
+        return command(options)
+    except HoslError as error:
+        return _fail(parser.prog, str(error), error.exit_code, options)
+    except ModuleNotFoundError as error:
+        if parser.prog not in _EXTRAS or (error.name or "hosl").startswith("hosl"):
+            raise
+        needs = f"{parser.prog} needs: {install_line(_EXTRAS[parser.prog])}"
+        return _fail(parser.prog, f"{needs} ({error.name} is missing)", ExitCode.SETTINGS, options)
+    except KeyboardInterrupt:
+        return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.INTERRUPTED)
+    except MemoryError:
+        return _fail(parser.prog, "out of memory", ExitCode.RESOURCES, options)
+    except OSError as error:
+        return _fail(parser.prog, _sentence_of(error), _code_of(error), options)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came.
+
+    A plain KeyboardInterrupt that passes through `exec` of a string (torch and transformers generate code) marks the
+    process, and `python -m` then dies by SIGINT instead of returning its exit code, though the exception was caught.
+    """
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what runs within as Ctrl-C does, so that it can tidy up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _sentence_of(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _code_of(error: OSError) -> ExitCode:
+    """A file that is not as it should be is for somebody to mend; what the machine lacks is another matter."""
+    about_a_file = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return ExitCode.SETTINGS if isinstance(error, about_a_file) else ExitCode.RESOURCES
+
+
+def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespace) -> int:
+    sentence, log, is_error = plain(sentence), logging.getLogger("hosl"), code is not ExitCode.INTERRUPTED
+    is_traced = options.debug and is_error
+    if options.log_format == "json":
+        level = logging.ERROR if is_error else logging.WARNING
+        log.log(level, sentence, exc_info=is_traced, extra={"exit_code": int(code)})
+        return int(code)
+    if is_traced:
+        log.exception("%s failed", program)
+    print(f"{program}: {'error: ' * is_error}{sentence}", file=sys.stderr)
+    return int(code)

@@ -1,0 +1,385 @@
+"""The client's trainable weights: probes in place, updates from scalars, and the digest that proves them equal.
+
+The device holds one over its memory-mapped shard; the cloud holds a mirror; merge replays one from the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import ClientOptimizer, RunSettings
+from hosl_protocol.weights import lattice
+from hosl_protocol.weights.adamw import LARGEST_ESTIMATE, AdamW
+from hosl_protocol.weights.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
+from hosl_protocol.weights.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term, add_directions
+from hosl_protocol.weights.state import ClientState
+
+THREADED_ABOVE = 1 << 20
+"""Elements from which threads pay."""
+
+PORTION = 1 << 16
+"""Steps, one for each coefficient and tensor, that a replay holds in memory: so few that a device has room for them."""
+
+MAX_COARSENING = 8
+"""Bits by which a run may make a tensor's lattice coarser; weights that outgrow even that have diverged."""
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """What one round does to the client's weights."""
+
+    round: int
+    coefficients: npt.NDArray[np.float32]
+    """[P]; SGD: θ ← θ + Σ coefficient·z; AdamW: the gradient estimate is Σ coefficient·z."""
+    learning_rate: float
+    """AdamW's rate this round; SGD's is already in the coefficients."""
+
+
+@dataclass(frozen=True)
+class ProbePoint:
+    """Where a probe stands: θ + sign·ε·z(round, direction)."""
+
+    round: int
+    direction: int
+    sign: int
+
+
+@dataclass(frozen=True)
+class Coarsening:
+    """A re-lattice event: the tensor moved to a coarser lattice just before the update of `round`."""
+
+    round: int
+    tensor: str
+    exponent: int
+    """The new one."""
+
+    @property
+    def spacing(self) -> float:
+        """The new g."""
+        return lattice.spacing(self.exponent)
+
+
+class ClientWeights:
+    """Trainable tensors with their optimizer state at `applied_round`."""
+
+    def __init__(
+        self,
+        tensors: Sequence[LatticeTensor],
+        *,
+        seed: int,
+        probe_step: float,
+        optimizer: ClientOptimizer,
+        distribution: Distribution = "rademacher",
+        threads: int = 1,
+    ) -> None:
+        self.tensors = list(tensors)
+        self.optimizer = optimizer
+        self.applied_round = 0
+        self.coarsenings: list[Coarsening] = []
+        """Re-lattice events so far, in order."""
+        self._recipe = Recipe(seed, distribution)
+        self._probe_step = probe_step
+        self._largest_entry = LARGEST_ENTRY[distribution]
+        self._finest = [tensor.exponent for tensor in self.tensors]
+        self._base_round = 0
+        self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
+        for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
+            longest = lattice.limit(tensor.exponent) / 2 / self._largest_entry
+            if step > longest:
+                remedy = f"weights of {tensor.name} are exact only for steps up to {longest:.3g}"
+                raise SettingsError("probe_step", probe_step, remedy)
+        # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
+        self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
+        self._point: ProbePoint | None = None
+        self._adamw = AdamW(self.tensors, optimizer) if optimizer.optimizer == "adamw" else None
+        is_large = self.elements > THREADED_ABOVE and threads > 1
+        self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
+
+    @property
+    def elements(self) -> int:
+        """d_c, the number of trainable parameters."""
+        return sum(tensor.values.size for tensor in self.tensors)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def probe(self, point: ProbePoint | None) -> None:
+        """Move the weights to a probe point, or back to θ (None); one pass, whatever point they stand at."""
+        terms = []
+        if self._point is not None:
+            terms.append(self._probe_term(self._point, -1))
+        if point is not None:
+            terms.append(self._probe_term(point, +1))
+        if self._point != point:
+            self._add(terms if self._recipe.distribution == "gaussian" else _merge(terms))
+        self._point = point
+
+    def _probe_term(self, point: ProbePoint, factor: int) -> Term:
+        steps = [factor * point.sign * step for step in self._probe_steps]
+        return Term(point.round, point.direction, steps)
+
+    def _add(self, terms: Sequence[Term]) -> None:
+        add_directions(self.tensors, terms, self._recipe, self._executor)
+
+    def apply(self, updates: Iterable[UpdateRecord]) -> None:
+        """Apply the updates of consecutive rounds; SGD adds as many in one pass as the exact range surely holds.
+
+        They are taken from an iterator a portion at a time. Raises LatticeError where the weights have diverged, and
+        HoslError for an update that is not the next one's; the weights then stand at `applied_round`.
+        """
+        self.probe(None)
+        for portion in self._portions(updates):
+            self._check_updates(portion)
+            if self._adamw is None:
+                self._add_updates(portion, +1)
+            else:
+                for update in portion:
+                    self._apply_adamw(self._adamw, update)
+
+    def _portions(self, updates: Iterable[UpdateRecord]) -> Iterator[list[UpdateRecord]]:
+        """Rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
+        passes = max(1, PORTION // max(1, len(self.tensors)) // TERMS_PER_PASS)
+        portion: list[UpdateRecord] = []
+        coefficients = 0
+        for update in updates:
+            size = max(1, update.coefficients.size)
+            if portion and coefficients + size > passes * TERMS_PER_PASS:
+                yield portion
+                portion, coefficients = [], 0
+            portion.append(update)
+            coefficients += size
+        if portion:
+            yield portion
+
+    def _check_updates(self, updates: Sequence[UpdateRecord]) -> None:
+        for expected, update in enumerate(updates, self.applied_round + 1):
+            if update.round != expected:
+                raise HoslError(f"update of round {update.round}, expected round {expected}")
+            if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
+                raise HoslError(f"update of round {update.round} holds a number that is not finite")
+
+    def _add_updates(self, updates: Sequence[UpdateRecord], sign: int) -> None:
+        """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
+        terms = self._sgd_terms(updates, sign)
+        if not self._fits(self._growths(terms)):
+            if len(updates) > 1:
+                self._add_updates(updates[: len(updates) // 2], sign)
+                self._add_updates(updates[len(updates) // 2 :], sign)
+                return
+            if sign > 0:
+                self._coarsen(self._growths(terms), updates[0].round)
+                terms = self._sgd_terms(updates, sign)
+            # Taking one round back passes only sums that were inside the range when it was applied.
+        self._add(terms)
+        self._grow(self._growths(terms))
+        self.applied_round += sign * len(updates)
+
+    def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
+        rate = update.learning_rate
+        estimates = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
+        if not estimates <= LARGEST_ESTIMATE:
+            raise HoslError(f"update of round {update.round} is an estimate of {estimates:.3g}: AdamW cannot square it")
+
+        def growths() -> list[float]:
+            return adamw.growths(self._bounds, self.tensors, rate)
+
+        # Decay moves a weight in proportion to its size: with the true maxima the growth is smaller, too.
+        if not self._fits(growths()) and not self._fits(growths()):
+            self._coarsen(growths(), update.round)
+        growth = growths()
+        adamw.step(self.tensors, self._estimate_terms(update), self._recipe, rate)
+        self._grow(growth)
+        self.applied_round = update.round
+
+    def revert(self, updates: Sequence[UpdateRecord]) -> None:
+        """Take back the newest updates (SGD), given in ascending order: the same bits as before them.
+
+        Raises IrreversibleError, and changes nothing, for AdamW, across a re-lattice event and across a loaded state.
+        """
+        if self._adamw is not None:
+            raise IrreversibleError("AdamW's updates cannot be taken back")
+        self.probe(None)
+        for expected, update in zip(range(self.applied_round, -1, -1), reversed(updates), strict=False):
+            if update.round != expected:
+                raise HoslError(f"take back of round {update.round}, expected round {expected}")
+        if updates and updates[0].round <= self._base_round:
+            raise IrreversibleError(f"the weights were loaded as they stood after round {self._base_round}")
+        if self.coarsenings and updates and self.coarsenings[-1].round >= updates[0].round:
+            last = self.coarsenings[-1]
+            raise IrreversibleError(f"round {last.round} made the lattice of {last.tensor} coarser")
+        for portion in self._portions(reversed(updates)):
+            self._add_updates(portion, -1)
+
+    def _growths(self, terms: Sequence[Term]) -> list[float]:
+        """How far `terms` can move a weight of each tensor."""
+        if not terms:
+            return [0.0] * len(self.tensors)
+        steps_CT = np.array([term.steps for term in terms])  # coefficient, tensor
+        growths: list[float] = (self._largest_entry * np.abs(steps_CT).sum(axis=0)).tolist()
+        return growths
+
+    def _reach(self, index: int, growth: float) -> float:
+        """The largest magnitude that a probe can meet after the tensor has grown."""
+        return self._bounds[index] + growth + self._largest_entry * self._probe_steps[index]
+
+    def _fits(self, growths: Sequence[float]) -> bool:
+        """Whether every tensor stays inside its exact range; takes the true maximum where the bound is too loose."""
+        is_inside = True
+        for tensor, growth in zip(self.tensors, growths, strict=True):
+            limit = lattice.limit(tensor.exponent)
+            if not self._reach(tensor.index, growth) <= limit:
+                self._bounds[tensor.index] = largest(tensor.values)
+                is_inside &= self._reach(tensor.index, growth) <= limit
+        return is_inside
+
+    def _grow(self, growths: Sequence[float]) -> None:
+        self._bounds = [bound + growth for bound, growth in zip(self._bounds, growths, strict=True)]
+
+    def _coarsen(self, growths: Sequence[float], round_: int) -> None:
+        """The re-lattice event: tensors that would leave their range move to a lattice on which they fit.
+
+        It depends on the weights and on the update of `round_` alone, so that every machine does the same unasked.
+        Raises LatticeError, and changes nothing, where a tensor has diverged.
+        """
+        exponents = {}
+        for tensor, growth in zip(self.tensors, growths, strict=True):
+            reach = self._reach(tensor.index, growth)
+            if not reach <= lattice.limit(tensor.exponent):
+                last = min(self._finest[tensor.index] + MAX_COARSENING, lattice.MAX_EXPONENT)
+                if not reach <= lattice.limit(last) / 2:
+                    raise LatticeError(tensor.name, reach, lattice.limit(last) / 2)
+                exponents[tensor.index] = lattice.exponent_for(reach)
+        steps = {
+            index: lattice.round_probe_step(self._probe_step, exponent, self.tensors[index].name)
+            for index, exponent in exponents.items()
+        }
+        for index, exponent in exponents.items():
+            tensor = self.tensors[index]
+            for start in range(0, tensor.values.size, CHUNK):
+                part = tensor.values[start : start + CHUNK]
+                part[:] = lattice.round_to_lattice(part, exponent)
+            self.tensors[index] = replace(tensor, exponent=exponent)
+            self._probe_steps[index] = steps[index]
+            self._bounds[index] = largest(tensor.values)
+            self.coarsenings.append(Coarsening(round_, tensor.name, exponent))
+
+    def _correction(self, index: int) -> float:
+        """The probe moved by ε_t where ε was meant."""
+        return self._probe_step / self._probe_steps[index]
+
+    def _sgd_terms(self, updates: Sequence[UpdateRecord], sign: int) -> list[Term]:
+        places = [(update.round, direction) for update in updates for direction in range(update.coefficients.size)]
+        if not places:
+            return []
+        coefficients_C = np.concatenate([update.coefficients for update in updates]).astype(np.float64)
+        count = len(self.tensors)
+        chances_CT = np.array([uniforms(self._recipe.seed, *place, Stream.ROUNDING, count) for place in places])
+        exponents_T = np.array([tensor.exponent for tensor in self.tensors], np.intc)
+        corrections_T = np.array([self._correction(tensor.index) for tensor in self.tensors])
+        steps_CT = lattice.round_stochastically(coefficients_C[:, None] * corrections_T, exponents_T, chances_CT)
+        rows: list[list[float]] = (sign * steps_CT).tolist()
+        return [Term(*place, row) for place, row in zip(places, rows, strict=True)]
+
+    def _estimate_terms(self, update: UpdateRecord) -> list[Term]:
+        return [
+            Term(update.round, direction, [coefficient * self._correction(tensor.index) for tensor in self.tensors])
+            for direction, coefficient in enumerate(update.coefficients.tolist())
+        ]
+
+    def resolution(self, update: UpdateRecord) -> float:
+        """The smallest |c|/g of an SGD update; below 1 a step survives rounding only in expectation."""
+        coefficients = [abs(value) for value in update.coefficients.tolist() if value]
+        if self._adamw is not None or not coefficients or not self.tensors:
+            return math.inf
+        coarsest = max(lattice.spacing(tensor.exponent) / self._correction(tensor.index) for tensor in self.tensors)
+        return float(min(coefficients) / coarsest)
+
+    def digest(self) -> str:
+        """SHA-256 of the trainable tensors in order, little-endian, then AdamW's step count and moments."""
+        return self.state().digest()
+
+    def state(self) -> ClientState:
+        """Where the weights stand at `applied_round`, shared: a copy is the caller's."""
+        self.probe(None)
+        return ClientState(
+            self.applied_round,
+            {tensor.name: tensor.values for tensor in self.tensors},
+            {tensor.name: tensor.exponent for tensor in self.tensors},
+            self._adamw.state(self.tensors) if self._adamw is not None else None,
+        )
+
+    def load_state(self, state: ClientState) -> None:
+        """Continue from what `state` gave; rounds up to its own can't be taken back from here.
+
+        Raises HoslError, and changes nothing, where it is of other tensors or of another optimizer.
+        """
+        self._check_state(state)
+        tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
+        steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
+        self.tensors, self._probe_steps = tensors, steps
+        for tensor in tensors:
+            tensor.values[:] = state.weights[tensor.name]
+        self._bounds = [largest(tensor.values) for tensor in self.tensors]
+        if self._adamw is not None and state.moments is not None:
+            self._adamw.load_state(self.tensors, state.moments)
+        self._point = None
+        self.coarsenings = []
+        self.applied_round = self._base_round = state.round
+
+    def _check_state(self, state: ClientState) -> None:
+        sizes = {tensor.name: tensor.values.size for tensor in self.tensors}
+        parts = [state.weights]
+        if (state.moments is None) != (self._adamw is None):
+            raise HoslError(f"the state is not one of {self.optimizer.optimizer}")
+        if state.moments is not None:
+            if state.moments.steps != state.round:
+                raise HoslError(f"the state is of round {state.round} and of {state.moments.steps} steps")
+            parts += [state.moments.first, state.moments.second]
+        if any({name: values.size for name, values in part.items()} != sizes for part in parts):
+            raise HoslError("the state is of other tensors than those that train here")
+        for tensor, finest in zip(self.tensors, self._finest, strict=True):
+            if not finest <= state.exponents.get(tensor.name, finest - 1) <= finest + MAX_COARSENING:
+                raise HoslError(f"the state has no lattice for {tensor.name} that a run may use")
+
+
+def _merge(terms: Sequence[Term]) -> list[Term]:
+    """From θ + εz to θ - εz is one step of -2εz, not two steps."""
+    if len(terms) == 2 and (terms[0].round, terms[0].direction) == (terms[1].round, terms[1].direction):
+        return [replace(terms[0], steps=[a + b for a, b in zip(terms[0].steps, terms[1].steps, strict=True)])]
+    return list(terms)
+
+
+def largest(values: Vector) -> float:
+    """max|θ| without a second copy."""
+    return max(float(values.max()), -float(values.min())) if values.size else 0.0
+
+
+def make_client_weights(
+    manifest: Manifest, tensors: dict[str, npt.NDArray[np.float32]], settings: RunSettings, threads: int = 1
+) -> ClientWeights:
+    """The client's weights over `tensors` (by name, changed in place); empty where the run freezes the client."""
+    entries = () if settings.algorithm == "frozen" else manifest.trainable
+    flat = []
+    for index, entry in enumerate(entries):
+        view = tensors[entry.name].reshape(-1)
+        assert entry.exponent is not None
+        assert np.shares_memory(view, tensors[entry.name])
+        flat.append(LatticeTensor(entry.name, index, view, entry.exponent))
+    return ClientWeights(
+        flat,
+        seed=settings.seed,
+        probe_step=settings.probe_step,
+        optimizer=settings.client,
+        distribution=settings.distribution,
+        threads=threads,
+    )

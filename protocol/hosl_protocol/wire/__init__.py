@@ -1,0 +1,1 @@
+"""What crosses the wire: messages, their frames, and the order in which they may come."""

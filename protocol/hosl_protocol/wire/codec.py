@@ -1,0 +1,340 @@
+"""Frames: a message and its tensors in the safetensors layout, cut into pieces for the websocket.
+
+First piece: 8-byte little-endian header length and JSON header. Then data pieces of at most 256 KiB.
+Every length is checked against the agreed bounds before memory is taken. Specification: protocol/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hosl_protocol.exceptions import FrameError, LimitError
+from hosl_protocol.run.settings import WireDtype
+from hosl_protocol.wire.messages import FLOATS, FromCloud, FromEdge, Message, TensorSpec, name_of
+
+PIECE_BYTES = 256 * 1024
+MAX_HEADER_BYTES = 64 * 1024
+MAX_FRAME_BYTES = 2**34
+"""Most tensor bytes in a frame, whatever a run's bounds come to."""
+MESSAGE_KEY = "hosl"
+
+Array = npt.NDArray[Any]
+Piece = bytes | memoryview
+
+_SAFETENSORS_NAME: dict[WireDtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# bfloat16 has no numpy type: its bits travel as uint16.
+_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2"}
+
+
+class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    type: str = ""
+
+
+_METADATA_KEY = "__metadata__"
+_LONGEST_SENTENCE = 300
+"""Of an error that quotes the peer."""
+
+_KIND = msgspec.json.Decoder(_Kind)
+_ENTRIES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT = msgspec.json.Decoder(str)
+_TENSOR_INFO = msgspec.json.Decoder(_TensorInfo)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A message with its tensors by name; floating tensors arrive as float32 (or float64 where the spec says F64)."""
+
+    message: Message
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest size of each named dimension; `D` and `P` must be met exactly. Nothing is allowed at first."""
+
+    largest: Mapping[str, int] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset({"D", "P"})
+    wire_dtypes: tuple[str, ...] = FLOATS
+    """Types that activations and their gradients may have."""
+
+    def check(self, tensor: str, dimension: str, size: int) -> None:
+        """Raise LimitError or FrameError where `size` does not fit."""
+        bound = self.largest.get(dimension, 0)
+        if size > bound:
+            raise LimitError(f"dimension {dimension} of {tensor}", size, bound)
+        if dimension in self.exact and size != bound:
+            raise FrameError(f"dimension {dimension} of {tensor} is {size}, expected {bound}")
+
+
+def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
+    """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
+
+    What is small goes as one piece with its neighbours: a message on a websocket costs more than a few bytes do.
+
+    Raises KeyError where `tensors` lacks one that the message must carry, LimitError where the header is too long.
+    """
+    plan = [
+        (name, tensors[name], wire_name(spec, wire_dtype))
+        for name, spec in type(message).tensors.items()
+        if spec.required or name in tensors
+    ]
+    yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
+    yield from _joined(piece for _, array, dtype in plan for piece in _pieces(array, dtype))
+
+
+def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], str]]) -> bytes:
+    """The first piece of a frame, padded with spaces so that tensor data would start at a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {MESSAGE_KEY: msgspec.json.encode(message).decode()}}
+    offset = 0
+    for name, shape, dtype in tensors:
+        end = offset + math.prod(shape) * np.dtype(_STORAGE[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise LimitError("header in bytes", len(text), MAX_HEADER_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
+    """The safetensors name of the type that a tensor has on the wire."""
+    return _SAFETENSORS_NAME[wire_dtype] if spec.dtypes == FLOATS else spec.dtypes[0]
+
+
+def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    elements = PIECE_BYTES // np.dtype(_STORAGE[dtype]).itemsize
+    for start in range(0, flat.size, elements):
+        yield _to_wire(flat[start : start + elements], dtype).data.cast("B")
+
+
+def _joined(pieces: Iterable[memoryview]) -> Iterator[Piece]:
+    """Neighbours that fit into one piece go as one."""
+    held: list[memoryview] = []
+    size = 0
+    for piece in pieces:
+        if size + len(piece) > PIECE_BYTES:
+            yield _one(held)
+            held, size = [], 0
+        held.append(piece)
+        size += len(piece)
+    if held:
+        yield _one(held)
+
+
+def _one(pieces: list[memoryview]) -> Piece:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _to_wire(values: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return to_bfloat16_bits(values)
+    if dtype == "F16":
+        largest = np.float32(65504.0)
+        return np.clip(values, -largest, largest).astype("<f2")
+    return np.ascontiguousarray(values, dtype=_STORAGE[dtype])
+
+
+def to_bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """float32 to the bits of bfloat16, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)
+    quiet = bits >> np.uint32(16) | np.uint32(0x40)
+    return np.asarray(np.where(np.isnan(values), quiet, rounded), dtype="<u2")
+
+
+def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The bits of bfloat16 as float32, exactly."""
+    return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
+
+
+_TWO_BYTES: dict[str, Callable[[npt.NDArray[np.uint16]], Array]] = {
+    "F16": lambda bits: bits.view("<f2"),
+    "BF16": from_bfloat16_bits,
+}
+"""What makes numbers of a two-byte type's bits."""
+
+# Made once, for that takes milliseconds, and on import: threads that first use a type at the same time crash msgspec.
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
+    union: msgspec.json.Decoder(union) for union in (FromEdge, FromCloud)
+}
+
+
+class FrameReader:
+    """Puts pieces together: `feed` returns a frame when its last byte is in, else None."""
+
+    def __init__(
+        self, union: Any, bounds: Bounds | None = None, admit: Callable[[Message], None] = lambda message: None
+    ) -> None:
+        self.bounds = bounds or Bounds()
+        self._admit = admit  # raises where the message is not due, before memory is taken for its tensors
+        self._decoder = _DECODERS[union] if union in _DECODERS else msgspec.json.Decoder(union)
+        self._message: Message | None = None
+        self._layout: dict[str, _TensorInfo] = {}
+        self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._filled = 0
+        self._widened: dict[str, npt.NDArray[np.float32]] = {}
+        """Tensors of two-byte floats as far as they are there: to convert a whole one takes long, a piece does not."""
+
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether a connection that ends now ends cleanly."""
+        return self._message is None
+
+    def feed(self, piece: bytes | bytearray | memoryview) -> Frame | None:
+        """Take one websocket message. Raises FrameError or LimitError; the reader is then unusable."""
+        if self._message is None:
+            self._start(bytes(piece) if len(piece) <= MAX_HEADER_BYTES + 8 else _refuse_header(len(piece)))
+        else:
+            self._fill(piece)
+        return self._finish() if self._filled == self._buffer.size else None
+
+    def _start(self, piece: bytes) -> None:
+        message, layout = decode_header(piece, self._decoder)
+        self._admit(message)
+        total = check_layout(message, layout, self.bounds)
+        try:
+            self._buffer, self._filled = np.empty(total, np.uint8), 0
+            self._widened = {
+                name: np.empty(math.prod(info.shape), np.float32)
+                for name, info in layout.items()
+                if info.dtype in _TWO_BYTES
+            }
+        except MemoryError as error:
+            raise FrameError(f"{name_of(message)} of {total} bytes does not fit into memory") from error
+        self._message, self._layout = message, layout
+
+    def _fill(self, piece: bytes | bytearray | memoryview) -> None:
+        end = self._filled + len(piece)
+        if not piece or len(piece) > PIECE_BYTES or end > self._buffer.size:
+            raise FrameError(
+                f"data piece of {len(piece)} bytes, expected 1 to {min(PIECE_BYTES, self._buffer.size - self._filled)}"
+            )
+        self._buffer[self._filled : end] = np.frombuffer(piece, np.uint8)
+        self._widen(self._filled, end)
+        self._filled = end
+
+    def _widen(self, former: int, filled: int) -> None:
+        """Convert the elements that end in the bytes from `former` to `filled`; a piece may cut one in two."""
+        for name, values in self._widened.items():
+            start, end = self._layout[name].data_offsets
+            first, last = (max(min(place, end) - start, 0) // 2 for place in (former, filled))
+            if first < last:
+                stored = self._buffer[start + 2 * first : start + 2 * last]
+                values[first:last] = _TWO_BYTES[self._layout[name].dtype](np.frombuffer(stored.data, "<u2"))
+
+    def _finish(self) -> Frame:
+        assert self._message is not None
+        tensors = {
+            name: self._widened[name].reshape(info.shape) if name in self._widened else _view(self._buffer, info)
+            for name, info in self._layout.items()
+        }
+        frame = Frame(self._message, tensors)
+        self._message, self._layout, self._buffer, self._filled = None, {}, np.empty(0, np.uint8), 0
+        self._widened = {}
+        return frame
+
+
+def _refuse_header(size: int) -> bytes:
+    raise LimitError("header piece in bytes", size, MAX_HEADER_BYTES + 8)
+
+
+def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Message, dict[str, _TensorInfo]]:
+    """Parse a frame's first piece; shapes and offsets are not judged yet. Raises FrameError."""
+    if len(piece) < 8:
+        raise FrameError(f"header piece of {len(piece)} bytes, expected at least 8")
+    (length,) = struct.unpack_from("<Q", piece)
+    if length != len(piece) - 8:
+        raise FrameError(f"header length says {length}, the piece holds {len(piece) - 8}")
+    entries = _decode("frame header", piece[8:], _ENTRIES)
+    message = _decode_message(entries.pop(_METADATA_KEY, None), decoder)
+    layout = {
+        name: _decode(f"entry {name!r:.80} of the frame header", raw, _TENSOR_INFO) for name, raw in entries.items()
+    }
+    return message, dict(sorted(layout.items(), key=lambda item: item[1].data_offsets))
+
+
+def _decode_message(raw: msgspec.Raw | None, decoder: msgspec.json.Decoder[Any]) -> Message:
+    if raw is None:
+        raise FrameError(f"frame header without {_METADATA_KEY}, where the message is")
+    entries = _decode(f"{_METADATA_KEY} of the frame header", raw, _ENTRIES)
+    metadata = {name: _decode(f"entry {name!r:.80} of {_METADATA_KEY}", each, _TEXT) for name, each in entries.items()}
+    if MESSAGE_KEY not in metadata:
+        raise FrameError(f"{_METADATA_KEY} of the frame header has no entry {MESSAGE_KEY!r}, the message")
+    text = metadata[MESSAGE_KEY]
+    kind = _decode("message", text, _KIND).type
+    known = [name_of(each) for each in typing.get_args(decoder.type)]
+    if kind not in known:
+        raise FrameError(f"message: field type: expected {' or '.join(known)}, got {kind!r:.80}")
+    message: Message = _decode(f"message {kind}", text, decoder)
+    return message
+
+
+def _decode(what: str, text: bytes | str | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Raises FrameError with `what` is wrong, the field and the type that it should have."""
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError as error:
+        sentence, _, path = str(error).partition(" - at ")
+        field = path.strip("`").removeprefix("$").lstrip(".")
+        problem = f"{sentence[:1].lower()}{sentence[1:]}"
+        raise FrameError(f"{what}: {f'field {field}: ' if field else ''}{problem}"[:_LONGEST_SENTENCE]) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"{what} is not JSON: {error}"[:_LONGEST_SENTENCE]) from error
+
+
+def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bounds) -> int:
+    """Check names, types, shapes and offsets against the message's specification; the payload's bytes."""
+    specs = type(message).tensors
+    what = name_of(message)
+    for name in specs.keys() - layout.keys():
+        if specs[name].required:
+            raise FrameError(f"{what} lacks tensor {name}")
+    sizes: dict[str, int] = {}
+    end = 0
+    for name, info in layout.items():
+        if name not in specs:
+            raise FrameError(f"{what} carries unknown tensor {name!r:.80}")
+        _check_shape(f"{what}.{name}", info, specs[name], sizes, bounds)
+        expected = (end, end + math.prod(info.shape) * np.dtype(_STORAGE[info.dtype]).itemsize)
+        if info.data_offsets != expected:
+            raise FrameError(f"{what}.{name} has offsets {list(info.data_offsets)}, expected {list(expected)}")
+        end = expected[1]
+    if end > MAX_FRAME_BYTES:
+        raise LimitError(f"tensor bytes of {what}", end, MAX_FRAME_BYTES)
+    return end
+
+
+def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str, int], bounds: Bounds) -> None:
+    dtypes = bounds.wire_dtypes if spec.dtypes == FLOATS else spec.dtypes
+    if info.dtype not in dtypes:
+        raise FrameError(f"{what} has type {info.dtype!r:.20}, expected {' or '.join(dtypes)}")
+    if len(info.shape) != len(spec.shape):
+        raise FrameError(f"{what} has {len(info.shape)} dimensions, expected {len(spec.shape)}")
+    for dimension, size in zip(spec.shape, info.shape, strict=True):
+        if size < 0:
+            raise FrameError(f"{what} has a negative dimension {size}")
+        bounds.check(what, dimension, size)
+        if sizes.setdefault(dimension, size) != size:
+            raise FrameError(f"{what} has {dimension} = {size}, another tensor of the frame has {sizes[dimension]}")
+
+
+def _view(buffer: npt.NDArray[np.uint8], info: _TensorInfo) -> Array:
+    start, end = info.data_offsets
+    return np.frombuffer(buffer[start:end].data, dtype=_STORAGE[info.dtype]).reshape(info.shape)
