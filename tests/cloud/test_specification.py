@@ -51,6 +51,6 @@ def test_times_and_counts_of_the_cloud_are_those_of_the_code() -> None:
     assert f"a ping every {HEARTBEAT_S:.0f} seconds" in text
     assert f"At most {MAX_WAITING} Probes, Anchors" in text
     assert f"After {DeviceSettings().strikes}, or what the cloud's settings say" in text
-    assert f"between -{LARGEST_PROJECTION:.0e} and {LARGEST_PROJECTION:.0e}".replace("e+", "e") in text
+    assert f"magnitudes below {LARGEST_PROJECTION:.0e}, else".replace("e+", "e") in text
     assert f"more than {PATIENCE} times `deadline_s`" in text
     assert f"min({LONGEST_PAUSE_S:.0f}, 0.5" in text

@@ -38,6 +38,7 @@ GOLDEN_GAUSSIAN = {
 GOLDEN_LONG = {
     "sgd": "543f2e908b41c6a063a79abbac561c0f12ee05264fb48e66b98b9977036a6d81",
     "adamw": "acfbdfd83f060e01e51c50ab6d710e7d3f141d8115e3c63616159d6c291dd80e",
+    "gaussian": "a8d21dbd0db38451c3b62aac2ef60d89dc1c53de2d8b8fffe644cde0a46d8f3a",
 }
 
 
@@ -502,6 +503,14 @@ def test_weights_have_their_golden_digest_after_a_thousand_updates(kind, scale, 
     weights.apply(make_updates(1000, scale=scale, rate=2.0**-6))
     assert [(event.round, event.tensor) for event in weights.coarsenings] == [(n, f"w{t}") for n, t in events]
     assert weights.digest() == GOLDEN_LONG[kind]
+
+
+def test_weights_have_their_golden_digest_after_events_with_gaussian_directions():
+    weights = make_weights(distribution="gaussian")
+    weights.apply(make_updates(1000, scale=64.0))
+    events = [(event.round, event.tensor) for event in weights.coarsenings]
+    assert events == [(7, "w0"), (343, "w1"), (386, "w2"), (874, "w0")]
+    assert weights.digest() == GOLDEN_LONG["gaussian"]
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])

@@ -6,15 +6,17 @@ import ast
 import json
 import re
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data.examples import load_dataset
+from hosl_edge.data.examples import load_dataset, without_end_padding
 from hosl_protocol.run.manifest import ImageEntry, Manifest, TensorEntry
 from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
-from hosl_protocol.run.tasks import Task, text_of_value
+from hosl_protocol.run.tasks import Task, label_of, text_of_value
 from hosl_protocol.weights.client_weights import MAX_COARSENING
 from hosl_protocol.weights.directions import Stream
 from hosl_protocol.weights.state import SnapshotHeader
@@ -92,7 +94,8 @@ def test_every_field_of_the_manifests_entries_is_named_below_its_table(kind):
 def test_every_code_is_explained(kind):
     (code,) = (field.type for field in msgspec.structs.fields(kind) if field.name == "code")
     text = section(f"### {kind.__name__} (`{name_of(kind)}`)").split("\n| code |")[1]
-    assert set(re.findall(r"^\| `([a-z-]+)` \| [^|]* \|", text, re.MULTILINE)) == set(code.__args__)
+    cells = re.findall(r"^\| (`[^|]+) \| [^|]* \|", text, re.MULTILINE)
+    assert set(re.findall("`([a-z-]+)`", " ".join(cells))) == set(code.__args__)
 
 
 def test_the_cloud_refuses_with_the_retry_of_the_codes_row():
@@ -134,13 +137,40 @@ def test_texts_are_cut_as_the_rows_say(tmp_path):
             assert dataset.ids.tolist() == list(map(int, ids.split())), (kind, ids)
 
 
+def test_padding_at_the_end_of_a_text_is_cut_as_the_sentence_says():
+    found = re.findall(r"(\d[\d ]*) becomes (\d[\d ]*\d|\d)", section("## Batches"))
+    assert len(found) == 2
+    for text, left in found:
+        assert without_end_padding(np.array(text.split(), np.int32), 9).tolist() == list(map(int, left.split()))
+
+
+def test_labels_are_found_as_the_rows_say():
+    text = section("## Run settings")
+    lists = re.search(r"With `labels` (`[^ ]+`, `[^ ]+`) and `label_names` (`[^ ]+`, `[^ ]+`):", text)
+    assert lists
+    labels, names = (tuple(re.findall("`([^`]+)`", each)) for each in lists.groups())
+    task = Task(name="t", kind="sequence-classification", template="{text}", labels=labels, label_names=names)
+    table = re.findall(r"^\| (`[^|]+`) \| (\d|an error) \|$", text, re.MULTILINE)
+    assert [label for _, label in table] == ["0", "1", "an error"]
+    for values, label in table:
+        for value in re.findall("`([^`]+)`", values):
+            example = {"label": json.loads(value)}
+            if label == "an error":
+                with pytest.raises(ValueError, match="one of 0, 1"):
+                    label_of(task, example)
+            else:
+                assert label_of(task, example) == int(label), value
+
+
 def test_limits_are_those_of_the_code():
     text = section("## Frames")
     assert f"| header length | u64 | bytes | yes | {MAX_HEADER_BYTES};" in text
     assert f"1 to {PIECE_BYTES} bytes" in text
     assert f"at most {CATCH_UP_ROUNDS} |" in text
     assert f"up to {MAX_COARSENING} more" in section("## Snapshots")
-    streams = re.findall(r"^\| [a-z ]+ \| (\d) \|", section("## Random words"), re.MULTILINE)
+    words = section("## Random words")
+    assert f"of `pi-1` it is `{crc32(b'pi-1'):08x}`" in words
+    streams = re.findall(r"^\| [a-z ]+ \| (\d) \|", words, re.MULTILINE)
     assert streams == [str(int(stream)) for stream in Stream]
 
 
@@ -158,7 +188,9 @@ def test_each_phase_has_what_each_side_may_say_in_it():
         assert cloud == {name_of(kind) for kind in _ALLOWED.get((Role.CLOUD, phase), ())}
 
 
-GOLDEN = re.compile(r"[0-9a-f]{64}|`[+-]{16}`|`[0-9a-f]{16}`|0\.\d{15,}|\{\"__metadata__\".*")
+GOLDEN = re.compile(
+    r"[0-9a-f]{64}|`[+-]{16}`|`[0-9a-f]{16}`|0\.\d{15,}|\{\"__metadata__\".*|^[0-9a-f]+(?: [0-9a-f]+)*$", re.MULTILINE
+)
 
 
 def test_golden_vectors_are_those_of_the_tests():
@@ -173,7 +205,7 @@ def test_golden_vectors_are_those_of_the_tests():
 
 def test_a_value_becomes_the_text_of_its_row():
     table = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|$", section("## Text of a value"), re.MULTILINE)
-    assert len(table) == 12
+    assert len(table) == 13
     for values, text in table:
         expected = None if text == "an error" else text.strip("`")
         if found := re.fullmatch(r"`(\d+)` and (\d+) times `(\d)`", text):
