@@ -10,22 +10,19 @@ hosl-cloud simulate --bundle bundle/ --config run.toml --data train.jsonl --devi
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import dataclasses
-import json
-import logging
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hosl_cloud.storage.records import Evaluation
-    from hosl_cloud.tail.checkpoint import CheckpointInfo
 
 try:
+    import argparse
+    import asyncio
+    import dataclasses
+    import json
+    import logging
+    import os
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import TYPE_CHECKING
+
     from hosl_cloud.commands.devices import add_device, add_init
     from hosl_cloud.commands.runs import add_checkpoint, add_drain, add_log, add_run
     from hosl_cloud.commands.serve import add_serve
@@ -48,6 +45,10 @@ try:
     from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
+
+if TYPE_CHECKING:
+    from hosl_cloud.storage.records import Evaluation
+    from hosl_cloud.tail.checkpoint import CheckpointInfo
 
 log = logging.getLogger(__name__)
 _say = logging.getLogger("hosl-cloud").info

@@ -5,17 +5,18 @@ hosl-edge --server wss://host:8765 --token-file token --data train.jsonl --eval 
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import dataclasses
-import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 try:
+    import argparse
+    import asyncio
+    import dataclasses
+    import json
+    from collections.abc import Callable, Sequence
+    from functools import partial
+    from pathlib import Path
+    from typing import TYPE_CHECKING
+
     from hosl_edge.host.notify import WatchedPool, notified
     from hosl_edge.host.status import SERVICE_FOLDER, read_status, readable, status_folder
     from hosl_edge.preflight import FAILED, examine

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import logging
-import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import get_args
 
 try:
+    import argparse
+    import contextlib
+    import logging
+    import os
+    import time
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from typing import get_args
+
     import msgspec
 
     from hosl_protocol.exceptions import ExitCode

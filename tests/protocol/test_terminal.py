@@ -139,14 +139,15 @@ def test_folders_that_are_named_need_no_home(
     assert "home" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", ["argparse", "numpy"])
 @pytest.mark.parametrize("program", ["hosl_edge", "hosl_cloud", "hosl_export"])
-def test_ctrl_c_while_a_program_loads_is_no_traceback(tmp_path: Path, program: str) -> None:
-    """At the import of numpy, which all of them need."""
+def test_ctrl_c_while_a_program_loads_is_no_traceback(tmp_path: Path, program: str, module: str) -> None:
+    """At the import of a module that all of them need: of their first one, and of a large one."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == '{module}': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
