@@ -231,8 +231,10 @@ def _simulate(options: argparse.Namespace) -> int:
             write_csv(store, id_, options.csv)
         if options.json:
             print(json.dumps(summarize(store, id_)))
-        remedy = hint(f"merge {id_} --out DIR", options.data_dir)
-        say(f"run {id_} {ending} at round {run.round}; take it with: {remedy}")
+        sentence = f"run {id_} {ending} at round {run.round}"
+        if config.baseline != "first-order":  # whose client half is gone with this process
+            sentence += f"; take it with: {hint(f'merge {id_} --out DIR', options.data_dir)}"
+        say(sentence)
     finally:
         store.close()
         locked.close()

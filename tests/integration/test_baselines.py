@@ -135,7 +135,10 @@ def test_baselines_are_for_simulations(
     assert cloud_main(["serve", *options]) == ExitCode.SETTINGS
     assert "baselines are for hosl-cloud simulate" in capsys.readouterr().err
     train = write_reviews(tmp_path / "train.jsonl", 20)
-    assert cloud_main(["simulate", *options, "--data", str(train), "--devices", "2", "--json"]) == 0
-    run = json.loads(capsys.readouterr().out)["run"]
+    assert cloud_main(["simulate", *options, "--data", str(train), "--devices", "2"]) == 0
+    told = "".join(capsys.readouterr())
+    assert "completed at round 2" in told
+    assert "hosl-cloud merge" not in told
+    run = next((tmp_path / "data" / "runs").iterdir()).name
     assert cloud_main(["merge", run, "--out", str(tmp_path / "m"), "--data-dir", data_dir]) == ExitCode.SETTINGS
     assert "is gone with the simulation" in capsys.readouterr().err
