@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_sigterm_within_generated_code_ends_with_the_exit_code(tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (ExitCode.INTERRUPTED, "work: interrupted\n")
+
+
+def test_a_second_sigterm_does_not_break_off_the_tidying(tmp_path: Path) -> None:
+    """`timeout` sends two, one to the process and one to its group."""
+    work = "os.kill(os.getpid(), signal.SIGTERM)\n    finally:\n        os.kill(os.getpid(), signal.SIGTERM)"
+    tidy = f'    try:\n        {work}\n        print("tidied", flush=True)\n    return 0\n'
+    (tmp_path / "work.py").write_text(re.sub("    exec.*\n    return 0\n", lambda _: tidy, MODULE))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=60)
+    ended = (result.returncode, result.stdout, result.stderr)
+    assert ended == (ExitCode.INTERRUPTED, "tidied\n", "work: interrupted\n")
 
 
 def test_a_crash_in_native_code_says_what_and_where_it_was(tmp_path: Path) -> None:

@@ -115,9 +115,13 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends what runs within as Ctrl-C does, so that it can tidy up."""
+    """SIGTERM ends what runs within as Ctrl-C does, so that it can tidy up.
+
+    It does so once: `timeout` sends two, and the second would break off the tidying.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     previous = signal.signal(signal.SIGTERM, interrupt)
