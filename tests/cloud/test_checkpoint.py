@@ -182,7 +182,7 @@ def test_best_of_a_language_model_is_the_least_loss(bundle: Any, tmp_path: Path)
 
 
 def test_without_an_evaluation_best_is_last_and_an_empty_folder_says_so(bundle: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissing, match="it holds none"):
+    with pytest.raises(CheckpointMissing, match="the run has made none yet; hosl-cloud run show"):
         find_checkpoint(tmp_path)
     trainer = bundle.trainer(PROMPTS)
     for round_ in (1, 2):

@@ -268,7 +268,10 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.info.round == which]
     if not checkpoints:
         raise CheckpointMissing(
-            folder, "it holds none" if isinstance(which, str) else f"it holds none of round {which}"
+            folder,
+            "the run has made none yet; hosl-cloud run show says how far it is"
+            if isinstance(which, str)
+            else f"it holds none of round {which}",
         )
     best = best_checkpoint(checkpoints) if which == "best" else None
     return best or checkpoints[-1]
