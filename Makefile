@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-hosl test test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/weights/kernel.c
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/arithmetic/kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e ".[cloud,export,dev]"
 	touch $@

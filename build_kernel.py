@@ -10,8 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCE = "protocol/hosl_protocol/weights/kernel.c"
-LIBRARY = "protocol/hosl_protocol/weights/libhosl_kernel.so"
+SOURCE = "protocol/hosl_protocol/arithmetic/kernel.c"
+LIBRARY = "protocol/hosl_protocol/arithmetic/libhosl_kernel.so"
 # Sums must be those of separate additions, on every machine.
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 

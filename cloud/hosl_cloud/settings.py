@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hosl_cloud.rounds.aggregation import Aggregation
+from hosl_protocol.arithmetic.directions import Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import (
@@ -28,7 +28,9 @@ from hosl_protocol.run.settings import (
     read_toml,
 )
 from hosl_protocol.run.tasks import Task, load_preset
-from hosl_protocol.weights.directions import Distribution
+
+Aggregation = Literal["mean", "trimmed-mean", "median"]
+"""How the scalars of a round's devices become one."""
 
 
 class TailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,8 @@ from hosl_edge.connection.farewell import decline
 from hosl_edge.connection.fetch import fetch_bundle
 from hosl_edge.connection.network import NetworkWatch
 from hosl_edge.connection.offer import check_fit, fetch_place
-from hosl_edge.connection.trust import Cloud, Token, connect_securely
+from hosl_edge.connection.token import Token, device_name, read_token
+from hosl_edge.connection.trust import Cloud, connect_securely
 from hosl_edge.data.examples import check_files
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
@@ -26,7 +27,7 @@ from hosl_edge.host.health import Guard, read_available, read_health
 from hosl_edge.host.status import Document, serve_status, status_folder
 from hosl_edge.model.memory import keep_heap_small, read_memory
 from hosl_edge.session import Session
-from hosl_edge.settings import EdgeSettings, device_name, read_token
+from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.wire.messages import Complete, Hello

@@ -23,11 +23,12 @@ from urllib.parse import SplitResult, urlsplit
 
 from hosl_edge.connection.fetch import read_url
 from hosl_edge.connection.offer import Place, check_data_file, fetch_place
-from hosl_edge.connection.trust import Cloud, Token, connect_securely, http_address, opener, tls_remedy, unverified
+from hosl_edge.connection.token import Token, device_name, read_token
+from hosl_edge.connection.trust import Cloud, connect_securely, http_address, opener, tls_remedy, unverified
 from hosl_edge.data.examples import check_consent, digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
 from hosl_edge.host.health import ROOT, read_available
-from hosl_edge.settings import EdgeSettings, Resolved, device_name, read_token
+from hosl_edge.settings import EdgeSettings, Resolved
 from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 from hosl_protocol.program.plain import plain
 from hosl_protocol.program.proxies import Proxy, find_proxy, through

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from hosl_edge.connection.trust import Token, parse_token
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.program.proxies import is_loopback
 from hosl_protocol.program.terminal import default_folder
 from hosl_protocol.run.settings import convert, nearest, read_toml, wanted
+from hosl_protocol.wire.messages import is_device_name
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +33,6 @@ TOKEN = Path("/etc/hosl/token")
 REQUIRED = ("server", "token_file", "data")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def _default_name() -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip(".")[:64] or "device"
 
 
 def _state_dir() -> str:
@@ -230,7 +225,7 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("server", masked(settings.server), "leave out the user: the token says who this is")
     if url.scheme == "ws" and not is_loopback(url.hostname or "") and not settings.insecure:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
-    if settings.name and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", settings.name):
+    if settings.name and not is_device_name(settings.name):
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
     if settings.threads < 0:
         raise SettingsError("threads", settings.threads, "use 0 (all) or more")
@@ -256,30 +251,3 @@ def _address(server: str) -> SplitResult:
     if url.scheme not in ("ws", "wss") or not url.hostname:
         raise SettingsError("server", masked(server), remedy)
     return url
-
-
-def read_token(path: Path) -> Token:
-    """The token in a file. Raises SettingsError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except OSError as error:
-        raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
-    except UnicodeDecodeError:
-        text = ""
-    # systemd decides the mode of its credentials.
-    if path.parent != Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere")) and path.stat().st_mode & 0o044:
-        log.warning("%s can be read by others: run chmod 600 %s", path, path)
-    token = parse_token(text) if re.fullmatch(r"[!-~]+", text) else None
-    if token is None:
-        raise SettingsError("token_file", str(path), "it should hold one token and nothing else: copy it again")
-    return token
-
-
-def device_name(settings: EdgeSettings, token: Token) -> str:
-    """What the device is called. Raises SettingsError where its token is of another name: the cloud would refuse it."""
-    if settings.name and token.name and settings.name != token.name:
-        remedy = (
-            f"the token in {settings.token_file} is that of {token.name!r}: leave the name out, or use its own token"
-        )
-        raise SettingsError("name", settings.name, remedy)
-    return settings.name or token.name or _default_name()

@@ -27,10 +27,10 @@ from hosl_cloud.simulation.fleet import load_first_order, open_data
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.model.shard import Shard
 from hosl_export.model.lora import plain_name
+from hosl_protocol.arithmetic.directions import direction
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, make_client_weights
-from hosl_protocol.weights.directions import direction
 
 HERE = Path(__file__).parent
 GROUPS = (1, 2, 8, 32, 128)

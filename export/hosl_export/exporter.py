@@ -15,9 +15,9 @@ from hosl_export.bundle.graph import OUTPUT, graph_inputs
 from hosl_export.bundle.parity import Reference, check_bundle, compute_references
 from hosl_export.bundle.staging import check_output, staging
 from hosl_export.exceptions import told_in_one_line
+from hosl_export.inputs import Input, choose_input
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
-from hosl_export.model.inputs import Input, choose_input
 from hosl_export.model.lora import inject_lora
 from hosl_export.model.prompt import add_prompt, draw_prompt
 from hosl_export.model.rope import settle_rope

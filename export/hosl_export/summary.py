@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from hosl_export.bundle.parity import LONGEST
-from hosl_export.bundle.weights import read_tensors
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import is_classifier, own_labels
+from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, Manifest, TrainMode
 
 

@@ -28,13 +28,13 @@ import numpy as np
 from hosl_cloud.runs.snapshots import MARGIN, copy_state, write_snapshot
 from hosl_edge.connection.pace import measure_replay_s
 from hosl_edge.history.snapshot import read_snapshot
+from hosl_protocol.arithmetic.kernel import load
+from hosl_protocol.arithmetic.lattice import exponent_for, round_to_lattice
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, TensorEntry, load_manifest, sha256_of_file
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task
 from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
-from hosl_protocol.weights.kernel import load
-from hosl_protocol.weights.lattice import exponent_for, round_to_lattice
-from hosl_protocol.weights.perturbation import LatticeTensor
 
 WIDTH, BLOCKS, LORA_RANK = 768, 6, 8
 RECORD_BYTES = 8

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hosl_protocol.weights import kernel
-from hosl_protocol.weights.directions import CHUNK, Distribution
-from hosl_protocol.weights.perturbation import SEGMENT, LatticeTensor, Recipe, Term, add_directions
+from hosl_protocol.arithmetic import kernel
+from hosl_protocol.arithmetic.directions import CHUNK, Distribution
+from hosl_protocol.arithmetic.perturbation import SEGMENT, LatticeTensor, Recipe, Term, add_directions
 
 ELEMENTS = 82_700_000
 """Trainable parameters of the client half of OPT-125M, split 6, embeddings included."""

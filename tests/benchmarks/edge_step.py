@@ -421,9 +421,9 @@ class TorchClient:
         import numpy as np
         import torch
 
-        from hosl_export.bundle.weights import read_tensors
         from hosl_export.model.lora import plain_name
         from hosl_export.model.trainable import is_trainable, trained_blocks
+        from hosl_export.weights import read_tensors
         from hosl_protocol.run.manifest import SHARD_WEIGHTS
 
         torch.manual_seed(0)
@@ -511,8 +511,8 @@ def export(case: Case, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from hosl_export.bundle import writing as bundle
-    from hosl_export.bundle.weights import write_tensors
     from hosl_export.model.trainable import plain_parameters, put_on_lattice, trained_blocks
+    from hosl_export.weights import write_tensors
     from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
 
     torch.manual_seed(0)

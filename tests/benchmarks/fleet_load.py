@@ -33,6 +33,8 @@ import psutil
 import safetensors.numpy
 from websockets.asyncio.client import connect
 
+from hosl_protocol.arithmetic.lattice import exponent_for, round_to_lattice
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.manifest import (
     MANIFEST,
     SHARD_WEIGHTS,
@@ -45,8 +47,6 @@ from hosl_protocol.run.manifest import (
 from hosl_protocol.run.ordering import sample_devices
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
-from hosl_protocol.weights.lattice import exponent_for, round_to_lattice
-from hosl_protocol.weights.perturbation import LatticeTensor
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.connection import Connection, Role
 from hosl_protocol.wire.messages import (

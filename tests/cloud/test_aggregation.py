@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_cloud.rounds.aggregation import Aggregation, aggregate
+from hosl_cloud.rounds.aggregation import aggregate
+from hosl_cloud.settings import Aggregation
 
 KINDS: list[Aggregation] = ["mean", "trimmed-mean", "median"]
 numbers = st.floats(-1e6, 1e6)

@@ -15,7 +15,7 @@ import pytest
 from hosl_cloud.__main__ import main
 from hosl_cloud.exceptions import ForeignSettings
 from hosl_cloud.runs.resume import find_run
-from hosl_cloud.service.run_status import Live, Turns, WaitsFor, list_runs
+from hosl_cloud.runs.run_status import Live, Turns, WaitsFor, list_runs
 from hosl_cloud.storage.store import Store
 from hosl_cloud.storage.stored_settings import read_stored
 from hosl_cloud.tail.checkpoint import find_checkpoint, save_checkpoint

@@ -12,7 +12,7 @@ import pytest
 
 from hosl_edge.__main__ import main
 from hosl_edge.agent import LONGEST_PAUSE_S, Agent, backoff_s, run_agent
-from hosl_edge.connection.trust import Token
+from hosl_edge.connection.token import Token
 from hosl_edge.exceptions import RefusedError, WrongDigestError
 from hosl_edge.host.display import Display
 from hosl_edge.settings import EdgeSettings

@@ -8,7 +8,8 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
 from hosl_edge.connection.link import Link
-from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.connection.token import Token
+from hosl_edge.connection.trust import Cloud
 from hosl_edge.host.display import Progress
 from hosl_protocol.exceptions import ProtocolError
 

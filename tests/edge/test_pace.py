@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hosl_edge.connection.pace import load_link, measure_replay_s, save_link
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task
 from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
-from hosl_protocol.weights.perturbation import LatticeTensor
 
 TASK = Task(name="lm", kind="lm", template="{text}")
 

@@ -14,7 +14,8 @@ import pytest
 from answers import Answers, answering
 from hosl_edge.agent import run_agent
 from hosl_edge.connection.offer import fetch_place
-from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.connection.token import Token
+from hosl_edge.connection.trust import Cloud
 from hosl_edge.exceptions import ConsentError, DataError, RefusedError
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings

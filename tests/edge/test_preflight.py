@@ -21,7 +21,8 @@ from answers import Answers, answering
 from hosl_edge import settings as settings_module
 from hosl_edge.__main__ import main
 from hosl_edge.connection.fetch import fetch_bundle
-from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.connection.token import Token, read_token
+from hosl_edge.connection.trust import Cloud
 from hosl_edge.data.examples import digest_of_data
 from hosl_edge.exceptions import ConnectionLost
 from hosl_edge.preflight import (
@@ -36,7 +37,7 @@ from hosl_edge.preflight import (
     check_python,
     check_system,
 )
-from hosl_edge.settings import EdgeSettings, read_token
+from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import FileEntry, Manifest, TensorEntry, encode_manifest
 from hosl_protocol.run.tasks import load_preset

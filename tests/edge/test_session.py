@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from hosl_edge import step
-from hosl_edge.connection.trust import Cloud, Token
+from hosl_edge.connection.token import Token
+from hosl_edge.connection.trust import Cloud
 from hosl_edge.exceptions import ConnectionLost, RefusedError
 from hosl_edge.host.display import Progress
 from hosl_edge.session import Session

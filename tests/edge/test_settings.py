@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hosl_edge.connection.trust import Token
-from hosl_edge.settings import device_name, load_settings, parse_bytes, read_token
+from hosl_edge.connection.token import Token, device_name, read_token
+from hosl_edge.settings import load_settings, parse_bytes
 from hosl_protocol.exceptions import SettingsError
 
 GIVEN = {"server": "wss://host:8765", "token_file": "t", "data": "d.jsonl"}

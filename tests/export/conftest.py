@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from hosl_export.bundle.weights import read_tensors
 from hosl_export.exporter import ExportSettings, export_bundle
+from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, load_manifest
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -26,10 +26,10 @@ from hosl_export import exporter
 from hosl_export.__main__ import main, show_step
 from hosl_export.bundle import parity as check
 from hosl_export.bundle import writing as bundle
-from hosl_export.bundle.weights import read_tensors, write_tensors
+from hosl_export.inputs import choose_input
 from hosl_export.model.families import FAMILIES
-from hosl_export.model.inputs import choose_input
 from hosl_export.sources.loading import find_source, load_config
+from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, load_manifest
 

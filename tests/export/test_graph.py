@@ -9,8 +9,8 @@ from tiny import CONFIGS, SPLITS, make_batch, make_model, make_tokenizer, run_sh
 from tokenizers import Tokenizer
 
 from hosl_export.bundle.graph import IR_VERSION, OPSET
+from hosl_export.bundle.reading import load_config
 from hosl_export.bundle.writing import write_texts
-from hosl_export.model.halves import load_config
 from hosl_protocol.run.manifest import (
     SHARD_GRAPH,
     SHARD_TOKENIZER,

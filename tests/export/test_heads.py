@@ -14,10 +14,10 @@ from tiny import CONFIGS, make_batch, make_tokenizer, run_shard
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.building import build_tail
 from hosl_export import load_tail
-from hosl_export.bundle.weights import read_tensors
 from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.sources.loading import find_source, load_model
 from hosl_export.summary import describe
+from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, load_manifest
 
 NAMES = ("bad", "so so", "good")

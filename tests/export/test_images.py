@@ -17,9 +17,10 @@ from torch import Tensor
 from hosl_export import exporter
 from hosl_export.__main__ import main
 from hosl_export.bundle import parity as check
-from hosl_export.bundle.weights import read_tensors, write_tensors
+from hosl_export.bundle.reading import load_client, load_tail
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.model.halves import client_half, load_client, load_tail, tail_half
+from hosl_export.model.halves import client_half, tail_half
+from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import SHARD_GRAPH, SHARD_WEIGHTS, TAIL_WEIGHTS, Manifest, load_manifest
 from pictures import BLOCKS, SIZES, make_image_model, save_image_model

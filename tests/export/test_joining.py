@@ -12,11 +12,12 @@ import transformers as hf
 from tiny import CONFIGS, largest_difference, make_batch, run_shard
 from torch import Tensor
 
-from hosl_export.bundle.weights import write_tensors
+from hosl_export.bundle.reading import full_config, load_tail
 from hosl_export.model.families import find_family
-from hosl_export.model.halves import load_tail
-from hosl_export.model.joining import full_config, join_state
-from hosl_export.model.lora import fold_lora, inject_lora, is_lora, load_plain_state, peft_adapter, plain_state
+from hosl_export.model.joining import join_state
+from hosl_export.model.lora import fold_lora, inject_lora, is_lora, load_plain_state, plain_state
+from hosl_export.model.peft_files import peft_adapter
+from hosl_export.weights import write_tensors
 
 LABELS = 3
 

@@ -20,10 +20,10 @@ from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.examples import Batch, load_dataset
 from hosl_export.model.halves import client_half
 from hosl_export.sources.loading import load_model
+from hosl_protocol.arithmetic.directions import direction
+from hosl_protocol.arithmetic.lattice import round_probe_step
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, Manifest, load_manifest
 from hosl_protocol.weights.client_weights import UpdateRecord
-from hosl_protocol.weights.directions import direction
-from hosl_protocol.weights.lattice import round_probe_step
 from services import run_round
 from support import TASK, Device, write_reviews
 

@@ -21,7 +21,8 @@ pytest.importorskip("cryptography")
 
 from hosl_cloud.service.authority import Authority, make_authority
 from hosl_edge.connection.fetch import fetch_bundle
-from hosl_edge.connection.trust import Cloud, Token, connect_securely, parse_token, ssl_context
+from hosl_edge.connection.token import Token, parse_token
+from hosl_edge.connection.trust import Cloud, connect_securely, ssl_context
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SignerError, TrustError
 from hosl_edge.host.display import Progress
 from hosl_edge.session import Session

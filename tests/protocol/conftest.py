@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from hosl_protocol.weights import kernel
+from hosl_protocol.arithmetic import kernel
 
 # No deadline: a loaded machine is not a failure. Fifty examples keep the folder within seconds.
 settings.register_profile("quick", deadline=None, max_examples=50)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.run.augmentation import draw_variations, vary
 from hosl_protocol.run.settings import Augmentation
-from hosl_protocol.weights.directions import Stream, philox
 
 BOTH = Augmentation(crop_padding=4, flip=True)
 # Seed 42, round 1, device pi-1; the same stand in protocol/README.md.

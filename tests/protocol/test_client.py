@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosl_protocol.arithmetic import lattice, perturbation
+from hosl_protocol.arithmetic.directions import direction
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
 from hosl_protocol.run.manifest import Manifest, TensorEntry
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings, convert
-from hosl_protocol.weights import adamw, lattice, perturbation
+from hosl_protocol.weights import adamw
 from hosl_protocol.weights import client_weights as client
 from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, UpdateRecord, make_client_weights
-from hosl_protocol.weights.directions import direction
-from hosl_protocol.weights.perturbation import LatticeTensor
 
 SEED = 42
 LENGTHS = (300, 17, 256)

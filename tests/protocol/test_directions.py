@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.weights.directions import (
+from hosl_protocol.arithmetic.directions import (
     CHUNK,
     MAX_DIRECTION,
     MAX_ROUND,
@@ -23,6 +22,7 @@ from hosl_protocol.weights.directions import (
     signs,
     uniforms,
 )
+from hosl_protocol.exceptions import SettingsError
 
 # (seed, round, direction, tensor): first two words, first 16 entries. The same stand in protocol/README.md.
 GOLDEN_DIRECTIONS = {

@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hosl_protocol.arithmetic import lattice
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.exceptions import HoslError, SettingsError
 from hosl_protocol.run.settings import (
     MAX_BETA1,
@@ -20,9 +22,7 @@ from hosl_protocol.run.settings import (
     scheduled_rate,
 )
 from hosl_protocol.run.tasks import Task, load_preset
-from hosl_protocol.weights import lattice
 from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
-from hosl_protocol.weights.perturbation import LatticeTensor
 
 EXPONENTS = (-24, 0, 103)
 TASK = Task(**load_preset("sst2"))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol.weights import kernel
-from hosl_protocol.weights.directions import CHUNK
-from hosl_protocol.weights.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term
+from hosl_protocol.arithmetic import kernel
+from hosl_protocol.arithmetic.directions import CHUNK
+from hosl_protocol.arithmetic.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term
 
 needs_kernel = pytest.mark.skipif(kernel.load() is None, reason="installed without a C compiler")
 

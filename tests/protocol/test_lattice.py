@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosl_protocol.arithmetic import lattice
+from hosl_protocol.arithmetic.directions import Stream, uniforms
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.weights import lattice
-from hosl_protocol.weights.directions import Stream, uniforms
 
 magnitudes = st.floats(min_value=0.0, max_value=2.0**100, width=32)
 exponents = st.integers(-24, -10)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hosl_protocol.arithmetic.directions import Stream
 from hosl_protocol.run.ordering import batch_indices, sample_devices
-from hosl_protocol.weights.directions import Stream
 
 # The same stand in protocol/README.md.
 GOLDEN_BATCHES = [[2, 9, 4, 3, 6, 5, 7, 1], [0, 8, 2, 8, 5, 3, 0, 7]]  # seed 42, device pi-1, 10 examples, 8 a round

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_protocol.weights import lattice, perturbation
-from hosl_protocol.weights.directions import CHUNK, direction
-from hosl_protocol.weights.perturbation import (
+from hosl_protocol.arithmetic import lattice, perturbation
+from hosl_protocol.arithmetic.directions import CHUNK, direction
+from hosl_protocol.arithmetic.perturbation import (
     SEGMENT,
     TERMS_PER_PASS,
     LatticeTensor,

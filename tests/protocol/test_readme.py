@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data.examples import load_dataset, without_end_padding
+from hosl_protocol.arithmetic.directions import Stream
 from hosl_protocol.run.manifest import ImageEntry, Manifest, TensorEntry
 from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task, label_of, text_of_value
 from hosl_protocol.weights.client_weights import MAX_COARSENING
-from hosl_protocol.weights.directions import Stream
 from hosl_protocol.weights.state import SnapshotHeader
 from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES
 from hosl_protocol.wire.connection import _ALLOWED, Phase, Role

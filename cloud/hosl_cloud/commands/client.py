@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 
 from hosl_cloud.exceptions import RequestError, ServiceError
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, read_secret
+from hosl_cloud.storage.data_folder import SERVICE_FILE
 from hosl_protocol.program.proxies import Proxy, find_proxy, proxy_handler, through
 
 T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-SERVICE_FILE = "service.json"
-"""In the data folder, while the service runs: where it is."""
 
 _REASONS = {
     401: "it does not know the admin token: copy the file admin-token of its data folder again",

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from hosl_cloud.commands.client import SERVICE_FILE, is_local
-from hosl_cloud.service.run_status import Live, list_runs, run_status
-from hosl_cloud.storage.data_folder import DATABASE, is_locked, run_folder
+from hosl_cloud.commands.client import is_local
+from hosl_cloud.runs.run_status import Live, list_runs, run_status
+from hosl_cloud.storage.data_folder import DATABASE, SERVICE_FILE, is_locked, run_folder
 from hosl_cloud.storage.store import Store
 
 

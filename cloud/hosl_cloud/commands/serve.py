@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from hosl_cloud.commands.client import SERVICE_FILE
 from hosl_cloud.commands.devices import device_command
 from hosl_cloud.service.listen import Listen, write_service_file
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_cloud.settings import RunConfig, load_config
-from hosl_cloud.storage.data_folder import BUNDLES, DATABASE, add_data_dir, hint, lock, make_data_dir
+from hosl_cloud.storage.data_folder import BUNDLES, DATABASE, SERVICE_FILE, add_data_dir, hint, lock, make_data_dir
 from hosl_cloud.storage.records import UNENDED
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode, SettingsError

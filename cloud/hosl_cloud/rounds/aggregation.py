@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Aggregation = Literal["mean", "trimmed-mean", "median"]
+from hosl_cloud.settings import Aggregation
+
 Doubles: TypeAlias = npt.NDArray[np.float64]
 
 

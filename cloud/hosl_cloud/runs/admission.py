@@ -16,7 +16,6 @@ from hosl_cloud.runs.fleet import Fleet, Participant
 from hosl_cloud.runs.peer import Peer
 from hosl_cloud.runs.run import Compute, Run
 from hosl_cloud.runs.snapshots import Snapshots
-from hosl_cloud.service.access import is_device_name
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.program.logs import note_place
 from hosl_protocol.wire.messages import (
@@ -31,6 +30,7 @@ from hosl_protocol.wire.messages import (
     Report,
     Snapshot,
     Welcome,
+    is_device_name,
     name_of,
 )
 

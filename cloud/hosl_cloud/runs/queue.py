@@ -16,9 +16,9 @@ from hosl_cloud.runs.event_log import EventLog
 from hosl_cloud.runs.resume import cut
 from hosl_cloud.runs.returning import Returning
 from hosl_cloud.runs.run import Ending, Paused, Run
+from hosl_cloud.runs.run_status import Turns
 from hosl_cloud.runs.slot import Slot, course_of
 from hosl_cloud.sentences import in_line
-from hosl_cloud.service.run_status import Turns
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.data_folder import hint, new_run_id, run_folder
 from hosl_cloud.storage.disk_space import DISK_PAUSE_S, when_there_is_room

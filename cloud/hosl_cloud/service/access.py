@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import re
 import secrets
 import threading
 import time
@@ -23,16 +22,12 @@ from hosl_cloud.service.limits import Limits
 from hosl_cloud.service.secrets import SEPARATOR, token_text
 from hosl_cloud.storage.records import TokenRow
 from hosl_cloud.storage.store import Store
+from hosl_protocol.wire.messages import is_device_name
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 _NOBODY = secrets.token_bytes(32)
 """Stands for the digest of a name that is not known, so that unknown names take the same path."""
-
-
-def is_device_name(name: str) -> bool:
-    """Whether a device may be called so."""
-    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name) is not None
 
 
 class Access:

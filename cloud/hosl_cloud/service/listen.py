@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from hosl_cloud.commands.client import SERVICE_FILE
 from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.storage.data_folder import SERVICE_FILE
 
 if TYPE_CHECKING:
     from hosl_cloud.service.authority import Authority

@@ -11,8 +11,8 @@ import msgspec
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import ApiError
 from hosl_cloud.runs.queue import Runs
+from hosl_cloud.runs.run_status import Live, ReturningDevices, RunStatus, RunSummary, WaitsFor, list_runs, run_status
 from hosl_cloud.service.openapi import Call, Operation, Query
-from hosl_cloud.service.run_status import Live, ReturningDevices, RunStatus, RunSummary, WaitsFor, list_runs, run_status
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from hosl_protocol.run.manifest import MANIFEST, load_manifest

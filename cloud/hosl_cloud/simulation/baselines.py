@@ -25,10 +25,10 @@ from hosl_edge import step
 from hosl_edge.data.examples import AnyBatch
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import plain_name
+from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.settings import schedule_factor, scheduled_rate
 from hosl_protocol.weights.client_weights import UpdateRecord
-from hosl_protocol.weights.directions import Stream, philox
 from hosl_protocol.wire.messages import Anchor, CutGradient, Probe, ProbeLoss, Projections
 
 Floats = npt.NDArray[np.float32]

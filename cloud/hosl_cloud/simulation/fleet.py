@@ -30,8 +30,8 @@ from hosl_edge.data.examples import AnyBatch, AnyDataset, load_dataset
 from hosl_edge.data.images import load_images
 from hosl_edge.model.memory import preferred_rows
 from hosl_edge.model.shard import Shard
-from hosl_export.bundle.weights import read_tensors
-from hosl_export.model.halves import load_client
+from hosl_export.bundle.reading import load_client
+from hosl_export.weights import read_tensors
 from hosl_protocol.exceptions import HoslError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
 from hosl_protocol.run.ordering import batch_indices

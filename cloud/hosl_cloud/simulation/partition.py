@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.weights.directions import Stream, philox
 
 Places = npt.NDArray[np.int64]
 

@@ -17,6 +17,8 @@ from hosl_protocol.program.terminal import default_folder
 DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
 RUNS = "runs"
+SERVICE_FILE = "service.json"
+"""While the service runs: where it is."""
 
 
 def default_data_dir() -> Path:

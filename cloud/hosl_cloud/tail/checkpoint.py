@@ -23,7 +23,7 @@ from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, Checkpo
 from hosl_cloud.rounds.exchange import TailHolder
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.stored_settings import read_known
-from hosl_export.bundle import weights
+from hosl_export import weights
 from hosl_protocol.exceptions import MalformedSettings
 from hosl_protocol.run.manifest import sha256_of_file
 from hosl_protocol.run.settings import convert

@@ -25,11 +25,14 @@ from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail.building import class_count, tail_lora
 from hosl_cloud.tail.card import Facts, write_card
 from hosl_cloud.tail.checkpoint import CheckpointInfo, read_weights
-from hosl_export import find_family, fold_lora, full_config, join_state, load_tail, peft_adapter, plain_state
+from hosl_export.bundle.reading import full_config, load_config, load_tail
 from hosl_export.bundle.staging import staging
-from hosl_export.model.halves import load_config
+from hosl_export.model.families import find_family
 from hosl_export.model.heads import keeps_head, own_labels
-from hosl_export.model.prompt import is_prompt, peft_prompt
+from hosl_export.model.joining import join_state
+from hosl_export.model.lora import fold_lora, plain_state
+from hosl_export.model.peft_files import peft_adapter, peft_prompt
+from hosl_export.model.prompt import is_prompt
 from hosl_export.sources.origin import FILE as ORIGIN_FILE
 from hosl_export.sources.origin import read_origin
 from hosl_protocol.run.manifest import TAIL_CONFIG, TAIL_WEIGHTS, BundleError, Manifest

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from hosl_protocol.arithmetic.perturbation import SEGMENT, TERMS_PER_PASS, LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
-from hosl_protocol.weights.perturbation import SEGMENT, TERMS_PER_PASS, LatticeTensor
 
 FILE = "pace.json"
 

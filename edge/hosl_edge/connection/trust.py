@@ -11,11 +11,12 @@ import ssl
 import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hosl_edge.connection.token import Token
 from hosl_edge.exceptions import ConnectionLost, TrustError
 from hosl_protocol.program.proxies import Proxy, find_proxy, proxy_handler, through
 
@@ -27,18 +28,6 @@ UNKNOWN_TOKEN = (
     "copy the token again, or have a new one made (hosl-cloud device add)"
 )
 _MAX_CA_BYTES = 65536
-
-
-@dataclass(frozen=True)
-class Token:
-    """What the device shows, and what it knows of whom it shows it to."""
-
-    name: str
-    """The device whose token it is; empty for a service's join token."""
-    bearer: str = field(repr=False)
-    """What is sent."""
-    fingerprint: str = ""
-    """SHA-256 of the certificate of the service's own CA, base64url without padding; empty where it has none."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +54,6 @@ class Cloud:
     def open(self, request: urllib.request.Request, timeout_s: float) -> Any:
         """The response; raises as urllib does."""
         return opener(self.context, self.proxy).open(request, timeout=timeout_s)
-
-
-def parse_token(text: str) -> Token | None:
-    """`NAME~SECRET`, `NAME~SECRET~FINGERPRINT`, or a bare join token; None for anything else."""
-    parts = text.split("~")
-    if len(parts) > 3 or not all(parts[1:]):
-        return None
-    if len(parts) == 1:
-        return Token("", text)
-    name, secret = parts[:2]
-    return Token(name, f"{name}~{secret}" if name else secret, parts[2] if len(parts) == 3 else "")
 
 
 def connect_securely(server: str, token: Token, cache: Path) -> Cloud:

@@ -15,11 +15,12 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from hosl_export.bundle.weights import read_tensors
+from hosl_export.bundle.reading import load_tail
 from hosl_export.exceptions import ParityError
 from hosl_export.model.families import find_family
-from hosl_export.model.halves import Tail, load_tail
+from hosl_export.model.halves import Tail
 from hosl_export.model.heads import class_head
+from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
 
 TOLERANCE = 1e-4

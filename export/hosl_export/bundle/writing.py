@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 from hosl_export.bundle.graph import write_graph
 from hosl_export.bundle.staging import nearest_folder
-from hosl_export.bundle.weights import write_tensors
 from hosl_export.exceptions import SpaceError
 from hosl_export.model.halves import ClientHalf, Tail, base_prefix, divide
 from hosl_export.model.trainable import plain_tensors
+from hosl_export.weights import write_tensors
 from hosl_protocol.run.manifest import (
     MANIFEST,
     SHARD_GRAPH,

@@ -1,4 +1,4 @@
-"""Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors, `load_tail` reads a bundle.
+"""Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors.
 
 Shapes: B batch, T tokens or positions of an image, D width of the activations, V vocabulary, L labels, S positions
 asked for, C channels, H rows, W columns.
@@ -9,18 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from hosl_export.bundle.weights import read_tensors
 from hosl_export.model.families import Family, find_family
-from hosl_export.model.heads import HEADS, class_head, has_class_head, keeps_head, linear_of, new_head, uncut_class
-from hosl_export.model.prompt import add_prompt
-from hosl_protocol.run.manifest import TAIL_WEIGHTS, BundleError, ImageEntry, Manifest
+from hosl_export.model.heads import class_head, linear_of
+from hosl_protocol.run.manifest import ImageEntry
 
 
 class ClientHalf(nn.Module):
@@ -204,9 +200,9 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
     half = share(model.base_model if base_prefix(model, family) else model)
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
-        _replace(half, path, None)
+        replace_module(half, path, None)
     if family.final_norm is not None:
-        _replace(half, family.final_norm, nn.Identity())
+        replace_module(half, family.final_norm, nn.Identity())
     return ClientHalf(half, family, image).eval()
 
 
@@ -217,7 +213,7 @@ def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None)
     """
     family, first, rest = client.family, share(client.model), share(client.model)
     _keep_blocks(first, family, slice(None, blocks))
-    _cut_tail(rest, family, blocks)
+    cut_tail(rest, family, blocks)
     return (
         ClientHalf(first, family, client.image).eval(),
         ClientHalf(rest, family, client.image, first_block=blocks, grid=grid).eval(),
@@ -230,19 +226,20 @@ def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Ta
     `grid` is the shape of the activations where they are a feature map.
     """
     family, half = find_family(model.config.model_type), share(model)
-    _cut_tail(half, family, split)
+    cut_tail(half, family, split)
     return Tail(half, family, grid).eval()
 
 
-def _cut_tail(model: Any, family: Family, split: int) -> None:
+def cut_tail(model: Any, family: Family, split: int) -> None:
+    """Take from a whole model what is the device's: the first `split` blocks and what comes before them."""
     prefix = base_prefix(model, family)
     _keep_blocks(model, family, slice(split, None))
     for path in family.embeddings:
-        _replace(model, prefix + path, None)
+        replace_module(model, prefix + path, None)
     if family.positions is not None:
-        _replace(model, prefix + family.positions, _ZeroPositions())
+        replace_module(model, prefix + family.positions, _ZeroPositions())
     if family.bypass is not None:
-        _replace(model, prefix + family.bypass, _PassBy())
+        replace_module(model, prefix + family.bypass, _PassBy())
 
 
 def base_prefix(model: Any, family: Family) -> str:
@@ -254,7 +251,7 @@ def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
     """Cut the block list, and with it what the config says of each block, which some models read as they run."""
     path = base_prefix(model, family) + family.blocks
     blocks = nn.ModuleList(list(model.get_submodule(path))[kept])
-    _replace(model, path, blocks)
+    replace_module(model, path, blocks)
     config = model.config
     if family.counted_by == "num_hidden_layers":
         if getattr(config, "layer_types", None):
@@ -264,103 +261,9 @@ def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
     config.tie_word_embeddings = False
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module | None) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     """Put `module` at `path`, where the model has a module there."""
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
     if getattr(owner, name, None) is not None:
         setattr(owner, name, module)
-
-
-def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
-    """The device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
-
-    `state` holds its weights and buffers under plain names. Raises BundleError.
-    """
-    from hosl_export.model.lora import inject_lora, plain_name  # lora imports this module by way of joining
-
-    family = find_family(manifest.family)
-    model = _skeleton(load_config(bundle), manifest, None)
-    if manifest.prompt_tokens:
-        add_prompt(model, manifest.prompt_tokens)
-    half = client_half(model, manifest.split, manifest.image)
-    if manifest.lora is not None:
-        inject_lora(half, manifest.lora, family, seed=0)
-    fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
-    return half.eval()
-
-
-def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
-    """The server half of a bundle, float32 on the CPU, in eval mode.
-
-    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
-    the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
-    nothing, and writing to them leaves the file as it is. Raises BundleError.
-    """
-    family = find_family(manifest.family)
-    config = load_config(bundle)
-    keeps = num_labels is None or keeps_head(manifest, config, num_labels)
-    model = _skeleton(config, manifest, num_labels)
-    _cut_tail(model, family, manifest.split)
-    state = _read_tail(bundle)
-    if not keeps:
-        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
-    prefix = base_prefix(model, family)
-    fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
-    grid = None if manifest.image is None else manifest.image.grid
-    return Tail(model, family, grid, manifest.prompt_tokens).eval()
-
-
-def is_head(name: str) -> bool:
-    """Whether this is the plain name of a head's tensor, before which an encoder's prefix never stands."""
-    return name.partition(".")[0] in HEADS
-
-
-def load_config(bundle: Path) -> Any:
-    """The uncut model's configuration."""
-    return AutoConfig.from_pretrained(bundle / "tail")
-
-
-def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
-    """The uncut model, or its classifier, without memory for its weights."""
-    if num_labels is not None:
-        config.num_labels, config.problem_type = num_labels, "single_label_classification"
-    auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
-    with torch.device("meta"):
-        return auto.from_config(config, dtype=torch.float32)
-
-
-def _read_tail(bundle: Path) -> dict[str, Tensor]:
-    path = bundle / TAIL_WEIGHTS
-    try:
-        return read_tensors(path)
-    except Exception as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
-
-
-def fill(model: Any, state: dict[str, Tensor]) -> None:
-    """Give a model without memory its weights and buffers. Raises BundleError where the names do not match."""
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
-    for path, module in list(model.named_modules()):
-        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if missing:
-            _compute_buffers(model, path, module, missing)
-
-
-def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
-    """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
-    if isinstance(module, nn.Embedding):
-        # Gemma's multiplies what it looks up.
-        module.embed_scale = torch.tensor(module.scalar_embed_scale)
-        return
-    fresh = type(module)(config=model.config)
-    if next(module.parameters(), None) is None:
-        # Rotary frequencies.
-        _replace(model, path, fresh)
-        return
-    for name in names:
-        # Position numbers of a BERT's embeddings, whose weights are filled already.
-        setattr(module, name, getattr(fresh, name))

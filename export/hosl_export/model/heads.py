@@ -80,3 +80,8 @@ def own_labels(config: Any) -> tuple[str, ...]:
     names = tuple(str(config.id2label.get(place, "")) for place in range(config.num_labels))
     is_numbered = all(name in ("", str(place), f"LABEL_{place}") for place, name in enumerate(names))
     return () if is_numbered else names
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the plain name of a head's tensor, before which an encoder's prefix never stands."""
+    return name.partition(".")[0] in HEADS

@@ -1,4 +1,4 @@
-"""LoRA as PEFT does it: put adapters in, name them as a checkpoint does, fold them, write a PEFT adapter.
+"""LoRA as PEFT does it: put adapters in, name them as a checkpoint does, and fold them.
 
 A module inside a model that PEFT changed is `q_proj.base_layer.weight` and `q_proj.lora_A.default.weight`; in shards,
 checkpoints and everywhere outside this module it is `q_proj.weight` and `q_proj.lora_A.weight`.
@@ -7,14 +7,12 @@ checkpoints and everywhere outside this module it is `q_proj.weight` and `q_proj
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosl_export.model.families import Family, find_family
-from hosl_export.model.joining import join_state
-from hosl_protocol.run.manifest import LoraEntry, Manifest
+from hosl_export.model.families import Family
+from hosl_protocol.run.manifest import LoraEntry
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -76,51 +74,3 @@ def fold_lora(state: dict[str, Tensor], lora: LoraEntry, family: Family) -> dict
             change = change.T if family.has_transposed_weights else change
             folded[f"{module}.weight"] = (weight.double() + change).to(weight.dtype)
     return folded
-
-
-def peft_adapter(
-    manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` loads both halves' adapters.
-
-    `client` and `tail` are the halves' states under plain names, both with adapters of `manifest.lora`. A
-    classification head trained on the tail goes along as PEFT's `modules_to_save`.
-    """
-    from peft import LoraConfig
-
-    if manifest.lora is None:
-        raise ValueError("the bundle's client half has no adapters")
-    whole = join_state(manifest, client, tail)
-    heads = sorted({name.partition(".")[0] for name in whole} & {"score", "classifier"})
-    kept = {name: tensor for name, tensor in whole.items() if is_lora(name) or name.partition(".")[0] in heads}
-    if not any(is_lora(name) for name in tail):
-        raise ValueError("the tail has no adapters: only a tail trained as `lora` makes an adapter that loads alone")
-    family = find_family(manifest.family)
-    config = LoraConfig(
-        r=manifest.lora.r,
-        lora_alpha=manifest.lora.alpha,
-        target_modules=list(manifest.lora.targets),
-        fan_in_fan_out=family.has_transposed_weights,
-        task_type=_task_type(family, has_head=bool(heads)),
-        modules_to_save=heads or None,
-        base_model_name_or_path=manifest.model,
-        revision=manifest.revision,
-        inference_mode=True,
-    )
-    return {f"base_model.model.{name}": tensor for name, tensor in kept.items()}, _as_json(config.to_dict())
-
-
-def _task_type(family: Family, *, has_head: bool) -> str | None:
-    """PEFT's name for what the whole model does; it has none for classifying images."""
-    if family.takes_images:
-        return None
-    return "SEQ_CLS" if has_head else "FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM"
-
-
-def _as_json(value: Any) -> Any:
-    """Sets as sorted lists, enumerations as their values."""
-    if isinstance(value, dict):
-        return {key: _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return getattr(value, "value", value)

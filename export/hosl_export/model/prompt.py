@@ -40,22 +40,3 @@ def draw_prompt(model: Any, seed: int) -> None:
 def is_prompt(name: str) -> bool:
     """Whether this is the plain name of a soft prompt."""
     return name.endswith(f".{NAME}")
-
-
-def peft_prompt(prompt: Tensor, merged: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` puts the prompt [N, D] before
-    the texts of a model whose state is `merged`.
-
-    PEFT takes a classification head for its own, so that goes along.
-    """
-    from peft import PromptTuningConfig, TaskType
-
-    head = {name: tensor for name, tensor in merged.items() if name.partition(".")[0] in ("score", "classifier")}
-    config = PromptTuningConfig(
-        task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-        num_virtual_tokens=len(prompt),
-        token_dim=prompt.shape[1],
-        num_transformer_submodules=1,
-        inference_mode=True,
-    )
-    return {"prompt_embeddings": prompt, **{f"base_model.{name}": head[name] for name in head}}, config.to_dict()

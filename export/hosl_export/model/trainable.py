@@ -9,8 +9,8 @@ from hosl_export.model.families import Family
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import is_lora, is_lora_b, plain_name, plain_state
 from hosl_export.model.prompt import is_prompt
+from hosl_protocol.arithmetic.lattice import exponent_for, round_to_lattice
 from hosl_protocol.run.manifest import TensorEntry, TrainMode
-from hosl_protocol.weights.lattice import exponent_for, round_to_lattice
 
 
 def plain_parameters(half: ClientHalf) -> dict[str, nn.Parameter]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification
 
-from hosl_export.bundle.weights import read_tensors
 from hosl_export.exceptions import ModelError
 from hosl_export.model.heads import HEADS
+from hosl_export.weights import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
+from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.run.settings import Augmentation
-from hosl_protocol.weights.directions import Stream, philox
 
 
 def draw_variations(

@@ -11,9 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from hosl_protocol.arithmetic import lattice
+from hosl_protocol.arithmetic.directions import RNG_VERSION
 from hosl_protocol.exceptions import ExitCode, HoslError
-from hosl_protocol.weights import lattice
-from hosl_protocol.weights.directions import RNG_VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hosl_protocol.weights.directions import Stream, philox
+from hosl_protocol.arithmetic.directions import Stream, philox
 
 
 def batch_indices(seed: int, round_: int, device: str, examples: int, batch_size: int) -> npt.NDArray[np.int64]:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import msgspec
 import msgspec.inspect
 
+from hosl_protocol.arithmetic.directions import MAX_DIRECTION, MAX_SEED, Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import SHORTEST_TEXT, Manifest
 from hosl_protocol.run.tasks import Task, check_task
-from hosl_protocol.weights.directions import MAX_DIRECTION, MAX_SEED, Distribution
 
 Algorithm = Literal["ho-sfl", "hosl", "frozen"]
 AnchorPoint = Literal["clean", "midpoint"]

@@ -1,1 +1,1 @@
-"""The device's trainable weights, computed alike on every machine: directions, lattice, updates, digests."""
+"""The device's trainable weights: probes and updates in place, AdamW, and the digest that proves them equal."""

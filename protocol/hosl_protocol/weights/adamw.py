@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hosl_protocol.arithmetic import lattice
+from hosl_protocol.arithmetic.directions import CHUNK, Vector
+from hosl_protocol.arithmetic.perturbation import LatticeTensor, Recipe, Term, estimate
 from hosl_protocol.run.settings import ClientOptimizer
-from hosl_protocol.weights import lattice
-from hosl_protocol.weights.directions import CHUNK, Vector
-from hosl_protocol.weights.perturbation import LatticeTensor, Recipe, Term, estimate
 from hosl_protocol.weights.state import Moments
 
 LARGEST_ESTIMATE = 1e15

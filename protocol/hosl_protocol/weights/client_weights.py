@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from hosl_protocol.arithmetic import lattice
+from hosl_protocol.arithmetic.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
+from hosl_protocol.arithmetic.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
-from hosl_protocol.weights import lattice
 from hosl_protocol.weights.adamw import LARGEST_ESTIMATE, AdamW
-from hosl_protocol.weights.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
-from hosl_protocol.weights.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term, add_directions
 from hosl_protocol.weights.state import ClientState
 
 THREADED_ABOVE = 1 << 20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hosl_protocol.weights.directions import Vector
+from hosl_protocol.arithmetic.directions import Vector
 
 FIRST_MOMENT, SECOND_MOMENT = "optimizer/{}/first", "optimizer/{}/second"
 """Names of a tensor's moments in a snapshot; no tensor of a manifest has a slash in its name."""

@@ -6,13 +6,14 @@ type once and for all: a repeat carries the same five and is dropped.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from hosl_protocol.arithmetic.directions import MAX_DIRECTION, MAX_ROUND
 from hosl_protocol.program.plain import plain
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.directions import MAX_DIRECTION, MAX_ROUND
 
 PROTOCOL_VERSION = 1
 
@@ -312,6 +313,11 @@ FromCloud: TypeAlias = (
     | Late
 )
 Message: TypeAlias = FromEdge | FromCloud
+
+
+def is_device_name(name: str) -> bool:
+    """Whether a device may be called so: it names files, too, and none of them hidden."""
+    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name) is not None
 
 
 def name_of(message: Message | type) -> str:

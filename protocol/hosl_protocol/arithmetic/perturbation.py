@@ -13,8 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from hosl_protocol.weights import kernel
-from hosl_protocol.weights.directions import CHUNK, WORK, Distribution, Vector, open_steps
+from hosl_protocol.arithmetic import kernel
+from hosl_protocol.arithmetic.directions import CHUNK, WORK, Distribution, Vector, open_steps
 
 SEGMENT = 16 * CHUNK
 """Elements of one job: long enough to make its set-up cheap, short enough to share tensors between threads."""

@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hosl_protocol.arithmetic.lattice import spacing
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.weights.lattice import spacing
 
 RNG_VERSION = 1
 

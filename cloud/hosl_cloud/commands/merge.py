@@ -1,0 +1,105 @@
+"""`hosl-cloud merge`: a run's two halves become a Hugging Face model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hosl_cloud.sentences import score_text
+from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, run_folder
+from hosl_cloud.storage.store import Store
+from hosl_protocol.exceptions import ExitCode, SettingsError
+from hosl_protocol.program.terminal import add_common_options
+from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
+
+if TYPE_CHECKING:
+    from hosl_cloud.storage.records import Evaluation
+    from hosl_cloud.tail.checkpoint import CheckpointInfo
+
+log = logging.getLogger(__name__)
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Options of `hosl-cloud merge`."""
+    parser.add_argument("run", metavar="RUN", help="the run's id, as serve prints it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="also write a PEFT adapter (LoRA on both halves)")
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="by evaluation, or the newest (default: best)"
+    )
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="the bundle, if it has moved since the run")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=_merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from hosl_cloud.storage.mirror import replay_client
+    from hosl_cloud.tail.card import CARD
+    from hosl_cloud.tail.checkpoint import find_checkpoint
+    from hosl_cloud.tail.merge import PROMPT_FOLDER, merge_run
+
+    database = options.data_dir / DATABASE
+    if not database.exists():
+        raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
+    store = Store(database)
+    try:
+        stored = store.run(options.run)
+        run = dataclasses.replace(stored, settings=stored.settings.for_merge(stored.id))
+        if stored.settings.problem:
+            log.warning("run %s: %s; it is merged without", run.id, stored.settings.problem)
+        if run.config.baseline == "first-order":
+            raise SettingsError(
+                "RUN", run.id, "its client half was trained first-order, and is gone with the simulation"
+            )
+        bundle = options.bundle or run.bundle
+        manifest = load_manifest(bundle)
+        if manifest.shard_digest != run.shard_digest:
+            raise BundleError(f"{bundle} is not the bundle of run {run.id}: name the right one with --bundle")
+        check_files(bundle, manifest)
+        checkpoint = find_checkpoint(run_folder(options.data_dir, run.id), options.checkpoint)
+        client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
+        before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
+    finally:
+        store.close()
+    merged = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter, run.id)
+    prompt = options.out / PROMPT_FOLDER if manifest.prompt_tokens else None
+    if options.json:
+        facts = {"run": run.id, "round": merged.info.round, "out": str(options.out)}
+        print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
+        return int(ExitCode.OK)
+    is_unscored = options.checkpoint == "best" and merged.info.metrics is None
+    which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
+    print(f"run {run.id} at round {merged.info.round} ({which}) is in {options.out}")
+    print(f"{options.out / CARD} shows how to use it")
+    if harm := _harm(before, merged.info):
+        print(harm)
+    if merged.untied_bytes:
+        size = f"{merged.untied_bytes / 1e6:.0f} MB more than tied"
+        print(f"its head and its embedding were one tensor and are two, {size}: the two sides trained them apart")
+    if prompt is not None:
+        print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
+    return int(ExitCode.OK)
+
+
+def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:
+    """A sentence where the same held-out data scored more before the first round; else empty."""
+    from hosl_cloud.runs.keeper import metrics_of
+    from hosl_cloud.tail.checkpoint import comparable_of, rank
+
+    if before is None or info.metrics is None:
+        return ""
+    scores = [(0, metrics_of(before)), (info.round, info.metrics)]
+    kind = info.config.task.kind
+    if len(comparable_of(scores)) < 2 or rank(info.metrics, kind) >= rank(scores[0][1], kind):
+        return ""
+    was, is_ = (
+        f"{score_text(each.correct, each.scored, each.examples, each.of_examples)}, loss {each.loss:.4f}"
+        for _, each in scores
+    )
+    return f"on the held-out data training made it worse: {was} before the first round, {is_} now"

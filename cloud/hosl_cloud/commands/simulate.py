@@ -1,0 +1,89 @@
+"""`hosl-cloud simulate`: a whole fleet of virtual devices in this process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+from pathlib import Path
+
+from hosl_cloud.settings import load_config
+from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, hint, lock, make_data_dir, new_run_id, run_folder
+from hosl_cloud.storage.store import Store
+from hosl_protocol.exceptions import ExitCode
+from hosl_protocol.program.terminal import add_common_options
+from hosl_protocol.run.manifest import check_files, load_manifest
+
+_say = logging.getLogger("hosl-cloud").info
+
+
+def add_simulate(parser: argparse.ArgumentParser) -> None:
+    """Options of `hosl-cloud simulate`."""
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="what hosl-export wrote")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
+    parser.add_argument("--task", metavar="PRESET", help="a shipped task, where --config names none")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="training data, dealt out to devices")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out data")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
+    parser.add_argument("--devices", type=int, default=10, metavar="M", help="virtual devices (default: %(default)s)")
+    parser.add_argument("--per-round", type=int, default=0, metavar="K", help="devices sampled each round (0: all)")
+    parser.add_argument(
+        "--partition", default="iid", metavar="HOW", help="iid, or dirichlet:ALPHA (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--baseline", choices=("first-order", "zeroth-order"), help="train both halves so, instead of the algorithm"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a table, one row a round")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    add_data_dir(parser)
+    add_common_options(parser)
+    parser.set_defaults(command=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    # OpenMP threads that spin while they wait take the cores from the devices' forwards.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hosl_cloud.runs.run import Run
+    from hosl_cloud.simulation.baselines import prepare_config
+    from hosl_cloud.simulation.fleet import check_fleet, simulate
+    from hosl_cloud.simulation.partition import Partition
+    from hosl_cloud.simulation.results import summarize, write_csv
+
+    manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
+    task = [f"task.preset={options.task}"] if options.task else []
+    fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
+    baseline = [f"baseline={options.baseline}"] if options.baseline else []
+    config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
+    check_fleet(config)
+    if options.csv is not None:
+        options.csv.open("a").close()  # a path that cannot be written is an error now, and not after the run
+    make_data_dir(options.data_dir)
+    check_files(options.bundle, manifest)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    locked, store = lock(options.data_dir), Store(options.data_dir / DATABASE)
+    try:
+        id_, bundle = new_run_id(config.name, store), options.bundle.resolve()
+        run = Run(id_, config, manifest, bundle, run_folder(options.data_dir, id_), store)
+        store.create_run(id_, bundle, manifest.shard_digest, config, "simulate")
+        say = _say if not options.json else lambda sentence: None
+        ending = asyncio.run(
+            simulate(run, options.data, options.eval, partition, threads, say, skip_broken=options.skip_broken)
+        )
+        if options.csv is not None:
+            write_csv(store, id_, options.csv)
+        if options.json:
+            print(json.dumps(summarize(store, id_)))
+        sentence = f"run {id_} {ending} at round {run.round}"
+        if config.baseline != "first-order":  # whose client half is gone with this process
+            sentence += f"; take it with: {hint(f'merge {id_} --out DIR', options.data_dir)}"
+        say(sentence)
+    finally:
+        store.close()
+        locked.close()
+    return int(ExitCode.OK)

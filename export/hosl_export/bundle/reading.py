@@ -1,0 +1,122 @@
+"""Read a bundle as torch modules: the tail, the device's half, and the config of the uncut model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hosl_export.model.families import find_family
+from hosl_export.model.halves import ClientHalf, Tail, base_prefix, client_half, cut_tail, replace_module
+from hosl_export.model.heads import has_class_head, is_head, keeps_head, new_head, uncut_class
+from hosl_export.model.lora import inject_lora, plain_name
+from hosl_export.model.prompt import add_prompt
+from hosl_export.weights import read_tensors
+from hosl_protocol.run.manifest import TAIL_WEIGHTS, BundleError, Manifest
+
+
+def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
+    """The device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
+
+    `state` holds its weights and buffers under plain names. Raises BundleError.
+    """
+    family = find_family(manifest.family)
+    model = _skeleton(load_config(bundle), manifest, None)
+    if manifest.prompt_tokens:
+        add_prompt(model, manifest.prompt_tokens)
+    half = client_half(model, manifest.split, manifest.image)
+    if manifest.lora is not None:
+        inject_lora(half, manifest.lora, family, seed=0)
+    fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
+    return half.eval()
+
+
+def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
+    """The server half of a bundle, float32 on the CPU, in eval mode.
+
+    With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
+    the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
+    nothing, and writing to them leaves the file as it is. Raises BundleError.
+    """
+    family = find_family(manifest.family)
+    config = load_config(bundle)
+    keeps = num_labels is None or keeps_head(manifest, config, num_labels)
+    model = _skeleton(config, manifest, num_labels)
+    cut_tail(model, family, manifest.split)
+    state = _read_tail(bundle)
+    if not keeps:
+        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
+    prefix = base_prefix(model, family)
+    fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
+    grid = None if manifest.image is None else manifest.image.grid
+    return Tail(model, family, grid, manifest.prompt_tokens).eval()
+
+
+def load_config(bundle: Path) -> Any:
+    """The uncut model's configuration."""
+    return AutoConfig.from_pretrained(bundle / "tail")
+
+
+def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = None) -> Any:
+    """The config of the joined model, embeddings untied; of its classifier with `num_labels`."""
+    config = load_config(bundle)
+    config.tie_word_embeddings = False
+    config.architectures = [manifest.architecture]
+    if manifest.image is not None:
+        config.num_labels = config.num_labels if num_labels is None else num_labels
+        config.problem_type = "single_label_classification"
+    elif num_labels is not None:
+        classifier = AutoModelForSequenceClassification._model_mapping[type(config)]
+        config.architectures = [classifier.__name__]
+        config.num_labels, config.problem_type = num_labels, "single_label_classification"
+        # The classifier finds a text's last token by the padding after it.
+        config.pad_token_id = manifest.pad_token_id
+    return config
+
+
+def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
+    """The uncut model, or its classifier, without memory for its weights."""
+    if num_labels is not None:
+        config.num_labels, config.problem_type = num_labels, "single_label_classification"
+    auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.float32)
+
+
+def _read_tail(bundle: Path) -> dict[str, Tensor]:
+    path = bundle / TAIL_WEIGHTS
+    try:
+        return read_tensors(path)
+    except Exception as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+
+
+def fill(model: Any, state: dict[str, Tensor]) -> None:
+    """Give a model without memory its weights and buffers. Raises BundleError where the names do not match."""
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
+    for path, module in list(model.named_modules()):
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if missing:
+            _compute_buffers(model, path, module, missing)
+
+
+def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
+    """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
+    if isinstance(module, nn.Embedding):
+        # Gemma's multiplies what it looks up.
+        module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        return
+    fresh = type(module)(config=model.config)
+    if next(module.parameters(), None) is None:
+        # Rotary frequencies.
+        replace_module(model, path, fresh)
+        return
+    for name in names:
+        # Position numbers of a BERT's embeddings, whose weights are filled already.
+        setattr(module, name, getattr(fresh, name))
