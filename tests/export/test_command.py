@@ -22,10 +22,12 @@ import transformers as hf
 from tiny import CONFIGS, make_model, make_tokenizer, save_scaled, save_with_sentencepiece
 from tokenizers import processors
 
+from hosl_cloud.service.authority import make_authority
 from hosl_export import exporter
 from hosl_export.__main__ import main, show_step
 from hosl_export.bundle import parity as check
 from hosl_export.bundle import writing as bundle
+from hosl_export.bundle.staging import staging
 from hosl_export.inputs import choose_input
 from hosl_export.model.families import FAMILIES
 from hosl_export.sources.loading import find_source, load_config
@@ -321,6 +323,22 @@ def test_unreachable_hub_is_one_line() -> None:
     last = result.stderr.splitlines()[-1]
     assert last.startswith("hosl-export: error: model is 'nobody/nothing': cannot load its configuration")
     assert not Path("never-made").exists()
+
+
+def test_a_signal_while_the_folder_is_made_leaves_none(tmp_path, monkeypatch) -> None:
+    make = os.mkdir
+
+    def make_and_be_interrupted(path, *arguments, **keywords) -> None:
+        make(path, *arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", make_and_be_interrupted)
+        with pytest.raises(KeyboardInterrupt), staging(tmp_path / "bundle"):
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            make_authority(tmp_path, ["localhost"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_sigterm_removes_what_was_written(tmp_path, model_folder) -> None:

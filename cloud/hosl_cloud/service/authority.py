@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -95,8 +96,10 @@ def make_authority(data_dir: Path, names: Sequence[str]) -> Authority:
             "give --renew for a new certificate of the same CA, or move the folder away"
         )
     parsed = _parse_names(names)
-    making = Authority(Path(tempfile.mkdtemp(prefix="tls-", dir=data_dir)))  # mode 0700
+    # Named before it is made: a signal may come between any two steps, and what has a name can be removed.
+    making = Authority(data_dir / f"tls-{secrets.token_hex(4)}")
     try:
+        making.folder.mkdir(mode=0o700)
         key = ec.generate_private_key(ec.SECP256R1())
         name = _name(f"hosl CA of {socket.gethostname()[:40]}")
         builder = _builder(name, name, key, CA_DAYS, is_ca=True)

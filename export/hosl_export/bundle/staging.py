@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +31,10 @@ def staging(out: Path, option: str = "out") -> Iterator[Path]:
     out = out.absolute()
     check_output(out, option)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    # Named before it is made: a signal may come between any two steps, and what has a name can be removed.
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
+        folder.mkdir()
         folder.chmod(0o755)
         yield folder
         check_output(out, option)
