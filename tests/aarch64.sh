@@ -88,7 +88,7 @@ import tomllib
 from pathlib import Path
 
 settings = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))
-print(*settings["project"]["dependencies"], *settings["build-system"]["requires"], "pytest", "pytest-timeout", "hypothesis", sep="\n")
+print(*settings["project"]["dependencies"], *settings["build-system"]["requires"], "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", sep="\n")
 END
     "$PYTHON" -m pip download -qq --disable-pip-version-check --only-binary=:all: "${platforms[@]}" \
         --python-version "$PYTHON_VERSION" --constraint constraints.txt --requirement "$wheels/requirements.txt" \
@@ -103,7 +103,7 @@ END
 make_bundles() {
     say "making tiny bundles"
     rm -rf "$KEPT/made" "$ROOT/srv/bundles"
-    nice -n 19 "$PYTHON" -m pytest --quiet -p no:cacheprovider --basetemp="$KEPT/made" "${needing_bundles[@]}"
+    nice -n 19 "$PYTHON" -m pytest --quiet -p no:cacheprovider --basetemp="$KEPT/made" "${workers[@]}" "${needing_bundles[@]}"
     mv "$KEPT/made/shared" "$ROOT/srv/bundles"
     rm -rf "$KEPT/made"
 }
@@ -125,6 +125,7 @@ check_machine
 mkdir -p "$KEPT"
 exec 9>"$KEPT/lock"
 flock --nonblock 9 || die "$KEPT is in use by another run"
+workers=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder)
 MIRROR=${DEBIAN_MIRROR:-$(apt_mirror)}
 let_binaries_run
 
@@ -136,4 +137,4 @@ once_for install_hosl "${sources[@]}"
 mapfile -t needing_bundles < <(grep --files-with-matches make_bundle tests/edge/*.py tests/protocol/test_*.py)
 once_for make_bundles "${sources[@]}" tests/conftest.py "${needing_bundles[@]}"
 say "running the tests"
-inside python -m pytest -p no:cacheprovider --timeout 3000 --durations 25 tests/edge tests/protocol "$@"
+inside python -m pytest -p no:cacheprovider "${workers[@]}" --timeout 3000 --durations 25 tests/edge tests/protocol "$@"

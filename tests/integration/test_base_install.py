@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import venv
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,3 +28,17 @@ def test_the_base_distribution_installs_alone_and_runs_the_agent(tmp_path: Path)
     cloud = subprocess.run([binaries / "hosl-cloud", "--help"], capture_output=True, text=True, check=False, timeout=60)
     assert cloud.returncode == 0, "help needs no extra"
     assert sys.version_info >= (3, 10)
+
+
+@pytest.mark.parametrize("page", ["README.md", "edge/install.md"])
+def test_the_command_that_packs_a_checkout_leaves_the_file_where_the_next_command_looks(
+    tmp_path: Path, page: str
+) -> None:
+    packing = re.search(r"git -C hosl archive [^`\n]*", (ROOT / page).read_text(encoding="utf-8"))
+    assert packing
+    (tmp_path / "hosl").mkdir()
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "Nothing"]):
+        subprocess.run(["git", "-C", "hosl", *words], cwd=tmp_path, check=True)
+    subprocess.run(shlex.split(packing[0]), cwd=tmp_path, check=True)
+    assert (tmp_path / "hosl.tar.gz").is_file()
