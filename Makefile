@@ -54,10 +54,10 @@ test-onnxruntime: $(VENV)/installed
 
 fuzz: $(VENV)/installed
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo "no wheel of atheris here"
-	$(BIN)/python tests/fuzz.py --frames $(FRAMES) --sequences $(SEQUENCES)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/fuzz.py --frames $(FRAMES) --sequences $(SEQUENCES)
 
 chaos: $(VENV)/installed
-	PYTHONPATH=tests $(BIN)/python -m integration.chaos --seeds $(SEEDS) $(CHAOS)
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m chaos.seeds --seeds $(SEEDS) $(CHAOS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

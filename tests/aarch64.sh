@@ -134,7 +134,7 @@ once_for make_root
 copy_tree
 once_for install_wheels pyproject.toml constraints.txt
 once_for install_hosl "${sources[@]}"
-mapfile -t needing_bundles < <(grep --files-with-matches make_bundle tests/edge/*.py tests/protocol/test_*.py)
-once_for make_bundles "${sources[@]}" tests/conftest.py "${needing_bundles[@]}"
+mapfile -t needing_bundles < <(grep --files-with-matches make_bundle --recursive --include='test_*.py' tests/edge tests/protocol)
+once_for make_bundles "${sources[@]}" tests/conftest.py tests/helpers/tiny_models.py "${needing_bundles[@]}"
 say "running the tests"
 inside python -m pytest -p no:cacheprovider "${workers[@]}" --timeout 3000 --durations 25 tests/edge tests/protocol "$@"

@@ -1,8 +1,8 @@
 """Fails where a test of the device or the protocol needs the cloud, the exporter or their packages: in `make lint`.
 
-These tests run on devices, where there is none of that. What they import is followed through the helpers beside this
-file. Within a function an import may be of the exporter or torch, for tests and fixtures that are left out without
-torch; of the cloud none may.
+These tests run on devices, where there is none of that. What they import is followed through tests/helpers. Within a
+function an import may be of the exporter or torch, for tests and fixtures that are left out without torch; of the cloud
+none may.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def faults(paths: list[Path]) -> Iterator[str]:
             root = module.partition(".")[0]
             if root in CLOUD or (at_once and root in OTHERS):
                 yield f"{path}:{line}: imports {module}, which no device has"
-            helper = TESTS / f"{root}.py"
+            helper = TESTS / "helpers" / f"{root}.py"
             if helper.exists() and helper not in seen:
                 seen.add(helper)
                 todo.append(helper)
 
 
 if __name__ == "__main__":
-    first = [TESTS / "conftest.py", *(path for folder in FOLDERS for path in sorted((TESTS / folder).glob("*.py")))]
+    first = [TESTS / "conftest.py", *(path for folder in FOLDERS for path in sorted((TESTS / folder).rglob("*.py")))]
     found = list(faults(first))
     print("\n".join(found), end="\n" * bool(found))
     sys.exit(bool(found))

@@ -1,7 +1,7 @@
 """Fuzz the protocol for as long as one likes, and print what was run; `make fuzz FRAMES=1000000 SEQUENCES=10000`.
 
-Frames are damaged by tests/fuzzing.py and, where atheris is installed (`hosl[fuzz]`), as many more by coverage;
-sequences are those of tests/machines.py. Ends with 1 where an exception escaped or memory grew.
+Frames are damaged by tests/helpers/fuzzing.py and, where atheris is installed (`hosl[fuzz]`), as many more by coverage;
+sequences are those of tests/helpers/machines.py. Ends with 1 where an exception escaped or memory grew.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def fuzz_frames(count: int, seed: int) -> Row:
 
 
 def fuzz_sequences(machine: type[RuleBasedStateMachine], count: int) -> Row:
-    """`count` sequences of a machine of tests/machines.py."""
+    """`count` sequences of a machine of tests/helpers/machines.py."""
     from hypothesis import HealthCheck, settings
     from hypothesis.stateful import run_state_machine_as_test
 

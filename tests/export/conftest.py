@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from torch import Tensor
 from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, load_manifest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from tiny import SPLITS, make_model, make_tokenizer
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import CONFIGS, make_model, make_tokenizer, save_scaled, save_with_sentencepiece
 from tokenizers import processors
 
 from hosl_cloud.service.authority import make_authority
@@ -34,6 +33,7 @@ from hosl_export.sources.loading import find_source, load_config
 from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, load_manifest
+from tiny import CONFIGS, make_model, make_tokenizer, save_scaled, save_with_sentencepiece
 
 
 @pytest.fixture

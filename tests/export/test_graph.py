@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from tiny import CONFIGS, SPLITS, make_batch, make_model, make_tokenizer, run_shard
 from tokenizers import Tokenizer
 
 from hosl_export.bundle.graph import IR_VERSION, OPSET
@@ -20,6 +19,7 @@ from hosl_protocol.run.manifest import (
     describe_file,
     load_manifest,
 )
+from tiny import CONFIGS, SPLITS, make_batch, make_model, make_tokenizer, run_shard
 
 
 def _buffers(graph: onnx.GraphProto) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import CONFIGS, make_batch, make_tokenizer, run_shard
 
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.building import build_tail
@@ -19,6 +18,7 @@ from hosl_export.sources.loading import find_source, load_model
 from hosl_export.summary import describe
 from hosl_export.weights import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, load_manifest
+from tiny import CONFIGS, make_batch, make_tokenizer, run_shard
 
 NAMES = ("bad", "so so", "good")
 

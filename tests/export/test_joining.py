@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import CONFIGS, largest_difference, make_batch, run_shard
 from torch import Tensor
 
 from hosl_export.bundle.reading import full_config, load_tail
@@ -18,6 +17,7 @@ from hosl_export.model.joining import join_state
 from hosl_export.model.lora import fold_lora, inject_lora, is_lora, load_plain_state, plain_state
 from hosl_export.model.peft_files import peft_adapter
 from hosl_export.weights import write_tensors
+from tiny import CONFIGS, largest_difference, make_batch, run_shard
 
 LABELS = 3
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import BLOCKS, CONFIGS, DECODERS, WINDOWED, largest_difference, make_batch, make_model, run_shard
 
 from hosl_export.bundle.reading import load_client, load_tail
 from hosl_export.model.halves import client_half, tail_half
+from tiny import BLOCKS, CONFIGS, DECODERS, WINDOWED, largest_difference, make_batch, make_model, run_shard
 
 SHAPES = [(1, 1), (3, 7), (2, 16), (3, 37)]
 

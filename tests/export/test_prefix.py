@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import BLOCKS, make_batch
 
 from hosl_edge.data.examples import Batch
 from hosl_edge.data.images import blank_images
@@ -16,6 +15,7 @@ from hosl_export.bundle.parity import TOLERANCE
 from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_protocol.run.manifest import SHARD_PREFIX, load_manifest
 from pictures import save_image_model
+from tiny import BLOCKS, make_batch
 
 IMAGE_KINDS = ("resnet-bottleneck",)
 KINDS = ("gemma3_text", "gpt2", "bert", *IMAGE_KINDS)

@@ -9,7 +9,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny import make_batch, make_model, run_shard
 
 from hosl_export.__main__ import main
 from hosl_export.bundle.parity import TOLERANCE
@@ -20,6 +19,7 @@ from hosl_export.weights import read_tensors
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, load_manifest
 from pictures import save_image_model
+from tiny import make_batch, make_model, run_shard
 
 TOKENS, LENGTH = 3, 9
 

@@ -13,12 +13,12 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import SCALINGS, make_batch, make_model, save_scaled, save_with_sentencepiece
 
 from hosl_export.exceptions import ModelError
 from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.sources.loading import find_source, load_config, load_model, load_tokenizer
 from hosl_protocol.run.manifest import load_manifest
+from tiny import SCALINGS, make_batch, make_model, save_scaled, save_with_sentencepiece
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 

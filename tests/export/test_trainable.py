@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_model
 
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import client_half
@@ -13,6 +12,7 @@ from hosl_export.model.trainable import plain_parameters, put_on_lattice, traine
 from hosl_export.weights import read_tensors
 from hosl_protocol.arithmetic.lattice import exponent_for, is_on_lattice, spacing
 from hosl_protocol.run.manifest import LoraEntry
+from tiny import make_model
 
 EXPECTED = {
     "none": lambda name, ndim: False,

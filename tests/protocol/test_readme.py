@@ -24,6 +24,7 @@ from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES
 from hosl_protocol.wire.connection import _ALLOWED, Phase, Role
 from hosl_protocol.wire.messages import CATCH_UP_ROUNDS, FromCloud, FromEdge, Late, Refusal, Snapshot, name_of
 from specification import README, section, table_below
+from support import ROOT
 
 MESSAGES = (*FromEdge.__args__, *FromCloud.__args__)
 ROUND_FIELDS = {"run", "epoch", "round", "attempt", "id"}
@@ -103,7 +104,7 @@ def test_the_cloud_refuses_with_the_retry_of_the_codes_row():
         re.findall(r"^\| `([a-z-]+)` \| [^|]* \| ([^|]*) \|$", section("### Refusal (`refusal`)"), re.MULTILINE)
     )
     said: dict[str, set[str]] = {}
-    for path in (Path(__file__).parents[2] / "cloud").rglob("*.py"):
+    for path in (ROOT / "cloud").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Refusal":
                 given = {each.arg: each.value for each in call.keywords}
@@ -195,7 +196,7 @@ GOLDEN = re.compile(
 
 def test_golden_vectors_are_those_of_the_tests():
     """The tests spell the same bits, bytes and digests, perhaps over several lines."""
-    sources = [path for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_readme.py"]
+    sources = [path for path in Path(__file__).parent.rglob("test_*.py") if path.name != "test_readme.py"]
     tests = "".join(path.read_text(encoding="utf-8") for path in sources)
     tests = re.sub(r"'\s*\n\s*r'", "", tests)
     golden = [vector.strip("`") for vector in GOLDEN.findall(README.read_text(encoding="utf-8"))]

@@ -28,9 +28,9 @@ from hosl_cloud.service.secrets import METRICS_TOKEN_FILE
 from hosl_cloud.settings import DeviceSettings
 from hosl_protocol.program.notify import feed_watchdog, notify
 from services import Service, serving
-from support import TASK
+from speaking import client, get
+from support import ROOT, TASK
 
-ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "cloud"
 OF_THE_SPECIFICATION = {
     "hosl_build_info": {"version"},
@@ -185,8 +185,6 @@ Ask = Callable[..., Awaitable[tuple[int, bytes]]]
 def test_a_service_tells_systemd_and_prometheus_and_its_metrics_token_opens_nothing_else(
     export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path, systemd: socket.socket
 ) -> None:
-    from cloud.test_service import client, get
-
     settings = {"batch_size": 4, "max_length": 16, "devices": {"start_with": 2}, "rounds": 10**6}
     bundle = export_bundle(tiny_model, "lora", 2)
 

@@ -1,6 +1,6 @@
 """Frames to damage, ways to damage them, and what a connection must do with them whatever comes.
 
-Shared by tests/protocol/test_fuzz.py (seconds) and tests/fuzz.py (`make fuzz`, as long as one likes).
+Shared by tests/protocol/wire/test_fuzz.py (seconds) and tests/fuzz.py (`make fuzz`, as long as one likes).
 """
 
 from __future__ import annotations

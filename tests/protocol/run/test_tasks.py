@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,6 +21,7 @@ from hosl_protocol.run.tasks import (
     render,
     text_of_value,
 )
+from support import ROOT
 
 EXAMPLES = {
     "boolq": ({"passage": "Ice floats.", "question": "does ice float"}, "Ice floats. does ice float?\n"),
@@ -249,7 +249,7 @@ def test_fields_are_those_of_the_template_and_the_label_once_each():
 
 
 def test_the_table_of_presets_is_that_of_the_shipped_ones() -> None:
-    text = (Path(__file__).parents[2] / "cloud" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "cloud" / "README.md").read_text(encoding="utf-8")
     start = text.index("| preset | kind | fields | labels |")
     rows = [line.strip("| ").split(" | ") for line in text[start:].split("\n\n")[0].splitlines()[2:]]
     assert [row[0] for row in rows] == [f"`{name}`" for name in sorted(preset_names())]

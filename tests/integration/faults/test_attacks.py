@@ -37,7 +37,7 @@ from hosl_protocol.wire.codec import Frame, encode
 from hosl_protocol.wire.connection import Connection, Role
 from hosl_protocol.wire.messages import Hello, Message, Refusal, Welcome
 from services import Service, serving
-from support import TASK, free_port, write_reviews
+from support import ROOT, TASK, free_port, write_reviews
 
 GROWTH_BYTES = 60 * 2**20
 WAIT_S = 20.0
@@ -570,8 +570,7 @@ FORBIDDEN = (
 
 
 def test_the_source_uses_nothing_that_runs_what_it_reads() -> None:
-    root = Path(__file__).parents[2]
-    paths = [path for package in ("cloud", "edge", "export", "protocol") for path in (root / package).rglob("*.py")]
+    paths = [path for package in ("cloud", "edge", "export", "protocol") for path in (ROOT / package).rglob("*.py")]
     assert len(paths) > 60
     found = {
         (path.name, pattern)

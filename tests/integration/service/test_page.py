@@ -29,9 +29,8 @@ from hosl_cloud.service.app import make_app
 from hosl_cloud.storage.records import Said
 from hosl_cloud.storage.store import Store
 from services import Service, serving
-from support import TASK, write_reviews
+from support import ROOT, TASK, write_reviews
 
-ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / ".cache" / "page"
 OURS = [name for name in page_routes.FILES if name not in page_routes.VENDOR]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from chaos.proxy import Direction, Proxy
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
-from integration.proxy import Direction, Proxy
 from services import serving
 from support import TASK, write_reviews
 

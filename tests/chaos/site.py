@@ -18,11 +18,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from chaos import launch
+from chaos.proxy import Proxy
 from hosl_cloud.service.secrets import load_or_make_token
 from hosl_edge.connection.pace import save_link
 from hosl_protocol.exceptions import ExitCode
-from integration import launch
-from integration.proxy import Proxy
 from processes import FORKS
 from support import TASK, write_reviews
 

@@ -21,7 +21,7 @@ from hosl_protocol.run.manifest import load_manifest, sha256_of_file
 from hosl_protocol.weights.client_weights import UpdateRecord
 from hosl_protocol.weights.state import SnapshotHeader
 from hosl_protocol.wire.messages import Hello, Snapshot
-from support import TASK
+from support import ROOT, TASK
 
 MakeRun = Callable[..., Run]
 
@@ -77,7 +77,7 @@ def test_a_download_must_beat_the_replay_by_the_margin() -> None:
 
 
 def test_the_specification_states_the_margin() -> None:
-    text = (Path(__file__).parents[2] / "protocol" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
     assert f"`replay_s` > {MARGIN:g} · size / `link_bytes_per_s`" in text
 
 

@@ -7,26 +7,20 @@ import contextlib
 import hashlib
 import json
 import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from hosl_cloud.runs.run import Run
 from hosl_cloud.service import server as service_module
-from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_protocol.run.manifest import MANIFEST, SHARD_WEIGHTS, load_manifest
-from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
-from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, Frame, encode
-from hosl_protocol.wire.connection import Connection, Role
+from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, encode
 from hosl_protocol.wire.messages import (
     CATCH_UP_ROUNDS,
     Anchor,
@@ -36,20 +30,15 @@ from hosl_protocol.wire.messages import (
     EvalResult,
     EvalStart,
     Goodbye,
-    Hello,
-    Message,
     Projections,
-    Ready,
     Refusal,
     Report,
     RoundStart,
     Welcome,
 )
 from services import Service, serving
+from speaking import WAIT_S, Client, client, get
 from support import TASK
-
-DATA = "d" * 64
-WAIT_S = 10.0
 
 
 @pytest.fixture
@@ -72,87 +61,6 @@ def run(bundle: Path, tmp_path: Path) -> Callable[..., None]:
         asyncio.run(main())
 
     return run
-
-
-class Client:
-    """A device that says what a test wants."""
-
-    def __init__(self, socket: ClientConnection, service: Service) -> None:
-        self.socket, self.service = socket, service
-        self._connection = Connection(Role.EDGE)
-        self.manifest = service.coordinator.run.manifest
-
-    async def send(self, message: Message, tensors: dict[str, Any] | None = None) -> None:
-        for piece in encode(message, tensors or {}):
-            await self.socket.send(piece)
-
-    async def receive(self) -> Message:
-        """The next message of the cloud."""
-        frame: Frame | None = None
-        while frame is None:
-            piece = await asyncio.wait_for(self.socket.recv(), WAIT_S)
-            assert isinstance(piece, bytes)
-            frame = self._connection.receive(piece)
-        return frame.message
-
-    async def refusal(self) -> Refusal:
-        """The Refusal that ends this connection; what came before it is dropped."""
-        message = await self.receive()
-        while not isinstance(message, Refusal):
-            message = await self.receive()
-        with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(self.socket.recv(), WAIT_S)
-        return message
-
-    def hello(self, name: str = "pi", **more: Any) -> Hello:
-        fields = {"software": "test", "device": name, "shard_digest": self.manifest.shard_digest, "data_digest": DATA}
-        return Hello(**{**fields, **more})
-
-    def ready(self, digest: str | None = None) -> Ready:
-        if digest is None:
-            weights = load_shard_weights(self.service.coordinator.run.bundle, self.manifest, only_trainable=True)
-            digest = make_client_weights(self.manifest, weights, self.service.coordinator.run.settings).digest()
-        return Ready(run="run-1", epoch=0, applied_round=0, weights_digest=digest, train_examples=8, eval_examples=0)
-
-    async def join(self, name: str = "pi") -> None:
-        """Join, and wait until the cloud takes this device for ready."""
-        await self.send(self.hello(name))
-        assert isinstance(await self.receive(), Welcome)
-        assert isinstance(await self.receive(), CatchUp)
-        await self.send(self.ready())
-        while not self.is_ready(name):
-            await asyncio.sleep(0.01)
-
-    async def next_round(self) -> RoundStart:
-        """The next RoundStart; what came before it is dropped."""
-        while not isinstance(message := await self.receive(), RoundStart):
-            pass
-        return message
-
-    def is_ready(self, name: str) -> bool:
-        peer = self.service.coordinator.fleet.peers.get(name)
-        return peer is not None and peer.is_ready
-
-
-@asynccontextmanager
-async def client(service: Service, token: str | None = None, **more: Any) -> AsyncIterator[Client]:
-    headers = {"Authorization": f"Bearer {service.token if token is None else token}"}
-    url = service.address + "/v1/device"
-    async with connect(url, additional_headers=headers, compression=None, **more) as socket:
-        yield Client(socket, service)
-
-
-async def get(service: Service, path: str, **headers: str) -> tuple[int, bytes]:
-    def ask() -> tuple[int, bytes]:
-        request = urllib.request.Request(service.address.replace("ws", "http", 1) + path, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=WAIT_S) as response:
-                return response.status, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read()
-
-    return await asyncio.to_thread(ask)
 
 
 async def status_of(service: Service) -> Any:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from support import write_reviews
+from support import ROOT, write_reviews
 
-STUDY = Path(__file__).parents[2] / "examples" / "study"
+STUDY = ROOT / "examples" / "study"
 SETTINGS = """
 title = "A tiny study"
 model = "{model}"

@@ -31,14 +31,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from chaos.faults import do_faults, draw_faults, draw_settings, targets_of
+from chaos.site import DATABASE, ROUNDS, Settings, Site
 from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
 from hosl_edge.history.journal import open_journal
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.weights.client_weights import make_client_weights
-from integration.chaos_site import DATABASE, ROUNDS, Settings, Site
-from integration.faults import do_faults, draw_faults, draw_settings, targets_of
 
 LIMIT_S = 180.0
 """Of a run; one takes a quarter of a minute where nothing else runs."""
@@ -257,8 +257,8 @@ def main() -> int:
 
 
 def _make_bundle(work: Path) -> Path:
-    from conftest import save_tiny_llama
     from hosl_export.__main__ import main as export
+    from tiny_models import save_tiny_llama
 
     bundle = work / "bundle"
     if not bundle.exists():

@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from integration.chaos_site import DEVICES, ROUNDS, Settings, Site
-from integration.launch import POINTS
-from integration.proxy import Direction
+from chaos.launch import POINTS
+from chaos.proxy import Direction
+from chaos.site import DEVICES, ROUNDS, Settings, Site
 
 Kind = Literal["kill", "leave", "crash", "freeze", "cut", "hold", "slow", "repeat"]
 

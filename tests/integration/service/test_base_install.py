@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from support import ROOT
 
 
 def test_the_base_distribution_installs_alone_and_runs_the_agent(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ from hosl_protocol.weights.state import ClientState, SnapshotHeader
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import RoundStart, Snapshot
 
+ROOT = Path(__file__).parents[2]
+"""Of the checkout."""
+
 NICE = ("good", "great", "fine", "nice", "happy", "lovely", "warm", "bright", "clever", "fresh")
 NASTY = ("bad", "awful", "poor", "sad", "dull", "cold", "weak", "dark", "slow", "stale")
 FILLERS = ("the", "a", "film", "story", "plot", "scene", "cast", "song", "end", "start", "but", "quite")

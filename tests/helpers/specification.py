@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).parents[1] / "protocol" / "README.md"
+from support import ROOT
+
+README = ROOT / "protocol" / "README.md"
 
 
 def section(title: str) -> str:

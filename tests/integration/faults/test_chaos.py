@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.chaos import run_seed
+from chaos.seeds import run_seed
 
 MakeBundle = Callable[[str, int], Path]
 
