@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -96,3 +97,18 @@ def test_no_folder_holds_more_modules_than_a_reader_can_survey(top: str) -> None
         path.parent for path in (ROOT / top).rglob("*.py") if path.name not in ("__init__.py", "conftest.py")
     )
     assert {str(folder): size for folder, size in sizes.items() if size > MOST_MODULES} == {}
+
+
+def test_every_path_that_contributors_are_sent_to_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = {found for found in re.findall(r"`([\w./-]+)`", text) if "/" in found}
+    assert len(paths) > 25
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_contributors_are_told_of_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package, (folder, _) in PACKAGES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{folder}/{package}` |"))
+        rooms = [room for room in ROOMS[package] if (ROOT / folder / package / room).is_dir()]
+        assert re.findall(r"`(\w+)`", row.split("|")[2]) == rooms
