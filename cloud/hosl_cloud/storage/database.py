@@ -68,8 +68,9 @@ class Database:
             raise self._damaged(" ".join(verdict.split()))
 
     def close(self) -> None:
-        """Close the database."""
-        self._database.close()
+        """Close the database, once other threads are through with what they do in it."""
+        with self._lock:
+            self._database.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

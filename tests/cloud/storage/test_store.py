@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,30 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.create_run("run-1", tmp_path / "bundle", "5" * 64, CONFIG)
     yield store
     store.close()
+
+
+def test_a_store_is_closed_only_after_what_is_under_way(tmp_path: Path) -> None:
+    """SQLite crashes the process where a connection is closed under a statement."""
+    store = Store(tmp_path / "hosl.sqlite")
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def commit_slowly() -> None:
+        with store._transaction() as database:
+            is_held.set()
+            may_go_on.wait(5.0)
+            database.execute("SELECT 1")
+
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(commit_slowly)
+        is_held.wait()
+        closing = threads.submit(store.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.2)
+        may_go_on.set()
+        slow.result()
+        closing.result()
+    with pytest.raises(StoreError):
+        store.run_ids()
 
 
 def add_round(store: Store, round_: int, epoch: int = 0, coefficients: np.ndarray = AWKWARD) -> None:
