@@ -43,15 +43,11 @@ static inline void philox(const hosl_term *term, uint64_t block, uint64_t out[4]
 typedef float floats __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VARIANTS __attribute__((target_clones("avx2", "default")))
-#else
-#define VARIANTS
-#endif
-
-/* Entry j of a lane is +1 where bit j of its word is set: the bit goes to the sign's place, inverted. */
-VARIANTS static void add_block(float *values, int64_t count, const uint32_t (*bits)[BLOCK / LANE],
-                               const float *steps, int64_t terms) {
+/* Entry j of a lane is +1 where bit j of its word is set: the bit goes to the sign's place, inverted. It is compiled
+ * for each kind of processor below. */
+static inline __attribute__((always_inline)) void add_block(float *values, int64_t count,
+                                                            const uint32_t (*bits)[BLOCK / LANE],
+                                                            const float *steps, int64_t terms) {
     static const words shift[4] = {
         {31, 30, 29, 28, 27, 26, 25, 24},
         {23, 22, 21, 20, 19, 18, 17, 16},
@@ -92,6 +88,39 @@ VARIANTS static void add_block(float *values, int64_t count, const uint32_t (*bi
     }
 }
 
+typedef void adder(float *values, int64_t count, const uint32_t (*bits)[BLOCK / LANE], const float *steps,
+                   int64_t terms);
+
+static void add_anywhere(float *values, int64_t count, const uint32_t (*bits)[BLOCK / LANE], const float *steps,
+                         int64_t terms) {
+    add_block(values, count, bits, steps, terms);
+}
+
+static adder *add = add_anywhere;
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+__attribute__((target("avx2"))) static void add_with_avx2(float *values, int64_t count,
+                                                          const uint32_t (*bits)[BLOCK / LANE], const float *steps,
+                                                          int64_t terms) {
+    add_block(values, count, bits, steps, terms);
+}
+
+/* By hand, since target_clones and __builtin_cpu_supports need a C library and a compiler's runtime that know of it. */
+__attribute__((constructor)) static void choose(void) {
+    unsigned a, b, c, d, state;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) {
+        return;
+    }
+    __asm__("xgetbv" : "=a"(state), "=d"(d) : "c"(0));
+    int saves_registers = (state & 6) == 6;
+    if (saves_registers && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2)) {
+        add = add_with_avx2;
+    }
+}
+#endif
+
 /* `start` is a multiple of 256, `terms` at most 64. */
 void hosl_add_terms(float *values, int64_t start, int64_t count, const hosl_term *all, int64_t terms) {
     uint32_t bits[MAX_TERMS][BLOCK / LANE];
@@ -109,6 +138,6 @@ void hosl_add_terms(float *values, int64_t start, int64_t count, const hosl_term
             }
         }
         int64_t left = count - done;
-        add_block(values + done, left < BLOCK ? left : BLOCK, (const uint32_t(*)[BLOCK / LANE]) bits, steps, terms);
+        add(values + done, left < BLOCK ? left : BLOCK, (const uint32_t(*)[BLOCK / LANE]) bits, steps, terms);
     }
 }
