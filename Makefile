@@ -1,5 +1,6 @@
 # make demo     the whole way: export, train from two devices, merge, compare
 # make test     format check, lint, types, tests; what CI runs
+# make wheels   wheels with the compiled kernel for Linux on x86-64 and aarch64, and the source archive, in dist/
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
 # make test-onnxruntime    the tests of edge, protocol and export with the oldest and the newest ONNX Runtime
 # make fuzz     damaged frames and sequences for the protocol, as many as FRAMES= and SEQUENCES= say; a table
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 # Where this is set, each program that a test starts compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-hosl test test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
+.PHONY: demo demo-hosl test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/arithmetic/kernel.c
@@ -38,6 +39,21 @@ demo-hosl: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
+
+# In a folder of their own, so that to make wheels takes neither torch nor a C compiler.
+.cache/wheels/installed: constraints.txt
+	$(PYTHON) -m venv .cache/wheels
+	.cache/wheels/bin/pip install -qq --disable-pip-version-check -c constraints.txt auditwheel hatchling ziglang
+	touch $@
+
+wheels: .cache/wheels/installed
+	rm -rf dist
+	.cache/wheels/bin/python -m hatchling build -d dist -t sdist
+	for machine in x86_64 aarch64; do \
+	    HOSL_WHEEL_FOR=$$machine .cache/wheels/bin/python -m hatchling build -d dist -t wheel || exit 1; \
+	    .cache/wheels/bin/auditwheel show dist/*_$$machine.whl | grep -o "\"manylinux_2_17_$$machine\"" | sort -u | grep . || \
+	        { echo "auditwheel gives the wheel for $$machine another tag than its name has"; exit 1; }; \
+	done
 
 test-aarch64: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/aarch64.sh
@@ -78,4 +94,4 @@ audit:
 	.cache/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
-	rm -rf $(VENV) examples/*/work .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build/kernel examples/*/work .mypy_cache .pytest_cache .ruff_cache .hypothesis
