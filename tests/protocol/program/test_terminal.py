@@ -92,8 +92,9 @@ def test_in_the_devices_environment_the_others_say_what_they_need(
 
 
 @pytest.fixture
-def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user id that no account has, in an environment without HOME."""
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user id that no account has, in an environment without HOME; pytest's folder is there before, for it asks
+    whose it is."""
     for variable in ("HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "RUNTIME_DIRECTORY"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
