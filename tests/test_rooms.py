@@ -24,7 +24,7 @@ ROOMS = {
     "hosl_protocol": ["exceptions", "program", "arithmetic", "run", "weights", "wire"],
     "hosl_edge": [
         *("exceptions", "settings", "data", "model", "host", "connection", "history"),
-        *("step", "device", "session", "agent", "preflight", "__main__"),
+        *("step", "driver", "device", "session", "agent", "preflight", "__main__"),
     ],
     "hosl_export": [
         *("exceptions", "weights", "model", "sources", "bundle"),

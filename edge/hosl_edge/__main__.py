@@ -15,21 +15,17 @@ try:
     from collections.abc import Callable, Sequence
     from functools import partial
     from pathlib import Path
-    from typing import TYPE_CHECKING
 
-    from hosl_edge.host.notify import WatchedPool, notified
+    from hosl_edge.host.notify import WatchedPool
     from hosl_edge.host.status import SERVICE_FOLDER, read_status, readable, status_folder
     from hosl_edge.preflight import FAILED, examine
-    from hosl_edge.settings import FIELDS, EdgeSettings, Resolved, masked, resolve, split_fields
+    from hosl_edge.settings import FIELDS, Resolved, masked, resolve, split_fields
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
     from hosl_protocol.program.plain import plain
     from hosl_protocol.program.terminal import add_common_options, add_version, print_unit, run_command, terminable
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
-
-if TYPE_CHECKING:
-    from hosl_edge.agent import Summary
 
 FOLDER = Path(__file__).parent
 SWITCHES = {f"--{name.replace('_', '-')}" for name, field in FIELDS.items() if field.type is bool}
@@ -105,20 +101,14 @@ def _resolve(options: argparse.Namespace) -> Resolved:
 
 def _run(options: argparse.Namespace) -> int:
     settings = _resolve(options).settings()
+    # Imported here: the other commands do without ONNX Runtime, which may be what is wrong.
+    from hosl_edge.agent import run_agent
+
     with terminable():
-        summary = asyncio.run(_attend(settings))
+        summary = asyncio.run(run_agent(settings, WatchedPool()))
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
     return int(ExitCode.OK)
-
-
-async def _attend(settings: EdgeSettings) -> Summary:
-    from hosl_edge.agent import run_agent
-
-    pool = WatchedPool()
-    asyncio.get_running_loop().set_default_executor(pool)
-    async with notified(pool, settings.stall_timeout_s):
-        return await run_agent(settings, pool.tick)
 
 
 def _preflight(options: argparse.Namespace) -> int:

@@ -1,4 +1,9 @@
-"""The agent: fetch the shard, then connect, and connect again, until the run has ended; or until the next one."""
+"""The agent: fetch the shard, connect, take part in the run, and connect again; with `stay` in run after run.
+
+Everything here runs on the event loop but the work of `_open_device`, which has a thread. `Agent` holds what outlives
+connections and runs. At most one Device is open: it holds the lock on the state folder, so that it is closed before
+the next is made, and no session uses it any more by then.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,23 @@ import importlib.metadata
 import logging
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from hosl_edge.connection.farewell import decline
 from hosl_edge.connection.fetch import fetch_bundle
+from hosl_edge.connection.goodbye import decline
 from hosl_edge.connection.network import NetworkWatch
-from hosl_edge.connection.offer import check_fit, fetch_place
+from hosl_edge.connection.offer import check_fit, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely
 from hosl_edge.data.examples import check_files
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
 from hosl_edge.host.display import Display, Progress
-from hosl_edge.host.health import Guard, read_available, read_health
+from hosl_edge.host.health import HealthMonitor, read_available, read_health
+from hosl_edge.host.notify import WatchedPool, notified
 from hosl_edge.host.status import Document, serve_status, status_folder
 from hosl_edge.model.memory import keep_heap_small, read_memory
 from hosl_edge.session import Session
@@ -38,6 +43,8 @@ CONNECTING, WAITING = "connecting", "waiting to connect"
 """States of an agent that has no connection."""
 NO_DIGEST = "0" * 64
 """Stands for the data of a device that declines."""
+GOOD_CONNECTION_BYTES = 65536
+"""A connection that sent more has carried something, and was a good one."""
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
@@ -45,7 +52,7 @@ LONGEST_RETRY_AFTER_S = 600.0
 
 @dataclass(frozen=True)
 class Summary:
-    """How it went, for `--json`."""
+    """What an agent came to, for `--json`."""
 
     device: str
     run: str
@@ -61,18 +68,32 @@ class Summary:
     received_bytes: int
 
 
-async def run_agent(settings: EdgeSettings, on_alive: Callable[[], None] = lambda: None) -> Summary:
+async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> Summary:
     """Take part in the cloud's run until it ends, with `stay` in every run; reconnects for ever.
 
-    `on_alive` is called for each piece of a download.
+    Work is done in the threads of `pool`, which systemd's watchdog hears of; None takes the event loop's own, and tells
+    nobody. Raises LowMemoryError, and every HoslError that another try would not mend.
     """
-    keep_heap_small()
-    token = read_token(Path(settings.token_file))
-    check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
-    settings = msgspec.structs.replace(settings, name=device_name(settings, token))
-    agent = Agent(settings, token, Display(settings.name, on_alive))
-    async with serve_status(status_folder(lambda: settings.state_dir), settings.name, agent.status):
-        return await agent.run()
+    async with notified(pool, settings.stall_timeout_s):
+        keep_heap_small()
+        token = read_token(Path(settings.token_file))
+        check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
+        settings = msgspec.structs.replace(settings, name=device_name(settings, token))
+        display = Display(settings.name) if pool is None else Display(settings.name, pool.tick)
+        agent = Agent(settings, token, display)
+
+        status = serve_status(status_folder(lambda: settings.state_dir), settings.name, agent.status)
+        async with status, agent.health.stopping_at_low_memory():
+            try:
+                while True:
+                    sent_bytes = agent.progress.sent_bytes
+                    try:
+                        session = await agent.open_session()
+                        return agent.conclude(await session.take_part())
+                    except (ConnectionLost, ProtocolError, RefusedError, WrongDigestError) as error:
+                        await agent.pause_after(error, sent_bytes)
+            finally:
+                agent.close()
 
 
 def backoff_s(attempt: int) -> float:
@@ -88,59 +109,128 @@ class Agent:
         self.settings, self.token, self.display = settings, token, display
         self.software = f"hosl-edge {importlib.metadata.version('hosl')}"
         self.progress = Progress()
-        self._guard = Guard(settings, display)
+        self.health = HealthMonitor(settings, display)
         self._cloud: Cloud | None = None
         self._device: Device | None = None
         self._network = NetworkWatch()
         self._attempt = 0
+        """Tries since the last that carried something; the pauses grow with it."""
         self._last_error: str | None = None
         self._next_try_at: float | None = None
         self._waits_for_run = False
+        """Whether it has been said that there is no run."""
         self._ended_run: str | None = None
+        """The last run whose end the cloud told."""
         self._refused_shard: str | None = None
         """Digest of the shard that the cloud refused last."""
         self._wrong_file: str | None = None
         """Digest that the last file should have had which had another."""
 
-    async def run(self) -> Summary:
-        """Attend runs, and stop where memory runs out. Raises LowMemoryError."""
-        attending, watching = asyncio.create_task(self._attend()), asyncio.create_task(self._guard.watch())
-        try:
-            await asyncio.wait({attending, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()
-            return attending.result()
-        finally:
-            for task in (attending, watching):
-                task.cancel()
-            await asyncio.gather(attending, watching, return_exceptions=True)
+    async def open_session(self) -> Session:
+        """Make a session of the next connection, with a device that is fetched and opened where there is none."""
+        self.progress.state, self._next_try_at = CONNECTING, None
+        if self._cloud is None:
+            cache = Path(self.settings.cache_dir)
+            self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
+            if self._cloud.proxy is not None:
+                self.display.say(f"goes through {self._cloud.proxy}")
+        if self._device is None:
+            self._device = await self._open_device(self._cloud)
+        self._waits_for_run = False
+        return Session(self._device, self.display, self.progress, self.software, self._cloud, self.health.cool_down)
 
-    async def _attend(self) -> Summary:
+    async def _open_device(self, cloud: Cloud) -> Device:
+        """Fetch the shard and open it; a run that this device cannot be in is told why."""
+        settings, display = self.settings, self.display
+        manifests: list[Manifest] = []
+        files: list[str] = []
+        rates: list[float] = []
+
+        def on_progress(done: int, size: int) -> None:
+            display.show_download(f"downloads {files[-1]}", done, size)
+
+        def on_manifest(manifest: Manifest) -> None:
+            manifests.append(manifest)
+            offer = fetch_offer(cloud, settings.name)
+            if offer is not None and offer.task is not None:
+                check_fit(settings, offer.task, manifest)
+
+        def work() -> Device:
+            folder, manifest = fetch_bundle(
+                cloud,
+                Path(settings.cache_dir),
+                on_progress,
+                rates.append,
+                on_manifest=on_manifest,
+                on_file=files.append,
+                waits=self._ended_run is not None,
+            )
+            device = Device(settings, folder, manifest)
+            for rate in rates[-1:]:
+                device.note_link(rate)
+            return device
+
         try:
-            while True:
-                sent = self.progress.sent_bytes
-                try:
-                    complete = await self._connect()
-                    self._check_part(complete)
-                    if not self.settings.stay:
-                        return self._summarize(complete)
-                    self._end_run(complete)
-                except (ConnectionLost, ProtocolError, RefusedError) as error:
-                    if isinstance(error, RefusedError) and not error.retry:
-                        error = self._fetch_anew(error)
-                    # A connection that carried something was a good one: start counting anew.
-                    if self._device is not None and self.progress.sent_bytes > sent + 65536:
-                        self._attempt = 0
-                    await self._pause(error)
-                except WrongDigestError as error:
-                    # The run may have changed while its shard was fetched: with the manifest of now all is well.
-                    if error.expected == self._wrong_file:
-                        raise
-                    self._wrong_file = error.expected
-                    await self._pause(error)
-        finally:
-            self._network.close()
-            self._close_device()
+            return await asyncio.get_running_loop().run_in_executor(None, work)
+        except (ConsentError, DataError) as error:
+            for manifest in manifests:
+                shard = manifest.shard_digest
+                hello = Hello(software=self.software, device=settings.name, shard_digest=shard, data_digest=NO_DIGEST)
+                await decline(cloud, hello, error)
+            raise
+
+    def conclude(self, complete: Complete) -> Summary:
+        """Sum up a run that has ended with this device in it.
+
+        With `stay` it raises NoRun instead, to wait for the next one. Raises RefusedError where the run has ended
+        without this device, which does not stay.
+        """
+        header = self._device.header if self._device is not None else None
+        if complete.run in (self.progress.run, header.run if header is not None else None):
+            summary = self._summarize(complete)
+            if not self.settings.stay:
+                return summary
+        else:
+            sentence = f"run {complete.run} has ended ({complete.reason} at round {complete.round}) without this device"
+            if not self.settings.stay:
+                raise RefusedError(sentence, retry=False)
+            if complete.run != self._ended_run:
+                self.display.say(sentence)
+
+        # The pauses grow where a cloud says the same end again and again.
+        if complete.run != self._ended_run:
+            self._ended_run, self._attempt = complete.run, 0
+        self.progress = self._without_run()
+        raise NoRun(None)
+
+    async def pause_after(self, error: HoslError, sent_bytes: int) -> None:
+        """Wait before the next try; raises `error` where another try would not mend it.
+
+        `sent_bytes` is what had been sent before the try that failed.
+        """
+        if isinstance(error, WrongDigestError):
+            # The run may have changed while its shard was fetched: with the manifest of now all is well.
+            if error.expected == self._wrong_file:
+                raise error
+            self._wrong_file = error.expected
+        else:
+            if isinstance(error, RefusedError) and not error.retry:
+                error = self._fetch_anew(error)
+            # A connection that carried something was a good one: start counting anew.
+            if self._device is not None and self.progress.sent_bytes > sent_bytes + GOOD_CONNECTION_BYTES:
+                self._attempt = 0
+
+        self._attempt += 1
+        pause_s = backoff_s(self._attempt)
+        if isinstance(error, NoRun):
+            pause_s = self._await_run(error, pause_s)
+        else:
+            self._last_error, self._waits_for_run = str(error), False
+            self.progress.state = WAITING
+            self.display.say(f"{error}; next try in {pause_s:.1f} s")
+        self._next_try_at = time.time() + pause_s
+        if await self._network.pause(pause_s) and not self._waits_for_run:
+            self.display.say("the network has changed; trying at once")
 
     def _fetch_anew(self, error: RefusedError) -> ConnectionLost:
         """Let go of a shard that the cloud has no run for any more; raises `error` where that changes nothing.
@@ -156,87 +246,29 @@ class Agent:
             raise error
         self._refused_shard = refused
         self._close_device()
-        self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
+        self.progress = self._without_run()
         return ConnectionLost("the cloud's run has another shard, which is fetched now")
 
-    async def _connect(self) -> Complete:
-        """One connection to its end."""
-        self.progress.state, self._next_try_at = CONNECTING, None
-        if self._cloud is None:
-            cache = Path(self.settings.cache_dir)
-            self._cloud = await asyncio.to_thread(connect_securely, self.settings.server, self.token, cache)
-            if self._cloud.proxy is not None:
-                self.display.say(f"goes through {self._cloud.proxy}")
-        if self._device is None:
-            waits = self._ended_run is not None
-            self._device = await self._prepare(self._cloud, waits=waits)
-        self._waits_for_run = False
-        pace = self._guard.pace
-        session = Session(self._device, self.display, self.progress, self.software, self._cloud, pace)
-        return await session.run()
-
-    async def _prepare(self, cloud: Cloud, *, waits: bool) -> Device:
-        """The shard, fetched and opened; a run that this device cannot be in is told why."""
-        manifests: list[Manifest] = []
-        try:
-            return await _prepare(self.settings, cloud, self.display, manifests.append, waits=waits)
-        except (ConsentError, DataError) as error:
-            for manifest in manifests:
-                shard = manifest.shard_digest
-                hello = Hello(
-                    software=self.software, device=self.settings.name, shard_digest=shard, data_digest=NO_DIGEST
-                )
-                await decline(cloud, hello, error)
-            raise
-
-    async def _pause(self, error: HoslError) -> None:
-        """Wait before the next try."""
-        self._attempt += 1
-        pause = backoff_s(self._attempt)
-        if isinstance(error, NoRun):
-            pause = self._await_run(error, pause)
-        else:
-            self._last_error, self._waits_for_run = str(error), False
-            self.progress.state = WAITING
-            self.display.say(f"{error}; next try in {pause:.1f} s")
-        self._next_try_at = time.time() + pause
-        if await self._network.pause(pause) and not self._waits_for_run:
-            self.display.say("the network has changed; trying at once")
-
-    def _await_run(self, error: NoRun, pause: float) -> float:
-        """Let go of the last run, for the next one may have another shard; how long to wait."""
+    def _await_run(self, error: NoRun, pause_s: float) -> float:
+        """Let go of the last run, for the next one may have another shard; returns how long to wait, in seconds."""
         self._close_device()
         self.progress.state = "waiting for a run"
         if error.retry_after_s is None:
-            return pause
-        pause = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
+            return pause_s
+        pause_s = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
         if not self._waits_for_run:
-            self.display.say(f"{error}; asks again in {pause:.0f} s, and so on until there is one")
+            self.display.say(f"{error}; asks again in {pause_s:.0f} s, and so on until there is one")
         self._waits_for_run, self._attempt = True, 0
-        return pause
+        return pause_s
 
-    def _check_part(self, complete: Complete) -> None:
-        """Raise RefusedError, or with `stay` NoRun, where the run has ended without this device."""
-        header = self._device.header if self._device is not None else None
-        if complete.run in (self.progress.run, header.run if header is not None else None):
-            return
-        sentence = f"run {complete.run} has ended ({complete.reason} at round {complete.round}) without this device"
-        if not self.settings.stay:
-            raise RefusedError(sentence, retry=False)
-        if complete.run != self._ended_run:
-            self.display.say(sentence)
-        self._let_go(complete)
+    def _without_run(self) -> Progress:
+        """Figures of an agent without a run: what it has sent and received goes on counting."""
+        return Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
 
-    def _end_run(self, complete: Complete) -> None:
-        """Raise NoRun; the pauses grow where a cloud says the same end again and again."""
-        self._summarize(complete)
-        self._let_go(complete)
-
-    def _let_go(self, complete: Complete) -> None:
-        if complete.run != self._ended_run:
-            self._ended_run, self._attempt = complete.run, 0
-        self.progress = Progress(sent_bytes=self.progress.sent_bytes, received_bytes=self.progress.received_bytes)
-        raise NoRun(None)
+    def close(self) -> None:
+        """Leave everything durable, and let go of it."""
+        self._network.close()
+        self._close_device()
 
     def _close_device(self) -> None:
         if self._device is not None:
@@ -290,36 +322,3 @@ class Agent:
             sent_bytes=progress.sent_bytes,
             received_bytes=progress.received_bytes,
         )
-
-
-async def _prepare(
-    settings: EdgeSettings, cloud: Cloud, display: Display, note: Callable[[Manifest], None], *, waits: bool
-) -> Device:
-    files: list[str] = []
-    rates: list[float] = []
-
-    def on_progress(done: int, size: int) -> None:
-        display.show_download(f"downloads {files[-1]}", done, size)
-
-    def on_manifest(manifest: Manifest) -> None:
-        note(manifest)
-        place = fetch_place(cloud, settings.name)
-        if place is not None and place.task is not None:
-            check_fit(settings, place.task, manifest)
-
-    def work() -> Device:
-        folder, manifest = fetch_bundle(
-            cloud,
-            Path(settings.cache_dir),
-            on_progress,
-            rates.append,
-            on_manifest=on_manifest,
-            on_file=files.append,
-            waits=waits,
-        )
-        device = Device(settings, folder, manifest)
-        for rate in rates[-1:]:
-            device.note_link(rate)
-        return device
-
-    return await asyncio.get_running_loop().run_in_executor(None, work)

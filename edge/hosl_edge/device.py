@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from hosl_edge.connection.pace import Pace, load_link, measure_replay_s, save_link
+from hosl_edge.connection.catch_up_speed import CatchUpSpeed, load_link, measure_replay_s, save_link
 from hosl_edge.data.examples import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
 from hosl_edge.data.images import blank_images, load_images
 from hosl_edge.data.token_cache import Splits, load_or_tokenize, tokens_key
@@ -24,10 +24,9 @@ from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, Un
 from hosl_edge.history.history import FetchSnapshot, History
 from hosl_edge.history.journal import JournalHeader
 from hosl_edge.history.snapshot import check_offer, snapshot_path
-from hosl_edge.model.memory import choose_micro_batch, preferred_rows, read_memory, release_unused, spare_bytes
+from hosl_edge.model.memory import plan_memory, release_unused
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
-from hosl_edge.step import useful_sets
 from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, Manifest
 from hosl_protocol.run.settings import RunSettings, check_run
@@ -88,15 +87,15 @@ class Device:
         """Digest of the weights; empty before a run is joined."""
         return self.weights.digest() if self.weights else ""
 
-    def pace(self) -> Pace:
-        """How fast this device catches up; nothing is known where it cannot take a snapshot."""
+    def catch_up_speed(self) -> CatchUpSpeed:
+        """Tell how fast this device catches up; nothing is known where it cannot take a snapshot."""
         if not self._takes_snapshots:
-            return Pace()
+            return CatchUpSpeed()
         if not self._history.replay_s:
             settings = self.header.settings if self.header else None
             sizes = [math.prod(entry.shape) for entry in self.manifest.trainable]
             self._history.replay_s = measure_replay_s(sizes, settings, self.settings.compute_threads)
-        return Pace(replay_s=self._history.replay_s, link_bytes_per_s=self._link_bytes_per_s)
+        return CatchUpSpeed(replay_s=self._history.replay_s, link_bytes_per_s=self._link_bytes_per_s)
 
     def note_link(self, link_bytes_per_s: float) -> None:
         """Remember how fast a download came."""
@@ -182,36 +181,18 @@ class Device:
     def _open_shard(self, settings: RunSettings) -> None:
         self.shard.open()
         self.shard.max_length = settings.max_length
-        set_bytes = settings.max_tokens * self.manifest.width * 4
-        # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being
-        # sent (HOSL); one more is in transit.
-        held = (3 if settings.anchor == "midpoint" else 2) if settings.algorithm == "ho-sfl" else 1
-        necessary = (held + 1) * set_bytes
-        if self.manifest.prefix is not None:
-            necessary += self.manifest.prefix.set_bytes(settings.batch_size, settings.max_length)
-        trainable = sum(4 * int(np.prod(entry.shape)) for entry in self.manifest.trainable)
-        untouched = 0 if self.applied_round else trainable
-        budget = self.settings.memory_budget_bytes
-        before = read_memory().anonymous
-        self.shard.rows = choose_micro_batch(
-            lambda rows: self._forward_rows(rows, settings.max_length),
-            preferred_rows(settings, self.manifest.image),
-            necessary + untouched,
-            budget,
-        )
-        self.held_sets = useful_sets(settings)
-        if budget is not None:
-            anonymous = read_memory().anonymous
-            free = budget - anonymous - spare_bytes(anonymous - before) - necessary - untouched
-            # A central difference takes two sets to make, and one to keep.
-            spare = free // set_bytes - (settings.anchor == "midpoint" and settings.algorithm == "ho-sfl")
-            self.held_sets = max(0, min(self.held_sets, spare))
-        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
+        trainable_bytes = sum(4 * math.prod(entry.shape) for entry in self.manifest.trainable)
+        untouched_bytes = 0 if self.applied_round else trainable_bytes
 
-    def _forward_rows(self, rows: int, length: int) -> None:
-        self.shard.rows = rows
-        for _ in self.shard.forward(self._blank_batch(rows, length)):
-            pass
+        def forward_rows(rows: int) -> None:
+            self.shard.rows = rows
+            for _ in self.shard.forward(self._blank_batch(rows, settings.max_length)):
+                pass
+
+        budget_bytes = self.settings.memory_budget_bytes
+        plan = plan_memory(settings, self.manifest, forward_rows, untouched_bytes, budget_bytes)
+        self.shard.rows, self.held_sets = plan.rows, plan.held_sets
+        log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 
     def _blank_batch(self, rows: int, length: int) -> AnyBatch:
         """Examples of full length that mean nothing."""

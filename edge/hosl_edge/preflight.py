@@ -22,7 +22,7 @@ from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from hosl_edge.connection.fetch import read_url
-from hosl_edge.connection.offer import Place, check_data_file, fetch_place
+from hosl_edge.connection.offer import Offer, check_data_file, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely, http_address, opener, tls_remedy, unverified
 from hosl_edge.data.examples import check_consent, digest_of_data
@@ -76,15 +76,15 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
         return
     yield Check("settings", OK, f"device {name}, {settings.server}")
     manifest: Manifest | None = None
-    place = Place()
+    offer = Offer()
     for found in check_server(settings, token):
         if isinstance(found, Check):
             yield found
-        elif isinstance(found, Place):
-            place = found
+        elif isinstance(found, Offer):
+            offer = found
         else:
             manifest = found
-    yield from check_data(settings, place, manifest)
+    yield from check_data(settings, offer, manifest)
     yield check_memory(settings, manifest, read_available())
     yield check_disk(Path(settings.cache_dir), manifest)
 
@@ -131,17 +131,17 @@ def check_memory_cgroup(root: Path = ROOT) -> Check:
     return Check(name, WARNING, "off, so that limits on a service's memory do nothing", remedy)
 
 
-def check_data(settings: EdgeSettings, place: Place, manifest: Manifest | None) -> Iterator[Check]:
+def check_data(settings: EdgeSettings, offer: Offer, manifest: Manifest | None) -> Iterator[Check]:
     """Each data file, by what the run asks for before it reads everything, where the run is known."""
-    bound = {"data": place.data_digest, "eval": place.eval_digest}
+    bound = {"data": offer.data_digest, "eval": offer.eval_digest}
     for name, path in (("data", settings.data), ("eval", settings.eval)):
         remedy = f"mend it, or name another file in {name}"
         try:
-            if place.task is not None:
-                check_consent(place.task, settings.fields, share_text=settings.share_text)
+            if offer.task is not None:
+                check_consent(offer.task, settings.fields, share_text=settings.share_text)
             detail = "none"
             if path is not None:
-                detail = check_data_file(Path(path), place.task, manifest, skip_broken=settings.skip_broken)
+                detail = check_data_file(Path(path), offer.task, manifest, skip_broken=settings.skip_broken)
             if bound[name] and bound[name] != (digest_of_data(Path(path)) if path is not None else ""):
                 remedy = f"put the former file back, or name it in {name}"
                 raise DataError(Path(path or "--eval"), None, "has changed since this device joined the run")
@@ -154,7 +154,7 @@ def check_data(settings: EdgeSettings, place: Place, manifest: Manifest | None) 
                 yield Check(name, OK, f"{path}, {detail}")
 
 
-def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest | Place]:
+def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest | Offer]:
     """Proxy, name, connection, clock, TLS, token, device, run; at last the manifest, where it could be had."""
     url = urlsplit(settings.server)
     try:
@@ -235,7 +235,7 @@ def check_clock(date: str | None, now: float) -> Check:
     return Check("clock", WARNING, detail, "set it: sudo timedatectl set-ntp true")
 
 
-def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest | Place]:
+def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> Iterator[Check | Manifest | Offer]:
     error: Exception | None = None
     manifest: Manifest | None = None
     try:
@@ -268,22 +268,22 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
         yield manifest
 
 
-def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Place]:
+def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Offer]:
     """Whether the token is one of this device; nothing where an older service cannot tell."""
     try:
-        place = fetch_place(cloud, name)
+        offer = fetch_offer(cloud, name)
     except RefusedError as error:
         reason, _, remedy = error.reason.partition(": ")
         yield Check("device", FAILED, reason, remedy, ExitCode.REFUSED)
     except HoslError as error:
         yield Check("device", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
     else:
-        if place is not None:
+        if offer is not None:
             whose = f"the token is that of {name}"
             if not cloud.token.name:
                 whose = f"the join token of the service on this machine, for which this device is {name}"
             yield Check("device", OK, whose)
-            yield place
+            yield offer
 
 
 def _check_run(error: Exception | None, manifest: Manifest | None) -> Check:

@@ -33,14 +33,6 @@ from hosl_protocol.wire.messages import (
 
 Activations: TypeAlias = npt.NDArray[np.float32]
 
-MOST_HELD_SETS = 8
-"""Activation sets that a round holds at most besides those it must, while the cloud computes."""
-
-
-def useful_sets(settings: RunSettings) -> int:
-    """Activation sets worth holding besides those that a round must, where memory is no concern."""
-    return 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
-
 
 @dataclass(frozen=True)
 class Send:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from hosl_cloud.runs.snapshots import MARGIN, copy_state, write_snapshot
-from hosl_edge.connection.pace import measure_replay_s
+from hosl_edge.connection.catch_up_speed import measure_replay_s
 from hosl_edge.history.snapshot import read_snapshot
 from hosl_protocol.arithmetic.kernel import load
 from hosl_protocol.arithmetic.lattice import exponent_for, round_to_lattice

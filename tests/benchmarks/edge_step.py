@@ -299,7 +299,7 @@ class EdgeClient:
             idle = read_memory().resident  # up to here nothing has read the weights
             return choose_micro_batch(*arguments)
 
-        with mock.patch("hosl_edge.device.choose_micro_batch", choose):
+        with mock.patch("hosl_edge.model.memory.choose_micro_batch", choose):
             self._device.join(welcome, lambda *_: None)
         self._device.held_sets = 0  # the least memory; what is held only fills the wait for the cloud
         assert self._device.train is not None

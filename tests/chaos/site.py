@@ -21,7 +21,7 @@ from typing import Any
 from chaos import launch
 from chaos.proxy import Proxy
 from hosl_cloud.service.secrets import load_or_make_token
-from hosl_edge.connection.pace import save_link
+from hosl_edge.connection.catch_up_speed import save_link
 from hosl_protocol.exceptions import ExitCode
 from processes import FORKS
 from support import TASK, write_reviews

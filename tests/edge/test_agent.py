@@ -121,15 +121,14 @@ def test_a_file_of_the_wrong_digest_is_fetched_again_with_the_manifest_and_not_f
     settings = EdgeSettings(
         server=files["--server"], token_file=files["--token-file"], data=files["--data"], state_dir=str(tmp_path)
     )
-    agent = Agent(settings, Token("pi", "pi~secret"), Display("pi"))
     expected = iter(["first", "second", "second", "third"])
 
-    async def fetch(cloud: object, *, waits: bool) -> None:
+    async def fetch(agent: Agent, cloud: object) -> None:
         raise WrongDigestError("shard", "another", next(expected))
 
-    monkeypatch.setattr(agent, "_prepare", fetch)
+    monkeypatch.setattr(Agent, "_open_device", fetch)
     with pytest.raises(WrongDigestError) as caught:
-        asyncio.run(agent.run())
+        asyncio.run(run_agent(settings))
     assert (caught.value.expected, next(expected)) == ("second", "third")
 
 

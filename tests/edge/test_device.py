@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from hosl_edge import device as device_module
-from hosl_edge.connection.farewell import farewell
-from hosl_edge.connection.pace import Pace
+from hosl_edge.connection.catch_up_speed import CatchUpSpeed
+from hosl_edge.connection.goodbye import goodbye_reason
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
 from hosl_edge.history.journal import journal_path
@@ -215,11 +215,11 @@ def test_until_a_snapshot_is_whole_the_device_keeps_what_it_has(make_site: Calla
 def test_a_snapshot_that_cannot_be_used_is_not_asked_for_again(make_site: Callable[..., Site]) -> None:
     site = make_site()
     device = site.start()
-    assert device.pace().replay_s > 0
+    assert device.catch_up_speed().replay_s > 0
     site.mirror.apply(make_updates(1, 5))
     with pytest.raises(SnapshotError, match="it is of run another, round 5"):
         device.join(site.welcome("snapshot", site.snapshot(run="another")), site.fetch)
-    assert device.pace() == Pace()
+    assert device.catch_up_speed() == CatchUpSpeed()
     assert device.header is None
 
 
@@ -240,7 +240,7 @@ def test_a_snapshot_of_another_optimizer_leaves_a_device_that_can_rebuild(make_s
     device = site.start()
     with pytest.raises(SnapshotError, match="not one of sgd"):
         device.join(site.welcome("snapshot", site.snapshot()), site.fetch)
-    assert device.pace() == Pace()
+    assert device.catch_up_speed() == CatchUpSpeed()
     device.join(site.welcome("rebuild"), never)
     assert device.digest() == base
 
@@ -366,7 +366,7 @@ def test_a_setting_that_cannot_be_served_is_named_to_the_cloud(make_site: Callab
     site.run_settings = msgspec.structs.replace(site.run_settings, client=ClientOptimizer(epsilon=1e-30))
     with pytest.raises(UnservedError) as caught:
         site.start().join(site.welcome("continue"), never)
-    assert farewell(caught.value) == (
+    assert goodbye_reason(caught.value) == (
         "it cannot serve the run, whose client.epsilon is 1e-30: use a number from 1e-12 to 1"
     )
 
@@ -395,9 +395,9 @@ def test_data_of_a_run_that_could_not_be_joined_is_not_taken_for_that_of_the_one
 def test_the_links_speed_is_kept_across_restarts(make_site: Callable[..., Site]) -> None:
     site = make_site()
     site.start().note_link(1.5e6)
-    assert site.restart().pace().link_bytes_per_s == 1.5e6
+    assert site.restart().catch_up_speed().link_bytes_per_s == 1.5e6
     (site.state / "pace.json").write_bytes(b"{")
-    assert site.restart().pace().link_bytes_per_s == 0.0
+    assert site.restart().catch_up_speed().link_bytes_per_s == 0.0
 
 
 def test_the_pace_of_a_replay_is_that_of_the_last_long_one(
@@ -408,9 +408,9 @@ def test_the_pace_of_a_replay_is_that_of_the_last_long_one(
     device.join(site.welcome("continue"), never)
     monkeypatch.setattr(device_module, "measure_replay_s", lambda *arguments: 123.0)
     device.apply(make_updates(1, 1))
-    assert device.pace().replay_s == 123.0, "a single round tells nothing"
+    assert device.catch_up_speed().replay_s == 123.0, "a single round tells nothing"
     device.apply(make_updates(2, 100))
-    assert 0 < device.pace().replay_s < 1.0
+    assert 0 < device.catch_up_speed().replay_s < 1.0
 
 
 @pytest.mark.parametrize(("directions", "sets"), [(2, 2), (32, 8)])
@@ -438,7 +438,6 @@ def test_a_memory_budget_pays_for_what_a_round_needs_and_then_for_held_sets(
         needed += set_bytes  # what the blocks that stand still computed
     nothing = Memory(resident=0, peak=0, anonymous=0, file_backed=0)
     monkeypatch.setattr("hosl_edge.model.memory.read_memory", lambda: nothing)
-    monkeypatch.setattr("hosl_edge.device.read_memory", lambda: nothing)
     site.run_settings = settings
     site.settings = msgspec.structs.replace(site.settings, memory_budget=str(needed + spare * set_bytes))
     device = site.start()

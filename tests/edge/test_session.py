@@ -36,6 +36,12 @@ from hosl_protocol.wire.messages import (
     name_of,
 )
 
+
+async def handle(session: Session, frame: Frame) -> Frame | None:
+    """What comes of a frame outside a step."""
+    return await session._handler_of(frame.message)(frame.message, frame)
+
+
 Reply = CutGradient | EvalStart | EvalResult | Late
 
 
@@ -54,9 +60,7 @@ def drive(patience_s: float | None, answer_after_s: float, *answers: Reply) -> t
         display: Any = SimpleNamespace(say=said.append)
         device: Any = None
         session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
-        session._started = EVALUATION
-        context: Any = SimpleNamespace(run="r", epoch=0, round=3, attempt=1)
-        driving = asyncio.create_task(session._drive(steps(), context, patience_s))
+        driving = asyncio.create_task(session._driver.drive(steps(), EVALUATION, patience_s))
         await asyncio.sleep(answer_after_s)
         for answer in answers:
             session.link._incoming.put_nowait(Frame(answer))
@@ -102,17 +106,17 @@ def test_what_is_of_another_run_or_epoch_than_the_welcome_changes_nothing(
         "loss": np.zeros((), np.float32),
     }
     task = Task(name="t", kind="lm", template="{text}")
-    unused: Any = None
+    unused: Any = SimpleNamespace(say=print)
     session = Session(unused, unused, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
     session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
-    assert asyncio.run(session._handle(Frame(kind(**named, **more[kind]), tensors))) is None
+    assert asyncio.run(handle(session, Frame(kind(**named, **more[kind]), tensors))) is None
     assert f"{name_of(kind)} of another run or epoch is ignored" in caplog.text
 
 
 def join(applied_round: int) -> Session:
     """A session whose device stands there."""
     device: Any = SimpleNamespace(applied_round=applied_round, eval=object())
-    display: Any = None
+    display: Any = SimpleNamespace(say=print)
     session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
     task = Task(name="t", kind="lm", template="{text}")
     session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
@@ -124,13 +128,13 @@ def test_a_catch_up_that_leaves_rounds_out_breaks_the_protocol(rows: int) -> Non
     message = CatchUp(run="r", epoch=0, first_round=5, last=True)
     tensors = {"coefficients": np.zeros((rows, 2), np.float32), "learning_rates": np.zeros(rows)}
     with pytest.raises(ProtocolError, match=r"^catch-up from round 5, expected round 4$"):
-        asyncio.run(join(3)._handle(Frame(message, tensors)))
+        asyncio.run(handle(join(3), Frame(message, tensors)))
 
 
 @pytest.mark.parametrize("round_", [2, 4])
 def test_an_evaluation_of_another_round_than_the_devices_ends_the_connection(round_: int) -> None:
     with pytest.raises(ConnectionLost, match=f"^an evaluation of round {round_} began at round 3$"):
-        asyncio.run(join(3)._handle(Frame(EvalStart(run="r", epoch=0, round=round_, attempt=1))))
+        asyncio.run(handle(join(3), Frame(EvalStart(run="r", epoch=0, round=round_, attempt=1))))
 
 
 def test_a_device_says_why_its_answer_was_not_taken() -> None:
@@ -148,11 +152,11 @@ def test_a_device_says_why_its_answer_was_not_taken() -> None:
 )
 def test_a_cloud_that_is_not_ready_has_refused_nobody(retry: bool, sentence: str) -> None:
     async def main() -> None:
-        unused: Any = None
+        unused: Any = SimpleNamespace(say=print)
         session = Session(unused, unused, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
         session.link._incoming.put_nowait(Frame(Refusal(code="run", reason="run r is being loaded", retry=retry)))
         with pytest.raises(RefusedError, match=f"^{sentence}$") as caught:
-            await session._next()
+            await session._receive_frame()
         assert caught.value.retry is retry
 
     asyncio.run(main())
@@ -186,8 +190,8 @@ def test_a_disk_that_cannot_be_used_is_not_called_a_cloud_that_is_away(monkeypat
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state/journal.new")
 
-    device: Any = SimpleNamespace(header=None, pace=fail)
-    display: Any = None
+    device: Any = SimpleNamespace(header=None, catch_up_speed=fail)
+    display: Any = SimpleNamespace(say=print)
     session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
     monkeypatch.setattr(session.link, "open", lambda cloud: contextlib.nullcontext())
     left: list[str] = []
@@ -197,7 +201,7 @@ def test_a_disk_that_cannot_be_used_is_not_called_a_cloud_that_is_away(monkeypat
 
     monkeypatch.setattr(session.link, "leave", leave)
     with pytest.raises(ConnectionLost, match=r"^this device's disk: .*No space left on device: 'state/journal.new'$"):
-        asyncio.run(session.run())
+        asyncio.run(session.take_part())
     assert left == ["its disk cannot be used, see its log"]
 
 
@@ -213,9 +217,9 @@ def test_a_step_is_closed_once_its_thread_is_done_however_often_it_is_cancelled(
             got.append("closed")
 
     async def main() -> None:
-        nobody: Any = None
+        nobody: Any = SimpleNamespace(say=print)
         session = Session(nobody, nobody, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
-        driving = asyncio.create_task(session._drive(steps(), nobody))
+        driving = asyncio.create_task(session._driver.drive(steps(), EVALUATION))
         for _ in range(3):
             await asyncio.sleep(0.03)
             driving.cancel()
@@ -231,17 +235,17 @@ def test_a_start_that_comes_twice_is_run_once(monkeypatch: pytest.MonkeyPatch, s
     ran: list[object] = []
 
     async def main() -> None:
-        nobody: Any = None
+        nobody: Any = SimpleNamespace(say=print)
         session = Session(nobody, nobody, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
 
-        async def work(message: RoundStart | EvalStart) -> None:
+        async def work(message: RoundStart | EvalStart, frame: Frame) -> None:
             session._started = message
             ran.append(message)
 
-        monkeypatch.setattr(session, "_round", work)
+        monkeypatch.setattr(session, "_train", work)
         monkeypatch.setattr(session, "_evaluate", work)
         for message in (start, start, msgspec.structs.replace(start, attempt=start.attempt + 1)):
-            await session._handle(Frame(message))
+            await handle(session, Frame(message))
 
     asyncio.run(main())
     assert len(ran) == 2

@@ -28,7 +28,7 @@ from hosl_cloud.simulation.partition import Partition, Places
 from hosl_edge import step
 from hosl_edge.data.examples import AnyBatch, AnyDataset, load_dataset
 from hosl_edge.data.images import load_images
-from hosl_edge.model.memory import preferred_rows
+from hosl_edge.model.memory import preferred_rows, useful_sets
 from hosl_edge.model.shard import Shard
 from hosl_export.bundle.reading import load_client
 from hosl_export.weights import read_tensors
@@ -167,7 +167,7 @@ class Site:
             settings=self.settings,
             shard=self.shard,
             weights=self.weights,
-            held_sets=step.useful_sets(self.settings),
+            held_sets=useful_sets(self.settings),
             attempt=message.attempt,
         )
 

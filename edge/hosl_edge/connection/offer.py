@@ -1,4 +1,4 @@
-"""What the service says of a device before it joins, and whether its data fits: before anything large is fetched."""
+"""What the service offers a device before it joins, and whether its data fits: before anything large is fetched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.tasks import Task, check_task
 
 
-class Place(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True):
     """What the service says of a device whose token is right."""
 
     task: Task | None = None
@@ -29,17 +29,17 @@ class Place(msgspec.Struct, frozen=True):
 
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
-_PLACE = msgspec.json.Decoder(Place)
+_DECODER = msgspec.json.Decoder(Offer)
 
 
-def fetch_place(cloud: Cloud, name: str) -> Place | None:
-    """What waits for the device of this name; None where an older service cannot tell.
+def fetch_offer(cloud: Cloud, name: str) -> Offer | None:
+    """Ask what waits for the device of this name; None where an older service cannot tell.
 
     Raises RefusedError where the token is another device's, SettingsError for a task that is none, and ConnectionLost.
     """
     url = cloud.url("device/") + quote(name, safe="")
     try:
-        place = _PLACE.decode(read_url(cloud, url))
+        offer = _DECODER.decode(read_url(cloud, url))
     except NotFoundError:
         return None
     except RefusedError as error:
@@ -49,13 +49,13 @@ def fetch_place(cloud: Cloud, name: str) -> Place | None:
         raise RefusedError(reason, retry=False) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConnectionLost(f"{url} answered with what no hosl-cloud says: {error}") from error
-    if place.task is not None:
-        check_task(place.task)
-    return place
+    if offer.task is not None:
+        check_task(offer.task)
+    return offer
 
 
 def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> None:
-    """What the run asks for before it reads everything: fields, text, and the first example of each file.
+    """Check what the run asks for before it reads everything: fields, text, and the first example of each file.
 
     Raises ConsentError and DataError.
     """
@@ -66,7 +66,7 @@ def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> 
 
 
 def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *, skip_broken: bool = False) -> str:
-    """That a file can be read, and what `task` can do with it, where that is known; in words. Raises DataError."""
+    """Say what `task` can do with a file, or at least that it can be read. Raises DataError."""
     check_files(path)
     if task is None and (path.is_dir() or path.suffix.lower() == ".npz"):
         return "can be read"

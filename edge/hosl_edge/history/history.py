@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from hosl_edge.connection.catch_up_speed import RATED_COEFFICIENTS
 from hosl_edge.connection.fetch import part_of
-from hosl_edge.connection.pace import RATED_COEFFICIENTS
 from hosl_edge.exceptions import HistoryError, JournalError, SnapshotError
 from hosl_edge.history.journal import Journal, JournalHeader, NewJournal, journal_path, open_journal
 from hosl_edge.history.snapshot import drop_others, read_snapshot, snapshot_path

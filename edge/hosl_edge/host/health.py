@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _read(path: Path) -> str:
 
 
 @dataclass
-class Guard:
+class HealthMonitor:
     """Slows the agent down where the device is hot or throttled, and stops it where memory runs out."""
 
     settings: EdgeSettings
@@ -92,8 +93,8 @@ class Guard:
     read_available: Callable[[], int] = read_available
     _complaint: str = ""
 
-    async def pace(self, progress: Progress, deadline_s: float) -> None:
-        """Before a round's work: a pause about as long as the last one's, a quarter of its deadline at most."""
+    async def cool_down(self, progress: Progress, deadline_s: float) -> None:
+        """Pause a hot device before a round: about as long as the last took, a quarter of the deadline at most."""
         complaint = self._complaint_of(self.read_health())
         if complaint and not self._complaint:
             self.display.say(f"{complaint}: pauses before each round until that has passed")
@@ -110,8 +111,24 @@ class Guard:
             return f"{health.temperature_c:.0f} °C, above max_temperature_c = {highest:g}"
         return ", ".join(health.throttled)
 
-    async def watch(self) -> None:
-        """Look at the memory for ever. Raises LowMemoryError."""
+    @contextlib.asynccontextmanager
+    async def stopping_at_low_memory(self) -> AsyncIterator[None]:
+        """Watch the memory while a task is within; where it runs out, cancel the task. Raises LowMemoryError then."""
+        watched = asyncio.current_task()
+        assert watched is not None
+        watching = asyncio.create_task(self.watch_memory())
+        watching.add_done_callback(lambda task: None if task.cancelled() else watched.cancel())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if watching.done():
+                watching.result()  # raises what ended it; else somebody else has cancelled the task
+            raise
+        finally:
+            watching.cancel()
+
+    async def watch_memory(self) -> None:
+        """Look at the memory every WATCH_INTERVAL_S, for ever. Raises LowMemoryError."""
         lowest = self.settings.min_available_bytes
         while True:
             if self.read_available() < lowest:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hosl_edge.exceptions import MemoryBudgetError
-from hosl_protocol.run.manifest import ImageEntry
+from hosl_protocol.run.manifest import ImageEntry, Manifest
 from hosl_protocol.run.settings import RunSettings
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ PREFERRED_TOKENS = 256
 
 PREFERRED_PIXELS = 16 * 1024
 """Pixels of a micro-batch of images: one of 224 x 224, 16 of 32 x 32; more are no faster, and take more memory."""
+
+MOST_HELD_SETS = 8
+"""Activation sets that a round holds at most besides those it must, while the cloud computes."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE_BYTES = 256 * 1024
@@ -95,6 +98,53 @@ def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
     if image is not None:
         most = PREFERRED_PIXELS // (image.height * image.width)
     return max(1, min(settings.batch_size, most))
+
+
+def useful_sets(settings: RunSettings) -> int:
+    """Activation sets worth holding besides those that a round must, where memory is no concern."""
+    return 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run may take at a time, so that it stays inside the budget."""
+
+    rows: int
+    """Examples of full length in a micro-batch."""
+    held_sets: int
+    """Activation sets that a round may hold besides those that it must."""
+
+
+def plan_memory(
+    settings: RunSettings,
+    manifest: Manifest,
+    forward_rows: Callable[[int], None],
+    untouched_bytes: int,
+    budget_bytes: int | None,
+) -> MemoryPlan:
+    """Choose micro-batches and held sets for a run. Raises MemoryBudgetError where not even one example fits.
+
+    `forward_rows` is as `choose_micro_batch` takes it. `untouched_bytes` is what the trainable weights will take once
+    they are first written. Without a budget a run takes what serves it.
+    """
+    set_bytes = settings.max_tokens * manifest.width * 4
+    is_central = settings.anchor == "midpoint" and settings.algorithm == "ho-sfl"
+    # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being sent
+    # (HOSL); one more is in transit.
+    held = (3 if settings.anchor == "midpoint" else 2) if settings.algorithm == "ho-sfl" else 1
+    reserved_bytes = (held + 1) * set_bytes + untouched_bytes
+    if manifest.prefix is not None:
+        reserved_bytes += manifest.prefix.set_bytes(settings.batch_size, settings.max_length)
+
+    before = read_memory().anonymous
+    rows = choose_micro_batch(forward_rows, preferred_rows(settings, manifest.image), reserved_bytes, budget_bytes)
+    held_sets = useful_sets(settings)
+    if budget_bytes is not None:
+        anonymous = read_memory().anonymous
+        free = budget_bytes - anonymous - spare_bytes(anonymous - before) - reserved_bytes
+        # A central difference takes two sets to make, and one to keep.
+        held_sets = max(0, min(held_sets, free // set_bytes - is_central))
+    return MemoryPlan(rows, held_sets)
 
 
 def choose_micro_batch(

@@ -69,8 +69,8 @@ class MappedWeights:
             self.all[name][...] = base
 
 
-class _Place(msgspec.Struct):
-    """Of a tensor in a safetensors file."""
+class _TensorLocation(msgspec.Struct):
+    """Where a tensor lies in a safetensors file, and what it is."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class _Place(msgspec.Struct):
     """From the end of the header."""
 
 
-def _check_entry(layout: dict[str, _Place], entry: TensorEntry, data_bytes: int) -> None:
+def _check_entry(layout: dict[str, _TensorLocation], entry: TensorEntry, data_bytes: int) -> None:
     found = layout.get(entry.name)
     if found is None or found.dtype != "F32" or found.shape != entry.shape:
         raise BundleError(f"it does not hold {entry.name} as float32 of shape {list(entry.shape)}")
@@ -127,15 +127,15 @@ class TokenTable:
 
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
-_PLACE = msgspec.json.Decoder(_Place)
+_LOCATION = msgspec.json.Decoder(_TensorLocation)
 
 
-def _read_layout(path: Path) -> tuple[dict[str, _Place], int]:
+def _read_layout(path: Path) -> tuple[dict[str, _TensorLocation], int]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = msgspec.json.decode(file.read(min(length, MAX_HEADER_BYTES)), type=dict[str, msgspec.Raw])
         entries.pop("__metadata__", None)
-        return {name: _PLACE.decode(raw) for name, raw in entries.items()}, 8 + length
+        return {name: _LOCATION.decode(raw) for name, raw in entries.items()}, 8 + length
 
 
 @contextlib.contextmanager
@@ -186,8 +186,9 @@ class _Graph:
                 if name in self.inputs:
                     self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def run(self, output: str, out: npt.NDArray[np.float32]) -> None:
-        """Compute `output` into `out`."""
+    def compute(self, given: Inputs, output: str, out: npt.NDArray[np.float32]) -> None:
+        """Let ONNX Runtime compute `output` into `out`, from `given` and what was bound before."""
+        self.bind(given)
         with _usable(self._path):
             self._binding.bind_output(output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
             self._session.run_with_iobinding(self._binding)
@@ -240,11 +241,12 @@ class Shard:
 
         The activations are scratch, valid until the next one is asked for.
         """
+        assert self._graph is not None, "the shard is open"
         place = 0
         for number, rows in enumerate(self._micro_batches(batch)):
             lengths = batch.lengths_B[rows]
-            given = self._begin(batch, rows, number)
-            out_BLD = self._run(given, len(lengths), int(lengths.max()))
+            out_BLD = self._output_BLD(len(lengths), int(lengths.max()))
+            self._graph.compute(self._inputs_of(batch, rows, number), self.manifest.output, out_BLD)
             for length, out_LD in zip(lengths.tolist(), out_BLD, strict=True):
                 yield slice(place, place + length), out_LD[:length]
                 place += length
@@ -277,7 +279,7 @@ class Shard:
                 yield slice(start, stop)
                 start = stop
 
-    def _begin(self, batch: AnyBatch, rows: slice, number: int) -> Inputs:
+    def _inputs_of(self, batch: AnyBatch, rows: slice, number: int) -> Inputs:
         """What `shard.onnx` is given of a micro-batch; with a prefix what that computes, or has computed."""
         held = self._held.get(id(batch), [])
         if number < len(held):
@@ -288,8 +290,7 @@ class Shard:
         assert self._graph is not None
         prefix, length = self.manifest.prefix, int(batch.lengths_B[rows].max())
         boundary = np.empty((rows.stop - rows.start, prefix.positions or length, prefix.width), np.float32)
-        self._prefix.bind(given)
-        self._prefix.run(self.manifest.output, boundary)
+        self._prefix.compute(given, self.manifest.output, boundary)
         given = {name: array for name, array in {**given, BOUNDARY: boundary}.items() if name in self._graph.inputs}
         held.append(given)
         return given
@@ -307,12 +308,9 @@ class Shard:
         ids, rows = self._table.read(given["input_ids"])
         return {**given, "input_ids": ids, self._table.name: rows}
 
-    def _run(self, given: Inputs, rows: int, length: int) -> npt.NDArray[np.float32]:
-        assert self._graph is not None
-        size, shape = rows * length * self.manifest.width, (rows, length, self.manifest.width)
+    def _output_BLD(self, rows: int, length: int) -> npt.NDArray[np.float32]:
+        """Memory for a micro-batch's activations [B, L, D]: the same for each, as large as the largest so far."""
+        size = rows * length * self.manifest.width
         if self._output.size < size:
             self._output = np.empty(size, np.float32)
-        out_BLD = self._output[:size].reshape(shape)
-        self._graph.bind(given)
-        self._graph.run(self.manifest.output, out_BLD)
-        return out_BLD
+        return self._output[:size].reshape(rows, length, self.manifest.width)

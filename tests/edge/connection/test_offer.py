@@ -13,7 +13,7 @@ import pytest
 
 from answers import Answers, answering
 from hosl_edge.agent import run_agent
-from hosl_edge.connection.offer import fetch_place
+from hosl_edge.connection.offer import fetch_offer
 from hosl_edge.connection.token import Token
 from hosl_edge.connection.trust import Cloud
 from hosl_edge.exceptions import ConsentError, DataError, RefusedError
@@ -88,7 +88,7 @@ def test_what_a_run_would_refuse_is_refused_before_anything_large_is_fetched(
 
 def test_an_older_service_that_does_not_know_places_is_no_hindrance() -> None:
     with answering() as answers:
-        assert fetch_place(Cloud(f"ws://127.0.0.1:{answers.port}", Token("", "secret")), "pi") is None
+        assert fetch_offer(Cloud(f"ws://127.0.0.1:{answers.port}", Token("", "secret")), "pi") is None
 
 
 def end_with(monkeypatch: pytest.MonkeyPatch, *outcomes: Complete | RefusedError) -> None:
@@ -101,7 +101,7 @@ def end_with(monkeypatch: pytest.MonkeyPatch, *outcomes: Complete | RefusedError
             raise outcome
         return outcome
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(Session, "take_part", run)
 
 
 COMPLETE = Complete(run="run-1", reason="completed", round=30)
@@ -141,7 +141,7 @@ def test_a_shard_that_no_run_wants_any_more_is_let_go_and_the_new_one_fetched(
             raise OTHER_SHARD
         raise RefusedError("enough", retry=False)
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(Session, "take_part", run)
     with answering() as answers:
         serve_bundle(answers, bundles[0])
         with pytest.raises(RefusedError, match="enough"):
@@ -157,7 +157,7 @@ def test_an_agent_that_joined_a_run_and_does_not_stay_ends_with_it(
         session.progress.run = "run-1"
         raise OTHER_SHARD
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(Session, "take_part", run)
     with answering() as answers:
         serve_bundle(answers, make_bundle("lora", 2))
         with pytest.raises(RefusedError, match="another shard"):

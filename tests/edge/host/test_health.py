@@ -10,7 +10,7 @@ import pytest
 
 from hosl_edge.exceptions import LowMemoryError
 from hosl_edge.host.display import Display, Progress
-from hosl_edge.host.health import Guard, Health, read_available, read_health
+from hosl_edge.host.health import Health, HealthMonitor, read_available, read_health
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import ExitCode
 
@@ -81,19 +81,19 @@ def test_this_machine_can_be_read() -> None:
     assert read_health().temperature_c is None or -50 < read_health().temperature_c < 150  # type: ignore[operator]
 
 
-def guard(reading: Health, available: int = 10**9, **settings: object) -> Guard:
+def monitor(reading: Health, available: int = 10**9, **settings: object) -> HealthMonitor:
     given = EdgeSettings(server="ws://localhost:1", token_file="t", data="d", **settings)  # type: ignore[arg-type]
-    return Guard(given, Display("pi"), lambda: reading, lambda: available)
+    return HealthMonitor(given, Display("pi"), lambda: reading, lambda: available)
 
 
-def paused_s(watch: Guard, deadline_s: float, progress: Progress | None = None) -> float:
+def paused_s(watch: HealthMonitor, deadline_s: float, progress: Progress | None = None) -> float:
     began = time.monotonic()
-    asyncio.run(watch.pace(progress or Progress(), deadline_s))
+    asyncio.run(watch.cool_down(progress or Progress(), deadline_s))
     return time.monotonic() - began
 
 
 def test_a_hot_device_pauses_before_a_round_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = guard(Health(81.0, ()), max_temperature_c=80.0)
+    watch = monitor(Health(81.0, ()), max_temperature_c=80.0)
     assert 0.1 <= paused_s(watch, deadline_s=0.4) < 0.5
     assert 0.1 <= paused_s(watch, deadline_s=0.4) < 0.5
     (line,) = capsys.readouterr().err.splitlines()
@@ -101,14 +101,14 @@ def test_a_hot_device_pauses_before_a_round_and_says_so_once(capsys: pytest.Capt
 
 
 def test_a_throttled_device_pauses_without_a_setting() -> None:
-    assert paused_s(guard(Health(40.0, ("throttled",))), deadline_s=0.8) >= 0.2
+    assert paused_s(monitor(Health(40.0, ("throttled",))), deadline_s=0.8) >= 0.2
 
 
 def test_the_pause_shows_in_the_status_and_is_as_long_as_a_round_at_least_a_second() -> None:
     progress = Progress(step_seconds=0.2)
 
     async def look() -> str:
-        pacing = asyncio.create_task(guard(Health(40.0, ("throttled",))).pace(progress, 0.0))
+        pacing = asyncio.create_task(monitor(Health(40.0, ("throttled",))).cool_down(progress, 0.0))
         await asyncio.sleep(0.8)
         assert not pacing.done()
         state = progress.state
@@ -123,20 +123,39 @@ def test_the_pause_shows_in_the_status_and_is_as_long_as_a_round_at_least_a_seco
     ("reading", "highest"), [(Health(79.0, ()), 80.0), (Health(99.0, ()), None), (Health(None, ()), 80.0)]
 )
 def test_a_cool_device_or_one_without_a_limit_does_not_pause(reading: Health, highest: float | None) -> None:
-    assert paused_s(guard(reading, max_temperature_c=highest), deadline_s=100.0) < 0.1
+    assert paused_s(monitor(reading, max_temperature_c=highest), deadline_s=100.0) < 0.1
 
 
 def test_an_agent_stops_with_a_number_of_its_own_before_memory_is_gone() -> None:
+    ended: list[str] = []
+
+    async def run() -> None:
+        async with monitor(Health(None, ()), 20_000_000, min_available_memory="64M").stopping_at_low_memory():
+            try:
+                await asyncio.sleep(5.0)
+            finally:
+                ended.append("tidied up")
+
     with pytest.raises(LowMemoryError, match=r"20 MB of memory are left.* 64 MB") as caught:
-        asyncio.run(asyncio.wait_for(guard(Health(None, ()), 20_000_000, min_available_memory="64M").watch(), 5.0))
+        asyncio.run(run())
+    assert ended == ["tidied up"]
     assert caught.value.exit_code == ExitCode.RESOURCES
     assert "\n" not in str(caught.value)
+
+
+def test_who_is_cancelled_while_memory_is_watched_is_cancelled_and_nothing_else() -> None:
+    async def run() -> None:
+        async with monitor(Health(None, ()), 20_000_000, min_available_memory="19M").stopping_at_low_memory():
+            await asyncio.sleep(5.0)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(run(), 0.1))
 
 
 @pytest.mark.parametrize("lowest", ["19M", 0, "0"])
 def test_enough_memory_stops_nothing(lowest: int | str) -> None:
     async def watch() -> None:
-        await asyncio.wait_for(guard(Health(None, ()), 20_000_000, min_available_memory=lowest).watch(), 0.2)
+        await asyncio.wait_for(monitor(Health(None, ()), 20_000_000, min_available_memory=lowest).watch_memory(), 0.2)
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(watch())

@@ -12,7 +12,7 @@ import pytest
 
 from hosl_cloud.commands.client import ApiClient
 from hosl_edge import EdgeSettings, run_agent
-from hosl_edge.host.health import Guard, Health
+from hosl_edge.host.health import Health, HealthMonitor
 from hosl_edge.host.status import Document, read_status
 from services import Service, serving
 from support import TASK, free_port, write_reviews
@@ -37,7 +37,9 @@ def test_an_agent_that_stays_takes_part_in_the_next_run_and_a_throttled_one_paus
     bundle, state = make_bundle("lora", 2), tmp_path / "state"
     config = msgspec.toml.decode(BRIEF)
     port = free_port()
-    monkeypatch.setattr("hosl_edge.agent.Guard", partial(Guard, read_health=lambda: Health(40.0, ("under-voltage",))))
+    monkeypatch.setattr(
+        "hosl_edge.agent.HealthMonitor", partial(HealthMonitor, read_health=lambda: Health(40.0, ("under-voltage",)))
+    )
 
     async def attend(run_id: str) -> None:
         async with serving(bundle, tmp_path / run_id, config, run_id=run_id, port=port) as service:

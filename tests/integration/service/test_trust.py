@@ -250,7 +250,7 @@ def test_a_redirect_of_the_websocket_is_not_followed(site: Site, start: Callable
     device: Any = nothing
     display: Any = nothing
     with pytest.raises(ConnectionLost, match="answered 302"):
-        asyncio.run(Session(device, display, Progress(), "test", cloud).run())
+        asyncio.run(Session(device, display, Progress(), "test", cloud).take_part())
     assert not victim.asked
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hosl_edge.connection.pace import load_link, measure_replay_s, save_link
+from hosl_edge.connection.catch_up_speed import load_link, measure_replay_s, save_link
 from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task

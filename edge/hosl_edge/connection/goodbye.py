@@ -1,4 +1,4 @@
-"""What a device tells the cloud's people when it does not take part."""
+"""The Goodbye of a device that does not take part: what it tells the cloud's people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hosl_protocol.wire.messages import Hello
 WELCOME_S = 10.0
 """How long a device that declines waits for the run to know it."""
 
-_FAREWELLS: tuple[tuple[type[HoslError], str], ...] = (
+_REASONS: tuple[tuple[type[HoslError], str], ...] = (
     (DataError, "its data cannot be used, see its log"),
     (ConsentError, "it does not share what the task reads"),
     (MemoryBudgetError, "its memory budget is too small for the run"),
@@ -26,11 +26,11 @@ _FAREWELLS: tuple[tuple[type[HoslError], str], ...] = (
 )
 
 
-def farewell(error: HoslError) -> str:
-    """Why a device leaves, for the cloud: the error's own words may hold names and values of this machine."""
+def goodbye_reason(error: HoslError) -> str:
+    """Say for the cloud why a device leaves: the error's own words may hold names and values of this machine."""
     if isinstance(error, UnservedError):  # of the cloud's own settings
         return str(error)
-    return next((text for kind, text in _FAREWELLS if isinstance(error, kind)), "an error of its own, see its log")
+    return next((text for kind, text in _REASONS if isinstance(error, kind)), "an error of its own, see its log")
 
 
 async def decline(cloud: Cloud, hello: Hello, error: HoslError) -> None:
@@ -40,4 +40,4 @@ async def decline(cloud: Cloud, hello: Hello, error: HoslError) -> None:
         async with link.open(cloud):
             link.send(hello)
             await within(WELCOME_S, link.receive())
-            await link.leave(farewell(error))
+            await link.leave(goodbye_reason(error))
