@@ -81,7 +81,7 @@ def agent(address: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         device.apply(updates)
         return Complete(run="r1", reason="completed", round=applied)
 
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(Session, "take_part", run)
     folder = tmp_path / "device"
     folder.mkdir()
     examples = [f'{{"text": "a film {n}", "label": {n % 2}}}\n' for n in range(ROWS)]
