@@ -23,7 +23,7 @@ PACKAGES = {
 ROOMS = {
     "hosl_protocol": ["exceptions", "program", "arithmetic", "run", "weights", "wire"],
     "hosl_edge": [
-        *("exceptions", "settings", "data", "model", "host", "connection", "history"),
+        *("exceptions", "settings", "options", "data", "model", "host", "connection", "history"),
         *("step", "driver", "device", "session", "agent", "preflight", "__main__"),
     ],
     "hosl_export": [

@@ -18,8 +18,9 @@ try:
 
     from hosl_edge.host.notify import WatchedPool
     from hosl_edge.host.status import SERVICE_FOLDER, read_status, readable, status_folder
+    from hosl_edge.options import add_settings, example_file, option_of
     from hosl_edge.preflight import FAILED, examine
-    from hosl_edge.settings import FIELDS, Resolved, masked, resolve, split_fields
+    from hosl_edge.settings import TYPES, Resolved, masked, resolve
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
     from hosl_protocol.program.plain import plain
@@ -27,11 +28,9 @@ try:
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
-FOLDER = Path(__file__).parent
-SWITCHES = {f"--{name.replace('_', '-')}" for name, field in FIELDS.items() if field.type is bool}
-SWITCHES |= {"--json", "--example", "--debug"}
+SWITCHES = {option_of(name) for name, kind in TYPES.items() if kind is bool} | {"--json", "--example", "--debug"}
 """Options that take no value."""
-UNIT, EXAMPLE = FOLDER / "hosl-edge.service", FOLDER / "edge.toml"
+UNIT = Path(__file__).with_name("hosl-edge.service")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +58,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
         epilog=f"Commands: {commands}." if is_run else None,
     )
     if name != "unit":
-        _add_settings(parser)
+        add_settings(parser)
         parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file (default: /etc/hosl/edge.toml)")
         parser.add_argument("--json", action="store_true", help="print JSON on stdout" + " at the end" * is_run)
     if name == "config":
@@ -67,31 +66,6 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     add_common_options(parser)
     add_version(parser)
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    # Settings that are not given stay absent, so that environment and file show through.
-    add = partial(parser.add_argument_group("settings").add_argument, default=argparse.SUPPRESS)
-    add("--server", metavar="URL", help="address of hosl-cloud, wss://host:port (ws:// on this machine only)")
-    add("--token-file", metavar="FILE", help="file with the token that hosl-cloud device add made")
-    add("--data", metavar="FILE", help="training data, .jsonl or .csv; of images .npz or a folder")
-    add("--eval", metavar="FILE", help="held-out data of the same form")
-    add("--memory-budget", metavar="SIZE", help="most anonymous memory to take, such as 400M")
-    add("--threads", metavar="N", type=int, help="compute threads (default: all CPUs)")
-    add("--name", metavar="NAME", help="name of this device (default: its token's name)")
-    add("--fields", metavar="A,B", type=split_fields, help="fields of the data that a run may use")
-    add("--share-text", action="store_true", help="allow tasks whose labels are the text itself")
-    add("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
-    add(
-        "--sync-interval-s", metavar="S", type=float, help="seconds between writes of the journal to disk (default: 30)"
-    )
-    add("--state-dir", metavar="DIR", help="where the journal lives (default: ~/.local/state/hosl)")
-    add("--cache-dir", metavar="DIR", help="where fetched shards live (default: ~/.cache/hosl)")
-    add("--insecure", action="store_true", help="allow ws:// to another machine")
-    add("--stay", action="store_true", help="after a run's end wait for the next one")
-    add("--max-temperature-c", metavar="C", type=float, help="pause before rounds above it (default: off)")
-    add("--min-available-memory", metavar="SIZE", help="stop where the machine has less left (default: 32M; 0: off)")
-    add("--stall-timeout-s", metavar="S", type=float, help="longest piece of work for the watchdog (default: 1800)")
 
 
 def _resolve(options: argparse.Namespace) -> Resolved:
@@ -135,7 +109,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     if options.example:
-        print(EXAMPLE.read_text(encoding="utf-8"), end="")
+        print(example_file(), end="")
         return int(ExitCode.OK)
     resolved = _resolve(options)
     values = resolved.effective()

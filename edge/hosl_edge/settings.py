@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
@@ -43,50 +43,197 @@ def _cache_dir() -> str:
     return str(default_folder("XDG_CACHE_HOME", ".cache", "--cache-dir") / "hosl")
 
 
-class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Settings of `hosl-edge`; the TOML file uses the same names."""
+@dataclass(frozen=True)
+class Shown:
+    """How people meet a setting: the option, the example file and README's table are made of it (options.py)."""
 
-    server: str
-    """Address of the cloud, `wss://host:port` or `ws://host:port`."""
-    token_file: str
-    """File that holds the device's token, or on the cloud's own machine the join token."""
-    data: str
-    """Training data: `.jsonl` or `.csv`; of images a `.npz` file, or a folder with a folder for each class."""
-    eval: str | None = None
-    """Held-out data of the same form; without it the device takes no part in evaluations."""
-    memory_budget: int | str | None = None
-    """Bytes, or a number with K, M, G, Ki, Mi, Gi: most anonymous memory that the agent may take."""
-    threads: int = 0
-    """Compute threads; 0 takes one per CPU that the process may use."""
-    name: str = ""
-    """The device's name, 1 to 64 characters of `A-Za-z0-9._-`, which it keeps for life; empty takes the name of its
-    token, or with a service's join token the host name."""
-    fields: tuple[str, ...] | None = None
-    """Fields of the data that a run may use; default: those that the shipped task of the same name reads."""
-    share_text: bool = False
-    """Allow tasks (`lm`) whose labels are the text itself."""
-    skip_broken: bool = False
-    """Leave out pictures that cannot be decoded, instead of stopping."""
-    state_dir: str = msgspec.field(default_factory=_state_dir)
-    """Where the journal lives."""
-    sync_interval_s: float = 30.0
-    """Seconds for which updates may be in the kernel's memory only; what a power cut takes comes again from the cloud.
-    Twice as long writes half as much to the disk."""
-    cache_dir: str = msgspec.field(default_factory=_cache_dir)
-    """Where fetched shards live."""
-    insecure: bool = False
-    """Allow plain text (`ws://`) to a host that is not this one."""
-    stay: bool = False
-    """After a run's end, wait for the next one instead of ending."""
-    max_temperature_c: float | None = None
-    """Degrees Celsius above which the agent pauses before each round's work. Off, since only the hardware knows its own
-    limit; where it says that it is throttled, the agent pauses without this setting."""
-    min_available_memory: int | str = "32M"
-    """Bytes, or a number with a unit, of the machine's available memory (or of the control group's) below which the
-    agent stops, before the kernel kills something; 0 never stops."""
-    stall_timeout_s: float = 1800.0
-    """Seconds that one piece of work (a forward, a replay, reading the data) may take before systemd's watchdog is left
-    to starve."""
+    help: str
+    """For `--help`, half a sentence."""
+    meaning: str
+    """For the example file and README, whole sentences; code stands between backticks."""
+    metavar: str = ""
+    """Stands for the value in `--help`; empty for a switch."""
+    default: str = ""
+    """The default in words, where its value does not say it."""
+    example: Any = None
+    """A value for the example file, where there is no default."""
+    is_given: bool = False
+    """Whether the example file gives it: it needs a value, and only its reader knows which."""
+
+
+class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Settings of `hosl-edge`; the TOML file uses the same names. A new one needs its line here, and nowhere else."""
+
+    server: Annotated[
+        str,
+        Shown(
+            "address of hosl-cloud, wss://host:port (ws:// on this machine only)",
+            "Address of hosl-cloud, `wss://host:port`. `ws://host:port` on this machine only, or with `insecure`.",
+            metavar="URL",
+            example="wss://cloud.example:8765",
+            is_given=True,
+        ),
+    ]
+    token_file: Annotated[
+        str,
+        Shown(
+            "file with the token that hosl-cloud device add made",
+            "File with the device's token, of `hosl-cloud device add`; on the cloud's own machine the join token will "
+            "do.",
+            metavar="FILE",
+            default="systemd's credential `hosl-token`, or `/etc/hosl/token`",
+            example="/etc/hosl/token",
+        ),
+    ]
+    data: Annotated[
+        str,
+        Shown(
+            "training data, .jsonl or .csv; of images .npz or a folder",
+            "Training data: `.jsonl`, or `.csv` with a header; of images a `.npz` file, or a folder with a folder for "
+            "each class. `/var/lib/hosl` is the systemd unit's own folder; it cannot read `/home`.",
+            metavar="FILE",
+            example="/var/lib/hosl/train.jsonl",
+            is_given=True,
+        ),
+    ]
+    eval: Annotated[
+        str | None,
+        Shown(
+            "held-out data of the same form",
+            "Held-out data of the same form.",
+            metavar="FILE",
+            default="none: no part in evaluations",
+            example="/var/lib/hosl/validation.jsonl",
+        ),
+    ] = None
+    memory_budget: Annotated[
+        int | str | None,
+        Shown(
+            "most anonymous memory to take, such as 400M",
+            "Most anonymous memory to take: bytes, or a number with K, M, G, Ki, Mi, Gi.",
+            metavar="SIZE",
+            default="none: micro-batches of 256 tokens, or of 16384 pixels",
+            example="400M",
+        ),
+    ] = None
+    threads: Annotated[
+        int,
+        Shown(
+            "compute threads (default: all CPUs)",
+            "Compute threads; 0 takes one for each CPU that the process may use.",
+            metavar="N",
+            default="0: all CPUs",
+        ),
+    ] = 0
+    name: Annotated[
+        str,
+        Shown(
+            "name of this device (default: its token's name)",
+            "The device's name, which it keeps for life: 1 to 64 characters of A-Za-z0-9._-.",
+            metavar="NAME",
+            default="that of its token; with a join token the host name",
+        ),
+    ] = ""
+    fields: Annotated[
+        tuple[str, ...] | None,
+        Shown(
+            "fields of the data that a run may use",
+            "Fields of the data that a run may use.",
+            metavar="A,B",
+            default="those that the shipped task of the run's name reads",
+            example=["text", "label"],
+        ),
+    ] = None
+    share_text: Annotated[
+        bool,
+        Shown(
+            "allow tasks whose labels are the text itself",
+            "Allow tasks (`lm`) whose labels are the text itself.",
+        ),
+    ] = False
+    skip_broken: Annotated[
+        bool,
+        Shown(
+            "leave out pictures that cannot be decoded",
+            "Leave out pictures that cannot be decoded, instead of stopping with code 4.",
+        ),
+    ] = False
+    sync_interval_s: Annotated[
+        float,
+        Shown(
+            "seconds between writes of the journal to disk (default: 30)",
+            "Longest time, in seconds, between writes of the journal to the disk. A power cut loses what came since "
+            "the last one, and the cloud sends it again. Longer intervals spare an SD card: 1,000 rounds of 5 s each "
+            "write 0.71 MB with 30, 0.37 MB with 60 (`tests/benchmarks/journal_writes.py`).",
+            metavar="S",
+        ),
+    ] = 30.0
+    state_dir: Annotated[
+        str,
+        Shown(
+            "where the journal lives (default: ~/.local/state/hosl)",
+            "Folder of the journal, of a snapshot where it begins at one, of the link's speed, and of the data as "
+            "token ids, so that a restart tokenizes nothing. The systemd unit sets it.",
+            metavar="DIR",
+            default="`~/.local/state/hosl`",
+            example="/var/lib/hosl",
+        ),
+    ] = msgspec.field(default_factory=_state_dir)
+    cache_dir: Annotated[
+        str,
+        Shown(
+            "where fetched shards live (default: ~/.cache/hosl)",
+            "Folder of fetched shards. The systemd unit sets it.",
+            metavar="DIR",
+            default="`~/.cache/hosl`",
+            example="/var/cache/hosl",
+        ),
+    ] = msgspec.field(default_factory=_cache_dir)
+    insecure: Annotated[
+        bool,
+        Shown(
+            "allow ws:// to another machine",
+            "Allow plain text (`ws://`) to another machine.",
+        ),
+    ] = False
+    stay: Annotated[
+        bool,
+        Shown(
+            "after a run's end wait for the next one",
+            "Wait for the next run after one has ended or was stopped. Without it the agent ends with the run, and is "
+            "not there for `run resume`.",
+            default="no; the systemd unit: yes",
+        ),
+    ] = False
+    max_temperature_c: Annotated[
+        float | None,
+        Shown(
+            "pause before rounds above it (default: off)",
+            "Pause before each round's work above so many degrees Celsius. Only the hardware knows its own limit, and "
+            "where it says that it is throttled the agent pauses without this setting.",
+            metavar="C",
+            default="off",
+            example=75.0,
+        ),
+    ] = None
+    min_available_memory: Annotated[
+        int | str,
+        Shown(
+            "stop where the machine has less left (default: 32M; 0: off)",
+            "Stop, with code 8, where the machine (or the control group) has less memory left, before the kernel kills "
+            "something; 0 never stops.",
+            metavar="SIZE",
+        ),
+    ] = "32M"
+    stall_timeout_s: Annotated[
+        float,
+        Shown(
+            "longest piece of work for the watchdog (default: 1800)",
+            "Longest time, in seconds, for one piece of work (a forward, a replay, reading the data). After it "
+            "systemd's watchdog is told nothing more, and starts the agent again.",
+            metavar="S",
+        ),
+    ] = 1800.0
 
     @property
     def memory_budget_bytes(self) -> int | None:
@@ -106,6 +253,10 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
 
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(EdgeSettings)}
+TYPES = typing.get_type_hints(EdgeSettings)
+SHOWN: dict[str, Shown] = {
+    name: hint.__metadata__[0] for name, hint in typing.get_type_hints(EdgeSettings, include_extras=True).items()
+}
 
 
 def parse_bytes(text: int | str, field: str = "memory_budget") -> int:
@@ -137,7 +288,7 @@ class Resolved:
 
     def value(self, name: str) -> Any:
         """A field's value, or its default. Raises SettingsError for a default that this user has not."""
-        return self.values[name] if name in self.values else _default(FIELDS[name])
+        return self.values[name] if name in self.values else default_of(name)
 
     def settings(self) -> EdgeSettings:
         """The settings, all checked. Raises SettingsError."""
@@ -205,7 +356,7 @@ def _parse(field: str, variable: str, text: str) -> Any:
     if field == "fields":
         return split_fields(text)
     try:
-        return msgspec.convert(text, typing.get_type_hints(EdgeSettings)[field], strict=False)
+        return msgspec.convert(text, TYPES[field], strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(variable, text, f"use {wanted(str(error))}") from error
 
@@ -215,7 +366,9 @@ def masked(server: str) -> str:
     return re.sub(r"//[^/]*@", "//***@", server)
 
 
-def _default(field: msgspec.structs.FieldInfo) -> Any:
+def default_of(name: str) -> Any:
+    """A setting's default. Raises SettingsError for a folder below the home of a user who has none."""
+    field = FIELDS[name]
     return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
