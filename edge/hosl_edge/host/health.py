@@ -1,4 +1,10 @@
-"""How the device feels: its temperature, whether it is throttled, how much memory is left; and what follows from it."""
+"""How the device feels: its temperature, whether it is throttled, how much memory is left; and what follows from it.
+
+`HealthMonitor` lives on the event loop: one task watches the memory, and a session asks it to pause before each round.
+All is read from /proc and sysfs by hand, in 50 to 150 µs. psutil would give MemAvailable no sooner (91 µs, and here
+99) for 0.4 MB of memory and 44 ms at the start, and none of the rest: control groups' limits, anonymous and peak
+memory, throttling. Its temperatures count disks and radios in, and take 148 µs where the zones take 56.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +41,12 @@ class Health:
 
 
 def read_health(root: Path = ROOT) -> Health:
-    """Read sysfs below `root`."""
+    """Read temperatures and throttling from sysfs below `root`."""
     return Health(max(_temperatures(root), default=None), tuple(dict.fromkeys(_throttles(root))))
 
 
 def read_available(root: Path = ROOT) -> int:
-    """Bytes that can be taken without swapping, within the control groups around this process."""
+    """Count the bytes that can be taken without swapping, within the control groups around this process."""
     meminfo = dict(line.split(":") for line in _read(root / "proc/meminfo").splitlines())
     return min([1024 * int(meminfo["MemAvailable"].split()[0]), *_control_groups(root)])
 
@@ -63,6 +69,7 @@ def _throttles(root: Path) -> Iterator[str]:
 
 def _control_groups(root: Path) -> Iterator[int]:
     """What each limited group (version 2) around this process has left; its cached files can be dropped."""
+    # A limit counts everything below it, so that those above the process's own group count, too.
     top = root / "sys/fs/cgroup"
     own = _read(root / "proc/self/cgroup").rpartition("0::/")[2]
     for group in (top / own, *(top / own).parents):
@@ -96,9 +103,12 @@ class HealthMonitor:
     async def cool_down(self, progress: Progress, deadline_s: float) -> None:
         """Pause a hot device before a round: about as long as the last took, a quarter of the deadline at most."""
         complaint = self._complaint_of(self.read_health())
+
+        # Said once, not before each of some hundred rounds.
         if complaint and not self._complaint:
             self.display.say(f"{complaint}: pauses before each round until that has passed")
         self._complaint = complaint
+
         if complaint:
             progress.state = f"paused: {complaint}"
             pause_s = min(max(progress.step_seconds, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
