@@ -23,7 +23,7 @@ from hosl_edge.connection.network import NetworkWatch
 from hosl_edge.connection.offer import check_fit, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely
-from hosl_edge.data.examples import check_files
+from hosl_edge.data.records import check_files
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
 from hosl_edge.host.display import Display, Progress

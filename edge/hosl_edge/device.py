@@ -17,8 +17,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hosl_edge.connection.catch_up_speed import CatchUpSpeed, load_link, measure_replay_s, save_link
-from hosl_edge.data.examples import AnyBatch, AnyDataset, Batch, check_consent, digest_of_data, load_dataset
+from hosl_edge.data.consent import check_consent
+from hosl_edge.data.datasets import Batch, Dataset, TextBatch
 from hosl_edge.data.images import blank_images, load_images
+from hosl_edge.data.records import digest_of_data
+from hosl_edge.data.texts import load_texts
 from hosl_edge.data.token_cache import Splits, load_or_tokenize, tokens_key
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, UnservedError
 from hosl_edge.history.history import FetchSnapshot, History
@@ -46,8 +49,8 @@ class Device:
         train, held_out = self._data_paths
         self.data_digest = digest_of_data(train)
         self.eval_digest = digest_of_data(held_out) if held_out else ""
-        self.train: AnyDataset | None = None
-        self.eval: AnyDataset | None = None
+        self.train: Dataset | None = None
+        self.eval: Dataset | None = None
         self.held_sets = 0
         """Activation sets beyond the necessary one that the memory budget lets a round hold."""
         self._folder = folder
@@ -173,7 +176,7 @@ class Device:
         with _usable_tokenizer(path):
             tokenizer = Tokenizer.from_file(str(path))
             return {
-                split: load_dataset(file, settings.task, tokenizer, settings.max_length, self.manifest)
+                split: load_texts(file, settings.task, tokenizer, settings.max_length, self.manifest)
                 for split, file in files.items()
                 if file is not None
             }
@@ -194,11 +197,11 @@ class Device:
         self.shard.rows, self.held_sets = plan.rows, plan.held_sets
         log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 
-    def _blank_batch(self, rows: int, length: int) -> AnyBatch:
+    def _blank_batch(self, rows: int, length: int) -> Batch:
         """Examples of full length that mean nothing."""
         if self.manifest.image is not None:
             return blank_images(rows, self.manifest.image, length)
-        return Batch(np.zeros((rows, length), np.int64), np.full(rows, length, np.int32), np.zeros(rows, np.int32))
+        return TextBatch(np.zeros((rows, length), np.int64), np.full(rows, length, np.int32), np.zeros(rows, np.int32))
 
     def apply(self, updates: Sequence[UpdateRecord]) -> None:
         """Apply updates to the weights, then journal them."""

@@ -25,7 +25,8 @@ from hosl_edge.connection.fetch import read_url
 from hosl_edge.connection.offer import Offer, check_data_file, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely, http_address, opener, tls_remedy, unverified
-from hosl_edge.data.examples import check_consent, digest_of_data
+from hosl_edge.data.consent import check_consent
+from hosl_edge.data.records import digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
 from hosl_edge.host.health import ROOT, read_available
 from hosl_edge.settings import EdgeSettings, Resolved

@@ -285,12 +285,12 @@ class Session:
             self.display.show(self.progress)
         return interruption
 
-    def _begin(self, start: RoundStart | EvalStart) -> step.RoundContext:
+    def _begin(self, start: RoundStart | EvalStart) -> step.DeviceRound:
         """Note that a round or evaluation has begun, so that a repeat of its start is dropped."""
         self._started = start
         device, welcome = self.device, self._joined
         assert device.weights is not None
-        return step.RoundContext(
+        return step.DeviceRound(
             run=welcome.run,
             epoch=welcome.epoch,
             round=start.round,

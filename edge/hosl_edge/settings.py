@@ -146,10 +146,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     ] = None
     share_text: Annotated[
         bool,
-        Shown(
-            "allow tasks whose labels are the text itself",
-            "Allow tasks (`lm`) whose labels are the text itself.",
-        ),
+        Shown("allow tasks whose labels are the text itself", "Allow tasks (`lm`) whose labels are the text itself."),
     ] = False
     skip_broken: Annotated[
         bool,
@@ -190,11 +187,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         ),
     ] = msgspec.field(default_factory=_cache_dir)
     insecure: Annotated[
-        bool,
-        Shown(
-            "allow ws:// to another machine",
-            "Allow plain text (`ws://`) to another machine.",
-        ),
+        bool, Shown("allow ws:// to another machine", "Allow plain text (`ws://`) to another machine.")
     ] = False
     stay: Annotated[
         bool,

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hosl_edge.data.examples import AnyBatch, AnyDataset
+from hosl_edge.data.datasets import Batch, Dataset
 from hosl_edge.model.shard import Shard
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.settings import RunSettings
@@ -54,8 +54,8 @@ Step: TypeAlias = Generator["Send | Receive", "Frame | None", None]
 
 
 @dataclass(frozen=True)
-class RoundContext:
-    """What a round needs to know."""
+class DeviceRound:
+    """What the device needs to know for its part of a round, or of an evaluation."""
 
     run: str
     epoch: int
@@ -73,7 +73,7 @@ class RoundContext:
         return {"run": self.run, "epoch": self.epoch, "round": self.round, "attempt": self.attempt, "id": id_}
 
     @contextmanager
-    def probing(self, batch: AnyBatch) -> Iterator[None]:
+    def probing(self, batch: Batch) -> Iterator[None]:
         """Forwards of `batch` at θ and around it; θ again at the end."""
         with self.shard.holding(batch):
             try:
@@ -81,12 +81,12 @@ class RoundContext:
             finally:
                 self.weights.probe(None)
 
-    def empty_set(self, batch: AnyBatch) -> Activations:
+    def empty_set(self, batch: Batch) -> Activations:
         """Memory for one set of activations [T, D]."""
         return np.empty((batch.tokens, self.shard.manifest.width), np.float32)
 
 
-def ho_sfl_round(context: RoundContext, batch: AnyBatch) -> Step:
+def ho_sfl_round(context: DeviceRound, batch: Batch) -> Step:
     """HO-SFL steps 1 and 3: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
 
     Δ_p is f(θ + μu_p) − f(θ); with the midpoint anchor (f(θ + μu_p) − f(θ − μu_p)) / 2, and the activations that go up
@@ -124,7 +124,7 @@ def ho_sfl_round(context: RoundContext, batch: AnyBatch) -> Step:
     yield Send(Projections(**context.name(1)), {"projections": scaled})
 
 
-def _probe_pair(context: RoundContext, batch: AnyBatch, direction: int) -> tuple[Activations, Activations]:
+def _probe_pair(context: DeviceRound, batch: Batch, direction: int) -> tuple[Activations, Activations]:
     """(f(θ + μu) + f(θ − μu)) / 2 and (f(θ + μu) − f(θ − μu)) / 2 [T, D]; two sets, and no third on the way."""
     context.weights.probe(ProbePoint(context.round, direction, +1))
     plus_TD = context.shard.activations(batch, context.empty_set(batch))
@@ -136,7 +136,7 @@ def _probe_pair(context: RoundContext, batch: AnyBatch, direction: int) -> tuple
     return minus_TD, plus_TD
 
 
-def _difference(context: RoundContext, batch: AnyBatch, direction: int, clean_TD: Activations) -> Activations:
+def _difference(context: DeviceRound, batch: Batch, direction: int, clean_TD: Activations) -> Activations:
     """Δ_p [T, D]."""
     if context.settings.anchor == "midpoint":
         return _probe_pair(context, batch, direction)[1]
@@ -147,7 +147,7 @@ def _difference(context: RoundContext, batch: AnyBatch, direction: int, clean_TD
 
 
 def _project(
-    context: RoundContext, batch: AnyBatch, direction: int, scratch_TD: Activations, lambda_TD: Activations
+    context: DeviceRound, batch: Batch, direction: int, scratch_TD: Activations, lambda_TD: Activations
 ) -> float:
     """v_p, micro-batch by micro-batch: no further set of activations is held.
 
@@ -167,7 +167,7 @@ def _inner(a: Activations, b: Activations) -> float:
     return float(np.vdot(a, b))
 
 
-def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
+def hosl_round(context: DeviceRound, batch: Batch) -> Step:
     """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones.
 
     With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
@@ -192,26 +192,26 @@ def hosl_round(context: RoundContext, batch: AnyBatch) -> Step:
         yield Receive(ProbeLoss, len(points) - 1)
 
 
-def _hosl_message(context: RoundContext, id_: int, point: ProbePoint | None) -> Probe | Anchor:
+def _hosl_message(context: DeviceRound, id_: int, point: ProbePoint | None) -> Probe | Anchor:
     if point is None:
         return Anchor(**context.name(id_))
     return Probe(**context.name(id_), direction=point.direction, sign=+1 if point.sign > 0 else -1)
 
 
-def frozen_round(context: RoundContext, batch: AnyBatch) -> Step:
+def frozen_round(context: DeviceRound, batch: Batch) -> Step:
     """The control that both papers lack: only the tail trains, one upload a round."""
     clean_TD = context.shard.activations(batch, context.empty_set(batch))
     yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
 
 
-ROUNDS: dict[str, Callable[[RoundContext, AnyBatch], Step]] = {
+ROUNDS: dict[str, Callable[[DeviceRound, Batch], Step]] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
     "frozen": frozen_round,
 }
 
 
-def evaluate(context: RoundContext, dataset: AnyDataset, on_result: Callable[[float, int, int], None]) -> Step:
+def evaluate(context: DeviceRound, dataset: Dataset, on_result: Callable[[float, int, int], None]) -> Step:
     """Send the held-out data batch by batch; `on_result(mean loss, correct, scored)` hears of each."""
     size = context.settings.batch_size
     starts = range(0, len(dataset), size)
@@ -228,5 +228,5 @@ def evaluate(context: RoundContext, dataset: AnyDataset, on_result: Callable[[fl
         on_result(float(reply.tensors["loss"]), result.correct, result.scored)
 
 
-def _upload(activations_TD: Activations, batch: AnyBatch) -> dict[str, npt.NDArray[Any]]:
+def _upload(activations_TD: Activations, batch: Batch) -> dict[str, npt.NDArray[Any]]:
     return {"activations": activations_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}

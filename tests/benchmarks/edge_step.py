@@ -334,7 +334,7 @@ class EdgeClient:
         device = self._device
         assert device.weights is not None
         round_ = device.applied_round + 1
-        context = step.RoundContext(
+        context = step.DeviceRound(
             run="r",
             epoch=0,
             round=round_,

@@ -22,7 +22,7 @@ import torch
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.simulation.fleet import open_data
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_edge.data.examples import Batch
+from hosl_edge.data.datasets import TextBatch
 from hosl_edge.model.shard import Shard
 from hosl_protocol.run.manifest import Manifest, load_manifest
 from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, make_client_weights
@@ -45,11 +45,11 @@ class Halves:
         settings = msgspec.structs.replace(self.config.wire_settings(), probe_step=step)
         return make_client_weights(self.manifest, self.shard.weights, settings)
 
-    def activations(self, client: ClientWeights, batch: Batch, sign: int) -> np.ndarray:
+    def activations(self, client: ClientWeights, batch: TextBatch, sign: int) -> np.ndarray:
         client.probe(ProbePoint(1, 0, sign) if sign else None)
         return self.shard.activations(batch, np.empty((batch.tokens, self.manifest.width), np.float32))
 
-    def gradient(self, activations: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    def gradient(self, activations: np.ndarray, batch: TextBatch) -> tuple[np.ndarray, np.ndarray]:
         """λ, and the tail's gradient as one vector."""
         result = self.trainer.forward_backward(activations, batch.lengths_B, batch.labels_N)
         parts = [value.grad.flatten() for value in self.trainer.parameters.values() if value.grad is not None]
@@ -59,7 +59,7 @@ class Halves:
         return result.cut_gradient_TD, gradient
 
 
-def compare(halves: Halves, batches: list[Batch], step: float) -> dict[str, float]:
+def compare(halves: Halves, batches: list[TextBatch], step: float) -> dict[str, float]:
     """Medians over the batches."""
     client = halves.client(step)
     rows = []
@@ -84,7 +84,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def spread(halves: Halves, batches: list[Batch]) -> float:
+def spread(halves: Halves, batches: list[TextBatch]) -> float:
     """Median distance of a batch's gradient from the mean of all."""
     client = halves.client(STEPS[0])
     gradients = [halves.gradient(halves.activations(client, batch, 0), batch)[1] for batch in batches]

@@ -23,7 +23,7 @@ from hosl_edge.__main__ import main
 from hosl_edge.connection.fetch import fetch_bundle
 from hosl_edge.connection.token import Token, read_token
 from hosl_edge.connection.trust import Cloud
-from hosl_edge.data.examples import digest_of_data
+from hosl_edge.data.records import digest_of_data
 from hosl_edge.exceptions import ConnectionLost
 from hosl_edge.preflight import (
     FAILED,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hosl_edge import step
-from hosl_edge.data.examples import Batch, Dataset
+from hosl_edge.data.datasets import TextBatch, TextDataset
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.run.settings import RunSettings
@@ -32,14 +32,14 @@ def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
         data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2, "anchor": anchor}
         settings = msgspec.convert({**msgspec.toml.decode(TASK), **data}, RunSettings)
         ids_BL = np.random.default_rng(0).integers(4, 41, (len(LENGTHS), max(LENGTHS)))
-        batch = Batch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
+        batch = TextBatch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
         return Device(bundle, manifest, settings, batch, held_sets)
 
     return make
 
 
-def context(device: Device, round_: int = 1) -> step.RoundContext:
-    return step.RoundContext(
+def context(device: Device, round_: int = 1) -> step.DeviceRound:
+    return step.DeviceRound(
         run="r",
         epoch=0,
         round=round_,
@@ -189,11 +189,11 @@ def test_the_midpoint_is_the_mean_of_the_first_pair_and_near_the_clean_activatio
     assert 0.0 < np.abs(midpoint - clean).max() < 0.02 * np.abs(plus - clean).max()
 
 
-def held_out(count: int) -> Dataset:
+def held_out(count: int) -> TextDataset:
     """Examples of different lengths, each labelled by its own number."""
     lengths = [1 + 3 * index % 7 for index in range(count)]
     ids = np.random.default_rng(1).integers(4, 41, sum(lengths)).astype(np.int32)
-    return Dataset(ids, np.cumsum([0, *lengths]), np.arange(count, dtype=np.int32), pad_token_id=3)
+    return TextDataset(ids, np.cumsum([0, *lengths]), np.arange(count, dtype=np.int32), pad_token_id=3)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosl_edge.data.examples import Batch
+from hosl_edge.data.datasets import TextBatch
 from hosl_edge.data.images import blank_images
 from hosl_edge.model.shard import Shard
 from hosl_export.bundle.parity import TOLERANCE
@@ -29,7 +29,7 @@ def make_rows(shard: Shard, seed: int) -> Any:
         ids, mask = make_batch(5, 24, seed)
         lengths = mask.sum(dim=1).numpy().astype(np.int32)
         order = np.argsort(lengths)
-        return Batch(ids.numpy()[order], lengths[order], np.zeros(5, np.int32))
+        return TextBatch(ids.numpy()[order], lengths[order], np.zeros(5, np.int32))
     batch = blank_images(5, image, shard.manifest.max_length)
     batch.pixels_BHWC[...] = np.random.default_rng(seed).integers(0, 256, batch.pixels_BHWC.shape)
     return batch

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from hosl_edge import step
 from hosl_edge.agent import Summary, run_agent
-from hosl_edge.data.examples import Batch
+from hosl_edge.data.datasets import TextBatch
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, sha256_of_file
@@ -118,7 +118,7 @@ class Device:
     """A device without sockets: it takes what a round tells it, and gives what a round asks for."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, settings: RunSettings, batch: Batch, held_sets: int = 1
+        self, bundle: Path, manifest: Manifest, settings: RunSettings, batch: TextBatch, held_sets: int = 1
     ) -> None:
         self.shard = Shard(bundle, manifest, threads=1)
         self.shard.open()
@@ -132,7 +132,7 @@ class Device:
 
     def tell(self, frame: Frame) -> None:
         if isinstance(frame.message, RoundStart):
-            context = step.RoundContext(
+            context = step.DeviceRound(
                 run=frame.message.run,
                 epoch=frame.message.epoch,
                 round=frame.message.round,

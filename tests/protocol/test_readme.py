@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data.examples import load_dataset, without_end_padding
+from hosl_edge.data.texts import load_texts, without_end_padding
 from hosl_protocol.arithmetic.directions import Stream
 from hosl_protocol.run.manifest import ImageEntry, Manifest, TensorEntry
 from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
@@ -134,7 +134,7 @@ def test_texts_are_cut_as_the_rows_say(tmp_path):
         for kind in re.findall("`([a-z-]+)`", kinds) or ("prompt-classification", "sequence-classification", "lm"):
             task = Task(name="t", kind=kind, template="{text}", labels=("0", "1"))
             shard = msgspec.structs.replace(manifest, prompt_tokens=int(prompt_tokens))
-            dataset = load_dataset(tmp_path / "data.jsonl", task, tokenizer, int(length), shard)
+            dataset = load_texts(tmp_path / "data.jsonl", task, tokenizer, int(length), shard)
             assert dataset.ids.tolist() == list(map(int, ids.split())), (kind, ids)
 
 

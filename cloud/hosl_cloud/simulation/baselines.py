@@ -22,7 +22,7 @@ from hosl_cloud.rounds.exchange import Ask, Doubles, Exchange, RoundContext, Tal
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge import step
-from hosl_edge.data.examples import AnyBatch
+from hosl_edge.data.datasets import Batch
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import plain_name
 from hosl_protocol.arithmetic.directions import Stream, philox
@@ -59,7 +59,7 @@ class FirstOrderClient:
         self._total = 0.0
         self.tally = Tally()
 
-    def round(self, context: step.RoundContext, batch: AnyBatch) -> step.Step:
+    def round(self, context: step.DeviceRound, batch: Batch) -> step.Step:
         """HO-SFL step 3 with the true gradient: activations up, λ down, and numbers that move nothing up."""
         set_TD = context.shard.activations(batch, context.empty_set(batch))
         tensors = {"activations": set_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}
@@ -71,7 +71,7 @@ class FirstOrderClient:
         self._count_aggregation()
         yield step.Send(Projections(**context.name(1)), {"projections": np.zeros(1, np.float32)})
 
-    def backward(self, batch: AnyBatch, lambda_TD: Floats) -> None:
+    def backward(self, batch: Batch, lambda_TD: Floats) -> None:
         """Add this batch's gradient to what `apply` averages."""
         weight = float(len(batch.lengths_B)) if self.config.devices.weighting == "examples" else 1.0
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs(slice(None)).items()}

@@ -26,8 +26,9 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.simulation.baselines import FirstOrderClient, share_weights, zeroth_order_round
 from hosl_cloud.simulation.partition import Partition, Places
 from hosl_edge import step
-from hosl_edge.data.examples import AnyBatch, AnyDataset, load_dataset
+from hosl_edge.data.datasets import Batch, Dataset
 from hosl_edge.data.images import load_images
+from hosl_edge.data.texts import load_texts
 from hosl_edge.model.memory import preferred_rows, useful_sets
 from hosl_edge.model.shard import Shard
 from hosl_export.bundle.reading import load_client
@@ -111,12 +112,12 @@ def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrde
 
 def open_data(
     bundle: Path, manifest: Manifest, settings: RunSettings, path: Path, *, skip_broken: bool = False
-) -> AnyDataset:
+) -> Dataset:
     """A data file, as a device reads it. Raises DataError."""
     if manifest.image is not None:
         return load_images(path, settings.task, manifest.image, manifest.max_length, skip_broken=skip_broken)
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
-    return load_dataset(path, settings.task, tokenizer, settings.max_length, manifest)
+    return load_texts(path, settings.task, tokenizer, settings.max_length, manifest)
 
 
 def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:
@@ -136,9 +137,9 @@ class Site:
     settings: RunSettings
     shard: Shard
     weights: ClientWeights
-    train: AnyDataset
-    held_out: AnyDataset | None
-    take_step: Callable[[step.RoundContext, AnyBatch], step.Step]
+    train: Dataset
+    held_out: Dataset | None
+    take_step: Callable[[step.DeviceRound, Batch], step.Step]
     """A device's part of a round."""
     update: Callable[[UpdateRecord], None]
     """A round's step of the client's weights."""
@@ -158,9 +159,9 @@ class Site:
             self.round = update.round
             self.update(update)
 
-    def context(self, message: RoundStart | EvalStart) -> step.RoundContext:
+    def context(self, message: RoundStart | EvalStart) -> step.DeviceRound:
         """What a device's generator needs to know; sets are held as by a device without a memory budget."""
-        return step.RoundContext(
+        return step.DeviceRound(
             run=message.run,
             epoch=message.epoch,
             round=message.round,
@@ -210,7 +211,7 @@ class VirtualDevice:
         else:
             self._replies.append(frame)
 
-    def _draw(self, message: RoundStart) -> AnyBatch:
+    def _draw(self, message: RoundStart) -> Batch:
         settings = self._site.settings
         chosen = batch_indices(settings.seed, message.round, self.name, len(self._train), settings.batch_size)
         return self._train.training_batch(chosen, settings, message.round, self.name)

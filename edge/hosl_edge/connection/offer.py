@@ -9,8 +9,10 @@ import msgspec
 
 from hosl_edge.connection.fetch import read_url
 from hosl_edge.connection.trust import Cloud
-from hosl_edge.data.examples import check_consent, check_files, check_first_example
+from hosl_edge.data.consent import check_consent
 from hosl_edge.data.images import load_images
+from hosl_edge.data.records import check_files
+from hosl_edge.data.texts import check_first_example
 from hosl_edge.exceptions import ConnectionLost, NotFoundError, RefusedError
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.run.manifest import Manifest

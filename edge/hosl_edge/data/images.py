@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hosl_edge.data.examples import warn_of_absent, warn_once
 from hosl_edge.data.pictures import (
     MODES,
     SUFFIXES,
@@ -31,6 +30,7 @@ from hosl_edge.data.pictures import (
     some_of,
     visible_files,
 )
+from hosl_edge.data.records import warn_of_absent, warn_once
 from hosl_edge.exceptions import DataError
 from hosl_protocol.run.augmentation import draw_variations, vary
 from hosl_protocol.run.manifest import ImageEntry

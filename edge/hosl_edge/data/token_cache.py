@@ -15,14 +15,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hosl_edge.data.examples import Dataset
+from hosl_edge.data.datasets import TextDataset
 from hosl_protocol.run.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
 FILE = "tokens.safetensors"
 
-Splits: TypeAlias = dict[str, Dataset]
+Splits: TypeAlias = dict[str, TextDataset]
 """`train`, and `eval` where there is held-out data."""
 
 
@@ -61,7 +61,9 @@ def _load(path: Path, key: str, pad_token_id: int) -> Splits | None:
         log.warning("%s is damaged; tokenizing again", path)
         return None
     return {
-        split: Dataset(arrays[f"{split}/ids"], arrays[f"{split}/offsets"], arrays.get(f"{split}/labels"), pad_token_id)
+        split: TextDataset(
+            arrays[f"{split}/ids"], arrays[f"{split}/offsets"], arrays.get(f"{split}/labels"), pad_token_id
+        )
         for split in ("train", "eval")
         if f"{split}/ids" in arrays
     }

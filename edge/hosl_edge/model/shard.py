@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from hosl_edge.data.examples import AnyBatch
+from hosl_edge.data.datasets import Batch
 from hosl_edge.model.graph_check import check_graph
 from hosl_protocol.run.manifest import (
     BOUNDARY,
@@ -236,7 +236,7 @@ class Shard:
         """Put the trainable weights back to the base shard."""
         self._mapped.reset()
 
-    def forward(self, batch: AnyBatch) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    def forward(self, batch: Batch) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
         """Run micro-batches: places in the packed batch [T], and activations [t, D] without padding.
 
         The activations are scratch, valid until the next one is asked for.
@@ -252,7 +252,7 @@ class Shard:
                 place += length
 
     @contextlib.contextmanager
-    def holding(self, batch: AnyBatch) -> Iterator[None]:
+    def holding(self, batch: Batch) -> Iterator[None]:
         """Within this, the blocks before the first that trains run once for all forwards of `batch`.
 
         What they compute stays in memory till the end: `PrefixEntry.set_bytes` of it, and nothing without a prefix.
@@ -263,13 +263,13 @@ class Shard:
         finally:
             del self._held[id(batch)]
 
-    def activations(self, batch: AnyBatch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def activations(self, batch: Batch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The whole batch's activations, packed into `out_TD` [T, D]."""
         for place, part_TD in self.forward(batch):
             out_TD[place] = part_TD
         return out_TD
 
-    def _micro_batches(self, batch: AnyBatch) -> Iterator[slice]:
+    def _micro_batches(self, batch: Batch) -> Iterator[slice]:
         """Neighbouring rows whose padded tokens fit; the rows are sorted by length."""
         limit = self.rows * self.max_length
         start = 0
@@ -279,7 +279,7 @@ class Shard:
                 yield slice(start, stop)
                 start = stop
 
-    def _inputs_of(self, batch: AnyBatch, rows: slice, number: int) -> Inputs:
+    def _inputs_of(self, batch: Batch, rows: slice, number: int) -> Inputs:
         """What `shard.onnx` is given of a micro-batch; with a prefix what that computes, or has computed."""
         held = self._held.get(id(batch), [])
         if number < len(held):

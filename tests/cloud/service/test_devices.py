@@ -22,7 +22,7 @@ from hosl_cloud.exceptions import RequestError
 from hosl_cloud.service.authority import make_authority
 from hosl_cloud.service.listen import Listen, write_service_file
 from hosl_edge.__main__ import main as edge
-from hosl_edge.data.examples import check_consent
+from hosl_edge.data.consent import check_consent
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.tasks import Task, load_preset
 from services import Service, serving

@@ -20,7 +20,7 @@ from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.checkpoint import save_checkpoint
 from hosl_cloud.tail.merge import merge_run
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_edge.data.examples import AnyBatch
+from hosl_edge.data.datasets import Batch
 from hosl_edge.data.images import ImageDataset
 from hosl_edge.model.shard import Shard
 from hosl_protocol.exceptions import SettingsError
@@ -50,7 +50,7 @@ class Halves:
             self.shard.weights[entry.name][...] += generator.normal(0.0, 0.05, entry.shape).astype(np.float32)
 
     @property
-    def batch(self) -> AnyBatch:
+    def batch(self) -> Batch:
         assert self.manifest.image is not None
         classes = self.labels.astype(np.int32)
         dataset = ImageDataset(self.images, classes, self.manifest.image, self.manifest.max_length, Path("made-up"))

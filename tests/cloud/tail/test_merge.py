@@ -18,7 +18,7 @@ from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail.checkpoint import save_checkpoint
 from hosl_cloud.tail.merge import merge_run
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_edge.data.examples import without_end_padding
+from hosl_edge.data.texts import without_end_padding
 from hosl_export import plain_state
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import BundleError

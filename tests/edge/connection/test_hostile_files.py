@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data.examples import Batch
+from hosl_edge.data.datasets import TextBatch
 from hosl_edge.device import Device
 from hosl_edge.exceptions import SnapshotError
 from hosl_edge.history.snapshot import read_snapshot
@@ -102,7 +102,7 @@ def use(folder: Path, manifest: Manifest) -> None:
     shard.open()
     make_client_weights(manifest, shard.weights, SETTINGS).close()
     lengths = np.full(2, 4, np.int32)
-    for _ in shard.forward(Batch(np.zeros((2, 4), np.int64), lengths, np.zeros(2, np.int32))):
+    for _ in shard.forward(TextBatch(np.zeros((2, 4), np.int64), lengths, np.zeros(2, np.int32))):
         pass
 
 

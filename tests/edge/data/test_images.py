@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data.examples import digest_of_data
 from hosl_edge.data.images import ImageDataset, fit, load_images, normalize
+from hosl_edge.data.records import digest_of_data
 from hosl_edge.exceptions import DataError
 from hosl_edge.model.shard import Shard
 from hosl_protocol.program.installing import install_line

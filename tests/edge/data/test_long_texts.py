@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from hosl_edge.data.examples import tokenize
 from hosl_edge.data.long_texts import LongTexts, cut_places
+from hosl_edge.data.texts import tokenize
 
 TEXT = "the film is great good, fine terrible! bad dull. it was a scene cast story and of end don't naïve 12 1990s"
 WORDS = TEXT.split()

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge.data.examples import Dataset
+from hosl_edge.data.datasets import TextDataset
 from hosl_edge.data.token_cache import FILE, Splits, load_or_tokenize, tokens_key
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task, load_preset
@@ -17,8 +17,10 @@ from hosl_protocol.run.tasks import Task, load_preset
 
 def make_splits(has_labels: bool = True) -> Splits:
     labels = np.array([1, 0], np.int32) if has_labels else None
-    train = Dataset(np.arange(7, dtype=np.int32), np.array([0, 3, 7]), labels, 9)
-    held_out = Dataset(np.arange(2, dtype=np.int32), np.array([0, 2]), labels[:1] if labels is not None else None, 9)
+    train = TextDataset(np.arange(7, dtype=np.int32), np.array([0, 3, 7]), labels, 9)
+    held_out = TextDataset(
+        np.arange(2, dtype=np.int32), np.array([0, 2]), labels[:1] if labels is not None else None, 9
+    )
     return {"train": train, "eval": held_out}
 
 

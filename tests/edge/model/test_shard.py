@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from hosl_edge.data.examples import Batch
+from hosl_edge.data.datasets import TextBatch
 from hosl_edge.model.shard import Shard
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, BundleError, Manifest, TensorEntry, load_manifest, sha256_of_file
 from hosl_protocol.run.settings import RunSettings
@@ -41,14 +41,14 @@ def shard(bundle: Path) -> Shard:
     return shard
 
 
-def make_batch(lengths: tuple[int, ...], seed: int = 0) -> Batch:
+def make_batch(lengths: tuple[int, ...], seed: int = 0) -> TextBatch:
     """Random tokens, padded on the right."""
     ids_BL = np.random.default_rng(seed).integers(4, 41, (len(lengths), max(lengths)))
     ids_BL[np.arange(max(lengths)) >= np.array(lengths)[:, None]] = PAD
-    return Batch(ids_BL.astype(np.int64), np.array(lengths, np.int32), np.zeros(len(lengths), np.int32))
+    return TextBatch(ids_BL.astype(np.int64), np.array(lengths, np.int32), np.zeros(len(lengths), np.int32))
 
 
-def pack(shard: Shard, batch: Batch) -> npt.NDArray[np.float32]:
+def pack(shard: Shard, batch: TextBatch) -> npt.NDArray[np.float32]:
     return shard.activations(batch, np.full((batch.tokens, shard.manifest.width), np.nan, np.float32))
 
 
@@ -85,7 +85,7 @@ def load_half(model: Path, bundle: Path) -> ClientHalf:
     return half
 
 
-def run_half(half: ClientHalf, batch: Batch) -> npt.NDArray[np.float32]:
+def run_half(half: ClientHalf, batch: TextBatch) -> npt.NDArray[np.float32]:
     """Its activations [T, D], example by example, so that nothing is padded."""
     import torch
 

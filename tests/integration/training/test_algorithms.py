@@ -17,7 +17,8 @@ from hosl_cloud.rounds import algorithms as rounds
 from hosl_cloud.rounds.algorithms import Outcome, RoundContext
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_edge.data.examples import Batch, load_dataset
+from hosl_edge.data.datasets import TextBatch
+from hosl_edge.data.texts import load_texts
 from hosl_export.model.halves import client_half
 from hosl_export.sources.loading import load_model
 from hosl_protocol.arithmetic.directions import direction
@@ -37,10 +38,10 @@ def configure(manifest: Manifest, algorithm: str, **more: Any) -> RunConfig:
     return parse_config({**msgspec.toml.decode(TASK), **data}, manifest)
 
 
-def make_batch(bundle: Path, manifest: Manifest, config: RunConfig, folder: Path, offset: int = 0) -> Batch:
+def make_batch(bundle: Path, manifest: Manifest, config: RunConfig, folder: Path, offset: int = 0) -> TextBatch:
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
     path = write_reviews(folder / f"train-{offset}.jsonl", config.batch_size, offset)
-    dataset = load_dataset(path, config.task, tokenizer, config.max_length, manifest)
+    dataset = load_texts(path, config.task, tokenizer, config.max_length, manifest)
     return dataset.batch(np.arange(config.batch_size))
 
 
@@ -52,7 +53,7 @@ class Reference:
         self.parameters = {name: value.data for name, value in self.half.model.named_parameters()}
         self.manifest, self.trainer = manifest, trainer
 
-    def activations(self, batch: Batch) -> npt.NDArray[np.float32]:
+    def activations(self, batch: TextBatch) -> npt.NDArray[np.float32]:
         with torch.no_grad():
             h_BLD = self.half(torch.from_numpy(batch.ids_BL)).numpy()
         return np.concatenate([h_BLD[row, :length] for row, length in enumerate(batch.lengths_B)])
@@ -64,14 +65,14 @@ class Reference:
             z = direction(SEED, round_, p, index, int(np.prod(entry.shape))).reshape(entry.shape)
             self.parameters[entry.name] += torch.from_numpy(z * np.float32(step))
 
-    def at(self, batch: Batch, round_: int, p: int, factor: float, probe_step: float) -> npt.NDArray[np.float32]:
+    def at(self, batch: TextBatch, round_: int, p: int, factor: float, probe_step: float) -> npt.NDArray[np.float32]:
         """Activations of θ + factor · ε z_p."""
         self.move(round_, p, factor, probe_step)
         activations = self.activations(batch)
         self.move(round_, p, -factor, probe_step)
         return activations
 
-    def loss(self, batch: Batch) -> float:
+    def loss(self, batch: TextBatch) -> float:
         return self.trainer.evaluate(self.activations(batch), batch.lengths_B, batch.labels_N).loss
 
 
@@ -203,7 +204,7 @@ def test_the_tail_takes_the_first_order_step_that_torch_would_take(make_bundle: 
             torch.testing.assert_close(trainer.parameters[name].data, moved, rtol=1e-5, atol=1e-7)
 
 
-def autograd_gradient(reference: Reference, batch: Batch) -> npt.NDArray[np.float64]:
+def autograd_gradient(reference: Reference, batch: TextBatch) -> npt.NDArray[np.float64]:
     """∂loss/∂θ_c by backpropagation through both halves, all trainable tensors in order."""
     clean = reference.activations(batch)
     lambda_TD = reference.trainer.forward_backward(clean, batch.lengths_B, batch.labels_N).cut_gradient_TD

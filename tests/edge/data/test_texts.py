@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hosl_edge.data.examples import Dataset, check_consent, digest_of_data, load_dataset, read_examples
+from hosl_edge.data.consent import check_consent
+from hosl_edge.data.datasets import TextDataset
+from hosl_edge.data.records import digest_of_data, read_examples
+from hosl_edge.data.texts import load_texts
 from hosl_edge.exceptions import ConsentError, DataError, UnservedError
 from hosl_protocol.run.manifest import Manifest, TensorEntry
 from hosl_protocol.run.tasks import Task
@@ -33,8 +36,10 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def load(path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8, prompt_tokens: int = 0) -> Dataset:
-    return load_dataset(path, task, tokenizer, max_length, manifest(prompt_tokens=prompt_tokens))
+def load(
+    path: Path, tokenizer: Tokenizer, task: Task = TASK, max_length: int = 8, prompt_tokens: int = 0
+) -> TextDataset:
+    return load_texts(path, task, tokenizer, max_length, manifest(prompt_tokens=prompt_tokens))
 
 
 def manifest(**facts: Any) -> Manifest:
@@ -104,7 +109,7 @@ def test_a_causal_classifiers_text_ends_before_padding_that_the_tokenizer_puts_t
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <pad>", special_tokens=[("<pad>", 2)])
     rows = '{"text": "good <pad> film", "label": 0}\n{"text": "bad <pad>", "label": 1}\n{"text": "", "label": 0}\n'
     bare = msgspec.structs.replace(task, template="{text}")
-    dataset = load_dataset(write(tmp_path, rows), bare, tokenizer, 8, manifest(**facts))
+    dataset = load_texts(write(tmp_path, rows), bare, tokenizer, 8, manifest(**facts))
     parts = [dataset.ids[first:end].tolist() for first, end in pairwise(dataset.offsets)]
     assert parts == ids
 
@@ -117,7 +122,7 @@ def test_a_text_with_a_token_that_the_model_has_no_embedding_for_is_named(
     table = TensorEntry(name="embed", shape=(8, 4), trainable=False, lookup=True)
     path = write(tmp_path, '{"text": "good film", "label": 1}\n{"text": "a <image> it", "label": 0}\n')
     with pytest.raises(DataError, match=r"data.jsonl:2: the text has the special token '<image>'.* no embedding"):
-        load_dataset(path, task, tokenizer, 8, manifest(tensors=(table,)))
+        load_texts(path, task, tokenizer, 8, manifest(tensors=(table,)))
 
 
 def test_a_long_text_of_other_tasks_loses_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,135 @@
+"""What a round needs of the device's data, texts or images: batches, and the dataset that they are drawn from.
+
+Texts are here; images, which have the same methods, are in images.py. Both are read-only once they are made, so that
+worker threads may draw from them at any time.
+Shapes: B examples, T tokens of a batch without padding, L longest example, N labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hosl_protocol.run.settings import RunSettings
+
+
+class Batch(Protocol):
+    """Some examples, texts or images, neighbours alike in length."""
+
+    @property
+    def lengths_B(self) -> npt.NDArray[np.int32]:
+        """Tokens, or positions at the cut layer, of each example."""
+        ...
+
+    @property
+    def labels_N(self) -> npt.NDArray[np.int32]:
+        """What the cloud scores them against."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """T: the lengths' sum."""
+        ...
+
+    def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
+        """What a graph may take of these examples, by name, contiguous."""
+        ...
+
+
+class Dataset(Protocol):
+    """Examples of either kind."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
+        """The examples at `indices` [B], as they are."""
+        ...
+
+    def training_batch(self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str) -> Batch:
+        """The examples at `indices` [B] as `device` trains on them in a round; no state but the data decides."""
+        ...
+
+    def evaluation_order(self) -> npt.NDArray[np.int64]:
+        """All places, in the order in which held-out data is sent."""
+        ...
+
+    def subset(self, places: npt.NDArray[np.int64]) -> Dataset:
+        """The examples at `places` alone, as data of their own."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32] | None:
+        """Class per example; None where the text is its own label."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Some texts, padded on the right, shortest first."""
+
+    ids_BL: npt.NDArray[np.int64]
+    lengths_B: npt.NDArray[np.int32]
+    labels_N: npt.NDArray[np.int32]
+    """Class per example; for `lm` the T token ids themselves."""
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens without padding."""
+        return int(self.lengths_B.sum())
+
+    def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
+        """Token ids and the mask of real ones [b, L], padded to the longest of these rows."""
+        lengths_B = self.lengths_B[rows]
+        ids_BL = np.ascontiguousarray(self.ids_BL[rows, : int(lengths_B.max())])
+        mask_BL = np.arange(ids_BL.shape[1]) < lengths_B[:, None]
+        return {"input_ids": ids_BL, "attention_mask": mask_BL.astype(np.int64)}
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """Examples as token ids."""
+
+    ids: npt.NDArray[np.int32]
+    """All examples, one after the other."""
+    offsets: npt.NDArray[np.int64]
+    """Where each example starts, and the end: [examples + 1]."""
+    labels: npt.NDArray[np.int32] | None
+    """[examples]; None for `lm`."""
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> TextBatch:
+        """The examples at `indices` [B], sorted by length so that micro-batches carry little padding."""
+        lengths = np.diff(self.offsets)[indices]
+        order = np.argsort(lengths, kind="stable")
+        indices, lengths = indices[order], lengths[order]
+        rows = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        ids_BL = np.full((len(rows), int(lengths.max())), self.pad_token_id, np.int64)
+        for target, row in zip(ids_BL, rows, strict=True):
+            target[: row.size] = row
+        labels = np.concatenate(rows) if self.labels is None else self.labels[indices]
+        return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32))
+
+    def training_batch(
+        self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str
+    ) -> TextBatch:
+        """The same as `batch`: texts do not vary."""
+        return self.batch(indices)
+
+    def evaluation_order(self) -> npt.NDArray[np.int64]:
+        """By length: neighbours make batches with little padding, and the order does not matter."""
+        return np.argsort(np.diff(self.offsets), kind="stable")
+
+    def subset(self, places: npt.NDArray[np.int64]) -> TextDataset:
+        """The examples at `places` [n], copied."""
+        rows = [self.ids[self.offsets[place] : self.offsets[place + 1]] for place in places]
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[places])]).astype(np.int64)
+        labels = None if self.labels is None else self.labels[places]
+        return TextDataset(np.concatenate(rows), offsets, labels, self.pad_token_id)

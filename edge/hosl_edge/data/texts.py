@@ -1,0 +1,171 @@
+"""Texts for a run: each example of a file as its task renders it, tokenized.
+
+Errors name the file and the line, never the text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from hosl_edge.data.datasets import TextDataset
+from hosl_edge.data.long_texts import LongTexts
+from hosl_edge.data.records import read_examples, warn_of_absent, warn_once
+from hosl_edge.exceptions import DataError, UnservedError
+from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.tasks import Task, is_blank, label_of, render
+
+PORTION_TEXTS = 256
+PORTION_CHARACTERS = 200_000
+"""Of texts that are tokenized together; their encodings take a hundred times the bytes."""
+
+
+def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> TextDataset:
+    """Read and tokenize a file; `max_length` counts the soft prompt.
+
+    Raises DataError with file and line, and UnservedError where `max_length` has no room for a text.
+    """
+    prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
+    if max_length < (fewest := prompt_tokens + tokenizer.num_special_tokens_to_add(is_pair=False)):
+        remedy = f"the tokenizer's special tokens and the soft prompt take {fewest} places: use more"
+        raise UnservedError(SettingsError("max_length", max_length, remedy))
+    lines, labels, blank = [], [], []
+
+    def texts() -> Iterator[str]:
+        for line, example in read_examples(path):
+            text = _text_of(task, example, path, line)
+            if task.kind != "lm":
+                labels.append(_label_of(task, example, path, line))
+            lines.append(line)
+            if is_blank(task, text):
+                blank.append(line)
+            yield text
+
+    rows = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
+    if not rows:
+        raise DataError(path, None, "holds no examples")
+    if _ends_before_padding(task, manifest):
+        rows = [without_end_padding(row, pad_token_id) for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        if row.size < (2 if task.kind == "lm" else 1):
+            raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
+    _check_tokens(path, lines, rows, tokenizer, manifest)
+    if blank:
+        warn_once(f"{path}: examples without text: {len(blank)}, the first in line {blank[0]}")
+    warn_of_absent(path, task, labels)
+    # The graph puts its prompt in the place of these.
+    places = np.full(prompt_tokens, pad_token_id, np.int32)
+    rows = [np.concatenate([places, row]) for row in rows] if prompt_tokens else rows
+    offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
+    label_array = None if task.kind == "lm" else np.array(labels, np.int32)
+    return TextDataset(np.concatenate(rows), offsets, label_array, pad_token_id)
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Iterable[str], max_length: int, *, keep_end: bool
+) -> list[npt.NDArray[np.int32]]:
+    """Token ids of each text, special tokens included, cut to `max_length`.
+
+    `keep_end` drops from the left, for a prompt whose question stands at the end. Memory is that of a portion of
+    texts, or of one text that must be tokenized whole.
+    """
+    long_texts = LongTexts(tokenizer, max_length, keep_end=keep_end)
+    rows: list[npt.NDArray[np.int32]] = []
+
+    def flush(portion: list[str]) -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
+        rows.extend(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(portion))
+        portion.clear()
+
+    portion: list[str] = []
+    for text in texts:
+        portion.append(long_texts.shorten(text))
+        if sum(map(len, portion)) >= PORTION_CHARACTERS or len(portion) == PORTION_TEXTS:
+            flush(portion)
+    flush(portion)
+    return rows
+
+
+def _check_tokens(
+    path: Path, lines: list[int], rows: list[npt.NDArray[np.int32]], tokenizer: Tokenizer, manifest: Manifest
+) -> None:
+    """Raise DataError for a text with a token that the model has no embedding for: a special one, written out."""
+    tokens = manifest.tokens
+    if tokens is None or int(np.concatenate(rows).max()) < tokens:
+        return
+    line, worst = next((line, int(row.max())) for line, row in zip(lines, rows, strict=True) if row.max() >= tokens)
+    token = tokenizer.id_to_token(worst)
+    problem = f"the text has the special token {token!r}, and the model has no embedding for it: leave it out"
+    raise DataError(path, line, problem)
+
+
+def _ends_before_padding(task: Task, manifest: Manifest) -> bool:
+    """Whether the merged model looks for a text's last token by its id, as transformers' causal classifiers do.
+
+    After a soft prompt, whose texts PEFT hands over as embeddings, they take the last one whatever it is.
+    """
+    is_causal = "attention_mask" not in manifest.inputs
+    return task.kind == "sequence-classification" and is_causal and not manifest.prompt_tokens
+
+
+def without_end_padding(row: npt.NDArray[np.int32], pad_token_id: int) -> npt.NDArray[np.int32]:
+    """The tokens up to the last that is not the padding's, or the first alone: what comes after changes nothing."""
+    real = np.flatnonzero(row != pad_token_id)
+    return row[: real[-1] + 1 if real.size else 1]
+
+
+def check_first_example(path: Path, task: Task | None) -> int:
+    """How many fields the first example has. Raises DataError where it, or `task`, has no use for it."""
+    line, example = next(read_examples(path), (0, None))
+    if example is None:
+        raise DataError(path, None, "holds no examples")
+    if task is not None:
+        _text_of(task, example, path, line)
+        if task.kind != "lm":
+            _label_of(task, example, path, line)
+    return len(example)
+
+
+def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
+    try:
+        text = render(task, example)
+        text.encode()
+    except KeyError as error:
+        raise _missing(error, example, path, line) from None
+    except UnicodeEncodeError:
+        raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
+    except TypeError as error:
+        raise DataError(path, line, str(error)) from None
+    return text
+
+
+def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:
+    try:
+        return label_of(task, example)
+    except KeyError as error:
+        raise _missing(error, example, path, line) from None
+    except ValueError as error:
+        raise DataError(path, line, f"the label in {task.label_field!r} {error}") from None
+
+
+def _missing(error: KeyError, example: Mapping[str, Any], path: Path, line: int) -> DataError:
+    """Names that may be data, as the first line of a table without a header is, are not told."""
+    field, count = str(error.args[0]), len(example)
+    by_folded = {name.strip().casefold(): name for name in example}
+    near = difflib.get_close_matches(field.casefold(), by_folded, 1)
+    if path.suffix.lower() == ".csv":
+        there = f"the first line should name the columns, and names {count} others"
+        there += f", of them {by_folded[near[0]]!r}" if near else ""
+    else:
+        names = [repr(name) for name in example if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", name)]
+        there = f"it has {', '.join(names) or 'none'}" + (" and others" if len(names) < count else "")
+    return DataError(path, line, f"has no field {field!r}; {there}")
