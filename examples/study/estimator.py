@@ -23,7 +23,7 @@ from plan import Cell, merge, read_study
 from sources import export_bundle, prepare_data
 
 from hosl_cloud.settings import parse_config
-from hosl_cloud.simulation.fleet import load_first_order, open_data
+from hosl_cloud.simulation.virtual_devices import load_first_order, open_data
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.model.shard import Shard
 from hosl_export.model.lora import plain_name

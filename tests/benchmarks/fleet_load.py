@@ -236,10 +236,10 @@ def serve_main(pipe: Pipe, folder: Path, work: Work) -> None:
 async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     from hosl_cloud.metrics import wire_bytes_by_kind
     from hosl_cloud.runs.coordinator import Coordinator
-    from hosl_cloud.runs.queue import Runs
+    from hosl_cloud.runs.queue import RunQueue
     from hosl_cloud.runs.run import Run
-    from hosl_cloud.service.access import Access, Guard
-    from hosl_cloud.service.listen import Listen
+    from hosl_cloud.service.access import Authenticator, DeviceTokens
+    from hosl_cloud.service.listen import ListenSettings
     from hosl_cloud.service.server import Service, serve
     from hosl_cloud.settings import parse_config
     from hosl_cloud.storage.store import Store
@@ -255,10 +255,10 @@ async def _serve(pipe: Pipe, folder: Path, work: Work) -> None:
     await asyncio.to_thread(store.create_run, RUN, bundle, manifest.shard_digest, config)
     lags: list[tuple[float, float]] = []
     watch = asyncio.create_task(_watch_loop(lags))
-    runs = Runs(store, folder, lambda sentence: None)
+    runs = RunQueue(store, folder, lambda sentence: None)
     runs.adopt(coordinator)
-    guard = Guard(await asyncio.to_thread(Access, store), "token", "admin")
-    await serve(Service(runs, guard, Listen("127.0.0.1", 0), folder, until=RUN), pipe.send)
+    authenticator = Authenticator(await asyncio.to_thread(DeviceTokens, store), "token", "admin")
+    await serve(Service(runs, authenticator, ListenSettings("127.0.0.1", 0), folder, until=RUN), pipe.send)
     watch.cancel()
     first, last = tail.marks[0], tail.marks[-1]
     pipe.send(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hosl_cloud.settings import RunConfig, load_config
-from hosl_cloud.simulation.fleet import open_data
+from hosl_cloud.simulation.virtual_devices import open_data
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.datasets import TextBatch
 from hosl_edge.model.shard import Shard

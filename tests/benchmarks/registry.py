@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from hosl_cloud.service.access import Access
+from hosl_cloud.service.access import DeviceTokens
 from hosl_cloud.service.devices_api import device_operations
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.store import Store
@@ -71,7 +71,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     store.create_run("r", folder, "0" * 64, msgspec.convert({"task": TASK}, RunConfig))
     fill(store, count)
     before, began = memory_mib(), time.perf_counter()
-    access = Access(store)
+    access = DeviceTokens(store)
     figures: dict[str, Any] = {"start_s": time.perf_counter() - began, "start_mib": memory_mib() - before}
     tokens = [access.add(f"new-{number}") for number in range(TRIES)]
     figures["add_ms"] = milliseconds(lambda number: access.add(f"newer-{number}"))

@@ -90,7 +90,7 @@ def make_tail(bundle: Path, config: Any, manifest: Any, out: Path) -> Iterator[A
     try:
         yield GroupTrainer(group, bundle, manifest, config)
     finally:
-        group.leave()
+        group.shut_down()
 
 
 def peak_mib() -> float:

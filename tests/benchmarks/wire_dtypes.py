@@ -24,8 +24,8 @@ import torch
 
 from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import load_config
-from hosl_cloud.simulation.fleet import simulate
 from hosl_cloud.simulation.partition import Partition
+from hosl_cloud.simulation.virtual_devices import simulate
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.manifest import load_manifest
 

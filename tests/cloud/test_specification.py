@@ -22,8 +22,8 @@ from specification import README, table_below
 def test_every_request_that_a_device_may_make_has_its_row_and_no_other_has() -> None:
     asked = {name.strip("`") for name, *_ in table_below("## Connection") if name not in ("", "any")}
     runs: Any = None
-    guard: Any = SimpleNamespace(identify=None)
-    served: list[Any] = DeviceRoutes(runs, guard).routes()
+    authenticator: Any = SimpleNamespace(identify=None)
+    served: list[Any] = DeviceRoutes(runs, authenticator).routes()
 
     def route_of(request: str) -> str | None:
         path = request.replace("ROUND", "7").partition("?")[0]

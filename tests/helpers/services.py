@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hosl_cloud.rounds import algorithms as rounds
 from hosl_cloud.rounds.exchange import Answer, Await, Exchange, Tell
-from hosl_cloud.service.access import Access, Guard
-from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.access import Authenticator, DeviceTokens
+from hosl_cloud.service.listen import ListenSettings
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_cloud.settings import parse_config
 from hosl_cloud.storage.store import Store
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hosl_cloud.runs.coordinator import Coordinator
 
 
-def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Device]) -> rounds.Outcome:
+def run_round(exchange: Exchange[rounds.RoundResult | None], devices: dict[str, Device]) -> rounds.RoundResult:
     """Drive a round's generator against devices; what it comes to."""
     answer: Answer | None = None
     try:
@@ -39,7 +39,7 @@ def run_round(exchange: Exchange[rounds.Outcome | None], devices: dict[str, Devi
                 ask = action.asks[0]
                 answer = Answer(ask, devices[ask.device].ask(ask.kind))
     except StopIteration as stop:
-        outcome: rounds.Outcome = stop.value
+        outcome: rounds.RoundResult = stop.value
         return outcome
 
 
@@ -48,7 +48,7 @@ class Service:
     """A running service in this process."""
 
     coordinator: Coordinator
-    guard: Guard
+    authenticator: Authenticator
     token: str
     admin_token: str
     metrics_token: str
@@ -70,7 +70,7 @@ async def serving(
     bundle: Path,
     folder: Path,
     settings: dict[str, Any],
-    listen: Listen | None = None,
+    listen: ListenSettings | None = None,
     run_id: str = "run-1",
     port: int = 0,
     *,
@@ -79,12 +79,12 @@ async def serving(
     """The service with everything real, on a free port or this one; stopped at the end where its run goes on, or where
     it stays."""
     from hosl_cloud.runs.coordinator import Coordinator
-    from hosl_cloud.runs.queue import Runs
+    from hosl_cloud.runs.queue import RunQueue
     from hosl_cloud.runs.run import Run
     from hosl_cloud.service import server as service
 
     folder.mkdir(exist_ok=True)
-    listen = listen or Listen("127.0.0.1", port)
+    listen = listen or ListenSettings("127.0.0.1", port)
     fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
     token, _ = load_or_make_token(folder, fingerprint)
     admin_token = load_or_make_secret(folder / ADMIN_TOKEN_FILE)
@@ -96,21 +96,23 @@ async def serving(
     coordinator = Coordinator(run, said.append)
     await coordinator.prepare()
     await asyncio.to_thread(store.create_run, run_id, bundle, manifest.shard_digest, config)
-    runs = Runs(store, folder, said.append)
+    runs = RunQueue(store, folder, said.append)
     runs.adopt(coordinator)
-    access = await asyncio.to_thread(Access, store, fingerprint)
-    guard = Guard(access, token, admin_token, metrics_token=metrics_token)
+    access = await asyncio.to_thread(DeviceTokens, store, fingerprint)
+    authenticator = Authenticator(access, token, admin_token, metrics_token=metrics_token)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         service.serve(
             service.Service(
-                runs, guard, listen, bundle.parent, until=None if stays else run_id, ends_on_interrupt=run_id
+                runs, authenticator, listen, bundle.parent, until=None if stays else run_id, ends_on_interrupt=run_id
             ),
             listening.set_result,
         )
     )
     try:
-        yield Service(coordinator, guard, token, admin_token, metrics_token, folder, await listening, task, said)
+        yield Service(
+            coordinator, authenticator, token, admin_token, metrics_token, folder, await listening, task, said
+        )
     finally:
         if not task.done():
             signal.raise_signal(signal.SIGINT)

@@ -89,14 +89,14 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:
     """A sentence where the same held-out data scored more before the first round; else empty."""
-    from hosl_cloud.runs.keeper import metrics_of
-    from hosl_cloud.tail.checkpoint import comparable_of, rank
+    from hosl_cloud.runs.checkpointer import score_of
+    from hosl_cloud.tail.checkpoint import comparable_scores, score_key
 
     if before is None or info.metrics is None:
         return ""
-    scores = [(0, metrics_of(before)), (info.round, info.metrics)]
+    scores = [(0, score_of(before)), (info.round, info.metrics)]
     kind = info.config.task.kind
-    if len(comparable_of(scores)) < 2 or rank(info.metrics, kind) >= rank(scores[0][1], kind):
+    if len(comparable_scores(scores)) < 2 or score_key(info.metrics, kind) >= score_key(scores[0][1], kind):
         return ""
     was, is_ = (
         f"{score_text(each.correct, each.scored, each.examples, each.of_examples)}, loss {each.loss:.4f}"

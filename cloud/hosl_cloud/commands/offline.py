@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hosl_cloud.commands.client import is_local
-from hosl_cloud.runs.run_status import Live, list_runs, run_status
+from hosl_cloud.runs.run_status import LiveState, list_runs, run_status
 from hosl_cloud.storage.data_folder import DATABASE, SERVICE_FILE, is_locked, run_folder
 from hosl_cloud.storage.store import Store
 
@@ -34,7 +34,7 @@ class DataFolder:
 
     def run(self, run: str) -> Any:
         """A run. Raises RunNotFound."""
-        return _plain(run_status(self._store, run, Live()))
+        return _plain(run_status(self._store, run, LiveState()))
 
     def log(self, run: str, after: int) -> list[dict[str, Any]]:
         """What was said about a run after an event."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hosl_cloud.commands.devices import device_command
-from hosl_cloud.service.listen import Listen, write_service_file
+from hosl_cloud.service.listen import ListenSettings, write_service_file
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
 from hosl_cloud.settings import RunConfig, load_config
 from hosl_cloud.storage.data_folder import BUNDLES, DATABASE, SERVICE_FILE, add_data_dir, hint, lock, make_data_dir
@@ -27,7 +27,7 @@ from hosl_protocol.run.tasks import Task
 
 if TYPE_CHECKING:
     from hosl_cloud.runs.coordinator import MakeTail
-    from hosl_cloud.runs.queue import Runs
+    from hosl_cloud.runs.queue import RunQueue
     from hosl_cloud.service.server import Service
 
 
@@ -73,7 +73,7 @@ def serve_command(options: argparse.Namespace) -> int:
         raise SettingsError("--rank-timeout-s", options.rank_timeout_s, "use a number above 0")
     if _ranks() > 1 and int(os.environ["RANK"]) > 0:
         return _follow(options)
-    listen = Listen(options.host, options.port, options.tls_cert, options.tls_key)
+    listen = ListenSettings(options.host, options.port, options.tls_cert, options.tls_key)
     if not options.insecure:
         listen = listen.with_authority(options.data_dir)
     listen.check(insecure=options.insecure)
@@ -114,7 +114,7 @@ def _read_first(options: argparse.Namespace) -> tuple[Manifest, RunConfig]:
 
 def _serve(
     options: argparse.Namespace,
-    listen: Listen,
+    listen: ListenSettings,
     first: tuple[Manifest, RunConfig] | None,
     leaving: contextlib.ExitStack,
 ) -> str | None:
@@ -130,14 +130,14 @@ def _serve(
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
-    from hosl_cloud.runs.queue import Runs
-    from hosl_cloud.service.access import Access, Guard
+    from hosl_cloud.runs.queue import RunQueue
+    from hosl_cloud.service.access import Authenticator, DeviceTokens
     from hosl_cloud.service.server import Service
 
     store = Store(data_dir / DATABASE)
     leaving.callback(store.close)
     leaving.callback((data_dir / SERVICE_FILE).unlink, missing_ok=True)
-    runs = Runs(store, data_dir, _say, leaving.enter_context(_tails(options)))
+    runs = RunQueue(store, data_dir, _say, leaving.enter_context(_tails(options)))
     leaving.callback(runs.events.close)
     run = None if first is None else _choose_first(runs, options, *first)
     if options.once and run is None:
@@ -145,10 +145,10 @@ def _serve(
     ahead = [] if run is None else _ahead_of(store, run)
     for run_ahead in ahead:
         _say(f"run {run_ahead} goes on first, and run {run} after it")
-    guard = Guard(Access(store, fingerprint), token, admin_token, metrics_token=metrics_token)
+    authenticator = Authenticator(DeviceTokens(store, fingerprint), token, admin_token, metrics_token=metrics_token)
     bundles: Path = options.bundles or data_dir / BUNDLES
     bundles.mkdir(parents=True, exist_ok=True)
-    service = Service(runs, guard, listen, bundles, run if options.once else None, run, options.drain_s)
+    service = Service(runs, authenticator, listen, bundles, run if options.once else None, run, options.drain_s)
 
     def on_listening(address: str) -> None:
         write_service_file(data_dir, listen, address)
@@ -192,15 +192,15 @@ def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
     from hosl_cloud.ranks.leader import GroupTrainer
 
     group = Group(options.rank_timeout_s)
-    group.begin_beating()
+    group.start_heartbeat()
     _say(f"computes on {group.size} ranks")
     try:
         yield partial(GroupTrainer, group)
     finally:
-        group.leave()
+        group.shut_down()
 
 
-def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:
+def _choose_first(runs: RunQueue, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:
     """The unfinished run of these settings, or a new one; None where the newest of them is completed.
 
     Unfinished runs that an earlier `serve --config` began make way for it.
@@ -217,7 +217,7 @@ def _choose_first(runs: Runs, options: argparse.Namespace, manifest: Manifest, c
 
 
 def _make_way(
-    runs: Runs, options: argparse.Namespace, manifest: Manifest, config: RunConfig, keeps: str | None
+    runs: RunQueue, options: argparse.Namespace, manifest: Manifest, config: RunConfig, keeps: str | None
 ) -> None:
     """Stop what an earlier `serve --config` began, but for one; where none goes on, say which one could."""
     others = [row for row in runs.store.runs() if row.shard_digest == manifest.shard_digest]
@@ -240,7 +240,9 @@ def _ahead_of(store: Store, run: str) -> list[str]:
     return [id_ for id_ in unfinished[: unfinished.index(run)] if store.run(id_).shard_digest == shard]
 
 
-def _ways_to_join(listen: Listen, address: str, token_path: Path, data_dir: Path, task: Task | None) -> list[str]:
+def _ways_to_join(
+    listen: ListenSettings, address: str, token_path: Path, data_dir: Path, task: Task | None
+) -> list[str]:
     """How devices reach the service, and what the run of --config, whose task this is, asks of them."""
     if listen.is_loopback():
         return [

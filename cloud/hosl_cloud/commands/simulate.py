@@ -51,9 +51,9 @@ def _simulate(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hosl_cloud.runs.run import Run
     from hosl_cloud.simulation.baselines import prepare_config
-    from hosl_cloud.simulation.fleet import check_fleet, simulate
     from hosl_cloud.simulation.partition import Partition
     from hosl_cloud.simulation.results import summarize, write_csv
+    from hosl_cloud.simulation.virtual_devices import check_fleet, simulate
 
     manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
     task = [f"task.preset={options.task}"] if options.task else []

@@ -1,7 +1,10 @@
 """One rank's part of a tail that several processes compute: sharded by FSDP2, or a whole replica.
 
-Gradients are weighted where they arise and summed, never averaged: the step is that of one process. Rank 0 leads
-(`leading`), the others follow (`following`).
+FSDP is `ShardedTrainer`; `tail.ranks` in run.toml chooses. Gradients are weighted where they arise and summed, never
+averaged: the step is that of one process. Rank 0 leads (ranks/leader.py), the others follow (ranks/follower.py).
+
+A sharded forward or backward is a collective call (ranks/group.py): every rank must run as many of them in the same
+order. So a rank with fewer micro-batches runs empty ones, and whether a loss is finite all ranks decide together.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
-from hosl_cloud.ranks import group as words
+from hosl_cloud.ranks import commands
 from hosl_cloud.ranks.group import Group
 from hosl_cloud.rounds.exchange import BatchArrays
 from hosl_cloud.settings import RunConfig
@@ -45,7 +48,7 @@ LARGE_BYTES = 4 * 1024 * 1024
 """Memory from which a shard that is made whole for a moment goes back to the kernel."""
 
 Result = StepResult | EvalScore | BatchError | NotFiniteError
-"""What came of a batch."""
+"""Of one batch, as the trainers' `*_many` methods return it."""
 
 
 class RankTrainer(TailTrainer):
@@ -69,26 +72,31 @@ class RankTrainer(TailTrainer):
         torch.cuda.set_device(device)  # of this thread
         return device
 
-    def work(self, batches: Sequence[BatchArrays], order: words.Train | words.Evaluate) -> list[Any]:
-        """What came of this rank's batches."""
-        return self.train(batches, order) if isinstance(order, words.Train) else self.look(batches, order)
+    def work(self, batches: Sequence[BatchArrays], order: commands.Train | commands.Evaluate) -> list[Any]:
+        """Train or score this rank's batches, as the command says."""
+        return (
+            self.train_share(batches, order)
+            if isinstance(order, commands.Train)
+            else self.evaluate_share(batches, order)
+        )
 
-    def train(self, batches: Sequence[BatchArrays], order: words.Train) -> list[Any]:
-        """Forward and backward through this rank's batches, in step with the others."""
+    def train_share(self, batches: Sequence[BatchArrays], order: commands.Train) -> list[Any]:
+        """Do forward and backward through this rank's batches."""
         weights = [part.weight for part in order.shares[self.group.rank]]
         return self.forward_backward_many(batches, weights, wants_cut_gradient=order.wants_cut_gradient)
 
-    def look(self, batches: Sequence[BatchArrays], order: words.Evaluate) -> list[Any]:
-        """Forward alone, in step with the others."""
+    def evaluate_share(self, batches: Sequence[BatchArrays], order: commands.Evaluate) -> list[Any]:
+        """Do the forward alone through this rank's batches."""
         return self.evaluate_many(batches)
 
 
-class Replica(RankTrainer):
+class ReplicatedTrainer(RankTrainer):
     """The whole tail on each rank. The round's gradients are summed once, before the step, which all ranks make."""
 
     def step(self, round_: int, total_weight: float) -> StepStatistics:
-        """As that of one process, on the sum of all ranks' gradients."""
+        """Make the step of one process, on the sum of all ranks' gradients."""
         values = self.parameters.values()
+        # A rank without a batch has no gradient yet, and takes part in the sum with zeros.
         for value in values:
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
@@ -97,7 +105,7 @@ class Replica(RankTrainer):
         return super().step(round_, total_weight)
 
 
-class Shard(RankTrainer):
+class ShardedTrainer(RankTrainer):
     """A part of every tensor, of its gradient and of its optimizer state. A block is whole while it is computed.
 
     Every forward and backward is one of all ranks together: a rank that has nothing to do runs an empty batch.
@@ -105,7 +113,7 @@ class Shard(RankTrainer):
 
     is_in_step = True
 
-    def _place(self, tail: Tail) -> Tail:
+    def _place_tail(self, tail: Tail) -> Tail:
         if self.device.type == "cpu":
             keep_heap_small(LARGE_BYTES)
         # A CPU's norms refuse weights of a smaller type than what they work on; a GPU's autocast casts them back, but
@@ -113,10 +121,12 @@ class Shard(RankTrainer):
         is_half = self.config.tail.precision == "bfloat16" and self.device.type != "cpu"
         is_half &= not self.config.subtracts_losses
         half = torch.bfloat16 if is_half else None
+
         # OPT's blocks return a view, of which FSDP warns; nothing works on it in place.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
         # Autocast decides what is computed in which type; the policy has the weights travel in the smaller one.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
         for module in self._units(tail):
             shard = fully_shard(module, mesh=self.group.meshes[self.device.type], mp_policy=policy)
             # A sum instead of an average, which gloo does not have.
@@ -125,49 +135,58 @@ class Shard(RankTrainer):
         return tail
 
     def _units(self, tail: Tail) -> Iterator[nn.Module]:
-        """What is whole at one time, from the inside out: a block; on CPUs, where to send much at once gains nothing,
-        a large part of one. Several times as much is needed while it travels and its gradients are summed."""
+        """Yield what is whole at one time, from the inside out: a block, and on CPUs also a large part of one.
+
+        Several times as much is needed while it travels and its gradients are summed. On CPUs to send much at once
+        gains nothing.
+        """
         for block in block_list(tail):
             if self.device.type == "cpu":
                 yield from (part for part in block.children() if 8 * _size(part) >= _size(block))
             yield block
         yield tail
 
-    def train(self, batches: Sequence[BatchArrays], order: words.Train) -> list[Any]:
-        """Forward and backward through this rank's batches, and through empty ones until all ranks are done."""
-        self._passes = 0
-        results = super().train(batches, order)
+    def train_share(self, batches: Sequence[BatchArrays], order: commands.Train) -> list[Any]:
+        """Do forward and backward through this rank's batches, and through empty ones until all ranks are done."""
+        self._passes = 0  # counted by `_train_part`
+        results = super().train_share(batches, order)
         while self._passes < order.passes:
             with contextlib.suppress(NotFiniteError):
-                self._pass(self._empty(order.wants_cut_gradient), 0.0)
+                self._train_part(self._empty(order.wants_cut_gradient), 0.0)
         return results
 
-    def look(self, batches: Sequence[BatchArrays], order: words.Evaluate) -> list[Any]:
-        """Forward alone, and through empty batches until all ranks are done."""
-        self._passes = 0
-        results = super().look(batches, order)
+    def evaluate_share(self, batches: Sequence[BatchArrays], order: commands.Evaluate) -> list[Any]:
+        """Do the forward alone, and through empty batches until all ranks are done."""
+        self._passes = 0  # counted as they are made
+        results = super().evaluate_share(batches, order)
         while self._passes < order.passes:
-            self._look(self._empty())
+            self._evaluate_part(self._empty())
         return results
 
-    def _pass(self, part: MicroBatch, weight: float) -> objectives.Score:
-        """One forward and backward. All ranks run the backward, or none does."""
+    def _train_part(self, part: MicroBatch, weight: float) -> objectives.Score:
+        """Do one forward and backward. All ranks run the backward, or none does.
+
+        Where some rank's loss is no number, that rank scores an empty batch instead, and all go on from this second
+        forward; where its loss is no number either, the tail has diverged, and nobody goes backward.
+        """
         self._passes += 1
         score = self._score(part)
         is_finite = math.isfinite(score.loss.item())
         if self.group.is_true_everywhere(is_finite):
             torch.autograd.backward(score.loss * (weight * part.share))
             return score
+
         again = self._score(part if is_finite else self._empty(part.h_TD.requires_grad))
         if not self.group.is_true_everywhere(math.isfinite(again.loss.item())):
             self._unwrap().reshard()
             raise NotFiniteError("the tail's loss", math.nan)
+
         torch.autograd.backward(again.loss * (weight * part.share if is_finite else 0.0))
         return require_finite(score)
 
-    def _look(self, part: MicroBatch) -> objectives.Score:
+    def _evaluate_part(self, part: MicroBatch) -> objectives.Score:
         self._passes += 1
-        score = super()._look(part)
+        score = super()._evaluate_part(part)
         # The outermost part stays whole after a forward, for a backward that does not come.
         self._unwrap().reshard()
         return score
@@ -177,7 +196,7 @@ class Shard(RankTrainer):
         return self.tail
 
     def _empty(self, wants_cut_gradient: bool = False) -> MicroBatch:
-        """An example of zeros: what it computes is finite wherever the tail is, and counts for nothing.
+        """Make an example of zeros: what it computes is finite wherever the tail is, and counts for nothing.
 
         Its gradient takes the way of the others', so that the ranks reduce in the same order.
         """
@@ -207,18 +226,18 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-_TRAINERS: dict[str, type[RankTrainer]] = {"shard": Shard, "replicate": Replica}
+_TRAINERS: dict[str, type[RankTrainer]] = {"shard": ShardedTrainer, "replicate": ReplicatedTrainer}
 
 
 def load_part(group: Group, bundle: Path, manifest: Manifest, config: RunConfig) -> RankTrainer:
-    """This rank's part of a tail, as `tail.ranks` has it. Raises what TailTrainer raises."""
+    """Load this rank's part of a tail, as `tail.ranks` has it. Raises what TailTrainer raises."""
     return _TRAINERS[config.tail.ranks](group, bundle, manifest, config)
 
 
-class Passing(Mapping[str, Tensor]):
+class BroadcastTensors(Mapping[str, Tensor]):
     """Tensors that rank 0 has and all others get, each when it is asked for; all ask in the same order."""
 
-    def __init__(self, entries: Sequence[words.Entry], tensors: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, entries: Sequence[commands.Entry], tensors: Mapping[str, Tensor] | None) -> None:
         self._shapes, self._tensors = {entry.name: entry.shape for entry in entries}, tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -234,5 +253,5 @@ class Passing(Mapping[str, Tensor]):
 
 
 def digest_of(manifest: Manifest) -> str:
-    """SHA-256 of a manifest: all ranks must have the same bundle."""
+    """Make the SHA-256 of a manifest: all ranks must have the same bundle."""
     return hashlib.sha256(encode_manifest(manifest)).hexdigest()

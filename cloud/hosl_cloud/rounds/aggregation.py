@@ -25,12 +25,13 @@ def aggregate(
     trim: float = 0.0,
     clip: float = 0.0,
 ) -> Doubles:
-    """v̄ [P] of the devices' v [P], each number by itself; one that a device lacks is NaN, and zero where all lack it.
+    """Average the devices' v [P] to v̄ [P], each number by itself; one that a device lacks is NaN, zero where all do.
 
     `clip` above 0 first limits a number to `clip` times the median magnitude of its direction; `trim` is the share of
     devices that a trimmed mean drops at either end. The order of `values` does not matter for the result's bits.
     """
-    names = sorted(values)
+    names = sorted(values)  # and fsum below: the sum's bits depend on neither order nor rounding on the way
+
     v_KP = np.stack([values[name] for name in names])
     w_K = np.array([weights[name] for name in names])
     return np.array([_aggregate_one(v_K, w_K, kind, trim, clip) for v_K in v_KP.T])
@@ -41,9 +42,11 @@ def _aggregate_one(v_K: Doubles, w_K: Doubles, kind: Aggregation, trim: float, c
     v_K, w_K = v_K[is_there], w_K[is_there]
     if not v_K.size:
         return 0.0
+
     if clip > 0.0:
         limit = clip * float(np.median(np.abs(v_K)))
         v_K = np.clip(v_K, -limit, limit)
+
     order = np.argsort(v_K, kind="stable")
     if kind == "median":
         return _weighted_median(v_K[order], w_K[order])
@@ -54,7 +57,7 @@ def _aggregate_one(v_K: Doubles, w_K: Doubles, kind: Aggregation, trim: float, c
 
 
 def _weighted_median(v_K: Doubles, w_K: Doubles) -> float:
-    """Where half of the weight is reached; half way between two numbers where it is reached exactly between them."""
+    """Find where half of the weight is reached: half way between two numbers where exactly between them."""
     share_K = np.cumsum(w_K) / w_K.sum()
     low = int(np.searchsorted(share_K, 0.5 - 1e-12))
     is_between = abs(float(share_K[low]) - 0.5) < 1e-12 and low + 1 < v_K.size

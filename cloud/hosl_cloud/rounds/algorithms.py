@@ -1,7 +1,16 @@
 """A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
 
-HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client. Devices are dealt with as they answer. In a
-strict run gradients accumulate in the order of `RoundContext.devices`, and a round counts only with all of them.
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, in the table `ROUNDS`; their device's side is
+in hosl_edge/step.py. Fleet.drive runs a generator on the compute thread. Devices are dealt with as they answer. In a
+strict run gradients accumulate in the order of `CloudRound.devices`.
+
+A round is void, and its generator returns None, where
+
+- fewer devices' batches than the quorum reached the tail (`_take_anchors`): they were late, left, or were refused;
+- the gradient that they add up to is not finite (`_step`);
+- in a strict run, where the quorum is all of them, one device lacks its projections (HO-SFL) or a probe (HOSL).
+
+Then no weight has changed anywhere, and the Coordinator starts the round again as another attempt.
 """
 
 from __future__ import annotations
@@ -20,11 +29,11 @@ from hosl_cloud.rounds.exchange import (
     Action,
     Ask,
     BatchArrays,
+    CloudRound,
     Doubles,
     Exchange,
     Fault,
     Floats,
-    RoundContext,
     Tell,
     batch_of,
     blame,
@@ -49,8 +58,8 @@ FLOAT16_EXPONENT = 15
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a round came to."""
+class RoundResult:
+    """A round that counts: what it does to the devices' weights, and its figures."""
 
     update: UpdateRecord
     loss: float
@@ -59,27 +68,30 @@ class Outcome:
     """Who took part in the tail's step."""
 
 
-def ho_sfl_round(context: RoundContext) -> Exchange[Outcome | None]:
+def ho_sfl_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """HO-SFL steps 1 to 4: train the tail on every Anchor, hand λ_m back, average the projections."""
     yield from context.start()
-    part = yield from _take_anchors(context, wants_cut_gradient=True)
-    if part is None:
+    contributors = yield from _take_anchors(context, wants_cut_gradient=True)
+    if contributors is None:
         return None
+
     # Devices probe while the tail makes its step; a strict round may still be void, and steps when it is whole.
-    if not (context.config.strict or _step(context, part)):
+    if not (context.config.strict or _step(context, contributors)):
         return None
-    projections = yield from _take_projections(context, part)
-    if context.config.strict and not (len(projections) == context.quorum and _step(context, part)):
+
+    projections = yield from _take_projections(context, contributors)
+    if context.config.strict and not (len(projections) == context.quorum and _step(context, contributors)):
         context.trainer.discard()
         return None
-    averages = context.combine(projections, part.weights)
-    return part.outcome(context, averages / (context.config.directions * context.config.probe_step))
+
+    averages = context.combine(projections, contributors.weights)
+    return contributors.outcome(context, averages / (context.config.directions * context.config.probe_step))
 
 
-def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, Doubles]]:
-    """v_m [P] of each device that sent numbers one can believe."""
+def _take_projections(context: CloudRound, contributors: _Contributors) -> Exchange[dict[str, Doubles]]:
+    """Take v_m [P] of each contributor; one that sends none, or numbers that cannot be, is left out of the average."""
     projections = {}
-    asks = [Ask(device, Projections, context.round) for device in part.weights]
+    asks = [Ask(device, Projections, context.round) for device in contributors.weights]
     while asks:
         ask, frame = yield from first(asks)
         if frame is None:
@@ -90,6 +102,7 @@ def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, 
                 extra={"device": ask.device},
             )
             continue
+
         values = frame.tensors["projections"].astype(np.float64)
         if not np.abs(values).max() < LARGEST_PROJECTION:
             yield Fault(ask.device, "projections that are not finite, or absurd")
@@ -99,22 +112,24 @@ def _take_projections(context: RoundContext, part: _Part) -> Exchange[dict[str, 
     return projections
 
 
-def hosl_round(context: RoundContext) -> Exchange[Outcome | None]:
+def hosl_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
     yield from context.start()
     probed = yield from _take_probes(context)
     if context.config.strict and len(probed.present) < context.quorum:
         return None
     estimates = _hosl_estimates(probed, context)
-    part = yield from _take_anchors(
+    contributors = yield from _take_anchors(
         context, wants_cut_gradient=False, devices=probed.present, midpoints=probed.midpoints(context.config)
     )
-    return part.outcome(context, estimates) if part is not None and _step(context, part) else None
+    return (
+        contributors.outcome(context, estimates) if contributors is not None and _step(context, contributors) else None
+    )
 
 
 @dataclass
 class _Probed:
-    """What the probes of a HOSL round came to."""
+    """The losses of a HOSL round's probes."""
 
     losses: dict[tuple[str, int, int], float] = field(default_factory=dict)
     """By device, direction and sign; NaN where the tail's loss is no number."""
@@ -124,16 +139,17 @@ class _Probed:
     """Who sent every probe, in the order of the round's devices."""
 
     def midpoints(self, config: RunConfig) -> dict[str, BatchArrays] | None:
-        """What stands for the Anchors of a run with the midpoint anchor."""
+        """Average each device's probes, which stand for its Anchor in a run with the midpoint anchor; else None."""
         return {device: self.means[device].take() for device in self.present} if config.anchor == "midpoint" else None
 
 
-def _take_probes(context: RoundContext) -> Exchange[_Probed]:
+def _take_probes(context: CloudRound) -> Exchange[_Probed]:
     """Evaluate every device's probes as they come; each device goes on at its own pace."""
     points = [(direction, sign) for direction in range(context.config.directions) for sign in (+1, -1)]
     probed = _Probed()
     done = dict.fromkeys(context.devices, 0)
     asks = [Ask(device, Probe, context.round, *points[0]) for device in context.devices]
+
     while asks:
         answers = yield from first_few(asks, context.trainer.at_once)
         for ask, frame, score in (yield from evaluate_batches(context, answers)):
@@ -142,12 +158,13 @@ def _take_probes(context: RoundContext) -> Exchange[_Probed]:
             done[ask.device] += 1
             if done[ask.device] < len(points):
                 asks.append(Ask(ask.device, Probe, context.round, *points[done[ask.device]]))
+
     probed.present = [device for device in context.devices if done[device] == len(points)]
     return probed
 
 
 def _note_probe(
-    context: RoundContext, ask: Ask, frame: Frame, loss: float, probed: _Probed
+    context: CloudRound, ask: Ask, frame: Frame, loss: float, probed: _Probed
 ) -> Generator[Action, None, bool]:
     """Note a probe's loss and tell it; False where the device is out of the round."""
     assert ask.direction is not None
@@ -160,6 +177,8 @@ def _note_probe(
         except BatchError as error:
             yield refuse(ask.device, error)
             return False
+
+    # A loss that is no number is told like any other: the device goes on, and the estimate leaves it out.
     probed.losses[ask.device, ask.direction, ask.sign] = loss
     assert isinstance(frame.message, Probe)
     reply = ProbeLoss(**context.name(frame.message.id), direction=ask.direction, sign=+1 if ask.sign > 0 else -1)
@@ -168,14 +187,14 @@ def _note_probe(
 
 
 class _MeanBatch:
-    """Mean of a device's probes: the same batch each time, at weights around θ."""
+    """The mean of a device's probes: the same batch each time, at weights around θ."""
 
     def __init__(self) -> None:
         self._sum: BatchArrays | None = None
         self._count = 0
 
     def add(self, batch: BatchArrays) -> None:
-        """Raises BatchError where the batch is not that of the first probe."""
+        """Add a probe's batch. Raises BatchError where it is not that of the first probe."""
         self._count += 1
         if self._sum is None:
             self._sum = batch[0].copy(), batch[1], batch[2]
@@ -186,16 +205,17 @@ class _MeanBatch:
         activations += batch[0]
 
     def take(self) -> BatchArrays:
-        """The mean."""
+        """Divide by the count, and give the mean away: it is asked for once."""
         assert self._sum is not None
         activations, lengths, labels = self._sum
         activations /= np.float32(self._count)
         return activations, lengths, labels
 
 
-def _hosl_estimates(probed: _Probed, context: RoundContext) -> Doubles:
+def _hosl_estimates(probed: _Probed, context: CloudRound) -> Doubles:
     """g_q = (loss⁺ − loss⁻) / (2εQ) [Q], each over the devices that sent both signs and whose losses are finite."""
     config = context.config
+    # NaN where a sign is missing; the average leaves it out.
     differences = {
         device: np.array(
             [
@@ -205,28 +225,35 @@ def _hosl_estimates(probed: _Probed, context: RoundContext) -> Doubles:
         )
         for device in probed.weights
     }
+
     return context.combine(differences, probed.weights) / (2.0 * config.probe_step * config.directions)
 
 
-def frozen_round(context: RoundContext) -> Exchange[Outcome | None]:
+def frozen_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """The control: only the tail trains; nothing but the round's end goes back."""
     yield from context.start()
-    part = yield from _take_anchors(context, wants_cut_gradient=False)
-    return part.outcome(context, np.zeros(0)) if part is not None and _step(context, part) else None
+    contributors = yield from _take_anchors(context, wants_cut_gradient=False)
+    return (
+        contributors.outcome(context, np.zeros(0))
+        if contributors is not None and _step(context, contributors)
+        else None
+    )
 
 
-RoundFunction: TypeAlias = Callable[[RoundContext], Exchange[Outcome | None]]
+RoundFunction: TypeAlias = Callable[[CloudRound], Exchange[RoundResult | None]]
+"""None: the round is void."""
 
 ROUNDS: dict[str, RoundFunction] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
     "frozen": frozen_round,
 }
+"""By `algorithm` in run.toml; hosl_edge/step.py has the table of the same names for devices."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Who takes part in the tail's step, with which weights, and their losses."""
+class _Contributors:
+    """The devices whose gradients are in the tail's step, with their weights and losses."""
 
     weights: dict[str, float]
     losses: dict[str, float]
@@ -236,15 +263,19 @@ class _Part:
         """Sum of the weights."""
         return math.fsum(self.weights.values())
 
-    def outcome(self, context: RoundContext, estimates: Doubles) -> Outcome:
-        """`estimates` [P] are the coefficients of the client's gradient estimate Σ_p estimate_p · z_p."""
+    def outcome(self, context: CloudRound, estimates: Doubles) -> RoundResult:
+        """Make the round's result of `estimates` [P], the coefficients of the estimate Σ_p estimate_p · z_p."""
         update = make_update(context, estimates)
         loss = math.fsum(weight * self.losses[device] for device, weight in self.weights.items()) / self.total
-        return Outcome(update, loss, tuple(device for device in context.devices if device in self.weights))
+        return RoundResult(update, loss, tuple(device for device in context.devices if device in self.weights))
 
 
-def make_update(context: RoundContext, estimates: Doubles) -> UpdateRecord:
-    """What the estimate Σ_p estimate_p · z_p does; a number beyond float32 becomes infinite, and nobody is told it."""
+def make_update(context: CloudRound, estimates: Doubles) -> UpdateRecord:
+    """Make the update of the estimate Σ_p estimate_p · z_p, of `estimates` [P], at the round's scheduled rate.
+
+    With AdamW the devices apply the rate themselves. A number beyond float32 becomes infinite, and nobody is told it
+    (Coordinator._bounded).
+    """
     optimizer = context.config.client
     rate = scheduled_rate(optimizer, context.round, context.config.rounds)
     with np.errstate(over="ignore"):
@@ -252,10 +283,10 @@ def make_update(context: RoundContext, estimates: Doubles) -> UpdateRecord:
     return UpdateRecord(context.round, coefficients, rate)
 
 
-def _step(context: RoundContext, part: _Part) -> bool:
-    """One first-order step of the tail on Σ w_m grad_m; False where its gradient is not finite."""
+def _step(context: CloudRound, contributors: _Contributors) -> bool:
+    """Make one first-order step of the tail on Σ w_m grad_m; False, which voids the round, where that is not finite."""
     try:
-        context.trainer.step(context.round, part.total)
+        context.trainer.step(context.round, contributors.total)
     except RoundSpoiltError as error:
         log.warning("round %d: the tail makes no step: %s", context.round, error)
         return False
@@ -263,18 +294,19 @@ def _step(context: RoundContext, part: _Part) -> bool:
 
 
 def _take_anchors(
-    context: RoundContext,
+    context: CloudRound,
     *,
     wants_cut_gradient: bool,
     devices: Sequence[str] | None = None,
     midpoints: Mapping[str, BatchArrays] | None = None,
-) -> Exchange[_Part | None]:
+) -> Exchange[_Contributors | None]:
     """Add up Σ w_m grad_m over the devices' Anchors; None, and no gradient, where fewer came than the quorum.
 
     `midpoints` stand for the devices' Anchors where they send none.
     """
-    part = _Part({}, {})
+    contributors = _Contributors({}, {})
     asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
+
     while asks:
         if midpoints is not None:
             uploads = [_Upload(ask.device, midpoints[ask.device]) for ask in asks[: context.trainer.at_once]]
@@ -284,17 +316,20 @@ def _take_anchors(
             uploads = [
                 _Upload(ask.device, batch_of(frame), frame.message) for ask, frame in answers if frame is not None
             ]
-        yield from _backpropagate(context, uploads, part, wants_cut_gradient)
-    if not part.weights or len(part.weights) < context.quorum:
-        if part.weights:
-            log.warning("round %d: %d devices of a quorum of %d", context.round, len(part.weights), context.quorum)
+        yield from _backpropagate(context, uploads, contributors, wants_cut_gradient)
+
+    if not contributors.weights or len(contributors.weights) < context.quorum:
+        if contributors.weights:
+            log.warning(
+                "round %d: %d devices of a quorum of %d", context.round, len(contributors.weights), context.quorum
+            )
         context.trainer.discard()
         return None
-    return part
+    return contributors
 
 
-def _next_answers(context: RoundContext, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
-    """As many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
+def _next_answers(context: CloudRound, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
+    """Take as many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
     if not context.config.strict:
         return (yield from first_few(asks, context.trainer.at_once))
     answers = []
@@ -319,12 +354,14 @@ class _Upload:
 
 
 def _backpropagate(
-    context: RoundContext, uploads: Sequence[_Upload], part: _Part, wants_cut_gradient: bool
+    context: CloudRound, uploads: Sequence[_Upload], contributors: _Contributors, wants_cut_gradient: bool
 ) -> Generator[Action, None, None]:
     """Add devices' gradients to the round's, and send each its λ."""
     weights = [context.weight(upload.batch) for upload in uploads]
     batches = [upload.batch for upload in uploads]
     results = context.trainer.forward_backward_many(batches, weights, wants_cut_gradient=wants_cut_gradient)
+
+    # Whatever happens to a batch its device is told, for it waits for λ.
     spoilt = [result for result in results if isinstance(result, RoundSpoiltError)]
     for upload, weight, result in zip(uploads, weights, results, strict=True):
         device, extra = upload.device, {"device": upload.device}
@@ -339,24 +376,26 @@ def _backpropagate(
         elif spoilt:
             yield from upload.leave_out("the gradients that it was added to are not finite")
         else:
-            part.weights[device], part.losses[device] = weight, result.loss
+            contributors.weights[device], contributors.losses[device] = weight, result.loss
             if wants_cut_gradient:
                 yield _cut_gradient(context, device, result)
+
     if spoilt:
         # What the devices before, and with, this one added goes too; those after it can still make the step.
         context.trainer.discard()
-        part.weights.clear()
-        part.losses.clear()
+        contributors.weights.clear()
+        contributors.losses.clear()
 
 
-def _cut_gradient(context: RoundContext, device: str, result: Any) -> Tell:
+def _cut_gradient(context: CloudRound, device: str, result: Any) -> Tell:
+    """Put λ [T, D] and the loss of a device's batch on their way back to it."""
     lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
     tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
     return Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
 
 
 def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:
-    """λ / 2^e and e: in float16 a mean loss's gradient would underflow, so its largest entry goes to the top."""
+    """Scale λ to λ / 2^e, with e: in float16 a mean loss's gradient would underflow, so its largest goes to the top."""
     if wire_dtype != "float16":
         return lambda_TD, 0
     largest = float(np.abs(lambda_TD).max())

@@ -1,4 +1,8 @@
-"""An evaluation round: the tail scores the devices' held-out data."""
+"""An evaluation round: the tail scores the devices' held-out data.
+
+A generator like those of rounds/algorithms.py, driven the same way. It changes no weights, so it is never void: devices
+that did not send all they promised are left out of the score.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.rounds.exchange import (
     Action,
     Ask,
+    CloudRound,
     Exchange,
     Fault,
-    RoundContext,
     Tell,
     batch_of,
     blame,
@@ -36,8 +40,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Part:
-    """What a device has sent of its held-out data, and what it scored."""
+class _Progress:
+    """How far a device has come with sending its held-out data, and what it scored."""
 
     promised: int
     """Examples, by its Ready: neither more nor fewer count."""
@@ -48,12 +52,12 @@ class _Part:
     """Right, and out of how many."""
     is_complete: bool = False
     is_at_fault: bool = False
-    """It did what no working device does; one that left, or is slow, did not."""
+    """Whether it did what no working device does; one that left, or is slow, did not."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What an evaluation came to."""
+class EvaluationResult:
+    """The score, and who was left out of it."""
 
     evaluation: Evaluation | None
     """None where nobody sent all of its own."""
@@ -62,8 +66,8 @@ class Evaluated:
 
 
 def evaluate(
-    context: RoundContext, examples: Mapping[str, int], digests: Mapping[str, str] | None = None
-) -> Exchange[Evaluated]:
+    context: CloudRound, examples: Mapping[str, int], digests: Mapping[str, str] | None = None
+) -> Exchange[EvaluationResult]:
     """Score the held-out data of `context.devices`, a batch of each in turn.
 
     `examples` is how many each device of the run has by its own word, those that are away too, and `digests` is of
@@ -72,80 +76,93 @@ def evaluate(
     """
     for device in context.devices:
         yield Tell(device, EvalStart(**context.name(0)))
-    parts = {device: _Part(examples[device]) for device in context.devices}
+    progress_of = {device: _Progress(examples[device]) for device in context.devices}
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
+
     while asks:
         answers = yield from first_few(asks, context.trainer.at_once)
-        fitting = yield from _count(answers, parts)
+        fitting = yield from _count(answers, progress_of)
         scored = yield from evaluate_batches(context, fitting)
+
         for ask, _ in fitting:  # those that were refused do not come back
-            parts[ask.device].is_at_fault = ask.device not in {each.device for each, _, _ in scored}
+            progress_of[ask.device].is_at_fault = ask.device not in {each.device for each, _, _ in scored}
         for ask, frame, result in scored:
-            if (yield from _note(context, ask, frame, result, parts[ask.device])):
+            if (yield from _note(context, ask, frame, result, progress_of[ask.device])):
                 asks.append(ask)
-    unfinished = frozenset(name for name, part in parts.items() if not part.is_complete)
-    return Evaluated(_pooled(context, parts, examples, digests), unfinished)
+
+    unfinished = frozenset(name for name, progress in progress_of.items() if not progress.is_complete)
+    return EvaluationResult(_pool(context, progress_of, examples, digests), unfinished)
 
 
 def _count(
-    answers: Sequence[tuple[Ask, Frame | None]], parts: Mapping[str, _Part]
+    answers: Sequence[tuple[Ask, Frame | None]], progress_of: Mapping[str, _Progress]
 ) -> Generator[Action, None, list[tuple[Ask, Frame]]]:
-    """The answers that came of devices that keep to what they promised; the others are refused."""
+    """Count what came, and keep the answers of devices that keep to what they promised; the others are refused."""
     fitting = []
     for ask, frame in answers:
         if frame is None:
             continue
-        part = parts[ask.device]
+        progress = progress_of[ask.device]
         assert isinstance(frame.message, EvalBatch)
-        part.sent += len(frame.tensors["lengths"])
-        is_short = frame.message.last and part.sent < part.promised
-        if not is_short and part.sent <= part.promised:
+        progress.sent += len(frame.tensors["lengths"])
+        is_short = frame.message.last and progress.sent < progress.promised
+        if not is_short and progress.sent <= progress.promised:
             fitting.append((ask, frame))
             continue
-        part.is_at_fault = True
+
+        progress.is_at_fault = True
         problem = f"{'fewer' if is_short else 'more'} held-out examples than it said it has"
         yield Fault(ask.device, problem)
-        got = f"{part.sent} with the last batch" if is_short else f"{part.sent} so far"
-        yield Tell(ask.device, break_off(f"{problem}: ready with {part.promised}, got {got}"))
+        got = f"{progress.sent} with the last batch" if is_short else f"{progress.sent} so far"
+        yield Tell(ask.device, break_off(f"{problem}: ready with {progress.promised}, got {got}"))
     return fitting
 
 
-def _note(context: RoundContext, ask: Ask, frame: Frame, result: Any, part: _Part) -> Generator[Action, None, bool]:
+def _note(
+    context: CloudRound, ask: Ask, frame: Frame, result: Any, progress: _Progress
+) -> Generator[Action, None, bool]:
     """Note a batch's score and tell it; True where the device is to send another."""
     assert isinstance(frame.message, EvalBatch)
     if not math.isfinite(result.loss):
-        part.is_at_fault = not is_finite(batch_of(frame))
+        progress.is_at_fault = not is_finite(batch_of(frame))
         yield leave_out(ask.device, frame.message, result.why)
         return False
-    part.losses.append(result.loss * result.scored)
-    part.scores.append((result.correct, result.scored))
-    part.is_complete = frame.message.last
+
+    progress.losses.append(result.loss * result.scored)
+    progress.scores.append((result.correct, result.scored))
+    progress.is_complete = frame.message.last
     reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
     yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
-    return not part.is_complete
+    return not progress.is_complete
 
 
-def _pooled(
-    context: RoundContext, parts: Mapping[str, _Part], examples: Mapping[str, int], digests: Mapping[str, str] | None
+def _pool(
+    context: CloudRound,
+    progress_of: Mapping[str, _Progress],
+    examples: Mapping[str, int],
+    digests: Mapping[str, str] | None,
 ) -> Evaluation | None:
-    complete = {device: part for device, part in parts.items() if part.is_complete}
-    scores = [score for part in complete.values() for score in part.scores]
+    """Pool the scores of the devices that sent all; None where nothing was scored."""
+    complete = {device: progress for device, progress in progress_of.items() if progress.is_complete}
+    scores = [score for progress in complete.values() for score in progress.scores]
     correct, scored = (sum(each) for each in zip(*scores, strict=True)) if scores else (0, 0)
     if not scored:
         return None
+
     return Evaluation(
         context.round,
-        math.fsum(loss for part in complete.values() for loss in part.losses) / scored,
+        math.fsum(loss for progress in complete.values() for loss in progress.losses) / scored,
         correct,
         scored,
-        examples=sum(part.promised for part in complete.values()),
-        of_examples=sum(examples.values()) - sum(part.promised for part in parts.values() if part.is_at_fault),
+        examples=sum(progress.promised for progress in complete.values()),
+        of_examples=sum(examples.values())
+        - sum(progress.promised for progress in progress_of.values() if progress.is_at_fault),
         held_out="" if digests is None else _digest_of({device: digests[device] for device in complete}),
     )
 
 
 def _digest_of(held_out: Mapping[str, str]) -> str:
-    """One digest of several devices' held-out data."""
+    """Make one digest of several devices' held-out data: scores of the same digest can be compared."""
     return hashlib.sha256(msgspec.json.encode(sorted(held_out.items()))).hexdigest()
 
 
@@ -160,11 +177,12 @@ class _NotFinite:
 
 
 def evaluate_batches(
-    context: RoundContext, answers: Sequence[tuple[Ask, Frame | None]]
+    context: CloudRound, answers: Sequence[tuple[Ask, Frame | None]]
 ) -> Generator[Action, None, list[tuple[Ask, Frame, Any]]]:
-    """The answers that came, each with the tail's score; a device whose batch contradicts itself is refused."""
+    """Score the answers that came, a batch [T, D] each; a device whose batch contradicts itself is refused."""
     came = [(ask, frame) for ask, frame in answers if frame is not None]
     scores = context.trainer.evaluate_many([batch_of(frame) for _, frame in came])
+
     scored: list[tuple[Ask, Frame, Any]] = []
     for (ask, frame), score in zip(came, scores, strict=True):
         if isinstance(score, BatchError):

@@ -1,5 +1,9 @@
 """How a round talks to devices: what its generators yield to their driver, and what they know of the round.
 
+A generator yields a Tell or a Fault, and goes on at once, or an Await, and is sent the Answer. Fleet.drive
+(runs/fleet.py) does what it asks for. A batch of activations is a frame up to `batch_of`, and BatchArrays from there to
+the tail (tail/trainer.py).
+
 Shapes: T tokens of a batch without padding, D width of the cut layer, B examples, N labels, P directions.
 """
 
@@ -37,7 +41,7 @@ class Tell:
 
 
 class Shared(dict[str, npt.NDArray[Any]]):
-    """Tensors of a message that goes to many devices: it is encoded once."""
+    """The tensors of a message that goes to many devices: it is encoded once, by whichever Peer sends it first."""
 
     pieces: tuple[Piece, ...] | None = None
     """The frame, once somebody has made it."""
@@ -45,7 +49,7 @@ class Shared(dict[str, npt.NDArray[Any]]):
 
 @dataclass
 class Tally:
-    """What went over the wire of a run, both ways."""
+    """The bytes that went over the wire of a run, both ways."""
 
     wire_bytes: int = 0
 
@@ -72,12 +76,12 @@ class Await:
 
     asks: tuple[Ask, ...]
     waits: bool = True
-    """False: only what is there already, or no answer at all."""
+    """False: take only what is there already, and else answer None at once."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one of the asks: its frame, or None where the device is late or gone."""
+    """The answer to one of the asks: its frame, or None where the device is late or gone."""
 
     ask: Ask
     frame: Frame | None
@@ -94,7 +98,7 @@ class Fault:
 T = TypeVar("T")
 Action: TypeAlias = Tell | Await | Fault
 Exchange: TypeAlias = Generator[Action, Answer | None, T]
-"""A conversation with devices that comes to a T."""
+"""A conversation with devices that returns a T."""
 
 
 class Trainer(Protocol):
@@ -107,18 +111,18 @@ class Trainer(Protocol):
     def forward_backward_many(
         self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
     ) -> Sequence[Any]:
-        """What came of each: a StepResult, or the BatchError or NotFiniteError that left it out."""
+        """Train on each batch: its StepResult, or the BatchError or NotFiniteError that left it out."""
 
     def evaluate_many(self, batches: Sequence[BatchArrays]) -> Sequence[Any]:
-        """What came of each: an EvalScore, or the BatchError or NotFiniteError."""
+        """Score each batch: its EvalScore, or the BatchError or NotFiniteError."""
 
     def step(self, round_: int, total_weight: float) -> Any: ...
 
     def discard(self) -> None: ...
 
 
-class TailHolder(Trainer, Protocol):
-    """What the course of a run and its checkpoints need of the tail."""
+class StatefulTrainer(Trainer, Protocol):
+    """What the course of a run and its checkpoints need of the tail, beyond what a round needs."""
 
     @property
     def head_rows(self) -> tuple[int, ...]: ...
@@ -136,8 +140,8 @@ class TailHolder(Trainer, Protocol):
 
 
 @dataclass(frozen=True)
-class RoundContext:
-    """What a round needs to know."""
+class CloudRound:
+    """What a round's generator on the cloud needs to know; a device's is hosl_edge/step.py's."""
 
     run: str
     epoch: int
@@ -150,11 +154,14 @@ class RoundContext:
     """Grows with every start, so that what is under way of a former one is told from this one's."""
 
     def name(self, id_: int) -> dict[str, Any]:
-        """The fields that name a message of this round."""
+        """Give the fields that name a message of this round (specification: A round's messages)."""
         return {"run": self.run, "epoch": self.epoch, "round": self.round, "attempt": self.attempt, "id": id_}
 
     def weight(self, batch: BatchArrays) -> float:
-        """w_m before it is divided by the sum of all; never more than the run's batch size, which the codec checks."""
+        """Weigh a device's batch: w_m before it is divided by the sum of all.
+
+        Never more than the run's batch size, which the codec checks.
+        """
         return float(batch[1].size) if self.config.devices.weighting == "examples" else 1.0
 
     @property
@@ -169,7 +176,7 @@ class RoundContext:
             yield Tell(device, RoundStart(**self.name(0), deadline_s=limit_s))
 
     def combine(self, values: Mapping[str, Doubles], weights: Mapping[str, float]) -> Doubles:
-        """The run's average over devices of numbers [P]; zeros where no device has any."""
+        """Average numbers [P] over devices as the run's settings say; zeros where no device has any."""
         devices = self.config.devices
         if not values:
             return np.zeros(self.config.directions)
@@ -177,7 +184,7 @@ class RoundContext:
 
 
 def first(asks: list[Ask]) -> Exchange[tuple[Ask, Frame | None]]:
-    """The first answer to any of `asks`, which is then taken off the list."""
+    """Wait for the first answer to any of `asks`, which is then taken off the list."""
     answer = yield Await(tuple(asks))
     assert answer is not None
     asks.remove(answer.ask)
@@ -185,7 +192,7 @@ def first(asks: list[Ask]) -> Exchange[tuple[Ask, Frame | None]]:
 
 
 def first_few(asks: list[Ask], most: int) -> Exchange[list[tuple[Ask, Frame | None]]]:
-    """The first answer to any of `asks`, and those that are there with it; all are taken off the list."""
+    """Wait for the first answer to any of `asks`, and take up to `most` that are there by then; off the list."""
     taken = [(yield from first(asks))]
     while asks and len(taken) < most:
         answer = yield Await(tuple(asks), waits=False)
@@ -202,7 +209,7 @@ def is_finite(batch: BatchArrays) -> bool:
 
 
 def blame(device: str, batch: BatchArrays, error: NotFiniteError) -> Generator[Fault, None, str]:
-    """Why a batch cannot be used, for its device; its activations are its fault, a tail that diverged is not."""
+    """Say why a batch cannot be used, for its device; its activations are its fault, a tail that diverged is not."""
     if is_finite(batch):
         return f"{error.what} is {error.value} though its activations are finite: the cloud's tail has diverged"
     yield Fault(device, "activations that are not finite")
@@ -210,6 +217,7 @@ def blame(device: str, batch: BatchArrays, error: NotFiniteError) -> Generator[F
 
 
 def refuse(device: str, error: BatchError) -> Tell:
+    """End the connection of a device whose batch contradicts itself."""
     log.warning("device %s is refused: %s", device, error, extra={"device": device})
     return Tell(device, break_off(str(error)))
 
@@ -220,15 +228,16 @@ def leave_out(device: str, message: Message, reason: str) -> Tell:
 
 
 def late(answer: Message, code: str, reason: str) -> Late:
-    """The refusal of an answer by its own numbers."""
+    """Refuse an answer, by its own numbers."""
     named = {name: getattr(answer, name) for name in ("run", "epoch", "round", "attempt", "id")}
     return Late(**named, answer=name_of(answer), code=code, reason=reason)  # type: ignore[arg-type]
 
 
 def break_off(reason: str) -> Refusal:
-    """The end of a connection whose device broke the protocol: it would do so again."""
+    """End the connection of a device that broke the protocol: it would do so again."""
     return Refusal(code="message", reason=reason, retry=False)
 
 
 def batch_of(frame: Frame) -> BatchArrays:
+    """Take the arrays of a device's batch out of its frame, in which the codec has checked their types and lengths."""
     return frame.tensors["activations"], frame.tensors["lengths"], frame.tensors["labels"]

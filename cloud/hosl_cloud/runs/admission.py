@@ -1,4 +1,12 @@
-"""A device joins: who it is, which state it needs, and the proof that it has it."""
+"""A device joins: who it is, which state it needs, and the proof that it has it.
+
+One task for each connection runs `serve_peer`, on the event loop: Hello, checks, Welcome (`_welcome`), CatchUps, Ready.
+The store is asked on other threads, and the mirror's digest is made on the compute thread.
+
+The invariant: a device is ready only when its weights' digest is the mirror's at the run's present round, so that from
+then on the same updates keep both the same. Whatever awaits between the last comparison and `is_ready` would break it:
+a round that is committed in between would be neither caught up with nor broadcast to this device.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +55,7 @@ _SINCE = "since this device joined: put the old file back, or join as a new devi
 
 @dataclass
 class Admission:
-    """Brings devices into a run. Its methods run on the event loop."""
+    """Brings devices into a run, and takes their reports."""
 
     run: Run
     fleet: Fleet
@@ -60,13 +68,13 @@ class Admission:
     _saving: asyncio.Task[None] | None = None
     _largest_rss: int = 0
 
-    async def attend(self, peer: Peer, hello: Hello) -> None:
-        """A connection from its Hello to its end."""
+    async def serve_peer(self, peer: Peer, hello: Hello) -> None:
+        """Serve a connection from its Hello to its end."""
         self.fleet.tally.wire_bytes += peer.tally.wire_bytes
         peer.on_arrival, peer.tally = self.fleet.on_arrival, self.fleet.tally
         reports = asyncio.create_task(self._take_reports(peer))
         try:
-            if await self._admit(peer, hello):
+            if await self._join(peer, hello):
                 await peer.gone.wait()
         except asyncio.TimeoutError:
             peer.end(Refusal(code="late", reason="no answer in time while joining", retry=True))
@@ -80,22 +88,27 @@ class Admission:
                     self.say(f"device {peer.name} is away" + (f": {peer.farewell}" if peer.farewell else ""))
             await self.fleet.notify()
 
-    async def _admit(self, peer: Peer, hello: Hello) -> bool:
+    async def _join(self, peer: Peer, hello: Hello) -> bool:
+        """Bring a device into the fleet, up to Ready; False where it was refused, or told that the run has ended."""
         refusal = _stranger(peer, hello) or await asyncio.to_thread(self._objection, hello)
         # Once more, and no await until the fleet knows it: its token may have been revoked meanwhile.
         refusal = refusal or _stranger(peer, hello)
         if refusal is not None:
             peer.end(refusal)
             return False
+
         peer.name = hello.device
         note_place(run=self.run.id, device=peer.name)
         if self.run.ending is not None and (hello.run != self.run.id or self._is_up_to_date(hello)):
             self.complete(peer)  # it has no part in the run, or nothing to catch up with
             return False
+
+        # The newest connection counts: the device knows of a broken one before we do.
         former = self.fleet.peers.get(peer.name)
         if former is not None:
             former.end(Refusal(code="device", reason="the device has connected again", retry=False))
         self.fleet.peers[peer.name] = peer
+
         connections = await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name)
         if connections > 1:
             metrics.device_reconnects.labels(self.run.bundle.name).inc()
@@ -130,17 +143,19 @@ class Admission:
         if known.data_digest and self.run.config.strict and known.eval_digest != hello.eval_digest:
             reason = f"the run is strict, and the held-out data has changed {_SINCE}"
             return Refusal(code="eval-data", reason=reason, retry=False)
-        return aside(known.strikes, self.run.config.devices.strikes)
+        return refuse_after_strikes(known.strikes, self.run.config.devices.strikes)
 
     async def _bring_up(self, peer: Peer, hello: Hello) -> bool:
-        """Welcome, then CatchUp and Ready until the device stands at our round with our digest."""
+        """Welcome a device, and catch it up until it is ready at our round with our digest; False where it never is."""
         run = self.run
-        cut = await asyncio.to_thread(run.store.lowest_cut, run.id, hello.epoch)
-        plan, applied = _plan(run, hello, cut)
+        rewound_to = await asyncio.to_thread(run.store.lowest_rewind, run.id, hello.epoch)
+        plan, applied = _plan(run, hello, rewound_to)
         metrics.catchup_rounds.labels(run.bundle.name).observe(max(run.round - applied, 0))
         snapshot = await self.snapshots.offer(hello, applied)
         if snapshot is not None:
             plan, applied = "snapshot", snapshot.round
+
+        # Where the digests differ after the first plan, the device rebuilds once, from its shard and every update.
         attempts: list[tuple[Plan, int, Snapshot | None]] = [(plan, applied, snapshot), ("rebuild", 0, None)]
         for attempt, start, base in attempts:
             self._welcome(peer, attempt, start, base)
@@ -152,6 +167,7 @@ class Admission:
                 return True
             differs = _difference(ready, expected)
             log.warning("device %s: %s", peer.name, differs)
+
         reason = f"even after a rebuild {differs}: delete its state folder, or mend its software"
         peer.end(Refusal(code="weights", reason=reason, retry=False))
         return False
@@ -172,7 +188,7 @@ class Admission:
         peer.tell(welcome)
 
     def _expected_s(self, hello: Hello, applied: int, snapshot: Snapshot | None) -> float:
-        """Twice the time that catching up should take by the device's own figures."""
+        """Double the time that catching up should take by the device's own figures."""
         replay_s = (self.run.round - applied) * self.run.settings.coefficients * hello.replay_s
         download_s = snapshot.size_bytes / hello.link_bytes_per_s if snapshot is not None else 0.0
         return min(2.0 * (replay_s + download_s), LONGEST_CATCH_UP_S)
@@ -180,7 +196,8 @@ class Admission:
     async def _catch_up(self, peer: Peer, applied: int, deadline_s: float) -> Ready:
         """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known.
 
-        Raises ProtocolError for a Ready of another state than the CatchUps lead to.
+        Rounds go on meanwhile, so that a device may have to be sent more after each Ready. Raises ProtocolError for a
+        Ready of another state than the CatchUps lead to.
         """
         while True:
             sent = await self._send_missed(peer, applied)
@@ -189,9 +206,11 @@ class Admission:
             self._check(ready)
             if ready.applied_round != sent:
                 raise ProtocolError(f"ready at round {ready.applied_round}, the catch-up ended with round {sent}")
+
             applied = sent
             if applied == self.run.round:
                 await self.compute(self.run.note_digest)
+            # Again, after the await: a round may have been committed meanwhile.
             if applied == self.run.round and applied in self.run.digests:
                 return ready
 
@@ -205,7 +224,7 @@ class Admission:
             raise ProtocolError(f"{what} at round {message.applied_round}, the run is at round {run.round}")
 
     async def _send_missed(self, peer: Peer, applied: int) -> int:
-        """The round that a device stands at that has applied all of it."""
+        """Send the updates after `applied` as CatchUps; the round at which a device stands that has applied them."""
         target = self.run.round
         for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
             last = min(first + CATCH_UP_ROUNDS - 1, target)
@@ -213,8 +232,9 @@ class Admission:
             shape = (len(updates), self.run.settings.coefficients)
             coefficients = np.array([update.coefficients for update in updates], np.float32).reshape(shape)
             rates = np.array([update.learning_rate for update in updates], np.float64)
+
             message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
-            await peer.emptied(JOIN_DEADLINE_S)
+            await peer.emptied(JOIN_DEADLINE_S)  # one message at a time is in memory, however far behind it is
             peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
         return target
 
@@ -236,11 +256,13 @@ class Admission:
             except ProtocolError as error:
                 _break_off(peer, error)
                 return
+
             self._unsaved[peer.name] = report
             self._largest_rss = max(self._largest_rss, report.peak_rss_bytes)
             metrics.edge_peak_rss.labels(self.run.bundle.name).set(self._largest_rss)
             if self._saving is None or self._saving.done():
                 self._saving = asyncio.create_task(self._save_reports())
+
             expected = self.run.digests.get(report.applied_round)
             if expected is not None and report.weights_digest != expected:
                 differs = _difference(report, expected)
@@ -254,7 +276,7 @@ class Admission:
             await self._saving
 
     async def _save_reports(self) -> None:
-        """Many devices report at once; a transaction each would hold up the rounds' own."""
+        """Store reports together: many devices report at once, and a transaction each would hold up the rounds' own."""
         while self._unsaved:
             reports, self._unsaved = self._unsaved, {}
             try:
@@ -277,30 +299,31 @@ def _difference(message: Ready | Report, expected: str | None) -> str:
 
 
 def _stranger(peer: Peer, hello: Hello) -> Refusal | None:
-    """What a device is told whose token is not that of the device it says it is."""
+    """Refuse a device whose token is not that of the device it says it is."""
     if peer.may_be(hello.device):
         return None
     reason = f"its token is not one of device {hello.device[:64]}: give it the right --name, or token"
     return Refusal(code="device", reason=reason, retry=False)
 
 
-def aside(strikes: int, limit: int) -> Refusal | None:
-    """What a device is told that has sent too much that no working device sends."""
+def refuse_after_strikes(strikes: int, limit: int) -> Refusal | None:
+    """Refuse a device that has too many faults counted against it; a `limit` of 0 refuses none."""
     if not 0 < limit <= strikes:
         return None
     reason = f"it is put aside: {strikes} of its answers were such as no working device sends"
     return Refusal(code="device", reason=reason, retry=False)
 
 
-def _plan(run: Run, hello: Hello, cut: int | None) -> tuple[Plan, int]:
-    """How a device reaches the run's state, and the round that it then starts from.
+def _plan(run: Run, hello: Hello, rewound_to: int | None) -> tuple[Plan, int]:
+    """Choose how a device reaches the run's state, and the round that it then starts from.
 
-    `cut` is the lowest round at which the run was cut since the device's epoch; None where it was not.
+    `rewound_to` is the lowest round to which the run was rewound since the device's epoch; None where it was not.
+    Updates up to that round are the device's and the run's alike, and those after it were made again.
     """
     if hello.run is None:
         return "continue", 0
-    latest = run.round if cut is None else cut
-    if hello.run != run.id or hello.epoch > run.epoch or (cut is None and hello.applied_round > latest):
+    latest = run.round if rewound_to is None else rewound_to
+    if hello.run != run.id or hello.epoch > run.epoch or (rewound_to is None and hello.applied_round > latest):
         return "rebuild", 0
     if hello.applied_round <= latest:
         return "continue", hello.applied_round

@@ -1,4 +1,13 @@
-"""The course of a run: which round is due, what is stored before it is sent, what is evaluated and kept."""
+"""The course of a run: which round is due, what is stored before it is sent, what is evaluated and kept.
+
+One Coordinator leads one run, in one task of the event loop (RunQueue in runs/queue.py, or the simulation). What costs
+time it hands to one compute thread of its own, which alone touches the tail and the mirror of the devices' weights; so
+nothing of theirs needs a lock, and work is done in the order in which it is handed over. The store is asked on other
+threads.
+
+The invariant that resuming rests on is in `_commit_round`: the mirror takes an update first, then the store, and only
+then is it sent. A device must never hold an update that the store could lose.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +17,7 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -18,33 +26,33 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from hosl_cloud import metrics
-from hosl_cloud.exceptions import NoDevicesError, RoundsFailedError
-from hosl_cloud.rounds.algorithms import ROUNDS, Outcome, RoundFunction
+from hosl_cloud.exceptions import RoundsFailedError
+from hosl_cloud.rounds.algorithms import ROUNDS, RoundFunction, RoundResult
 from hosl_cloud.rounds.evaluation import evaluate
-from hosl_cloud.rounds.exchange import Exchange, Fault, RoundContext, TailHolder
-from hosl_cloud.runs.admission import Admission, aside
+from hosl_cloud.rounds.exchange import CloudRound, Exchange, Fault, StatefulTrainer
+from hosl_cloud.runs.admission import Admission, refuse_after_strikes
+from hosl_cloud.runs.checkpointer import Checkpointer
 from hosl_cloud.runs.fleet import Fleet
-from hosl_cloud.runs.keeper import Keeper
 from hosl_cloud.runs.run import Ending, Paused, Run
+from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.runs.snapshots import Snapshots
-from hosl_cloud.runs.tensorboard import CURVES, Curves
-from hosl_cloud.sentences import score_text
+from hosl_cloud.runs.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from hosl_cloud.sentences import counted, score_text
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.tail.checkpoint import load_checkpoint
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_protocol.program.logs import note_place
 from hosl_protocol.run.manifest import Manifest
-from hosl_protocol.run.ordering import sample_devices
 from hosl_protocol.weights.client_weights import UpdateRecord
 from hosl_protocol.wire.messages import Refusal, Update
 
 log = logging.getLogger(__name__)
 
-MAX_FRUITLESS = 5
+MAX_VOID_ROUNDS = 5
 """Tries of one round after which the run fails."""
 
-MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], TailHolder]
+MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], StatefulTrainer]
 """Loads a bundle's tail."""
 
 T = TypeVar("T")
@@ -66,18 +74,15 @@ class Coordinator:
         self.fleet = Fleet(self._compute, self._strike, run.bundle.name)
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
-        self.keeper = Keeper(run, self.fleet, self._compute, say)
+        self.checkpointer = Checkpointer(run, self.fleet, self._compute, say)
+        self._selection = DeviceSelection(run, self.fleet, lambda: self._is_stopping, say)
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._leaving = contextlib.ExitStack()
         self._round = round_ or ROUNDS[run.config.algorithm]
-        self._roster: list[str] = []
-        """Who was there at the start: the devices of a strict run."""
         self._attempts = itertools.count()
         """Numbers the starts of rounds and evaluations."""
-        self._fruitless = 0
-        """Tries of a round in a row that came to nothing."""
-        self._unfinished: Counter[str] = Counter()
-        """Evaluations in a row for which devices did not send all their data."""
+        self._void_rounds = 0
+        """Tries of a round in a row that were void though nobody left."""
         self._counted_bytes = 0
         self._is_checkpoint_due = False
         self._is_stopping = self._is_pausing = False
@@ -90,11 +95,11 @@ class Coordinator:
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
-        self._curves = Curves(run.folder / CURVES, run.round + 1)
+        self._tensorboard = TensorBoardWriter(run.folder / TENSORBOARD_FOLDER, run.round + 1)
         for evaluation in await asyncio.to_thread(self.store.evaluations, run.id):
-            self.keeper.note(evaluation)
+            self.checkpointer.note(evaluation)
 
-    def _load_tail(self) -> TailHolder:
+    def _load_tail(self) -> StatefulTrainer:
         run = self.run
         trainer = self._make_tail(run.bundle, run.manifest, run.config)
         self._leaving.callback(trainer.close)
@@ -115,28 +120,32 @@ class Coordinator:
         await self.fleet.notify()
 
     async def train(self) -> Ending | Paused:
-        """All rounds and evaluations to the end. Raises NoDevicesError, RoundsFailedError, LatticeError."""
+        """Train all rounds, with their evaluations. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
-        self._roster = await asyncio.to_thread(self.store.roster, run.id)
+        self._selection.roster = await asyncio.to_thread(self.store.roster, run.id)
         if run.round == 0:
             await self._begin()
         await self._set_state("running")
+
+        # Where a run resumes, the service may have stopped between a round and its evaluation.
         if run.round and self._is_evaluation_due():
-            if not await self._is_evaluated():  # the service stopped before it could
-                await self._wait_for_quorum()
+            if not await self._is_evaluated():
+                await self._selection.wait_for_quorum()
                 await self._evaluate()
-            if self.keeper.is_overdue:
+            if self.checkpointer.is_out_of_patience:
                 return await self._finish("stopped-early")
+
         while run.round < rounds and not self._is_stopping:
             if not await self._train_round():
                 continue
             if self._is_evaluation_due():
                 await self._evaluate()
-                if self.keeper.is_overdue:
+                if self.checkpointer.is_out_of_patience:
                     return await self._finish("stopped-early")
-            if self._is_checkpoint_due or self.keeper.is_due:
-                await self.keeper.keep(self.trainer)
+            if self._is_checkpoint_due or self.checkpointer.is_due:
+                await self.checkpointer.save(self.trainer)
                 self._is_checkpoint_due = False
+
         if run.round == rounds and (not self._is_pausing or await self._is_evaluated()):
             return await self._finish("completed")
         return await self._pause() if self._is_pausing else await self._finish("stopped")
@@ -144,126 +153,88 @@ class Coordinator:
     async def _begin(self) -> None:
         """Wait for the devices to start with, and measure where the run begins."""
         await self._set_state("pending")
-        enough = max(self.config.devices.start_with, self.config.devices.quorum, len(self._roster))
-        await self._wait_for_devices(enough, timeout_s=None)
-        if not self._roster and not self._is_stopping:
-            self._roster = self.fleet.ready_names()
-            await self.keeper.durably(lambda: self.store.set_roster(self.run.id, self._roster))
+        selection, devices = self._selection, self.config.devices
+        enough = max(devices.start_with, devices.quorum, len(selection.roster))
+        await selection.wait_for_devices(enough, timeout_s=None)
+        if not selection.roster and not self._is_stopping:
+            selection.roster = self.fleet.ready_names()
+            await self.checkpointer.durably(lambda: self.store.set_roster(self.run.id, selection.roster))
         if not self._is_stopping:
-            await (self._evaluate() if self.config.evaluation.start else self.keeper.keep(self.trainer))
+            await (self._evaluate() if self.config.evaluation.start else self.checkpointer.save(self.trainer))
 
     async def _pause(self) -> Paused:
         """Leave everything so that a later service goes on with this round."""
-        await self.keeper.keep(self.trainer)
+        await self.checkpointer.save(self.trainer)
         await self.pause()
         return "paused"
 
     async def pause(self) -> None:
         """Tell every device to come back, and the store."""
-        await asyncio.to_thread(self._curves.close)
+        await asyncio.to_thread(self._tensorboard.close)
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
         await self._set_state("paused")
 
     async def _set_state(self, state: str) -> None:
         # Not on the compute thread: a round that was cut off may still be under way there.
-        await self.keeper.durably(lambda: self.store.set_state(self.run.id, state), asyncio.to_thread)
-
-    async def _wait_for_devices(self, count: int, timeout_s: float | None) -> None:
-        """Wait for so many, whoever they are. Raises TimeoutError."""
-        ready = self.fleet.ready_names()
-        if len(ready) < count and not self._is_stopping:
-            self.say(f"waits for devices: {len(ready)} of {count} are there")
-
-        def is_time() -> bool:
-            return self._is_stopping or len(self.fleet.ready_names()) >= count
-
-        await self.fleet.wait_until(is_time, timeout_s, count)
-
-    async def _wait_for_these(self, devices: Collection[str]) -> None:
-        """Wait for the devices of a strict run, however long it takes."""
-        absent = sorted(set(devices) - set(self.fleet.ready_names()))
-        if absent and not self._is_stopping:
-            self.say(f"waits for devices: {', '.join(absent)}")
-        await self.fleet.wait_until(
-            lambda: self._is_stopping or self._is_complete(devices), None, len(devices), devices
-        )
+        await self.checkpointer.durably(lambda: self.store.set_state(self.run.id, state), asyncio.to_thread)
 
     async def _train_round(self) -> bool:
-        """One round; False where it came to nothing, or the run is to stop."""
-        devices = await self._gather()
+        """Try one round; False where it was void (see rounds/algorithms.py), or the run is to stop."""
+        devices = await self._selection.for_round()
         if self._is_stopping:
             return False
+
         began = time.monotonic()
         note_place(round=self.run.round + 1)
         context = self._context(self.run.round + 1, devices)
-        outcome = await self._drive(self._round(context))
-        if outcome is None:
-            self._count_fruitless(context)
+        result = await self._drive(self._round(context))
+        if result is None:
+            self._count_void(context)
             return False
-        self._fruitless = 0
-        await self._settle(outcome, time.monotonic() - began)
+
+        self._void_rounds = 0
+        await self._commit_round(result, time.monotonic() - began)
         return True
 
-    async def _gather(self) -> list[str]:
-        """Who takes part in the next round, once they are there. Raises NoDevicesError."""
-        devices, round_ = self.config.devices, self.run.round + 1
-        if self.config.strict:
-            chosen = sample_devices(self.config.seed, round_, self._roster, devices.per_round)
-            await self._wait_for_these(chosen)
-            return chosen
-        await self._wait_for_quorum()
-        return sample_devices(self.config.seed, round_, self.fleet.ready_names(), devices.per_round)
-
-    async def _wait_for_quorum(self) -> None:
-        """Wait for as many devices as a round needs. Raises NoDevicesError."""
-        limit_s, quorum = self.config.devices.rejoin_deadline_s, self.config.devices.quorum
-        try:
-            await self._wait_for_devices(quorum, timeout_s=limit_s)
-        except asyncio.TimeoutError:
-            present = len(self.fleet.ready_names())
-            raise NoDevicesError(self.run.id, self.run.round, limit_s, present, quorum) from None
-
-    def _count_fruitless(self, context: RoundContext) -> None:
-        """Raise RoundsFailedError where round after round failed though nobody left."""
+    def _count_void(self, context: CloudRound) -> None:
+        """Count a void round. Raises RoundsFailedError where round after round was void though nobody left."""
         self.say(f"round {context.round} came to nothing; it starts again")
         if set(context.devices) <= set(self.fleet.ready_names()):
-            self._fruitless += 1
-        if self._fruitless >= MAX_FRUITLESS:
-            raise RoundsFailedError(self.run.id, context.round, self._fruitless)
+            self._void_rounds += 1
+        if self._void_rounds >= MAX_VOID_ROUNDS:
+            raise RoundsFailedError(self.run.id, context.round, self._void_rounds)
 
-    async def _settle(self, outcome: Outcome, seconds: float) -> None:
-        """Store, mirror, broadcast: in this order."""
-        update = self._bounded(outcome.update)
+    async def _commit_round(self, result: RoundResult, seconds: float) -> None:
+        """Apply a round's update to the mirror, store it, and send it to the devices: in this order."""
         # The mirror refuses weights that diverge; then nothing is stored or sent.
+        update = self._bounded(result.update)
         known = len(self.run.mirror.coarsenings)
         await self._compute(lambda: self.run.apply(update))
+
+        # What is sent from here on, a service that is killed can replay.
         wire_bytes = self._count_bytes()
-        await self.keeper.durably(
+        await self.checkpointer.durably(
             lambda: self.store.add_round(
                 self.run.id,
                 self.run.epoch,
                 update,
                 seconds=seconds,
-                loss=outcome.loss,
-                devices=outcome.devices,
+                loss=result.loss,
+                devices=result.devices,
                 wire_bytes=wire_bytes,
             )
         )
+
+        # From here on admission brings a joining device up to this round, from the store; ready ones get the broadcast.
         self.run.round = update.round
         if self.run.round % self.config.report_every == 0 or self.run.round == self.config.rounds:
             await self._compute(self.run.note_digest)
         message = Update(run=self.run.id, epoch=self.run.epoch, round=update.round, learning_rate=update.learning_rate)
-        tensors = {"coefficients": update.coefficients, "loss": np.float32(outcome.loss).reshape(())}
+        tensors = {"coefficients": update.coefficients, "loss": np.float32(result.loss).reshape(())}
         self.fleet.broadcast(message, tensors)
-        self._observe(outcome, seconds)
-        figures = {
-            "train/loss": outcome.loss,
-            "round/seconds": seconds,
-            "round/wire_bytes": wire_bytes,
-            "round/devices": len(outcome.devices),
-        }
-        await self._compute(lambda: self._curves.add(update.round, figures))
+
+        await self._report_round(result, seconds, wire_bytes)
         for event in self.run.mirror.coarsenings[known:]:
             self.say(f"round {event.round}: {event.tensor} outgrew its lattice, its steps are now {event.spacing:.2g}")
             # The event can't be taken back: a run that resumes must not begin before it.
@@ -281,20 +252,28 @@ class Coordinator:
         log.error("round %d: the update is not finite; the devices' weights stay as they are", update.round)
         return UpdateRecord(update.round, np.zeros_like(update.coefficients), update.learning_rate)
 
-    def _observe(self, outcome: Outcome, seconds: float) -> None:
-        bundle = self.run.bundle.name
+    async def _report_round(self, result: RoundResult, seconds: float, wire_bytes: int) -> None:
+        """Tell Prometheus, a person and TensorBoard of a finished round."""
+        bundle, run = self.run.bundle.name, self.run
         metrics.rounds.labels(bundle).inc()
         metrics.round_seconds.labels(bundle).observe(seconds)
-        metrics.train_loss.labels(bundle).set(outcome.loss)
-        if self.run.round % self.config.report_every == 0 or self.run.round in (1, self.config.rounds):
-            self.say(
-                f"round {self.run.round}/{self.config.rounds}: loss {outcome.loss:.4f}, {seconds:.2f} s, "
-                f"{len(outcome.devices)} device{'s' if len(outcome.devices) != 1 else ''}"
-            )
+        metrics.train_loss.labels(bundle).set(result.loss)
 
-    def _context(self, round_: int, devices: list[str]) -> RoundContext:
+        if run.round % self.config.report_every == 0 or run.round in (1, self.config.rounds):
+            devices = counted(len(result.devices), "device")
+            self.say(f"round {run.round}/{self.config.rounds}: loss {result.loss:.4f}, {seconds:.2f} s, {devices}")
+
+        figures = {
+            "train/loss": result.loss,
+            "round/seconds": seconds,
+            "round/wire_bytes": wire_bytes,
+            "round/devices": len(result.devices),
+        }
+        await self._compute(lambda: self._tensorboard.add(result.update.round, figures))
+
+    def _context(self, round_: int, devices: list[str]) -> CloudRound:
         attempt = next(self._attempts)
-        return RoundContext(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
+        return CloudRound(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
 
     async def _drive(self, exchange: Exchange[T], deadline_s: float = math.inf) -> T:
         if self.config.strict:
@@ -302,30 +281,34 @@ class Coordinator:
         return await self.fleet.drive(exchange, self.config.devices.round_deadline_s, deadline_s)
 
     async def _strike(self, fault: Fault) -> None:
-        """Count a fault against its device, and put it aside where there were too many."""
+        """Count a fault against its device, and end its part in the run where there were too many."""
         extra = {"device": fault.device}
         log.warning("round %d: device %s sent %s", self.run.round + 1, fault.device, fault.reason, extra=extra)
         metrics.faults.inc()
-        strikes = await self.keeper.durably(lambda: self.store.add_strike(self.run.id, fault.device))
-        refusal, peer = aside(strikes, self.config.devices.strikes), self.fleet.peers.get(fault.device)
+        strikes = await self.checkpointer.durably(lambda: self.store.add_strike(self.run.id, fault.device))
+        refusal = refuse_after_strikes(strikes, self.config.devices.strikes)
+        peer = self.fleet.peers.get(fault.device)
         if refusal is not None and peer is not None:
             self.say(f"device {fault.device} is put aside after {strikes} faults, the last: {fault.reason}")
             peer.is_ready = False
             peer.end(refusal)
 
     async def _evaluate(self) -> None:
+        """Score the devices' held-out data, store and report the score, and save a checkpoint beside it."""
         evaluation = await self._score()
         if evaluation is None:
-            await self.keeper.keep(self.trainer)
+            await self.checkpointer.save(self.trainer)
             return
-        await self.keeper.durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
+        await self.checkpointer.durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
+
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
         figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
-        await self._compute(lambda: self._curves.add(self.run.round, figures))
+        await self._compute(lambda: self._tensorboard.add(self.run.round, figures))
         score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
         self.say(f"evaluation at round {self.run.round}: accuracy {score}, loss {evaluation.loss:.4f}")
-        self.keeper.note(evaluation)
-        await self.keeper.keep(self.trainer, evaluation)
+
+        self.checkpointer.note(evaluation)
+        await self.checkpointer.save(self.trainer, evaluation)
 
     def _is_evaluation_due(self) -> bool:
         every, round_ = self.config.evaluation.every, self.run.round
@@ -336,55 +319,32 @@ class Coordinator:
         return any(evaluation.round == self.run.round for evaluation in newest)
 
     async def _score(self) -> Evaluation | None:
-        """What the devices' held-out data scores; a strict run asks all its devices until they have all answered."""
+        """Score the devices' held-out data; a strict run asks all its devices until they have all answered."""
         while True:
-            if self.config.strict:
-                await self._wait_for_these(self._roster)
-            devices = [name for name in self.fleet.ready_names() if self.fleet.peers[name].eval_examples]
-            if self.config.strict:
-                devices = [name for name in devices if name in self._roster]
-            else:
-                devices = [name for name in devices if not self._is_unreliable(name)]
+            devices = await self._selection.for_evaluation()
             if not devices or self._is_stopping:
                 return None
+
             peers = [self.fleet.peers[name] for name in devices]
-            examples = await asyncio.to_thread(self.store.held_out, self.run.id)
-            if not self.config.strict:  # what never comes must not leave every evaluation in want of it
-                examples = {name: count for name, count in examples.items() if not self._is_unreliable(name)}
-            examples |= {peer.name: peer.eval_examples for peer in peers}
+            examples = await self._selection.held_out_examples(peers)
             digests = {peer.name: peer.eval_digest for peer in peers}
             context = self._context(self.run.round, devices)
-            came = await self._drive(evaluate(context, examples, digests), self.config.evaluation.deadline_s)
-            self._note_unfinished(devices, came.unfinished)
+            scored = await self._drive(evaluate(context, examples, digests), self.config.evaluation.deadline_s)
+            self._selection.note_unfinished(devices, scored.unfinished)
+
             # One that has come back since it left has not answered everything.
             if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
-                return came.evaluation
-
-    def _is_unreliable(self, device: str) -> bool:
-        """Whether a device has so often not sent what it said it has that no evaluation should wait for it."""
-        return 0 < self.config.devices.strikes <= self._unfinished[device]
-
-    def _note_unfinished(self, devices: Collection[str], unfinished: Collection[str]) -> None:
-        for device in devices:
-            self._unfinished[device] = self._unfinished[device] + 1 if device in unfinished else 0
-            if not self.config.strict and self._is_unreliable(device):
-                times = self._unfinished[device]
-                self.say(
-                    f"device {device} did not send all its held-out data in {times} evaluations: it is asked no more"
-                )
-
-    def _is_complete(self, devices: Collection[str]) -> bool:
-        return set(devices) <= set(self.fleet.ready_names())
+                return scored.evaluation
 
     async def _finish(self, ending: Ending) -> Ending:
-        await self.keeper.keep(self.trainer)
+        await self.checkpointer.save(self.trainer)
         await self.end(ending)
         return ending
 
     async def end(self, ending: Ending) -> None:
         """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
         self.run.ending = ending
-        await asyncio.to_thread(self._curves.close)
+        await asyncio.to_thread(self._tensorboard.close)
         await self._await_reports()
         # Those that are about to join first catch up: admission tells them.
         for name in self.fleet.ready_names():

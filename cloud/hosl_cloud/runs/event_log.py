@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from hosl_cloud.exceptions import StoreError
-from hosl_cloud.storage.records import Said
+from hosl_cloud.storage.records import NewEvent
 from hosl_cloud.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ class EventLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._waiting: list[Said] = []
+        self._waiting: list[NewEvent] = []
         self._writer = ThreadPoolExecutor(1, "events")
         self._is_closed = False
 
-    def add(self, event: Said) -> None:
+    def add(self, event: NewEvent) -> None:
         """Write a sentence soon."""
         with self._lock:
             self._waiting.append(event)
@@ -64,7 +64,7 @@ class EventLog:
                 self._waiting = _newest([*events, *self._waiting])
 
 
-def _newest(events: list[Said]) -> list[Said]:
+def _newest(events: list[NewEvent]) -> list[NewEvent]:
     """At most as many as may wait, in their order."""
     surplus = len(events) - MOST_WAITING
     if surplus <= 0:

@@ -1,4 +1,13 @@
-"""The devices that are connected, and the driver that leads a round's generator through talking with them."""
+"""The devices that are connected, and the driver that leads a round's generator through talking with them.
+
+A round is a generator (rounds/algorithms.py) that computes, and says what to tell and to ask devices. `Fleet.drive`
+lends it the two places that it needs: it advances on the compute thread, one step at a time, while devices are told and
+waited for on the event loop. The generator is never entered by two threads at once, for `drive` awaits each step.
+
+All methods run on the event loop. `_arrived` is set by a Peer with every answer and with the end of its connection; it
+is cleared before the answers are looked at, so that none that comes during the look is slept over. `_changed` tells
+that devices came or went.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +34,7 @@ T = TypeVar("T")
 
 
 class Participant(Protocol):
-    """What a round needs of a device: runs/peer.py with a socket, simulation/fleet.py without one."""
+    """What a round needs of a device: runs/peer.py with a socket, simulation/virtual_devices.py without one."""
 
     name: str
     is_ready: bool
@@ -59,8 +68,8 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long a round's devices are waited for."""
+class Deadlines:
+    """Until when a round's devices are waited for."""
 
     stage_s: float
     """For each answer, from when it was first asked for."""
@@ -70,7 +79,7 @@ class Limits:
 
 @dataclass
 class Fleet:
-    """The connected devices. Its methods run on the event loop; `compute` is what runs a generator's work."""
+    """The connected devices of one run, by name; `compute` runs a generator's work."""
 
     compute: Compute
     on_fault: Callable[[Fault], Awaitable[None]]
@@ -120,13 +129,15 @@ class Fleet:
         It talks to the devices that were ready at its start, so that one that comes back joins in peace and waits for
         the next round. A device that is late at a stage has left the round; after `deadline_s` as a whole, all have.
         """
+        # Fixed for the round: a device that connects again is another Peer under the same name, and not in it.
         peers = {name: peer for name, peer in self.peers.items() if peer.is_ready}
-        limits = Limits(stage_deadline_s, asyncio.get_running_loop().time() + deadline_s)
+        deadlines = Deadlines(stage_deadline_s, asyncio.get_running_loop().time() + deadline_s)
         asked: dict[Ask, float] = {}
         answer: Answer | None = None
         told: deque[Tell] = deque()
         loop = asyncio.get_running_loop()
 
+        # What the generator tells goes out while it still computes: λ of one device does not wait for the next batch.
         def deliver() -> None:
             while told:
                 _deliver(told.popleft(), peers)
@@ -138,12 +149,12 @@ class Fleet:
         try:
             while True:
                 action, result = await self.compute(partial(_advance, exchange, answer, tell))
-                deliver()
+                deliver()  # before the generator's next question, and before its end
                 answer = None
                 if action is None:
                     return result  # type: ignore[no-any-return]
                 if isinstance(action, Await):
-                    answer = await self._first(action, peers, asked, limits)
+                    answer = await self._first(action, peers, asked, deadlines)
                 else:
                     await self.on_fault(action)
         finally:
@@ -153,7 +164,7 @@ class Fleet:
                 peer.leave_round()
 
     async def _first(
-        self, wanted: Await, peers: Mapping[str, Participant], asked: dict[Ask, float], limits: Limits
+        self, wanted: Await, peers: Mapping[str, Participant], asked: dict[Ask, float], deadlines: Deadlines
     ) -> Answer | None:
         """The first answer that is in; what already waits is taken even after its stage's deadline.
 
@@ -162,26 +173,28 @@ class Fleet:
         now, asks = asyncio.get_running_loop().time, wanted.asks
         for ask in asks:
             asked.setdefault(ask, now())
+
         while True:
-            self._arrived.clear()
+            self._arrived.clear()  # before the look
             for ask in asks:
                 peer = peers.get(ask.device)
-                if limits.ends_at <= now():
+                if deadlines.ends_at <= now():
                     _give_up(ask, peer, "before the deadline of it all")
                     return Answer(ask, None)
                 frame = peer.take(ask) if peer is not None else None
                 if frame is not None:
                     del asked[ask]
                     return Answer(ask, frame)
-                if peer is None or peer.gone.is_set() or asked[ask] + limits.stage_s <= now():
+                if peer is None or peer.gone.is_set() or asked[ask] + deadlines.stage_s <= now():
                     _give_up(ask, peer, "in time")
                     return Answer(ask, None)
             if not wanted.waits:
                 return None
+
             oldest = min(asked[ask] for ask in asks)
             devices = tuple(ask.device for ask in asks)
             self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - (now() - oldest))
-            await self._wait_for_arrival(min(oldest + limits.stage_s, limits.ends_at) - now())
+            await self._wait_for_arrival(min(oldest + deadlines.stage_s, deadlines.ends_at) - now())
 
     async def _wait_for_arrival(self, timeout_s: float) -> None:
         try:
@@ -215,7 +228,10 @@ def _give_up(ask: Ask, peer: Participant | None, when: str) -> None:
 def _advance(
     exchange: Exchange[Any], answer: Answer | None, tell: Callable[[Tell], None]
 ) -> tuple[Await | Fault | None, Any]:
-    """On to the next thing that the event loop must do first; what is to be told is on its way at once."""
+    """Run the generator, on the compute thread, up to the next thing that the event loop must do before it goes on.
+
+    What it tells is on its way at once. The action is None at its end, with the generator's result beside it.
+    """
     try:
         action = exchange.send(answer)
         while isinstance(action, Tell):

@@ -1,4 +1,14 @@
-"""A connected device: its websocket drained by one task, its messages waiting for whoever asks."""
+"""A connected device: its websocket drained by one task, its messages waiting for whoever asks.
+
+A message from the device: `_read` takes its pieces off the socket, the Connection makes a frame of them and checks it,
+and `_sort` puts it where it is waited for. A Report goes to `reports`, an answer of a round to `_answers`, from which
+Fleet.drive takes it (`take`), and anything else to `_inbox`, which is read while the device joins (`next`). A message
+to the device: `tell` queues it, `_write` encodes and sends it.
+
+All of it runs on the event loop, so there are no locks. One task reads and one writes; neither waits for the other, or
+a device that takes nothing could keep its own answers from being read. What may wait is bounded in both directions: a
+device that sends more than it was asked for breaks the protocol, and one that takes nothing is cut off.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +73,7 @@ class Peer:
         socket: WebSocket,
         may_be: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        """`may_be` judges the name in its Hello."""
+        """`may_be` tells whether the token that the connection showed is one of the device in its Hello."""
         self.tally = Tally()
         """Counts its bytes; its fleet's, once it has one."""
         self.name = "?"
@@ -97,6 +107,7 @@ class Peer:
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
         self._waiting_bytes = 0
         self._emptied = asyncio.Event()
+        """Set while nothing waits to be sent."""
         self._emptied.set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -114,6 +125,8 @@ class Peer:
             reader.cancel()
             self._set_gone()
             self.is_ready = False
+
+            # None ends who waits in `next`, and the writer once it has sent what is queued, a refusal perhaps.
             self._inbox.put_nowait(None)
             self._outbox.put_nowait(None)
             await asyncio.wait({writer}, timeout=5.0)
@@ -132,6 +145,7 @@ class Peer:
                 if event.get("code") == MESSAGE_TOO_BIG:
                     log.warning("device %s sent a piece of more than %d bytes", self.name, PIECE_BYTES)
                 return
+
             piece = event.get("bytes")
             if piece is None:
                 raise ProtocolError("a text message, expected binary ones")
@@ -141,6 +155,7 @@ class Peer:
             frame = self.connection.receive(piece)
             if frame is None:
                 continue
+
             metrics.wire_counter("received", name_of(frame.message)).inc(frame_bytes)
             self.tally.wire_bytes += frame_bytes
             frame_bytes = 0
@@ -170,16 +185,18 @@ class Peer:
             self._inbox.put_nowait(frame)
 
     def _lateness(self, answer: Any) -> tuple[str, str] | None:
-        """Why an answer is not taken, as Late's code and reason; None where it is."""
+        """Tell why an answer is not taken, as Late's code and reason; None where it is."""
         started = self._started
         if started is None:
             return "round", "no round has begun for this device on this connection"
-        if _name(answer) in self._former:
+        if _start_key(answer) in self._former:
             return "stage", f"its stage is over, the last start here is of round {started.round}"
+
         for field in ("run", "epoch", "round", "attempt"):
             theirs, ours = getattr(answer, field), getattr(started, field)
             if theirs != ours:
                 return field, f"its {field} is {theirs}, that of the last start here is {ours}"
+
         if not self._is_in_round:
             return "stage", "its stage is over"
         if isinstance(answer, Projections) and not self._has_gradient:
@@ -211,8 +228,9 @@ class Peer:
 
     async def _put(self, message: Message, tensors: Mapping[str, Any]) -> None:
         pieces: Iterable[Piece] = self.connection.send(message, tensors)
-        if isinstance(tensors, Shared):
+        if isinstance(tensors, Shared):  # the first peer encodes what goes to all
             tensors.pieces = pieces = tensors.pieces or tuple(pieces)
+
         sent = 0
         for piece in pieces:
             # uvicorn takes what has a length and bytes; its types say bytes.
@@ -232,20 +250,23 @@ class Peer:
                 self._waiting_bytes,
                 OUTBOX_BYTES,
             )
-            self._cut_off()
+            self._abort()
             return
+
+        # What is queued decides at once which answers are taken: the device answers only what it has read.
         if isinstance(message, (RoundStart, EvalStart)):
             if self._started is not None:
-                self._former.append(_name(self._started))
+                self._former.append(_start_key(self._started))
             self._started, self._is_in_round, self._has_gradient = message, True, False
             self._answered.clear()
         elif isinstance(message, CutGradient):
             self._has_gradient = True
+
         self._waiting_bytes += _size(tensors)
         self._emptied.clear()
         self._outbox.put_nowait((message, tensors or {}))
 
-    def _cut_off(self) -> None:
+    def _abort(self) -> None:
         """End the connection with nothing more said."""
         self.is_ready = False
         self._set_gone()
@@ -266,18 +287,18 @@ class Peer:
         self._outbox.put_nowait(None)
 
     async def next(self, timeout_s: float) -> Frame:
-        """The next message that is no answer of a round. Raises PeerGone, or TimeoutError."""
+        """Wait for the next message that is no answer of a round. Raises PeerGone, or TimeoutError."""
         if self._inbox.empty():
             frame = await within(max(timeout_s, 0.0), self._inbox.get())
         else:
             frame = self._inbox.get_nowait()
         if frame is None:
-            self._inbox.put_nowait(None)
+            self._inbox.put_nowait(None)  # for whoever asks next
             raise PeerGone(self.name)
         return frame
 
     def take(self, ask: Ask) -> Frame | None:
-        """The answer to `ask`, if it is in; what came instead is refused by name."""
+        """Take the answer to `ask`, if it is in; what came instead is refused by name."""
         while self._answers:
             frame = self._answers.popleft()
             if _matches(frame.message, ask):
@@ -286,14 +307,14 @@ class Peer:
         return None
 
     def leave_round(self) -> None:
-        """Answers of this round are late from here on."""
+        """Refuse this round's answers as late from here on."""
         self._is_in_round = False
         while self._answers:
             self._refuse_late(self._answers.popleft().message, "stage", "its stage is over")
 
 
-def _name(message: Any) -> tuple[str, int, int, int]:
-    """What tells a start of a round from all others."""
+def _start_key(message: Any) -> tuple[str, int, int, int]:
+    """Identify the start of a round that a message belongs to."""
     return message.run, message.epoch, message.round, message.attempt
 
 

@@ -1,24 +1,44 @@
-"""Going on with a run that was cut off: which run, from which checkpoint, and what of its rounds is dropped."""
+"""Going on with a run that was cut off. This is the whole story, and where each part of it is:
+
+1. Which run. `hosl-cloud serve` goes on with the run of its bundle and settings (`find_run`, which commands/serve.py
+   asks). All other unfinished runs have their turn as the store lists them (RunQueue.work in runs/queue.py).
+2. From where. `rewind_to_checkpoint` takes the newest good checkpoint. Rounds after it are marked superseded in the
+   store, never deleted, and a new epoch begins (Store.rewind_run).
+3. What is loaded. `load_run` makes the Run and its Coordinator, whose `prepare` loads the tail (tail/checkpoint.py) and
+   replays the stored updates into the mirror of the devices' weights (Run.load in runs/run.py).
+4. The devices. One that comes back says its epoch and round. runs/admission.py tells it to continue, to rewind, to
+   rebuild, or to take a snapshot (`_plan` there, and runs/snapshots.py).
+5. The next round. Coordinator.train first makes up for an evaluation that was due.
+
+It holds because an update is in the store before any device is sent it (Coordinator._commit_round), and a checkpoint
+counts only once its files are whole (tail/checkpoint.py).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hosl_cloud.exceptions import CheckpointError
+from hosl_cloud.runs.coordinator import Coordinator, MakeTail
+from hosl_cloud.runs.current_run import CurrentRun
+from hosl_cloud.runs.run import Run
+from hosl_cloud.sentences import counted
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.disk_space import when_there_is_room
 from hosl_cloud.storage.records import RunRow
 from hosl_cloud.storage.store import Store
-from hosl_cloud.tail.checkpoint import Checkpoint, list_checkpoints, set_aside, verify
-from hosl_protocol.run.manifest import Manifest
+from hosl_cloud.tail.checkpoint import Checkpoint, list_checkpoints, quarantine, verify
+from hosl_protocol.run.manifest import Manifest, check_files
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Cut:
+class ResumePoint:
     """Where a run goes on."""
 
     round: int
@@ -26,13 +46,13 @@ class Cut:
     epoch: int
     """A new one where rounds were dropped."""
     dropped: int
-    """Rounds after the cut, which are kept as superseded and will be made again."""
+    """Rounds after that one, which are kept as superseded and will be made again."""
     checkpoint: Checkpoint | None
     """The tail at that round; None for the bundle's own."""
 
 
 def find_run(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | None:
-    """The run of this bundle and these settings: the newest unfinished one, or else the newest; no simulation."""
+    """Find the run of this bundle and these settings: the newest unfinished one, or else the newest; no simulation."""
     for row in [*map(store.run, reversed(store.unfinished_runs())), *reversed(store.runs())]:
         is_same = not row.settings.problem and (row.shard_digest, row.config) == (manifest.shard_digest, config)
         if is_same and row.begun_by != "simulate":
@@ -40,26 +60,71 @@ def find_run(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | No
     return None
 
 
-def cut(store: Store, row: RunRow, folder: Path, say: Callable[[str], None]) -> Cut:
-    """Choose the newest good checkpoint of the rounds in force, and drop the rounds after it, in one transaction."""
+async def load_run(
+    current: CurrentRun, store: Store, folder: Path, say: Callable[[str], None], make_tail: MakeTail
+) -> Coordinator:
+    """Load a run's newest good state from its `folder`, or the bundle's own. Called on the event loop.
+
+    Waits while the disk is full. Raises BundleError, StoreError, and what loading the tail raises.
+    """
+    await asyncio.to_thread(check_files, current.bundle, current.manifest)
+    row = await asyncio.to_thread(store.run, current.run)
+
+    def notice(is_waiting: bool) -> None:
+        current.is_waiting_for_room = is_waiting
+
+    point = await when_there_is_room(
+        lambda: asyncio.to_thread(rewind_to_checkpoint, store, row, folder, say), say, notice
+    )
+    if row.state != "pending" or row.round:
+        again = f"; {point.dropped} rounds after it are made again" if point.dropped else ""
+        say(f"run {row.id} resumes after round {point.round}{again}")
+
+    run = Run(row.id, row.config, current.manifest, current.bundle, folder, store, epoch=point.epoch, round=point.round)
+    coordinator = Coordinator(run, say, make_tail=make_tail)
+    try:
+        await coordinator.prepare(None if point.checkpoint is None else point.checkpoint.path)
+    except BaseException:
+        coordinator.close()  # a cancelled load must not leave its compute thread behind
+        raise
+    say(f"run {row.id}: {_course_of(run)}")
+    return coordinator
+
+
+def rewind_to_checkpoint(store: Store, row: RunRow, folder: Path, say: Callable[[str], None]) -> ResumePoint:
+    """Choose the newest good checkpoint of the rounds in force, and drop the rounds after it, in one transaction.
+
+    Slow, off the event loop. Raises StoreError, and OSError on a full disk; to call it again then is safe.
+    """
     checkpoint = _newest_good(store, row, folder, say)
     round_ = 0 if checkpoint is None else checkpoint.info.round
-    epoch = store.cut_run(row.id, round_)
-    return Cut(round_, epoch, row.round - round_, checkpoint)
+    epoch = store.rewind_run(row.id, round_)
+    return ResumePoint(round_, epoch, row.round - round_, checkpoint)
 
 
 def _newest_good(store: Store, row: RunRow, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for checkpoint in reversed(list_checkpoints(folder)):
         info = checkpoint.info
-        latest = store.lowest_cut(row.id, info.epoch)
-        if info.round > (row.round if latest is None else min(latest, row.round)):
-            set_aside(checkpoint.path)  # of rounds that were dropped
+
+        # One of a former epoch is good only up to the lowest round to which the run was rewound since.
+        rewound_to = store.lowest_rewind(row.id, info.epoch)
+        if info.round > (row.round if rewound_to is None else min(rewound_to, row.round)):
+            quarantine(checkpoint.path)
             continue
+
         try:
             verify(checkpoint.path)
         except CheckpointError as error:
             say(f"{error}; the one before it is used")
-            set_aside(checkpoint.path)
+            quarantine(checkpoint.path)
             continue
         return checkpoint
     return None
+
+
+def _course_of(run: Run) -> str:
+    """Say what a run does from here on."""
+    what, config = f"{run.config.algorithm} on {run.bundle.name}", run.config
+    if run.round:
+        return f"{what}, rounds {run.round + 1} to {config.rounds}"
+    return f"{what}, {counted(config.rounds, 'round')}, begins with {counted(config.devices.start_with, 'device')}"

@@ -1,4 +1,8 @@
-"""What is told of runs, over HTTP and by the commands: from the store, and from a service that has them in hand."""
+"""What is told of runs, over HTTP and by the commands: from the store, and from a service in which they are under way.
+
+The structs are the HTTP API's answers, so their field names stay. Their functions ask the store, off the event loop;
+what only the loop may look at they are given, as a LiveState and a QueueState that were taken there.
+"""
 
 from __future__ import annotations
 
@@ -106,8 +110,8 @@ class RunStatus(RunSummary, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Live:
-    """What a service has in hand of one run, as it was at one moment; nothing where none runs."""
+class LiveState:
+    """What a service knows of one run under way, as it was at one moment; nothing where none runs."""
 
     ready: Collection[str] = ()
     """Devices that can take part in a round."""
@@ -117,21 +121,24 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Turns:
+class QueueState:
     """Whose turn it is, as it was at one moment."""
 
-    by_shard: Mapping[str, str] = field(default_factory=dict)
+    running: Mapping[str, str] = field(default_factory=dict)
     """Runs under way, by the digest of their bundle's shard."""
-    aside: frozenset[str] = frozenset()
-    """Runs that wait for nobody but who resumes them."""
+    held: frozenset[str] = frozenset()
+    """Runs that wait until somebody resumes them."""
 
 
-def summarize(store: Store, row: RunRow, live: Live, turns: Turns | None = None) -> dict[str, Any]:
-    """The fields of a RunSummary: slow, off the event loop. `turns` is None where no service runs."""
+def summarize(store: Store, row: RunRow, live: LiveState, queue: QueueState | None = None) -> dict[str, Any]:
+    """The fields of a RunSummary: slow, off the event loop. `queue` is None where no service runs."""
     evaluations: list[Evaluation] = store.evaluations(row.id, 1)
     last = evaluations[-1] if evaluations else None
+
+    # Of settings that another version wrote nothing is sure but that they are a table.
     settings = row.settings.data
     algorithm, rounds = settings.get("algorithm"), settings.get("rounds")
+
     return {
         "id": row.id,
         "bundle": row.bundle.name,
@@ -150,37 +157,37 @@ def summarize(store: Store, row: RunRow, live: Live, turns: Turns | None = None)
         "correct": last.correct if last else 0,
         "scored": last.scored if last else 0,
         "waits_for": live.waits_for,
-        "behind": () if turns is None else _runs_ahead(store, row, turns),
+        "behind": () if queue is None else _runs_ahead(store, row, queue),
         "problem": row.settings.problem,
     }
 
 
-def _runs_ahead(store: Store, row: RunRow, turns: Turns) -> tuple[str, ...]:
+def _runs_ahead(store: Store, row: RunRow, queue: QueueState) -> tuple[str, ...]:
     """The runs of the same shard that have their turn before this one."""
-    under_way = turns.by_shard.get(row.shard_digest)
-    if row.state not in UNENDED or under_way in (None, row.id) or row.id in turns.aside:
+    under_way = queue.running.get(row.shard_digest)
+    if row.state not in UNENDED or under_way in (None, row.id) or row.id in queue.held:
         return ()
-    line = [id_ for id_ in store.line(row.shard_digest) if id_ not in turns.aside | {under_way}]
+    line = [id_ for id_ in store.line(row.shard_digest) if id_ not in queue.held | {under_way}]
     return (f"{under_way}", *line[: line.index(row.id)]) if row.id in line else (f"{under_way}",)
 
 
-def list_runs(store: Store, lives: Mapping[str, Live], turns: Turns | None = None) -> list[RunSummary]:
+def list_runs(store: Store, lives: Mapping[str, LiveState], queue: QueueState | None = None) -> list[RunSummary]:
     """All runs, oldest first: slow, off the event loop."""
-    return [RunSummary(**summarize(store, row, lives.get(row.id, Live()), turns)) for row in store.runs()]
+    return [RunSummary(**summarize(store, row, lives.get(row.id, LiveState()), queue)) for row in store.runs()]
 
 
 def run_status(
     store: Store,
     run: str,
-    live: Live,
-    turns: Turns | None = None,
+    live: LiveState,
+    queue: QueueState | None = None,
     returning: ReturningDevices | None = None,
     wire_bytes: dict[str, dict[str, int]] | None = None,
 ) -> RunStatus:
     """Everything about a run but its history: slow, off the event loop. Raises RunNotFound."""
     row = store.run(run)
     return RunStatus(
-        **summarize(store, row, live, turns),
+        **summarize(store, row, live, queue),
         config=row.settings.data,
         members=_members(store, run, live),
         returning=returning or ReturningDevices(0, 0),
@@ -188,7 +195,7 @@ def run_status(
     )
 
 
-def _members(store: Store, run: str, live: Live) -> list[DeviceStatus]:
+def _members(store: Store, run: str, live: LiveState) -> list[DeviceStatus]:
     fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready", "last_seen"}
     return [
         DeviceStatus(

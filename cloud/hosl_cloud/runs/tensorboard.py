@@ -15,7 +15,7 @@ from tensorboardX.summary import scalar
 
 log = logging.getLogger(__name__)
 
-CURVES = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"
 """The folder's name."""
 
 FLUSH_S = 5.0
@@ -25,7 +25,7 @@ RETRY_S = 60.0
 """Between tries to write to a disk that takes nothing."""
 
 
-class Curves:
+class TensorBoardWriter:
     """Writes scalars by round. Its methods write to disk: call them off the event loop, from any thread."""
 
     def __init__(self, folder: Path, first_round: int) -> None:

@@ -30,7 +30,7 @@ _NOBODY = secrets.token_bytes(32)
 """Stands for the digest of a name that is not known, so that unknown names take the same path."""
 
 
-class Access:
+class DeviceTokens:
     """The devices' tokens. What is stored is a SHA-256 of each secret.
 
     A secret is 256 random bits, which nobody can guess from a digest however fast it is computed; a slow hash is for
@@ -138,12 +138,12 @@ class Denied(Exception):
         return {"Retry-After": str(int(self.retry_after_s) + 1)} if self.retry_after_s else {}
 
 
-class Guard:
+class Authenticator:
     """Decides about every request before anything is done for it."""
 
     def __init__(
         self,
-        access: Access,
+        access: DeviceTokens,
         join_token: str,
         admin_token: str,
         limits: Limits | None = None,
@@ -170,7 +170,7 @@ class Guard:
             raise self._count(connection, reason)
         return caller
 
-    def admit(self, connection: HTTPConnection) -> Caller:
+    def check_device(self, connection: HTTPConnection) -> Caller:
         """Who opens a device's connection. Raises Denied."""
         caller = self.identify(connection)
         # A browser sends an Origin; nothing but our agent has business here.

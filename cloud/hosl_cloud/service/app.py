@@ -14,14 +14,16 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from hosl_cloud import metrics
-from hosl_cloud.runs.queue import Runs
-from hosl_cloud.service.access import Guard, guarded
+from hosl_cloud.runs.queue import RunQueue
+from hosl_cloud.service.access import Authenticator, guarded
 from hosl_cloud.service.device_routes import DeviceRoutes
 from hosl_cloud.service.openapi import Operation, make_routes, refuse
 from hosl_cloud.service.page_routes import page_routes
 
 
-def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path | None = None) -> Starlette:
+def make_app(
+    runs: RunQueue, authenticator: Authenticator, operations: Sequence[Operation], ca: Path | None = None
+) -> Starlette:
     """All routes. The page's files, health and the CA's certificate are open; the rest needs a token."""
 
     async def healthz(request: Request) -> Response:
@@ -44,9 +46,9 @@ def make_app(runs: Runs, guard: Guard, operations: Sequence[Operation], ca: Path
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/v1/ca.pem", ca_certificate),
-            *make_routes(operations, guard),
-            Route("/metrics", guarded(figures, guard.check_metrics)),
-            *DeviceRoutes(runs, guard).routes(),
+            *make_routes(operations, authenticator),
+            Route("/metrics", guarded(figures, authenticator.check_metrics)),
+            *DeviceRoutes(runs, authenticator).routes(),
         ],
         exception_handlers={HTTPException: refuse},
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from hosl_cloud.service.access import Access
+from hosl_cloud.service.access import DeviceTokens
 from hosl_cloud.service.openapi import Call, Operation
 from hosl_cloud.storage.records import TokenRow
 
@@ -53,7 +53,7 @@ class DeviceList(msgspec.Struct, frozen=True):
     devices: list[Device]
 
 
-def device_operations(access: Access, disconnect: Disconnect, has_bundle: HasBundle) -> list[Operation]:
+def device_operations(access: DeviceTokens, disconnect: Disconnect, has_bundle: HasBundle) -> list[Operation]:
     """All of them."""
 
     async def listing(call: Call) -> DeviceList:

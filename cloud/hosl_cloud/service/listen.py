@@ -24,7 +24,7 @@ FEW_DAYS = 30
 
 
 @dataclass(frozen=True)
-class Listen:
+class ListenSettings:
     """Where and how to listen."""
 
     host: str
@@ -35,7 +35,7 @@ class Listen:
     authority: Authority | None = None
     """The service's own CA, where its certificate is of that."""
 
-    def with_authority(self, data_dir: Path) -> Listen:
+    def with_authority(self, data_dir: Path) -> ListenSettings:
         """With the certificate of the data folder's own CA, where there is one and no other was given."""
         from hosl_cloud.service.authority import find_authority
 
@@ -94,7 +94,7 @@ class Listen:
             return False
 
 
-def write_service_file(data_dir: Path, listen: Listen, address: str) -> None:
+def write_service_file(data_dir: Path, listen: ListenSettings, address: str) -> None:
     """Tell the commands on this machine where the service is."""
     port = urlsplit(address).port or 0
     found = {"address": listen.local_address(port), "public_address": listen.public_address(port)}

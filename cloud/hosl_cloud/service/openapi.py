@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from hosl_cloud.exceptions import ApiError, RunNotFound, StoreError
-from hosl_cloud.service.access import Denied, Endpoint, Guard
+from hosl_cloud.service.access import Authenticator, Denied, Endpoint
 from hosl_cloud.service.limits import read_body
 from hosl_protocol.exceptions import HoslError
 
@@ -72,7 +72,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
-def make_routes(operations: Sequence[Operation], guard: Guard) -> list[Route]:
+def make_routes(operations: Sequence[Operation], authenticator: Authenticator) -> list[Route]:
     """The operations' routes, and the document that describes them."""
     document = msgspec.json.encode(describe(operations))
 
@@ -83,13 +83,13 @@ def make_routes(operations: Sequence[Operation], guard: Guard) -> list[Route]:
     for operation in operations:
         by_path.setdefault(operation.path, []).append(operation)
     routes = [
-        Route(path, _endpoint(several, guard), methods=[each.method for each in several])
+        Route(path, _endpoint(several, authenticator), methods=[each.method for each in several])
         for path, several in by_path.items()
     ]
     return [Route("/v1/openapi.json", openapi), *routes]
 
 
-def _endpoint(operations: Sequence[Operation], guard: Guard) -> Endpoint:
+def _endpoint(operations: Sequence[Operation], authenticator: Authenticator) -> Endpoint:
     by_method = {operation.method: operation for operation in operations}
     decoders: dict[str, msgspec.json.Decoder[Any]] = {
         each.method: msgspec.json.Decoder(each.body) for each in operations if each.body is not None
@@ -98,7 +98,7 @@ def _endpoint(operations: Sequence[Operation], guard: Guard) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         operation = by_method["GET" if request.method == "HEAD" else request.method]
         try:
-            guard.check_admin(request)
+            authenticator.check_admin(request)
             decoder = decoders.get(operation.method)
             body = None if decoder is None else await _read_json(request, decoder)
             query = {query.name: _read_query(request, query) for query in operation.queries}

@@ -10,8 +10,16 @@ import msgspec
 
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import ApiError
-from hosl_cloud.runs.queue import Runs
-from hosl_cloud.runs.run_status import Live, ReturningDevices, RunStatus, RunSummary, WaitsFor, list_runs, run_status
+from hosl_cloud.runs.queue import RunQueue
+from hosl_cloud.runs.run_status import (
+    LiveState,
+    ReturningDevices,
+    RunStatus,
+    RunSummary,
+    WaitsFor,
+    list_runs,
+    run_status,
+)
 from hosl_cloud.service.openapi import Call, Operation, Query
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
@@ -119,10 +127,10 @@ class Draining(msgspec.Struct, frozen=True):
     runs: list[str]
 
 
-class Api:
+class RunsApi:
     """The handlers of the operations on runs."""
 
-    def __init__(self, runs: Runs, bundles: Path, drain: asyncio.Event) -> None:
+    def __init__(self, runs: RunQueue, bundles: Path, drain: asyncio.Event) -> None:
         """`bundles` is the folder that bundles of new runs are in; `drain` tells the service to leave."""
         self._runs, self._store = runs, runs.store
         self._bundles, self._drain = bundles, drain
@@ -148,8 +156,8 @@ class Api:
         ]
 
     async def _list(self, call: Call) -> RunList:
-        lives = {slot.run: self._live(slot.run) for slot in self._runs.slots()}
-        return RunList(await asyncio.to_thread(list_runs, self._store, lives, self._runs.turns()))
+        lives = {current.run: self._live(current.run) for current in self._runs.current.all()}
+        return RunList(await asyncio.to_thread(list_runs, self._store, lives, self._runs.state()))
 
     async def _start(self, call: Call) -> RunStatus:
         new: NewRun = call.body
@@ -214,17 +222,18 @@ class Api:
 
     async def _leave(self, call: Call) -> Draining:
         self._drain.set()
-        return Draining([slot.run for slot in self._runs.slots() if not slot.is_over])
+        return Draining([current.run for current in self._runs.current.under_way()])
 
     async def _folder(self, call: Call) -> Path:
         return self._runs.folder((await asyncio.to_thread(self._store.run, call.path["run"])).id)
 
-    def _live(self, run: str) -> Live:
+    def _live(self, run: str) -> LiveState:
         """Of a run under way, or over since this service began: what only the event loop may look at."""
-        slot = self._runs.slot_of(run)
-        if slot is None or slot.coordinator is None:
-            return Live()
-        fleet = slot.coordinator.fleet
+        current = self._runs.current.of_run(run)
+        if current is None or current.coordinator is None:
+            return LiveState()
+
+        fleet = current.coordinator.fleet
         ready, waiting = fleet.ready_names(), fleet.waiting
         waits_for = None
         if waiting is not None:
@@ -232,11 +241,11 @@ class Api:
             devices = tuple(name for name in waiting.devices if not (is_named and name in ready))
             count = sum(name in ready for name in waiting.devices) if is_named and waiting.devices else len(ready)
             waits_for = WaitsFor(waiting.what, devices, waiting.since, count if is_named else 0, waiting.needed)
-        return Live(frozenset(ready), {peer.name: peer.heard_at for peer in fleet.peers.values()}, waits_for)
+        return LiveState(frozenset(ready), {peer.name: peer.heard_at for peer in fleet.peers.values()}, waits_for)
 
     async def _status(self, run: str) -> RunStatus:
-        returning = ReturningDevices(self._runs.returning.count(), self._runs.returning.within_s())
-        more = self._live(run), self._runs.turns(), returning, metrics.wire_bytes_by_kind()
+        returning = ReturningDevices(self._runs.retries.count(), self._runs.retries.within_s())
+        more = self._live(run), self._runs.state(), returning, metrics.wire_bytes_by_kind()
         return await asyncio.to_thread(run_status, self._store, run, *more)
 
 

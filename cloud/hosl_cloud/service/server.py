@@ -17,14 +17,14 @@ from starlette.applications import Starlette
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from hosl_cloud.exceptions import ServiceError
-from hosl_cloud.runs.queue import GOODBYE_S, Runs
+from hosl_cloud.runs.queue import GOODBYE_S, RunQueue
 from hosl_cloud.runs.run import Ending, Paused
 from hosl_cloud.service import limits
-from hosl_cloud.service.access import Guard
+from hosl_cloud.service.access import Authenticator
 from hosl_cloud.service.app import make_app
 from hosl_cloud.service.devices_api import device_operations
-from hosl_cloud.service.listen import Listen
-from hosl_cloud.service.runs_api import Api
+from hosl_cloud.service.listen import ListenSettings
+from hosl_cloud.service.runs_api import RunsApi
 from hosl_protocol.program.notify import feed_watchdog, notify
 from hosl_protocol.wire.codec import PIECE_BYTES
 from hosl_protocol.wire.messages import Refusal
@@ -69,9 +69,9 @@ class _Server(uvicorn.Server):
 class Service:
     """What is served, and how."""
 
-    runs: Runs
-    guard: Guard
-    listen: Listen
+    runs: RunQueue
+    authenticator: Authenticator
+    listen: ListenSettings
     bundles: Path
     """Where the bundles of new runs are."""
     until: str | None = None
@@ -84,25 +84,25 @@ class Service:
 
 async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending | Paused | None:
     """Serve until a signal, a request to drain, or the end of a run; how that run ended. Raises what ended it."""
-    runs, guard, listen = service.runs, service.guard, service.listen
+    runs, authenticator, listen = service.runs, service.authenticator, service.listen
     leave = asyncio.Event()
 
     def disconnect(name: str, reason: str) -> None:
-        for slot in runs.slots():
-            peer = slot.coordinator.fleet.peers.get(name) if slot.coordinator is not None else None
+        for current in runs.current.all():
+            peer = current.coordinator.fleet.peers.get(name) if current.coordinator is not None else None
             if peer is not None:
                 peer.is_ready = False
                 peer.end(Refusal(code="device", reason=reason, retry=False))
 
     def has_bundle(name: str) -> bool:
-        return name in {slot.bundle.name for slot in runs.slots()} or (service.bundles / name).is_dir()
+        return name in {current.bundle.name for current in runs.current.all()} or (service.bundles / name).is_dir()
 
     operations = [
-        *Api(runs, service.bundles, leave).operations(),
-        *device_operations(guard.access, disconnect, has_bundle),
+        *RunsApi(runs, service.bundles, leave).operations(),
+        *device_operations(authenticator.access, disconnect, has_bundle),
     ]
-    app = make_app(runs, guard, operations, listen.authority.ca_cert if listen.authority is not None else None)
-    listener = _bind(listen, guard.limits)
+    app = make_app(runs, authenticator, operations, listen.authority.ca_cert if listen.authority is not None else None)
+    listener = _bind(listen, authenticator.limits)
     server = _Server(_uvicorn_config(app, listen))
     signals: list[signal.Signals] = []
 
@@ -136,7 +136,7 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         gc.unfreeze()
 
 
-async def _until(runs: Runs, run: str | None, leave: asyncio.Event) -> None:
+async def _until(runs: RunQueue, run: str | None, leave: asyncio.Event) -> None:
     """Wait until the service is to leave."""
     waits: list[asyncio.Task[Any]] = [asyncio.create_task(leave.wait())]
     if run is not None:
@@ -146,7 +146,7 @@ async def _until(runs: Runs, run: str | None, leave: asyncio.Event) -> None:
         wait.cancel()
 
 
-def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
+def _uvicorn_config(app: Starlette, listen: ListenSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=limits.HttpProtocol,
@@ -168,7 +168,7 @@ def _uvicorn_config(app: Starlette, listen: Listen) -> uvicorn.Config:
     )
 
 
-def _bind(listen: Listen, most: limits.Limits) -> socket.socket:
+def _bind(listen: ListenSettings, most: limits.Limits) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -182,5 +182,5 @@ def _bind(listen: Listen, most: limits.Limits) -> socket.socket:
     return listener
 
 
-def _address(listener: socket.socket, listen: Listen) -> str:
+def _address(listener: socket.socket, listen: ListenSettings) -> str:
     return listen.local_address(listener.getsockname()[1])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hosl_cloud import metrics
-from hosl_cloud.rounds.algorithms import Outcome, make_update
+from hosl_cloud.rounds.algorithms import RoundResult, make_update
 from hosl_cloud.rounds.evaluation import evaluate_batches
-from hosl_cloud.rounds.exchange import Ask, Doubles, Exchange, RoundContext, Tally, Tell, batch_of, first
+from hosl_cloud.rounds.exchange import Ask, CloudRound, Doubles, Exchange, Tally, Tell, batch_of, first
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge import step
@@ -122,7 +122,7 @@ def share_weights(half: ClientHalf, weights: dict[str, Floats], trainable: set[s
             parameter.data = torch.from_numpy(weights[plain_name(name)])
 
 
-def zeroth_order_round(context: RoundContext) -> Exchange[Outcome | None]:
+def zeroth_order_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """Both halves by two-sided estimates along one direction that runs through both, as MeZO (arXiv 2305.17333)."""
     assert isinstance(context.trainer, TailTrainer)
     yield from context.start()
@@ -149,11 +149,11 @@ def zeroth_order_round(context: RoundContext) -> Exchange[Outcome | None]:
     _step_tail(trainer, context, estimates)
     update = make_update(context, estimates)
     loss = float(np.mean([np.mean(losses[device]) for device in weights]))
-    return Outcome(update, loss, tuple(device for device in context.devices if device in weights))
+    return RoundResult(update, loss, tuple(device for device in context.devices if device in weights))
 
 
 @contextmanager
-def _perturbed(trainer: TailTrainer, context: RoundContext, direction: int, scale: float) -> Iterator[None]:
+def _perturbed(trainer: TailTrainer, context: CloudRound, direction: int, scale: float) -> Iterator[None]:
     """The tail at θ_s + scale · z; afterwards at θ_s, bit for bit."""
     kept = [parameter.detach().clone() for parameter in trainer.parameters.values()]
     for parameter, z in _directions(trainer, context, direction):
@@ -165,7 +165,7 @@ def _perturbed(trainer: TailTrainer, context: RoundContext, direction: int, scal
             parameter.data.copy_(value)
 
 
-def _directions(trainer: TailTrainer, context: RoundContext, direction: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def _directions(trainer: TailTrainer, context: CloudRound, direction: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Each trainable tensor of the tail and its part of the direction: signs, or normals where the run has those."""
     words = philox(context.config.seed, context.round, direction, Stream.SIGNS, index=2**32).random_raw()
     generator = torch.Generator(device=trainer.device).manual_seed(int(words) >> 1)
@@ -177,7 +177,7 @@ def _directions(trainer: TailTrainer, context: RoundContext, direction: int) -> 
         yield parameter, z
 
 
-def _step_tail(trainer: TailTrainer, context: RoundContext, estimates: Doubles) -> None:
+def _step_tail(trainer: TailTrainer, context: CloudRound, estimates: Doubles) -> None:
     """The tail's optimizer takes Σ_p estimate_p · z_p for its gradient; nothing is clipped."""
     for direction, estimate in enumerate(estimates.tolist()):
         for parameter, z in _directions(trainer, context, direction):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.exceptions import SettingsError
 
-Places = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Partition:
             raise SettingsError("--partition", text, "use iid or dirichlet:ALPHA, for example dirichlet:0.5")
         return cls(alpha)
 
-    def deal(self, labels: npt.NDArray[np.int32] | None, examples: int, devices: int, seed: int) -> list[Places]:
+    def deal(self, labels: npt.NDArray[np.int32] | None, examples: int, devices: int, seed: int) -> list[Indices]:
         """The places of each device's examples, rising; every example goes to one device, and none is left without.
 
         Raises SettingsError where there are fewer examples than devices, or no labels to be uneven in.
@@ -64,7 +64,7 @@ def _deal_unevenly(
     return parts
 
 
-def _fill_empty(parts: list[list[int]]) -> list[Places]:
+def _fill_empty(parts: list[list[int]]) -> list[Indices]:
     """A device without an example takes one from the device with the most."""
     for part in parts:
         if not part:

@@ -64,7 +64,7 @@ class EventRow:
 
 
 @dataclass(frozen=True)
-class Said:
+class NewEvent:
     """A sentence that is to go into a run's log."""
 
     run: str

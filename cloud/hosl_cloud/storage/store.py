@@ -28,9 +28,9 @@ from hosl_cloud.storage.records import (
     DeviceRow,
     Evaluation,
     EventRow,
+    NewEvent,
     RoundRow,
     RunRow,
-    Said,
     TokenRow,
 )
 from hosl_cloud.storage.stored_settings import read_stored
@@ -106,7 +106,7 @@ class Store(Database):
                 database.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
             database.execute("DELETE FROM runs WHERE id = ?", (run,))
 
-    def add_events(self, events: Sequence[Said]) -> None:
+    def add_events(self, events: Sequence[NewEvent]) -> None:
         """Sentences for the runs' logs, in their order; the oldest make room. What is said of a deleted run is gone."""
         with self._transaction() as database:
             database.executemany(
@@ -143,7 +143,7 @@ class Store(Database):
         sql = "SELECT id FROM runs WHERE shard_digest = ? AND state IN (?, ?, ?) ORDER BY queued_at, rowid"
         return [row["id"] for row in self._query(sql, (shard_digest, *UNENDED))]
 
-    def cut_run(self, run: str, round_: int) -> int:
+    def rewind_run(self, run: str, round_: int) -> int:
         """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins.
 
         Where nothing came later the epoch stays. The epoch; all in one transaction.
@@ -163,7 +163,7 @@ class Store(Database):
             database.execute("UPDATE runs SET epoch = ?, round = ? WHERE id = ?", (epoch, round_, run))
         return int(epoch)
 
-    def lowest_cut(self, run: str, epoch: int) -> int | None:
+    def lowest_rewind(self, run: str, epoch: int) -> int | None:
         """The lowest round at which the run was cut since `epoch`; None where it was not."""
         (row,) = self._query("SELECT min(round) AS round FROM cuts WHERE run = ? AND epoch > ?", (run, epoch))
         return None if row["round"] is None else int(row["round"])

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tail, tuple[int, ...]]:
-    """The tail with `requires_grad` set as `tail.train` says, and the vocabulary rows that its head keeps.
+    """Build the tail with `requires_grad` set as `tail.train` says; beside it the vocabulary rows that its head keeps.
 
     Rows are empty where the head is whole. New heads and adapters are drawn from the run's seed. Raises
     SettingsError, VerbalizerError and BundleError.
@@ -38,6 +38,7 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
     tail = load_tail(bundle, manifest, num_labels=class_count(config.task), seed=config.seed)
     # The tail's head is its own tensor; PEFT would look for the embedding that the config says it is tied to.
     tail.model.config.tie_word_embeddings = False
+
     rows: tuple[int, ...] = ()
     if config.task.has_class_head:
         _settle_head(tail, bundle, manifest, config.task)
@@ -47,12 +48,14 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
         rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
         _check_rows(tail, config.task, rows)
         narrow_head(tail, rows)
+
+    # After the head is what it will be: what trains is chosen among the modules that are there.
     choose_trainable(tail, manifest, config)
     return tail.eval(), rows
 
 
 def class_count(task: Task) -> int | None:
-    """Classes of the trained head; None where the language model's own head scores."""
+    """Count the classes of the trained head; None where the language model's own head scores."""
     return len(task.labels) if task.has_class_head else None
 
 
@@ -65,6 +68,7 @@ def _settle_head(tail: Tail, bundle: Path, manifest: Manifest, task: Task) -> No
         made = f"a head of {own.num_labels} labels, and the task has {len(task.labels)}: a new one takes its place"
         log.warning("%s has %s", manifest.model, made)
         return
+
     log.info("the classification head of %s is kept", manifest.model)
     names, wanted = ([label.casefold() for label in labels] for labels in (own_labels(own), task.labels))
     if names != wanted and sorted(names) == sorted(wanted):
@@ -81,16 +85,17 @@ def _check_language_head(tail: Tail, manifest: Manifest, task: Task) -> None:
 
 
 def language_head(tail: Tail) -> nn.Linear | None:
-    """The layer from hidden states to the vocabulary."""
+    """Find the layer from hidden states to the vocabulary."""
     return cast("nn.Linear | None", tail.model.get_output_embeddings())
 
 
 def verbalizer_rows(task: Task, tokenizer_path: Path) -> tuple[int, ...]:
-    """The token of each class's verbalizer. Raises VerbalizerError where one is not exactly one token of its own."""
+    """Find the token of each class's verbalizer. Raises VerbalizerError where one is not just one token of its own."""
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_path))
     except Exception as error:  # tokenizers raises nothing finer
         raise BundleError(f"{tokenizer_path} cannot be used ({error}): export the bundle again") from error
+
     rows: list[int] = []
     for verbalizer in task.verbalizers:
         ids = answer_ids(tokenizer, task, verbalizer)
@@ -120,7 +125,7 @@ def _check_rows(tail: Tail, task: Task, rows: tuple[int, ...]) -> None:
 
 
 def answer_ids(tokenizer: Tokenizer, task: Task, verbalizer: str) -> list[int]:
-    """The tokens that a verbalizer adds to a text of the task, or failing one such token those that it is alone.
+    """Find the tokens that a verbalizer adds to a text of the task, or failing one such token those that it is alone.
 
     The two differ where a tokenizer puts a space before every text, as those of the SentencePiece kind do: " great"
     alone has two then, of which the text has one.
@@ -139,7 +144,7 @@ def answer_ids(tokenizer: Tokenizer, task: Task, verbalizer: str) -> list[int]:
 
 
 def _hint(tokenizer: Tokenizer, task: Task, verbalizer: str) -> str:
-    """The same word with or without its leading space, where that is one token."""
+    """Suggest the same word with or without its leading space, where that is one token."""
     word = verbalizer.strip()
     others = (other for other in (f" {word}", word) if other != verbalizer)
     fitting = next((other for other in others if word and len(answer_ids(tokenizer, task, other)) == 1), None)
@@ -171,6 +176,7 @@ def choose_trainable(tail: Tail, manifest: Manifest, config: RunConfig) -> None:
             remedy = f"{manifest.family} has no modules for adapters: use full or head"
             raise SettingsError("tail.train", config.tail.train, remedy)
         inject_lora(tail.model, tail_lora(manifest, tail.family), tail.family, config.seed)
+
     if config.tail.train == "head":
         _head_modules(tail).requires_grad_()
     if config.tail.train == "lora" and tail.classifier is not None:
@@ -179,7 +185,7 @@ def choose_trainable(tail: Tail, manifest: Manifest, config: RunConfig) -> None:
 
 
 def _head_modules(tail: Tail) -> nn.ModuleList:
-    """The output head: for a classifier also the pooler that only it reads, where there is one."""
+    """Find the output head: for a classifier also the pooler that only it reads, where there is one."""
     if tail.classifier is None:
         return nn.ModuleList([tail.model.get_output_embeddings()])
     pooler: Any = getattr(tail.model.base_model, "pooler", None)
@@ -187,12 +193,12 @@ def _head_modules(tail: Tail) -> nn.ModuleList:
 
 
 def tail_lora(manifest: Manifest, family: Family) -> LoraEntry:
-    """The adapters of a tail: as the device's half has them, or r 8, alpha 16 on the family's targets."""
+    """Choose the adapters of a tail: as the device's half has them, or r 8, alpha 16 on the family's targets."""
     return manifest.lora or LoraEntry(targets=family.lora_targets)
 
 
 def block_list(tail: Tail) -> list[nn.Module]:
-    """The tail's blocks, or a ResNet's stages, in the order in which they run."""
+    """List the tail's blocks, or a ResNet's stages, in the order in which they run."""
     path = base_prefix(tail.model, tail.family) + tail.family.blocks
     return list(tail.model.get_submodule(path).children())
 
@@ -203,5 +209,5 @@ def recompute(block: nn.Module) -> None:
 
 
 def trainable_parameters(tail: Tail) -> dict[str, nn.Parameter]:
-    """What trains, by plain name, in the model's order."""
+    """List what trains, by plain name, in the model's order."""
     return {plain_name(name): value for name, value in tail.model.named_parameters() if value.requires_grad}

@@ -20,7 +20,7 @@ import msgspec
 from torch import Tensor
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
-from hosl_cloud.rounds.exchange import TailHolder
+from hosl_cloud.rounds.exchange import StatefulTrainer
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.stored_settings import read_known
 from hosl_export import weights
@@ -35,7 +35,7 @@ _PART = ".part"
 _WEIGHT = "weights/"
 
 
-class Metrics(msgspec.Struct, kw_only=True, frozen=True):
+class CheckpointScore(msgspec.Struct, kw_only=True, frozen=True):
     """What the held-out data scored at a checkpoint."""
 
     loss: float
@@ -60,7 +60,7 @@ class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
     """Digest of the safetensors file."""
     head_rows: tuple[int, ...]
     """Vocabulary rows that the head keeps, in the order of its weight's rows; empty where the head is whole."""
-    metrics: Metrics | None
+    metrics: CheckpointScore | None
     """None where the checkpoint was not evaluated."""
     config: RunConfig
     """The run's effective settings."""
@@ -82,7 +82,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, round_: int, epoch: int, trainer: TailHolder, config: RunConfig, metrics: Metrics | None = None
+    folder: Path,
+    round_: int,
+    epoch: int,
+    trainer: StatefulTrainer,
+    config: RunConfig,
+    metrics: CheckpointScore | None = None,
 ) -> Path:
     """Write the trainer's state at the end of `round_`; the path of the safetensors file.
 
@@ -114,7 +119,7 @@ def _file_name(epoch: int, round_: int) -> str:
     return f"epoch-{epoch:04}-round-{round_:06}.safetensors"
 
 
-def record_metrics(path: Path, metrics: Metrics) -> None:
+def record_score(path: Path, metrics: CheckpointScore) -> None:
     """Write down what an existing checkpoint scored. Raises CheckpointMissing and CheckpointDamaged."""
     _write_info(path, msgspec.structs.replace(read_info(path), metrics=metrics))
 
@@ -206,7 +211,7 @@ def verify(path: Path) -> CheckpointInfo:
     return info
 
 
-def set_aside(path: Path) -> None:
+def quarantine(path: Path) -> None:
     """Let a checkpoint count no more, its files kept under another name."""
     for each in (_info_path(path), path):
         if each.exists():
@@ -226,7 +231,7 @@ def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     return info, {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
 
 
-def load_checkpoint(path: Path, trainer: TailHolder) -> CheckpointInfo:
+def load_checkpoint(path: Path, trainer: StatefulTrainer) -> CheckpointInfo:
     """Put a checkpoint into the trainer, which then continues with the same bits.
 
     Raises CheckpointMissing, CheckpointDamaged, and CheckpointMismatch with the trainer as it was.
@@ -280,18 +285,18 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
 def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     """The best of a run's checkpoints by evaluation; None where none was evaluated."""
     evaluated = {each.path: each for each in checkpoints if each.info.metrics is not None}
-    comparable = comparable_of([(path, each.info.metrics) for path, each in evaluated.items() if each.info.metrics])
+    comparable = comparable_scores([(path, each.info.metrics) for path, each in evaluated.items() if each.info.metrics])
     if not comparable:
         return None
     kind = checkpoints[-1].info.config.task.kind
-    path, _ = max(comparable, key=lambda entry: rank(entry[1], kind))
+    path, _ = max(comparable, key=lambda entry: score_key(entry[1], kind))
     return evaluated[path]
 
 
 T = TypeVar("T")
 
 
-def comparable_of(evaluations: Sequence[tuple[T, Metrics]]) -> list[tuple[T, Metrics]]:
+def comparable_scores(evaluations: Sequence[tuple[T, CheckpointScore]]) -> list[tuple[T, CheckpointScore]]:
     """Of evaluations, oldest first, those that may be compared: all of the same held-out data, and of the most.
 
     Scores of other examples say nothing about each other. Where as much of other data was scored later, because a
@@ -305,7 +310,7 @@ def comparable_of(evaluations: Sequence[tuple[T, Metrics]]) -> list[tuple[T, Met
     return [entry for entry in evaluations if (entry[1].examples, entry[1].held_out) == same]
 
 
-def rank(metrics: Metrics, kind: TaskKind) -> tuple[float, float]:
+def score_key(metrics: CheckpointScore, kind: TaskKind) -> tuple[float, float]:
     """Larger is better: accuracy, then lower loss; for `lm` the loss alone."""
     return (0.0 if kind == "lm" else metrics.correct / max(metrics.scored, 1), -metrics.loss)
 

@@ -22,7 +22,7 @@ _NO_TARGET = -100
 
 @dataclass(frozen=True)
 class Score:
-    """What a batch scored."""
+    """The loss of a batch, and how many of its predictions were right."""
 
     loss: Tensor
     """Mean over its examples, or over the predicted tokens of `lm`; a float32 scalar."""
@@ -33,14 +33,14 @@ class Score:
 
 
 def unpack(activations_TD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed activations as h [B, L, D], padded with zeros on the right, and the mask of real tokens [B, L]."""
+    """Unpack activations [T, D] to h [B, L, D], padded with zeros on the right, and the mask of real tokens [B, L]."""
     h_BLD = pad_sequence(list(torch.split(activations_TD, lengths_B.tolist())), batch_first=True)
     mask_BL = torch.arange(h_BLD.shape[1], device=h_BLD.device) < lengths_B.to(h_BLD.device)[:, None]
     return h_BLD, mask_BL.long()
 
 
 def score(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor, labels_N: Tensor) -> Score:
-    """Forward through the tail to the task's mean loss, of what `check_batch` let pass."""
+    """Do the forward through the tail to the task's mean loss, of what `check_batch` let pass."""
     h_BLD, mask_BL = unpack(activations_TD, lengths_B)
     if kind == "lm":
         return _score_tokens(tail, h_BLD, mask_BL, labels_N)
@@ -57,7 +57,7 @@ def _score_classes(logits_BC: Tensor, labels_B: Tensor) -> Score:
 
 
 def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) -> Score:
-    """Each token but the first of an example is predicted from those before it, and none of a soft prompt is."""
+    """Score a language model: each token but an example's first is predicted, and none of a soft prompt is."""
     padded_BL = torch.full(mask_BL.shape, _NO_TARGET, device=tokens_T.device)
     padded_BL[mask_BL.bool()] = tokens_T
     padded_BL[:, : tail.prompt_tokens] = _NO_TARGET
@@ -71,7 +71,7 @@ def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) 
 
 
 def targets(kind: TaskKind, tail: Tail, lengths_B: Tensor) -> int:
-    """Over how many predictions the loss of these examples is a mean."""
+    """Count the predictions over which the loss of these examples is a mean."""
     if kind != "lm":
         return len(lengths_B)
     return int(lengths_B.sum()) - len(lengths_B) * max(tail.prompt_tokens, 1)
@@ -82,11 +82,13 @@ def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor,
     shortest = tail.prompt_tokens + 1
     if len(lengths_B) == 0 or int(lengths_B.min()) < shortest:
         raise BatchError("lengths of a batch", f"one or more, each {shortest} or more", lengths_B.tolist())
+
     if int(lengths_B.sum()) != token_count:
         raise BatchError("tokens of a batch", f"{int(lengths_B.sum())} by its lengths", token_count)
     expected = token_count if kind == "lm" else len(lengths_B)
     if len(labels_N) != expected:
         raise BatchError("labels of a batch", expected, len(labels_N))
+
     classes = _classes(tail)
     if int(labels_N.min()) < 0 or int(labels_N.max()) >= classes:
         out_of_range = [label for label in labels_N.tolist() if not 0 <= label < classes]
@@ -94,5 +96,5 @@ def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor,
 
 
 def _classes(tail: Tail) -> int:
-    """Rows of the head: classes, or the vocabulary."""
+    """Count the rows of the head: classes, or the vocabulary."""
     return int(tail.class_count or tail.model.get_output_embeddings().out_features)

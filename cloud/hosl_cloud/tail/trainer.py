@@ -1,5 +1,12 @@
 """First-order training of the tail: one forward and backward per device and round, one optimizer step per round.
 
+A round's generator calls it (rounds/algorithms.py), on the run's compute thread, which alone may touch it. Between two
+steps each parameter's `grad` is the round's Σ w_m grad_m so far: `forward_backward` adds to it, `step` divides it by
+the sum of the weights, and `discard` drops it. A batch that is left out must have added nothing, or the sum is spoilt.
+
+The learning rate follows `schedule_factor` (hosl_protocol/run/settings.py), which `step` applies; its settings are in
+`[tail]` (settings.py). For several processes ranks/trainers.py overrides the methods that say so.
+
 Shapes: B examples, T tokens of the batch without padding, D width, N labels.
 """
 
@@ -22,7 +29,7 @@ from hosl_cloud.rounds.exchange import BatchArrays
 from hosl_cloud.settings import RunConfig, TailSettings
 from hosl_cloud.tail import objectives
 from hosl_cloud.tail.building import block_list, build_tail, recompute, trainable_parameters
-from hosl_cloud.tail.uploads import Uploads
+from hosl_cloud.tail.prefetch import Prefetcher
 from hosl_export.model.halves import Tail
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import Manifest
@@ -39,7 +46,7 @@ _WEIGHT, _OPTIMIZER = "weights/", "optimizer/"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One device's forward and backward."""
+    """The result of one device's forward and backward."""
 
     loss: float
     """Mean loss of this device's batch."""
@@ -51,7 +58,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvalScore:
-    """One batch, only evaluated."""
+    """The score of one batch that is only evaluated."""
 
     loss: float
     correct: int
@@ -60,7 +67,7 @@ class EvalScore:
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """One optimizer step."""
+    """The figures of one optimizer step."""
 
     gradient_norm: float
     """L2 norm of the averaged gradient before clipping."""
@@ -91,23 +98,28 @@ class TailTrainer:
         self.config, self.kind = config, config.task.kind
         self.device = self._choose_device()
         forbid_tf32()
-        self._uploads = Uploads(self.device)
+        self._prefetcher = Prefetcher(self.device)
         if config.tail.threads:
             torch.set_num_threads(config.tail.threads)
+
         tail, self.head_rows = build_tail(bundle, manifest, config)
         for block in block_list(tail):
             if config.tail.activation_checkpointing:
                 recompute(block)
             if config.tail.compile:
                 block.compile(dynamic=True)
-        self.tail = self._place(tail)
+
+        # The optimizer last: where ranks share a tensor, placing it makes its parameters anew.
+        self.tail = self._place_tail(tail)
         self.parameters = trainable_parameters(self.tail)
         self.optimizer = make_optimizer(list(self.parameters.values()), config.tail)
 
     def _choose_device(self) -> torch.device:
+        """Choose where the tail is computed. A rank takes the GPU of its own number."""
         return choose_device(self.config.tail.device)
 
-    def _place(self, tail: Tail) -> Tail:
+    def _place_tail(self, tail: Tail) -> Tail:
+        """Put the tail on its device. FSDP shares it out over the ranks instead."""
         return tail.to(self.device)
 
     @property
@@ -118,8 +130,8 @@ class TailTrainer:
     def forward_backward_many(
         self, batches: Sequence[BatchArrays], weights: Sequence[float], *, wants_cut_gradient: bool
     ) -> list[StepResult | BatchError | NotFiniteError]:
-        """`forward_backward` of each: its result, or the error that left it out."""
-        self._uploads.begin(batches)
+        """Do `forward_backward` of each: its result, or the error that left it out."""
+        self._prefetcher.start(batches)
         results: list[StepResult | BatchError | NotFiniteError] = []
         for batch, weight in zip(batches, weights, strict=True):
             try:
@@ -129,8 +141,8 @@ class TailTrainer:
         return results
 
     def evaluate_many(self, batches: Sequence[BatchArrays]) -> list[EvalScore | BatchError | NotFiniteError]:
-        """`evaluate` of each: its score, or the error."""
-        self._uploads.begin(batches)
+        """Do `evaluate` of each: its score, or the error."""
+        self._prefetcher.start(batches)
         scores: list[EvalScore | BatchError | NotFiniteError] = []
         for batch in batches:
             try:
@@ -148,7 +160,7 @@ class TailTrainer:
         *,
         wants_cut_gradient: bool = True,
     ) -> StepResult:
-        """Add `weight` times the gradient of this device's own mean loss to the round's; return its λ.
+        """Add `weight` times the gradient of this device's own mean loss to the round's; return its λ [T, D].
 
         λ is neither scaled by `weight` or by the number of devices, nor clipped (HO-SFL step 2). Raises BatchError,
         NotFiniteError where the loss is not finite (other devices' gradients stay), and RoundSpoiltError where only λ
@@ -159,23 +171,26 @@ class TailTrainer:
         for part in parts:
             part.h_TD.requires_grad_(wants_cut_gradient)
             try:
-                scores.append(self._pass(part, weight))
+                scores.append(self._train_part(part, weight))
             except NotFiniteError as error:
                 if not scores:
                     raise
+                # Parts before this one are in the sum already, among other devices' gradients.
                 self.discard()
                 raise RoundSpoiltError(error.what, error.value) from error
+
         score = _join(parts, scores)
         gradients = [part.h_TD.grad for part in parts if part.h_TD.grad is not None]
         return StepResult(score.loss, self._cut_gradient(gradients, weight), score.correct, score.scored)
 
-    def _pass(self, part: MicroBatch, weight: float) -> objectives.Score:
-        """One forward and backward. Raises NotFiniteError, with no gradient added."""
+    def _train_part(self, part: MicroBatch, weight: float) -> objectives.Score:
+        """Do one forward and backward. Raises NotFiniteError, with no gradient added."""
         score = self._score(part)
         torch.autograd.backward(require_finite(score).loss * (weight * part.share))
         return score
 
     def _cut_gradient(self, gradients: list[Tensor], weight: float) -> Floats | None:
+        """Put λ [T, D] together from its parts, without the weight; None where none was asked for."""
         if not gradients:
             return None
         gradient_TD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
@@ -186,12 +201,12 @@ class TailTrainer:
         return np.asarray(lambda_TD.cpu().numpy())
 
     def evaluate(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> EvalScore:
-        """Loss and score without gradients. Raises BatchError and NotFiniteError."""
+        """Score a batch without gradients. Raises BatchError and NotFiniteError."""
         parts = self._micro_batches(activations_TD, lengths_B, labels_N)
-        return _join(parts, [require_finite(self._look(part)) for part in parts])
+        return _join(parts, [require_finite(self._evaluate_part(part)) for part in parts])
 
-    def _look(self, part: MicroBatch) -> objectives.Score:
-        """One forward. HOSL subtracts losses of weights that hardly differ: of those bfloat16 leaves only noise."""
+    def _evaluate_part(self, part: MicroBatch) -> objectives.Score:
+        """Do one forward. HOSL subtracts losses of weights that hardly differ: of those bfloat16 leaves only noise."""
         with torch.no_grad():
             return self._score(part, is_exact=self.config.subtracts_losses)
 
@@ -205,17 +220,25 @@ class TailTrainer:
         objectives.check_batch(self.kind, self.tail, len(activations_TD), lengths, labels)
 
     def _micro_batches(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> list[MicroBatch]:
-        """The batch in parts of `tail.micro_batch_tokens`. Raises BatchError, and NotFiniteError where part of it
-        might be added up before another is found not to be finite."""
+        """Check a batch, put it on the tail's device, and split it into parts of `tail.micro_batch_tokens`.
+
+        Raises BatchError, and NotFiniteError where part of it might be added up before another is found not to be
+        finite.
+        """
         self.check(activations_TD, lengths_B, labels_N)
         rows = split_rows(lengths_B, self.config.tail.micro_batch_tokens)
         if len(rows) > 1 and not np.isfinite(activations_TD).all():
             raise NotFiniteError("an activation", math.nan)
-        h_TD, labels = self._uploads.take(activations_TD, torch.float32), self._uploads.take(labels_N, torch.int64)
+
+        h_TD, labels = (
+            self._prefetcher.take(activations_TD, torch.float32),
+            self._prefetcher.take(labels_N, torch.int64),
+        )
         lengths, ends = torch.from_numpy(lengths_B.astype(np.int64)), np.concatenate([[0], np.cumsum(lengths_B)])
         whole, parts = objectives.targets(self.kind, self.tail, lengths), []
         for row in rows:
             tokens = slice(int(ends[row.start]), int(ends[row.stop]))
+            # By predictions, not by examples: the parts' mean losses then add up to the batch's.
             share = objectives.targets(self.kind, self.tail, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
             labels_N_ = labels[tokens if self.kind == "lm" else row]
             parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
@@ -239,9 +262,11 @@ class TailTrainer:
         if not math.isfinite(norm):
             self.discard()
             raise RoundSpoiltError("the norm of the tail's gradient", norm)
+
         clipping = settings.clip_norm / norm if 0.0 < settings.clip_norm < norm else 1.0
         for gradient in gradients:
             gradient.mul_(clipping / total_weight)
+
         factor = schedule_factor(settings.schedule, settings.warmup_rounds, round_, self.config.rounds)
         self._set_rate(settings.learning_rate * factor)
         self.optimizer.step()
@@ -260,7 +285,10 @@ class TailTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """What training changes, at the end of a round: `weights/<name>` and `optimizer/<name>/<key>`, shared."""
+        """Name what training changes, at the end of a round: `weights/<name>` and `optimizer/<name>/<key>`.
+
+        The tensors are the trainer's own, not copies, and of a rank its part; `gather` gives them whole.
+        """
         state = {_WEIGHT + name: value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             # In one order, whether the optimizer made its state or was given it: a checkpoint's bytes follow it.
@@ -270,7 +298,7 @@ class TailTrainer:
         return state
 
     def gather(self) -> Generator[Tensor, None, None]:
-        """The tensors of `state`, in its order, whole and on the CPU, one at a time."""
+        """Yield the tensors of `state`, in its order, whole and on the CPU, one at a time."""
         for tensor in self.state().values():
             yield self._whole(tensor).cpu()
 
@@ -282,6 +310,7 @@ class TailTrainer:
         missing = places.keys() - {name.removeprefix(_WEIGHT) for name in state}
         if missing:
             raise KeyError(min(missing))
+
         with torch.no_grad():
             for entry, tensor in state.items():
                 if entry.startswith(_WEIGHT):
@@ -291,30 +320,32 @@ class TailTrainer:
                     value = torch.zeros_like(self.parameters[name]) if tensor.ndim else torch.zeros(())
                     self._put(value, tensor)
                     moments.setdefault(places[name], {})[key] = value
+
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.discard()
 
     def _whole(self, tensor: Tensor) -> Tensor:
+        """Give a tensor of the state whole; a rank of FSDP gathers it from the others."""
         return tensor
 
     def _put(self, target: Tensor, whole: Tensor) -> None:
-        """Give a tensor its value."""
+        """Give a tensor its value; a rank of FSDP takes its part of it."""
         target.copy_(whole)
 
     def close(self) -> None:
-        """Nothing is asked of it any more."""
+        """End the trainer's use; ranks then free their parts."""
 
 
 def require_finite(score: objectives.Score) -> objectives.Score:
-    """The score. Raises NotFiniteError."""
+    """Pass a score on. Raises NotFiniteError where its loss is no number."""
     if not math.isfinite(score.loss.item()):
         raise NotFiniteError("the tail's loss", score.loss.item())
     return score
 
 
 def split_rows(lengths_B: Integers, most_tokens: int) -> list[slice]:
-    """Runs of examples of at most `most_tokens` with their padding, or of one example; 0 does not split."""
+    """Split a batch into runs of examples of at most `most_tokens` with their padding, or of one; 0 does not split."""
     rows, start, longest = [], 0, 0
     for row, length in enumerate(lengths_B.tolist()):
         longest = max(longest, length)
@@ -325,13 +356,13 @@ def split_rows(lengths_B: Integers, most_tokens: int) -> list[slice]:
 
 
 def _join(parts: Sequence[MicroBatch], scores: Sequence[objectives.Score]) -> EvalScore:
-    """The score of a whole batch."""
+    """Put the score of a whole batch together."""
     loss = sum(part.share * score.loss.item() for part, score in zip(parts, scores, strict=True))
     return EvalScore(loss, sum(score.correct for score in scores), sum(score.scored for score in scores))
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of `tail.device`. Raises SettingsError where this machine has none of that name."""
+    """Choose the torch device of `tail.device`. Raises SettingsError where this machine has none of that name."""
     has_cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if has_cuda else "cpu")
@@ -351,7 +382,7 @@ def forbid_tf32() -> None:
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TailSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation.
+    """Make AdamW or SGD over what trains. Fused: one pass over the weights instead of one per operation.
 
     For tensors of which each rank holds a part torch has no fused SGD.
     """

@@ -180,7 +180,7 @@ def be_rank(rank: int, job: dict[str, Any]) -> None:
     try:
         Path(job["out"]).write_text(json.dumps(work(group, job)), encoding="utf-8")
     finally:
-        group.leave()
+        group.shut_down()
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import torch
 
 from hosl_cloud.exceptions import RoundSpoiltError
 from hosl_cloud.rounds import algorithms as rounds
-from hosl_cloud.rounds.algorithms import Outcome
+from hosl_cloud.rounds.algorithms import RoundResult
 from hosl_cloud.rounds.evaluation import evaluate
-from hosl_cloud.rounds.exchange import Action, Answer, Ask, Await, Exchange, Fault, RoundContext, Tell
+from hosl_cloud.rounds.exchange import Action, Answer, Ask, Await, CloudRound, Exchange, Fault, Tell
 from hosl_cloud.settings import DeviceSettings, RunConfig
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.tail.trainer import TailTrainer
@@ -63,8 +63,8 @@ class Cloud:
             for place, (name, lengths) in enumerate(LENGTHS.items())
         }
 
-    def context(self, devices: Sequence[str] = "abc") -> RoundContext:
-        return RoundContext("r", 0, 1, self.config, self.trainer, devices)
+    def context(self, devices: Sequence[str] = "abc") -> CloudRound:
+        return CloudRound("r", 0, 1, self.config, self.trainer, devices)
 
     def tensors(self, device: str, scale: float = 1.0) -> dict[str, npt.NDArray[Any]]:
         activations, lengths, labels = self.batches[device].sent
@@ -114,7 +114,7 @@ def projections_of(values: dict[str, Sequence[float]]) -> dict[str, Frame]:
     }
 
 
-def ho_sfl(cloud: Cloud, values: dict[str, Sequence[float]], silent: str = "") -> tuple[Outcome | None, list[Tell]]:
+def ho_sfl(cloud: Cloud, values: dict[str, Sequence[float]], silent: str = "") -> tuple[RoundResult | None, list[Tell]]:
     """A round of HO-SFL in which `silent` devices send no Anchor, and only those in `values` send projections."""
     frames = projections_of(values)
 

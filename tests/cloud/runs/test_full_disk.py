@@ -21,7 +21,7 @@ from hosl_cloud.runs.event_log import EventLog
 from hosl_cloud.service.authority import make_authority, renew_certificate
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage import disk_space as room
-from hosl_cloud.storage.records import Said
+from hosl_cloud.storage.records import NewEvent
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import save_checkpoint
 from hosl_edge.settings import EdgeSettings
@@ -105,11 +105,11 @@ def test_sentences_that_a_full_disk_does_not_take_are_written_later_in_their_ord
     fill(store)
     sentences = [f"{number} " + 500 * "x" for number in range(20)]
     for sentence in sentences:
-        log.add(Said("run-1", time.time(), "info", sentence))
+        log.add(NewEvent("run-1", time.time(), "info", sentence))
         log.flush()
     assert len(store.events("run-1")) < 20
     make_room(store)
-    log.add(Said("run-1", time.time(), "info", "the end"))
+    log.add(NewEvent("run-1", time.time(), "info", "the end"))
     log.close()
     assert [event.text for event in store.events("run-1")] == [*sentences, "the end"]
     store.close()
@@ -180,7 +180,7 @@ async def until_full(service: Service) -> None:
     while service.coordinator.run.round < 3:
         await asyncio.sleep(0.02)
     await asyncio.to_thread(fill, service.coordinator.store)
-    while not service.coordinator.keeper.is_waiting_for_room:
+    while not service.coordinator.checkpointer.is_waiting_for_room:
         await asyncio.sleep(0.02)
 
 

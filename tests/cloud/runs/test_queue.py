@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from hosl_cloud.commands.runs import _line, _waits
-from hosl_cloud.runs.queue import Runs
+from hosl_cloud.runs.current_run import CurrentRun
+from hosl_cloud.runs.queue import RunQueue
 from hosl_cloud.runs.run import Ending, Paused
-from hosl_cloud.runs.slot import Slot
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import CheckpointInfo
@@ -32,12 +32,12 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, said: list[str]) -> Iterator[Runs]:
+def runs(tmp_path: Path, said: list[str]) -> Iterator[RunQueue]:
     """A service's runs after a restart: one is known, and nothing is under way."""
     store = Store(tmp_path / "hosl.sqlite")
     task: Task = convert(load_preset("sst2"), Task, "task")
     store.create_run("run-1", tmp_path / "bundle", SHARD, RunConfig(task=task))
-    runs = Runs(store, tmp_path, said.append)
+    runs = RunQueue(store, tmp_path, said.append)
     yield runs
     runs.events.close()
     store.close()
@@ -48,14 +48,16 @@ def hello(run: str | None) -> Hello:
 
 
 @pytest.mark.parametrize("state", ["completed", "stopped", "failed"])
-def test_a_device_of_a_run_that_has_ended_is_told_so_by_a_service_that_was_not_there(runs: Runs, state: str) -> None:
+def test_a_device_of_a_run_that_has_ended_is_told_so_by_a_service_that_was_not_there(
+    runs: RunQueue, state: str
+) -> None:
     runs.store.set_state("run-1", state)
     assert asyncio.run(runs.route(hello("run-1"))) == Complete(run="run-1", reason=state, round=0)  # type: ignore[arg-type]
 
 
-def test_lines_name_their_run_where_more_than_one_is_under_way(runs: Runs, said: list[str], tmp_path: Path) -> None:
+def test_lines_name_their_run_where_more_than_one_is_under_way(runs: RunQueue, said: list[str], tmp_path: Path) -> None:
     for run in ("run-1", "run-2"):
-        runs._slots[run] = Slot(run, tmp_path, None)  # type: ignore[arg-type]
+        runs.current.put(run, CurrentRun(run, tmp_path, None))  # type: ignore[arg-type]
         runs.say("round 10/20", run)
     runs.say("run run-2 stopped", "run-2")
     assert said == ["round 10/20", "run-2: round 10/20", "run run-2 stopped"]
@@ -64,7 +66,7 @@ def test_lines_name_their_run_where_more_than_one_is_under_way(runs: Runs, said:
 @pytest.mark.parametrize("ending", ["completed", "stopped", "failed", "paused"])
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 def test_at_a_runs_end_is_said_what_can_be_done_with_it(
-    runs: Runs, said: list[str], ending: Ending | Paused, has_checkpoint: bool
+    runs: RunQueue, said: list[str], ending: Ending | Paused, has_checkpoint: bool
 ) -> None:
     if has_checkpoint:
         config = runs.store.run("run-1").config
@@ -79,7 +81,7 @@ def test_at_a_runs_end_is_said_what_can_be_done_with_it(
     assert said == expected
 
 
-def test_a_service_that_leaves_says_that_it_must_be_there_to_go_on(runs: Runs, said: list[str]) -> None:
+def test_a_service_that_leaves_says_that_it_must_be_there_to_go_on(runs: RunQueue, said: list[str]) -> None:
     runs._is_draining = True
     asyncio.run(runs._tell_next("run-1", "stopped"))
     folder = f"--data-dir {runs.data_dir}"
@@ -100,14 +102,14 @@ def test_why_a_run_is_pending_stands_in_its_lines() -> None:
 
 
 @pytest.mark.parametrize("run", ["run-1", "run-2", None])
-def test_other_devices_are_told_to_come_back(runs: Runs, run: str | None) -> None:
+def test_other_devices_are_told_to_come_back(runs: RunQueue, run: str | None) -> None:
     runs.store.set_state("run-1", "paused")
     answer = asyncio.run(runs.route(hello(run)))
     assert isinstance(answer, Refusal)
     assert (answer.code, answer.retry) == ("run", True)
 
 
-def test_a_disk_that_is_slow_holds_up_nobody_who_says_something_and_keeps_the_order(runs: Runs) -> None:
+def test_a_disk_that_is_slow_holds_up_nobody_who_says_something_and_keeps_the_order(runs: RunQueue) -> None:
     is_held, may_go_on = threading.Event(), threading.Event()
 
     def commit_slowly() -> None:
@@ -129,7 +131,7 @@ def test_a_disk_that_is_slow_holds_up_nobody_who_says_something_and_keeps_the_or
     assert [event.text for event in runs.store.events("run-1")] == [f"sentence {number}" for number in range(50)]
 
 
-def test_a_run_is_deleted_while_the_event_loop_turns(runs: Runs) -> None:
+def test_a_run_is_deleted_while_the_event_loop_turns(runs: RunQueue) -> None:
     runs.store.set_state("run-1", "completed")
     runs.folder("run-1").mkdir(parents=True)
     asyncio.run(runs.remove("run-1"))

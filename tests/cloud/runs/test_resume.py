@@ -15,9 +15,10 @@ import pytest
 from hosl_cloud.commands.serve import _ahead_of, _choose_first
 from hosl_cloud.runs.admission import _plan
 from hosl_cloud.runs.coordinator import Coordinator
-from hosl_cloud.runs.queue import Runs
-from hosl_cloud.runs.resume import Cut, cut, find_run
+from hosl_cloud.runs.queue import RunQueue
+from hosl_cloud.runs.resume import ResumePoint, find_run, rewind_to_checkpoint
 from hosl_cloud.runs.run import Run
+from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import list_checkpoints, save_checkpoint
@@ -44,8 +45,8 @@ class Site:
             if round_ in checkpoints:
                 save_checkpoint(self.folder, round_, epoch, self.trainer, self.config)
 
-    def cut(self) -> Cut:
-        return cut(self.store, self.store.run("run-1"), self.folder, self.said.append)
+    def rewind(self) -> ResumePoint:
+        return rewind_to_checkpoint(self.store, self.store.run("run-1"), self.folder, self.said.append)
 
     def in_force(self) -> list[int]:
         return [update.round for update in self.store.updates("run-1", 1, 1000)]
@@ -58,7 +59,7 @@ def site(bundle: Any, tmp_path: Path) -> Site:
 
 def test_the_newest_checkpoint_decides(site: Site) -> None:
     site.make_rounds(11, checkpoints=(4, 8))
-    found = site.cut()
+    found = site.rewind()
     assert found.checkpoint is not None
     assert (found.round, found.epoch, found.dropped) == (8, 1, 3)
     assert found.checkpoint.info.round == 8
@@ -67,13 +68,13 @@ def test_the_newest_checkpoint_decides(site: Site) -> None:
 
 def test_without_a_checkpoint_the_run_begins_again_at_the_bundle(site: Site) -> None:
     site.make_rounds(5)
-    assert site.cut() == Cut(0, 1, 5, None)
+    assert site.rewind() == ResumePoint(0, 1, 5, None)
     assert site.in_force() == []
 
 
 def test_a_checkpoint_at_the_last_round_drops_nothing(site: Site) -> None:
     site.make_rounds(4, checkpoints=(4,))
-    found = site.cut()
+    found = site.rewind()
     assert (found.round, found.epoch, found.dropped) == (4, 0, 0)
 
 
@@ -91,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(site: Site,
         path.unlink()
     else:
         path.with_suffix(".json").write_text("{", encoding="ascii")
-    found = site.cut()
+    found = site.rewind()
     assert (found.round, found.dropped) == (4, 7)
     if damage != "json":
         assert "epoch-0000-round-000008" in site.said[0]
@@ -103,12 +104,12 @@ def test_a_checkpoint_of_rounds_that_were_dropped_is_not_used_again(site: Site) 
     later = site.folder / "epoch-0000-round-000008.safetensors"
     good = later.read_bytes()
     later.write_bytes(good[:-1])
-    assert site.cut().round == 4
+    assert site.rewind().round == 4
     for path in site.folder.glob("*.aside"):  # somebody puts the old files back
         path.replace(path.with_name(path.name.removesuffix(".aside")))
     later.write_bytes(good)
     site.make_rounds(6, epoch=1)
-    found = site.cut()
+    found = site.rewind()
     assert (found.round, found.epoch, found.dropped) == (4, 2, 2)
 
 
@@ -139,7 +140,7 @@ def serve(site: Site, seed: int = 5, **options: Any) -> str | None:
     """What `serve --config` chooses, with settings of this seed."""
     given = argparse.Namespace(bundle=site.bundle.path, data_dir=site.folder.parent, **{"new": False, **options})
     config = msgspec.structs.replace(site.config, seed=seed)
-    runs = Runs(site.store, site.folder.parent, site.said.append)
+    runs = RunQueue(site.store, site.folder.parent, site.said.append)
     return _choose_first(runs, given, site.bundle.manifest, config)
 
 
@@ -218,7 +219,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for_once(site: Site, monk
 
     monkeypatch.setattr(Coordinator, "_score", score)
     monkeypatch.setattr(Run, "load", lambda self: None)
-    monkeypatch.setattr(Coordinator, "_wait_for_quorum", lambda self: asyncio.sleep(0))
+    monkeypatch.setattr(DeviceSelection, "wait_for_quorum", lambda self: asyncio.sleep(0))
     site.make_rounds(last, checkpoints=(last,))
     for _ in range(2):
         asyncio.run(resume())

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from hosl_cloud.runs.tensorboard import Curves
+from hosl_cloud.runs.tensorboard import TensorBoardWriter
 
 
 def events(folder: Path) -> Iterator[Event]:
@@ -40,7 +40,7 @@ def shown(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def test_figures_are_read_back_by_round_and_name(tmp_path: Path) -> None:
-    curves = Curves(tmp_path / "curves", 1)
+    curves = TensorBoardWriter(tmp_path / "curves", 1)
     curves.add(0, {"eval/accuracy": 0.5})
     for round_ in (1, 2):
         curves.add(round_, {"train/loss": 1.0 / round_, "round/wire_bytes": 2**33})
@@ -53,11 +53,11 @@ def test_figures_are_read_back_by_round_and_name(tmp_path: Path) -> None:
 
 
 def test_a_run_that_resumes_at_an_earlier_round_hides_what_is_made_again(tmp_path: Path) -> None:
-    first = Curves(tmp_path, 1)
+    first = TensorBoardWriter(tmp_path, 1)
     for round_ in range(1, 6):
         first.add(round_, {"train/loss": 1.0})
     first.close()
-    second = Curves(tmp_path, 3)
+    second = TensorBoardWriter(tmp_path, 3)
     second.add(3, {"train/loss": 2.0})
     second.close()
     assert shown(tmp_path) == {"train/loss": {1: 1.0, 2: 1.0, 3: 2.0}}
@@ -65,7 +65,7 @@ def test_a_run_that_resumes_at_an_earlier_round_hides_what_is_made_again(tmp_pat
 
 
 def test_nothing_is_written_before_there_is_a_figure(tmp_path: Path) -> None:
-    Curves(tmp_path / "curves", 1).close()
+    TensorBoardWriter(tmp_path / "curves", 1).close()
     assert not (tmp_path / "curves").exists()
 
 
@@ -74,7 +74,7 @@ def test_a_folder_that_takes_nothing_costs_the_curves_a_part_and_is_said_once(
 ) -> None:
     monkeypatch.setattr("hosl_cloud.runs.tensorboard.RETRY_S", 0.0)
     (tmp_path / "curves").write_text("a file in the folder's place")
-    curves = Curves(tmp_path / "curves", 1)
+    curves = TensorBoardWriter(tmp_path / "curves", 1)
     with caplog.at_level(logging.WARNING):
         for round_ in (1, 2):
             curves.add(round_, {"train/loss": 1.0})
@@ -87,7 +87,7 @@ def test_a_folder_that_takes_nothing_costs_the_curves_a_part_and_is_said_once(
 
 
 def test_a_file_that_is_begun_anew_hides_nothing_of_this_service(tmp_path: Path) -> None:
-    curves = Curves(tmp_path, 1)
+    curves = TensorBoardWriter(tmp_path, 1)
     for round_ in (1, 2):
         curves.add(round_, {"train/loss": 1.0})
     curves.close()

@@ -16,7 +16,7 @@ from cryptography import x509
 from hosl_cloud.__main__ import main
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.service.authority import Authority, find_authority, make_authority, renew_certificate
-from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.listen import ListenSettings
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, read_secret
 
 NAMES = ["cloud.example.org", "192.168.1.5", "2001:db8::5"]
@@ -148,7 +148,7 @@ def test_the_command_makes_it_once_and_serve_takes_it(tmp_path: Path, capsys: py
     assert read_secret(data / ADMIN_TOKEN_FILE) not in out
     assert main(options) == 3
     assert "give --renew" in capsys.readouterr().err
-    listen = Listen("0.0.0.0", 8765).with_authority(data)
+    listen = ListenSettings("0.0.0.0", 8765).with_authority(data)
     listen.check(insecure=False)
     assert listen.public_address(8765) == "wss://cloud.example.org:8765"
     assert listen.local_address(8765) == "wss://127.0.0.1:8765"
@@ -162,9 +162,9 @@ def test_init_asks_for_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_other_certificates_come_first(tmp_path: Path) -> None:
     authority = make_authority(tmp_path, NAMES)
-    listen = Listen("0.0.0.0", 1, authority.server_cert, authority.server_key)
+    listen = ListenSettings("0.0.0.0", 1, authority.server_cert, authority.server_key)
     assert listen.with_authority(tmp_path) == listen
-    assert Listen("0.0.0.0", 1).with_authority(tmp_path / "other") == Listen("0.0.0.0", 1)
+    assert ListenSettings("0.0.0.0", 1).with_authority(tmp_path / "other") == ListenSettings("0.0.0.0", 1)
 
 
 def test_a_certificate_that_ends_soon_is_told(
@@ -173,7 +173,7 @@ def test_a_certificate_that_ends_soon_is_told(
     with monkeypatch.context() as patch:
         patch.setattr("hosl_cloud.service.authority.SERVER_DAYS", 10)
         make_authority(tmp_path, NAMES)
-    Listen("127.0.0.1", 1).with_authority(tmp_path)
+    ListenSettings("127.0.0.1", 1).with_authority(tmp_path)
     assert [record.message for record in caplog.records] == [
         "the certificate ends in 10 days: run hosl-cloud init --renew"
     ]

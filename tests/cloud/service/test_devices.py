@@ -20,7 +20,7 @@ from hosl_cloud.commands.client import ApiClient
 from hosl_cloud.commands.devices import device_command
 from hosl_cloud.exceptions import RequestError
 from hosl_cloud.service.authority import make_authority
-from hosl_cloud.service.listen import Listen, write_service_file
+from hosl_cloud.service.listen import ListenSettings, write_service_file
 from hosl_edge.__main__ import main as edge
 from hosl_edge.data.consent import check_consent
 from hosl_protocol.exceptions import ExitCode
@@ -43,7 +43,7 @@ def run(export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path) ->
         make_authority(tmp_path / "cloud", ["cloud.example.org"])
 
         async def run_it() -> None:
-            listen = Listen("127.0.0.1", 0).with_authority(tmp_path / "cloud")
+            listen = ListenSettings("127.0.0.1", 0).with_authority(tmp_path / "cloud")
             config = {**msgspec.toml.decode(TASK), **settings}
             async with serving(export_bundle(tiny_model, "lora", 2), tmp_path / "cloud", config, listen) as service:
                 write_service_file(service.folder, listen, service.address)
@@ -77,7 +77,10 @@ def test_a_device_is_added_listed_and_revoked(
         assert f"hosl-edge --server wss://127.0.0.1:{port} --token-file pi.kitchen.token --data FILE" in out
         assert secret not in out
         assert path.stat().st_mode & 0o777 == 0o600
-        assert (name, fingerprint) == ("pi.kitchen", Listen("", 0).with_authority(service.folder).authority.fingerprint)  # type: ignore[union-attr]
+        assert (name, fingerprint) == (
+            "pi.kitchen",
+            ListenSettings("", 0).with_authority(service.folder).authority.fingerprint,
+        )  # type: ignore[union-attr]
         assert await cli(service, "add", "pi.kitchen") == 3
         assert "pi.kitchen.token exists: choose another --out" in capsys.readouterr().err
         assert await cli(service, "add", "pi.kitchen", "--out", "other") == 6
@@ -151,7 +154,7 @@ def test_the_client_names_what_is_wrong_in_one_line(run: Callable[..., None]) ->
             assert got == 422
             assert "the body cannot be used" in line
         assert (await fails("POST", "/v1/devices", {"name": "x" * 2**20}))[0] in (0, 413)
-        assert [row.name for row in service.guard.access.list()] == ["pi"]
+        assert [row.name for row in service.authenticator.access.list()] == ["pi"]
 
     run(test)
 

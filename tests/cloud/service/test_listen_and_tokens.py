@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from hosl_cloud.exceptions import ServiceError
-from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.listen import ListenSettings
 from hosl_cloud.service.secrets import TOKEN_FILE, load_or_make_token
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_plain_text_may_stay_on_this_machine(host: str) -> None:
-    Listen(host, 0).check(insecure=False)
+    ListenSettings(host, 0).check(insecure=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
 def test_plain_text_leaves_this_machine_only_for_those_who_insist(host: str) -> None:
     with pytest.raises(ServiceError, match=f"--host {host} without TLS sends everything as plain text"):
-        Listen(host, 0).check(insecure=False)
-    Listen(host, 0).check(insecure=True)
+        ListenSettings(host, 0).check(insecure=False)
+    ListenSettings(host, 0).check(insecure=True)
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_with_tls_any_address_will_do(certificate: tuple[Path, Path]) -> None:
-    listen = Listen("0.0.0.0", 0, *certificate)
+    listen = ListenSettings("0.0.0.0", 0, *certificate)
     listen.check(insecure=False)
     assert listen.scheme == "wss"
-    assert Listen("127.0.0.1", 0).scheme == "ws"
+    assert ListenSettings("127.0.0.1", 0).scheme == "ws"
 
 
 def test_a_certificate_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -51,23 +51,23 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_anything_starts(tmp
     certificate.touch()
     key.touch()
     with pytest.raises(ServiceError, match=r"--tls-cert .*cert.pem and --tls-key cannot be used"):
-        Listen("127.0.0.1", 0, certificate, key).check(insecure=True)
+        ListenSettings("127.0.0.1", 0, certificate, key).check(insecure=True)
 
 
 def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
     certificate = tmp_path / "cert.pem"
     certificate.touch()
-    for listen in (Listen("127.0.0.1", 0, certificate), Listen("127.0.0.1", 0, None, certificate)):
+    for listen in (ListenSettings("127.0.0.1", 0, certificate), ListenSettings("127.0.0.1", 0, None, certificate)):
         with pytest.raises(ServiceError, match="give both"):
             listen.check(insecure=True)
     with pytest.raises(ServiceError, match=r"absent\.pem does not exist"):
-        Listen("127.0.0.1", 0, certificate, tmp_path / "absent.pem").check(insecure=True)
+        ListenSettings("127.0.0.1", 0, certificate, tmp_path / "absent.pem").check(insecure=True)
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_that_is_none_is_refused(port: int) -> None:
     with pytest.raises(ServiceError, match=f"--port {port}"):
-        Listen("127.0.0.1", port).check(insecure=False)
+        ListenSettings("127.0.0.1", port).check(insecure=False)
 
 
 def test_a_token_is_made_once_in_a_file_for_its_owner_alone(tmp_path: Path) -> None:

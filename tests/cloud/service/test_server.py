@@ -139,7 +139,7 @@ def test_a_snapshot_is_served_to_the_tokens_holders_in_parts_and_404_once_it_is_
             ):
                 assert (await get(service, absent, Authorization=token))[0] == 404, absent
             for name, bundle, expected in (("own", here.bundle.name, 200), ("other", "another", 404)):
-                secret = await asyncio.to_thread(service.guard.access.add, name, bundle)
+                secret = await asyncio.to_thread(service.authenticator.access.add, name, bundle)
                 assert (await get(service, path, Authorization=f"Bearer {secret}"))[0] == expected, name
 
     run(test)
@@ -184,7 +184,7 @@ def test_a_websocket_without_the_token_or_with_an_origin_is_not_opened(run: Call
                     pass
             assert caught.value.response.status_code == status
             assert caught.value.response.body == SAID[status]
-        whole = await asyncio.to_thread(service.guard.access.add, "pi") + "~fingerprint"
+        whole = await asyncio.to_thread(service.authenticator.access.add, "pi") + "~fingerprint"
         answer = await get(service, f"/v1/bundle/{MANIFEST}", Authorization=f"Bearer {whole}")
         assert answer == (401, SAID[401])
         assert service.coordinator.fleet.peers == {}

@@ -15,7 +15,7 @@ import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig, TailSettings
-from hosl_cloud.storage.records import DeviceRow, Evaluation, Said
+from hosl_cloud.storage.records import DeviceRow, Evaluation, NewEvent
 from hosl_cloud.storage.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.tasks import Task
@@ -221,8 +221,8 @@ def test_a_cut_begins_an_epoch_and_keeps_what_it_drops_as_superseded(store: Stor
         add_round(store, round_)
     store.add_evaluation("run-1", 0, Evaluation(4, 0.5, 3, 4))
     store.add_evaluation("run-1", 0, Evaluation(6, 0.5, 3, 4))
-    assert store.lowest_cut("run-1", 0) is None
-    assert store.cut_run("run-1", 5) == 1
+    assert store.lowest_rewind("run-1", 0) is None
+    assert store.rewind_run("run-1", 5) == 1
     assert [update.round for update in store.updates("run-1", 1, 100)] == [1, 2, 3, 4, 5]
     assert [row.round for row in store.rounds("run-1")] == [1, 2, 3, 4, 5]
     assert [evaluation.round for evaluation in store.evaluations("run-1")] == [4]
@@ -233,8 +233,8 @@ def test_a_cut_begins_an_epoch_and_keeps_what_it_drops_as_superseded(store: Stor
 
 def test_a_cut_that_drops_nothing_stays_in_its_epoch(store: Store) -> None:
     add_round(store, 1)
-    assert store.cut_run("run-1", 1) == 0
-    assert store.lowest_cut("run-1", 0) is None
+    assert store.rewind_run("run-1", 1) == 0
+    assert store.lowest_rewind("run-1", 0) is None
 
 
 def test_the_lowest_cut_since_an_epoch_decides(store: Store) -> None:
@@ -242,8 +242,8 @@ def test_the_lowest_cut_since_an_epoch_decides(store: Store) -> None:
         for round_ in range(store.run("run-1").round + 1, last + 1):
             update = UpdateRecord(round_, np.zeros(2, np.float32), 0.0)
             store.add_round("run-1", epoch, update, seconds=1.0, loss=0.5, devices=["a"])
-        assert store.cut_run("run-1", cut) == epoch + 1
-    assert [store.lowest_cut("run-1", epoch) for epoch in range(4)] == [3, 3, 5, None]
+        assert store.rewind_run("run-1", cut) == epoch + 1
+    assert [store.lowest_rewind("run-1", epoch) for epoch in range(4)] == [3, 3, 5, None]
 
 
 def test_the_roster_of_a_strict_run_is_kept(store: Store, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_store_that_is_used_on_an_event_loop_is_heard_of(store: Store) -> None
 
 
 def say(store: Store, *sentences: str, is_ending: bool = False) -> None:
-    store.add_events([Said("run-1", 1.0, "info", text, is_ending) for text in sentences])
+    store.add_events([NewEvent("run-1", 1.0, "info", text, is_ending) for text in sentences])
 
 
 def test_the_oldest_sentences_of_a_log_make_room_but_not_those_that_say_how_the_run_ended(
@@ -319,7 +319,7 @@ def test_the_oldest_sentences_of_a_log_make_room_but_not_those_that_say_how_the_
     monkeypatch.setattr("hosl_cloud.storage.store.MOST_EVENTS", 10)
     monkeypatch.setattr("hosl_cloud.storage.store._PRUNE_EVERY", 5)
     store.create_run("run-2", tmp_path, "5" * 64, CONFIG)
-    store.add_events([Said("run-2", 1.0, "info", "another run's")])
+    store.add_events([NewEvent("run-2", 1.0, "info", "another run's")])
     for number in range(30):
         say(store, f"failed {number}", is_ending=True)
         say(store, *(f"round {number}.{place}" for place in range(3)))
@@ -331,7 +331,7 @@ def test_the_oldest_sentences_of_a_log_make_room_but_not_those_that_say_how_the_
 
 
 def test_what_is_said_of_a_run_that_was_deleted_is_dropped_and_nothing_else_with_it(store: Store) -> None:
-    store.add_events([Said("gone", 1.0, "info", "its last word"), Said("run-1", 1.0, "info", "a word")])
+    store.add_events([NewEvent("gone", 1.0, "info", "its last word"), NewEvent("run-1", 1.0, "info", "a word")])
     assert [event.text for event in store.events("run-1")] == ["a word"]
 
 

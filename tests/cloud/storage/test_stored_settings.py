@@ -15,7 +15,7 @@ import pytest
 from hosl_cloud.__main__ import main
 from hosl_cloud.exceptions import ForeignSettings
 from hosl_cloud.runs.resume import find_run
-from hosl_cloud.runs.run_status import Live, Turns, WaitsFor, list_runs
+from hosl_cloud.runs.run_status import LiveState, QueueState, WaitsFor, list_runs
 from hosl_cloud.storage.store import Store
 from hosl_cloud.storage.stored_settings import read_stored
 from hosl_cloud.tail.checkpoint import find_checkpoint, save_checkpoint
@@ -89,7 +89,7 @@ def store(bundle: Any, tmp_path: Path) -> Iterator[Store]:
 
 
 def test_a_run_of_another_version_is_listed_as_that_and_its_neighbours_as_ever(bundle: Any, store: Store) -> None:
-    first, own, _ = list_runs(store, {"own": Live()})
+    first, own, _ = list_runs(store, {"own": LiveState()})
     assert (first.id, first.rounds, first.algorithm, first.state) == ("old-1", 10, "ho-sfl", "completed")
     assert "of another version of hosl: this one has no setting report_each" in first.problem
     assert (own.id, own.problem) == ("own", "")
@@ -126,8 +126,8 @@ def test_a_run_in_line_names_those_before_it_and_one_of_another_bundle_waits_for
     for run, shard in (("first", "a"), ("second", "a"), ("other", "b"), ("stuck", "a"), ("third", "a")):
         store.create_run(run, tmp_path / run, shard, bundle.config())
     waits = WaitsFor("devices", (), 1.0, 1, 2)
-    turns = Turns({"a": "first", "b": "other"}, frozenset({"stuck"}))
-    runs = {run.id: run for run in list_runs(store, {"first": Live(["pi"], {"pi": 1.0}, waits)}, turns)}
+    turns = QueueState({"a": "first", "b": "other"}, frozenset({"stuck"}))
+    runs = {run.id: run for run in list_runs(store, {"first": LiveState(["pi"], {"pi": 1.0}, waits)}, turns)}
     assert {id_: run.behind for id_, run in runs.items()} == {
         "first": (),
         "second": ("first",),

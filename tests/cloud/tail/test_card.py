@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail.card import f_string
-from hosl_cloud.tail.checkpoint import Metrics, record_metrics, save_checkpoint
+from hosl_cloud.tail.checkpoint import CheckpointScore, record_score, save_checkpoint
 from hosl_cloud.tail.merge import merge_run
 from hosl_export.sources.origin import Origin, write_origin
 from hosl_protocol.run.tasks import Task, load_preset, preset_names, render
@@ -31,7 +31,7 @@ def merged(bundle: Any, kind: str, tail_train: str, folder: Path, *, has_adapter
         trainer.forward_backward(*bundle.batch(kind).sent)
         trainer.step(round_, 1.0)
     checkpoint = save_checkpoint(folder / "checkpoints", 3, 1, trainer, trainer.config)
-    record_metrics(checkpoint, Metrics(loss=0.25, correct=7, scored=8))
+    record_score(checkpoint, CheckpointScore(loss=0.25, correct=7, scored=8))
     adapter = folder / "adapter" if has_adapter else None
     merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, folder / "out", adapter, "run-7")
     return trainer

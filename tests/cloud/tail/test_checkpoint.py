@@ -11,13 +11,13 @@ import torch
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
 from hosl_cloud.tail.checkpoint import (
-    Metrics,
+    CheckpointScore,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     read_info,
-    record_metrics,
+    record_score,
     save_checkpoint,
 )
 from hosl_cloud.tail.trainer import TailTrainer
@@ -31,12 +31,14 @@ def train(trainer: TailTrainer, bundle: Any, rounds: range) -> None:
         trainer.step(round_, 1.0)
 
 
-def save(folder: Path, trainer: TailTrainer, round_: int, metrics: Metrics | None = None, epoch: int = 1) -> Path:
+def save(
+    folder: Path, trainer: TailTrainer, round_: int, metrics: CheckpointScore | None = None, epoch: int = 1
+) -> Path:
     return save_checkpoint(folder, round_, epoch, trainer, trainer.config, metrics)
 
 
-def metrics(correct: int, loss: float = 1.0) -> Metrics:
-    return Metrics(loss=loss, correct=correct, scored=10)
+def metrics(correct: int, loss: float = 1.0) -> CheckpointScore:
+    return CheckpointScore(loss=loss, correct=correct, scored=10)
 
 
 @pytest.mark.parametrize("train_", ["full", "lora", "head"])
@@ -72,7 +74,7 @@ def test_effective_settings_and_metrics_lie_beside(bundle: Any, tmp_path: Path) 
     assert (info.round, info.epoch, info.head_rows, info.metrics) == (7, 2, (2, 3), metrics(6))
     assert info.config == trainer.config
     assert json.loads(path.with_suffix(".json").read_text())["config"]["tail"]["clip_norm"] == 0.0
-    record_metrics(path, metrics(9))
+    record_score(path, metrics(9))
     assert read_info(path).metrics == metrics(9)
     assert sorted(each.name for each in tmp_path.iterdir()) == [path.with_suffix(".json").name, path.name]
 
@@ -139,14 +141,16 @@ def test_best_is_the_most_accurate_then_of_least_loss(bundle: Any, tmp_path: Pat
 
 def test_an_evaluation_that_a_device_left_half_way_does_not_choose_the_best(bundle: Any, tmp_path: Path) -> None:
     trainer = bundle.trainer(PROMPTS)
-    whole = save(tmp_path, trainer, 1, Metrics(loss=0.5, correct=52, scored=60, examples=60, of_examples=60))
-    save(tmp_path, trainer, 2, Metrics(loss=0.1, correct=11, scored=12, examples=12, of_examples=60))
+    whole = save(tmp_path, trainer, 1, CheckpointScore(loss=0.5, correct=52, scored=60, examples=60, of_examples=60))
+    save(tmp_path, trainer, 2, CheckpointScore(loss=0.1, correct=11, scored=12, examples=12, of_examples=60))
     assert find_checkpoint(tmp_path, "best").path == whole
 
 
-def of(examples: int, correct: int, known: int, whose: str = "", loss: float = 0.5) -> Metrics:
+def of(examples: int, correct: int, known: int, whose: str = "", loss: float = 0.5) -> CheckpointScore:
     """What so many examples scored, of those that are known, and whose they were."""
-    return Metrics(loss=loss, correct=correct, scored=examples, examples=examples, of_examples=known, held_out=whose)
+    return CheckpointScore(
+        loss=loss, correct=correct, scored=examples, examples=examples, of_examples=known, held_out=whose
+    )
 
 
 def test_best_is_chosen_among_evaluations_of_the_most_held_out_data(bundle: Any, tmp_path: Path) -> None:

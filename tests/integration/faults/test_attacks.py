@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from hosl_cloud.commands.client import ApiClient
 from hosl_cloud.service import limits
 from hosl_cloud.service.authority import find_authority, make_authority
-from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.listen import ListenSettings
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.exceptions import ConsentError, RefusedError, TrustError
 from hosl_edge.settings import EdgeSettings
@@ -68,7 +68,7 @@ class Target:
 
     def token(self, name: str) -> str:
         """A new device's token, as it sends it."""
-        return in_thread(lambda: self.service.guard.access.add(name)).rpartition("~")[0]
+        return in_thread(lambda: self.service.authenticator.access.add(name)).rpartition("~")[0]
 
     async def open(self, host: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(host, self.port, ssl=self.tls, server_hostname="localhost")
@@ -145,7 +145,7 @@ async def nobodys_tokens(target: Target) -> None:
     for token in wrong:
         await target.is_refused(token, 401)
         for path in ("/v1/runs", "/metrics", f"/v1/bundle/{MANIFEST}", "/v1/snapshot/run-1/1", "/v1/devices"):
-            target.service.guard.limits.failures = limits.Buckets(30, 0.5)
+            target.service.authenticator.limits.failures = limits.Buckets(30, 0.5)
             assert (await target.ask(f"GET {path}", f"Authorization: Bearer {token}"))[0] == 401
     assert (await target.ask("GET /v1/runs"))[0] == 401
 
@@ -162,7 +162,7 @@ async def anothers_name(target: Target) -> None:
 
 async def the_local_token_for_a_name_with_its_own(target: Target) -> None:
     target.token("owned")
-    in_thread(lambda: target.service.guard.access.revoke("owned"))
+    in_thread(lambda: target.service.authenticator.access.revoke("owned"))
     for name in ("owned", "good"):
         async with target.device(target.service.token) as device:
             await device.hello(name)
@@ -255,7 +255,7 @@ async def another_sites_page(target: Target) -> None:
         assert (await target.ask("POST /v1/devices", *headers, body=b'{"name":"x"}'))[0] == status, headers
     assert (await target.ask("GET /v1/devices?name=x&_method=POST", admin))[0] == 200
     assert (await target.ask("DELETE /v1/devices/good", admin, "Origin: https://example.org"))[0] == 403
-    assert not target.service.guard.access.has("x")
+    assert not target.service.authenticator.access.has("x")
 
 
 NO_REQUESTS = (
@@ -288,7 +288,7 @@ async def what_is_no_request(target: Target) -> None:
 
 async def a_thousand_connections(target: Target) -> None:
     """From another loopback address; most are closed as they come, the rest when their time is over."""
-    most = target.service.guard.limits
+    most = target.service.authenticator.limits
     most.connections_per_address = 64
     held, closed = list[socket.socket](), 0
     for _ in range(1000):
@@ -333,7 +333,7 @@ async def weak_ciphers(target: Target) -> None:
 
 
 async def guesses(target: Target) -> None:
-    target.service.guard.limits.failures = limits.Buckets(burst=5, per_second=0.1)
+    target.service.authenticator.limits.failures = limits.Buckets(burst=5, per_second=0.1)
     statuses = [await target.ask("GET /v1/runs", target.bearer("guess")) for _ in range(8)]
     assert [status for status, _ in statuses] == [401] * 5 + [429] * 3
     assert re.search(rb"(?i)retry-after: \d+\r\n", statuses[-1][1])
@@ -372,12 +372,12 @@ def test_attacks_are_refused_and_a_run_does_not_notice(
     trouble: list[str] = []
 
     async def main() -> tuple[Summary, str]:
-        listen = Listen("0.0.0.0", 0).with_authority(tmp_path / "cloud")
+        listen = ListenSettings("0.0.0.0", 0).with_authority(tmp_path / "cloud")
         config = {**msgspec.toml.decode(TASK), **settings}
         async with serving(export_bundle(tiny_model, "lora", 2), tmp_path / "cloud", config, listen) as service:
             target = Target(service, ssl.create_default_context(cafile=authority.ca_cert), address_elsewhere())
             token_file = tmp_path / "good.token"
-            token_file.write_text(in_thread(lambda: service.guard.access.add("good")))
+            token_file.write_text(in_thread(lambda: service.authenticator.access.add("good")))
             agent = asyncio.create_task(run_agent(edge_settings(service.address, token_file, tmp_path)))
             while service.coordinator.run.round < 3:
                 assert not agent.done(), agent
@@ -386,7 +386,7 @@ def test_attacks_are_refused_and_a_run_does_not_notice(
             good = service.coordinator.fleet.peers["good"]
             for attack in ATTACKS:
                 before = service.coordinator.run.round
-                service.guard.limits.failures = limits.Buckets(burst=30, per_second=0.5)
+                service.authenticator.limits.failures = limits.Buckets(burst=30, per_second=0.5)
                 await attack(target)
                 while service.coordinator.run.round < before + 2:
                     await asyncio.sleep(0.01)
@@ -421,11 +421,11 @@ def test_a_revoked_device_stops_and_one_of_another_services_token_never_begins(
         make_authority(tmp_path / name, ["cloud.example.org"])
 
     async def main() -> None:
-        listen = Listen("127.0.0.1", 0).with_authority(tmp_path / "cloud")
+        listen = ListenSettings("127.0.0.1", 0).with_authority(tmp_path / "cloud")
         config = {**msgspec.toml.decode(TASK), "batch_size": 4, "max_length": 16, "rounds": 10**6}
         async with serving(export_bundle(tiny_model, "lora", 2), tmp_path / "cloud", config, listen) as service:
             token_file = tmp_path / "pi.token"
-            token = in_thread(lambda: service.guard.access.add("pi"))
+            token = in_thread(lambda: service.authenticator.access.add("pi"))
             token_file.write_text(token)
             agent = asyncio.create_task(run_agent(edge_settings(service.address, token_file, tmp_path)))
             while "pi" not in service.coordinator.fleet.ready_names():

@@ -22,11 +22,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from hosl_cloud.runs.queue import Runs
+from hosl_cloud.runs.queue import RunQueue
 from hosl_cloud.service import page_routes
-from hosl_cloud.service.access import Access, Guard
+from hosl_cloud.service.access import Authenticator, DeviceTokens
 from hosl_cloud.service.app import make_app
-from hosl_cloud.storage.records import Said
+from hosl_cloud.storage.records import NewEvent
 from hosl_cloud.storage.store import Store
 from services import Service, serving
 from support import ROOT, TASK, write_reviews
@@ -84,7 +84,7 @@ def test_the_page_and_its_files_are_served_to_everybody_with_strict_headers_and_
     tmp_path: Path,
 ) -> None:
     store = Store(tmp_path / "hosl.sqlite")
-    app = make_app(Runs(store, tmp_path, print), Guard(Access(store), "join", "admin"), [])
+    app = make_app(RunQueue(store, tmp_path, print), Authenticator(DeviceTokens(store), "join", "admin"), [])
     others = ["index.html", "uPlot-LICENSE", "../page_routes.py", "vendor", "vendor/", "", "vendor/../page.js"]
     paths = ["/", *(f"/page/{name}" for name in (*page_routes.FILES, *others))]
 
@@ -311,7 +311,7 @@ async def an_unknown_run_is_named_and_no_other_shown(page: Any) -> None:
 
 async def the_log_begins_with_a_whole_line(page: Any, service: Service) -> None:
     """Once it is longer than its box, and shows its end."""
-    said = [Said("run-1", time.time(), "info", f"sentence {number}") for number in range(40)]
+    said = [NewEvent("run-1", time.time(), "info", f"sentence {number}") for number in range(40)]
     await asyncio.to_thread(service.coordinator.store.add_events, said)
     await page.wait_for_function("() => document.querySelector('#log').scrollTop > 0")
     cut = """[...document.querySelectorAll('#log li')].map((line) =>
@@ -322,7 +322,7 @@ async def the_log_begins_with_a_whole_line(page: Any, service: Service) -> None:
 
 async def a_line_of_the_log_is_text(page: Any, service: Service) -> None:
     line = "<img src=x onerror=alert(1)> & <b>bold</b>"
-    said = Said("run-1", time.time(), "error", line)
+    said = NewEvent("run-1", time.time(), "error", line)
     await asyncio.to_thread(service.coordinator.store.add_events, [said])
     await page.locator("#log li.error", has_text=line).wait_for()
     assert await page.locator("#log img, #log b").count() == 0
@@ -385,7 +385,7 @@ def test_the_page_says_what_is_wrong_and_works_without_charts(bundle: Path, tmp_
             await page.get_by_text("The service does not answer. Trying again.").wait_for()
             await context.set_offline(False)
             await page.get_by_text("Connected", exact=True).wait_for()
-            while not service.guard.limits.failures.take("127.0.0.1"):
+            while not service.authenticator.limits.failures.take("127.0.0.1"):
                 pass
             await page.get_by_role("button", name="Sign out").click()
             await page.get_by_label("Admin token").fill("wrong")

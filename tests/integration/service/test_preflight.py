@@ -35,7 +35,7 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
     async def main() -> None:
         async with serving(bundle, tmp_path / "cloud", config) as service:
             token = tmp_path / "kitchen.token"
-            token.write_text(await asyncio.to_thread(service.guard.access.add, "kitchen"), encoding="ascii")
+            token.write_text(await asyncio.to_thread(service.authenticator.access.add, "kitchen"), encoding="ascii")
             arguments = ["--server", service.address, "--data", str(data), "--token-file", str(token)]
             arguments += ["--cache-dir", str(tmp_path / "cache")]
             code, found = await asyncio.to_thread(preflight, capsys, *arguments)

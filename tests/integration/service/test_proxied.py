@@ -13,7 +13,7 @@ import pytest
 from forwarding import forwarding
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.service.authority import make_authority
-from hosl_cloud.service.listen import Listen
+from hosl_cloud.service.listen import ListenSettings
 from hosl_edge.__main__ import main
 from hosl_edge.agent import run_agent
 from hosl_edge.settings import EdgeSettings
@@ -65,12 +65,12 @@ def test_a_run_a_preflight_and_a_command_go_through_the_proxy(
 
     async def attend(proxy: str) -> str:
         monkeypatch.setenv({"wss": "https_proxy", "ws": "http_proxy"}[scheme], proxy)
-        listen = Listen("127.0.0.1", 0).with_authority(tmp_path / "cloud")
+        listen = ListenSettings("127.0.0.1", 0).with_authority(tmp_path / "cloud")
         config = msgspec.toml.decode(BRIEF)
         async with serving(bundle, tmp_path / "cloud", config, listen) as service:
             port = service.address.rpartition(":")[2]
             server = f"{scheme}://cloud.example.org:{port}"
-            token = await asyncio.to_thread(service.guard.access.add, "pi")
+            token = await asyncio.to_thread(service.authenticator.access.add, "pi")
             (tmp_path / "pi.token").write_text(token, encoding="ascii")
             settings = settings_of(tmp_path, server, tmp_path / "pi.token")
             await asyncio.to_thread(main, ["preflight", "--json", "--insecure", *options_of(settings)])

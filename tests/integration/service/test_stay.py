@@ -86,7 +86,7 @@ def test_an_agent_whose_run_has_ended_asks_for_the_next_one_and_neither_joins_no
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hosl_cloud.runs.returning.SHORTEST_S", 1)
+    monkeypatch.setattr("hosl_cloud.runs.retry_schedule.SHORTEST_S", 1)
     bundle, state, config = make_bundle("lora", 2), tmp_path / "state", msgspec.toml.decode(BRIEF)
 
     async def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hosl_cloud.rounds import algorithms as rounds
-from hosl_cloud.rounds.algorithms import Outcome, RoundContext
+from hosl_cloud.rounds.algorithms import CloudRound, RoundResult
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.datasets import TextBatch
@@ -295,7 +295,7 @@ def test_clients_that_probed_and_clients_that_only_replay_hold_the_same_bits(
         prober, watcher = (Device(bundle, manifest, config.wire_settings(), batch) for _ in range(2))
         updates = []
         for round_ in (1, 2, 3):
-            outcome: Outcome = run_round(
+            outcome: RoundResult = run_round(
                 rounds.ho_sfl_round(context(config, trainer, {"d": prober}, round_)), {"d": prober}
             )
             prober.weights.apply([outcome.update])
@@ -305,5 +305,5 @@ def test_clients_that_probed_and_clients_that_only_replay_hold_the_same_bits(
         assert watcher.weights.digest() == prober.weights.digest() != base
 
 
-def context(config: RunConfig, trainer: TailTrainer, devices: dict[str, Device], round_: int = 1) -> RoundContext:
-    return RoundContext("run", 0, round_, config, trainer, sorted(devices))
+def context(config: RunConfig, trainer: TailTrainer, devices: dict[str, Device], round_: int = 1) -> CloudRound:
+    return CloudRound("run", 0, round_, config, trainer, sorted(devices))

@@ -16,8 +16,8 @@ import pytest
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import parse_config
-from hosl_cloud.simulation.fleet import simulate
 from hosl_cloud.simulation.partition import Partition
+from hosl_cloud.simulation.virtual_devices import simulate
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
 from hosl_edge import EdgeSettings, run_agent

@@ -1,4 +1,7 @@
-"""Devices that ask for a run while there is none: how many they are, and when each should ask again."""
+"""When devices that found no run should ask again, so that a large fleet does not come back all at once.
+
+Used on the event loop alone, by the devices' routes; the HTTP API shows the count.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ SPREAD = 1.25
 """A device adds up to a quarter to its pause, so that not all come at once."""
 
 
-class Returning:
-    """Used on the event loop."""
+class RetrySchedule:
+    """The devices that wait for a run, and when each should be back."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -22,19 +25,19 @@ class Returning:
         """When each device should be back, at the latest."""
         self._pruned_at = -math.inf
 
-    def ask(self, device: str) -> int:
+    def add(self, device: str) -> int:
         """Note a device that found no run; the seconds after which it should ask again."""
-        self._due[device] = math.inf
+        self._due[device] = math.inf  # it counts among those that its own pause is reckoned from
         pause_s = self._pause_s()
         self._due[device] = self._now() + SPREAD * pause_s + 1.0
         return pause_s
 
-    def arrive(self, device: str) -> None:
-        """It has found one."""
+    def remove(self, device: str) -> None:
+        """Forget a device that has found a run."""
         self._due.pop(device, None)
 
     def count(self) -> int:
-        """How many wait for a run."""
+        """Count those that wait for a run; one that did not come back in time has given up."""
         if (now := self._now()) - self._pruned_at >= 1.0:
             self._due = {device: due for device, due in self._due.items() if due >= now}
             self._pruned_at = now

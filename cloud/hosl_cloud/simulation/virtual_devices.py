@@ -24,7 +24,7 @@ from hosl_cloud.runs.coordinator import Coordinator
 from hosl_cloud.runs.run import Ending, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.simulation.baselines import FirstOrderClient, share_weights, zeroth_order_round
-from hosl_cloud.simulation.partition import Partition, Places
+from hosl_cloud.simulation.partition import Indices, Partition
 from hosl_edge import step
 from hosl_edge.data.datasets import Batch, Dataset
 from hosl_edge.data.images import load_images
@@ -66,15 +66,15 @@ async def simulate(
 
     Raises DataError, SettingsError, and what a run raises.
     """
-    site = await asyncio.to_thread(open_site, run, data, held_out, threads, skip_broken=skip_broken)
+    shared = await asyncio.to_thread(load_shared_state, run, data, held_out, threads, skip_broken=skip_broken)
     coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
     try:
         await coordinator.prepare()
-        coordinator.fleet.tally = site.tally
-        for device in make_devices(site, partition, run.config.devices.start_with):
+        coordinator.fleet.tally = shared.tally
+        for device in make_devices(shared, partition, run.config.devices.start_with):
             coordinator.fleet.peers[device.name] = device
         ending = await coordinator.train()
-        site.check()
+        shared.check()
         assert ending != "paused"
         return ending
     except BaseException:
@@ -83,10 +83,12 @@ async def simulate(
         raise
     finally:
         coordinator.close()
-        site.weights.close()
+        shared.weights.close()
 
 
-def open_site(run: Run, data: Path, held_out: Path | None, threads: int, *, skip_broken: bool = False) -> Site:
+def load_shared_state(
+    run: Run, data: Path, held_out: Path | None, threads: int, *, skip_broken: bool = False
+) -> SharedState:
     """Load the shard and the data, as one device does."""
     settings, manifest = run.settings, run.manifest
     shard = Shard(run.bundle, manifest, threads)
@@ -98,9 +100,9 @@ def open_site(run: Run, data: Path, held_out: Path | None, threads: int, *, skip
     shard.rows = preferred_rows(settings, manifest.image)
     if run.config.baseline == "first-order":
         client = load_first_order(run.bundle, run.config, shard)
-        return Site(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
+        return SharedState(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
     take_step = step.ROUNDS[settings.algorithm]
-    return Site(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
+    return SharedState(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
 
 
 def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrderClient:
@@ -120,18 +122,18 @@ def open_data(
     return load_texts(path, settings.task, tokenizer, settings.max_length, manifest)
 
 
-def make_devices(site: Site, partition: Partition, count: int) -> list[VirtualDevice]:
+def make_devices(shared: SharedState, partition: Partition, count: int) -> list[VirtualDevice]:
     """`device-0`, `device-1`, ... and the parts that they hold."""
-    parts = partition.deal(site.train.labels, len(site.train), count, site.settings.seed)
+    parts = partition.deal(shared.train.labels, len(shared.train), count, shared.settings.seed)
     width = len(str(count - 1))
     return [
-        VirtualDevice(f"device-{place:0{width}}", site, part, is_evaluator=place == 0)
+        VirtualDevice(f"device-{place:0{width}}", shared, part, is_evaluator=place == 0)
         for place, part in enumerate(parts)
     ]
 
 
 @dataclass
-class Site:
+class SharedState:
     """What all virtual devices share."""
 
     settings: RunSettings
@@ -176,15 +178,15 @@ class Site:
 class VirtualDevice:
     """A device without a process: a name and its part of the data. A Participant of hosl_cloud.runs.fleet."""
 
-    def __init__(self, name: str, site: Site, examples: Places, *, is_evaluator: bool = False) -> None:
-        self.name, self._train = name, site.train.subset(examples)
+    def __init__(self, name: str, shared: SharedState, examples: Indices, *, is_evaluator: bool = False) -> None:
+        self.name, self._train = name, shared.train.subset(examples)
         self.is_ready = True
-        self.eval_examples = len(site.held_out) if is_evaluator and site.held_out is not None else 0
+        self.eval_examples = len(shared.held_out) if is_evaluator and shared.held_out is not None else 0
         self.eval_digest = ""
         self.heard_at = time.time()
         self.gone = asyncio.Event()
-        self._site = site
-        bounds = bounds_for(site.settings, site.shard.manifest.width)
+        self._shared = shared
+        bounds = bounds_for(shared.settings, shared.shard.manifest.width)
         self._up, self._down = FrameReader(FromEdge, bounds), FrameReader(FromCloud, bounds)
         self._steps: step.Step | None = None
         self._replies: deque[Frame] = deque()
@@ -194,25 +196,25 @@ class VirtualDevice:
         try:
             self._hear(message, tensors)
         except Exception as error:  # nobody who tells waits for an answer
-            self._site.failure = self._site.failure or error
+            self._shared.failure = self._shared.failure or error
 
     def _hear(self, message: Message, tensors: Mapping[str, Any] | None) -> None:
         frame = self._carry("sent", self._down, message, tensors or {})
         if isinstance(message, RoundStart):
-            self._begin(self._site.take_step(self._site.context(message), self._draw(message)))
+            self._begin(self._shared.take_step(self._shared.context(message), self._draw(message)))
         elif isinstance(message, EvalStart):
-            assert self._site.held_out is not None
-            self._begin(step.evaluate(self._site.context(message), self._site.held_out, lambda *result: None))
+            assert self._shared.held_out is not None
+            self._begin(step.evaluate(self._shared.context(message), self._shared.held_out, lambda *result: None))
         elif isinstance(message, Update):
             record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
-            self._site.apply(record)
+            self._shared.apply(record)
         elif isinstance(message, Late):
             self.leave_round()
         else:
             self._replies.append(frame)
 
     def _draw(self, message: RoundStart) -> Batch:
-        settings = self._site.settings
+        settings = self._shared.settings
         chosen = batch_indices(settings.seed, message.round, self.name, len(self._train), settings.batch_size)
         return self._train.training_batch(chosen, settings, message.round, self.name)
 
@@ -222,7 +224,7 @@ class VirtualDevice:
 
     def take(self, ask: Ask) -> Frame | None:
         """The answer to `ask`: the device works until it has it. Raises what it, or another, has failed with."""
-        self._site.check()
+        self._shared.check()
         if self._steps is None:
             return None
         action = next(self._steps, None)
@@ -242,9 +244,9 @@ class VirtualDevice:
         """Through the codec, as over a socket."""
         count = metrics.wire_bytes.labels(direction, name_of(message))
         frame = None
-        for piece in encode(message, tensors, self._site.settings.wire_dtype):
+        for piece in encode(message, tensors, self._shared.settings.wire_dtype):
             count.inc(len(piece))
-            self._site.tally.wire_bytes += len(piece)
+            self._shared.tally.wire_bytes += len(piece)
             frame = reader.feed(piece)
         assert frame is not None
         return frame

@@ -1,0 +1,100 @@
+"""Which devices take part: waiting until enough of them are there, and choosing those of a round or an evaluation.
+
+Used by a run's Coordinator alone, on the event loop. A strict run waits for the very devices that it began with, its
+roster, however long it takes. Any other takes the devices that are ready once they make a quorum. Every wait ends as
+soon as the run is to stop, with whoever is there: the caller looks at that itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+from hosl_cloud.exceptions import NoDevicesError
+from hosl_cloud.runs.fleet import Fleet, Participant
+from hosl_cloud.runs.run import Run
+from hosl_protocol.run.ordering import sample_devices
+
+
+class DeviceSelection:
+    """Chooses among the devices of a fleet."""
+
+    def __init__(self, run: Run, fleet: Fleet, is_stopping: Callable[[], bool], say: Callable[[str], None]) -> None:
+        self._run, self._config, self._fleet = run, run.config, fleet
+        self._is_stopping, self._say = is_stopping, say
+        self.roster: list[str] = []
+        """Who was there at the start: the devices of a strict run."""
+        self._unfinished: Counter[str] = Counter()
+        """Evaluations in a row for which devices did not send all their data."""
+
+    async def for_round(self) -> list[str]:
+        """Choose who takes part in the next round, once they are there. Raises NoDevicesError."""
+        devices, round_ = self._config.devices, self._run.round + 1
+        if self._config.strict:
+            chosen = sample_devices(self._config.seed, round_, self.roster, devices.per_round)
+            await self._wait_for_these(chosen)
+            return chosen
+        await self.wait_for_quorum()
+        return sample_devices(self._config.seed, round_, self._fleet.ready_names(), devices.per_round)
+
+    async def for_evaluation(self) -> list[str]:
+        """Choose whose held-out data is scored: of all ready devices that have any, or of a strict run's roster."""
+        if self._config.strict:
+            await self._wait_for_these(self.roster)
+        devices = [name for name in self._fleet.ready_names() if self._fleet.peers[name].eval_examples]
+        if self._config.strict:
+            return [name for name in devices if name in self.roster]
+        return [name for name in devices if not self._is_unreliable(name)]
+
+    async def held_out_examples(self, peers: Sequence[Participant]) -> dict[str, int]:
+        """Count held-out examples by device, of those that are away too; what `peers` said last counts for them."""
+        examples = await asyncio.to_thread(self._run.store.held_out, self._run.id)
+        if not self._config.strict:  # what never comes must not leave every evaluation in want of it
+            examples = {name: count for name, count in examples.items() if not self._is_unreliable(name)}
+        return examples | {peer.name: peer.eval_examples for peer in peers}
+
+    def note_unfinished(self, devices: Collection[str], unfinished: Collection[str]) -> None:
+        """Note which devices of an evaluation did not send all; too often in a row, and they are asked no more."""
+        for device in devices:
+            self._unfinished[device] = self._unfinished[device] + 1 if device in unfinished else 0
+            if not self._config.strict and self._is_unreliable(device):
+                times = self._unfinished[device]
+                self._say(
+                    f"device {device} did not send all its held-out data in {times} evaluations: it is asked no more"
+                )
+
+    def _is_unreliable(self, device: str) -> bool:
+        """Whether a device has so often not sent what it said it has that no evaluation should wait for it."""
+        return 0 < self._config.devices.strikes <= self._unfinished[device]
+
+    async def wait_for_quorum(self) -> None:
+        """Wait for as many devices as a round needs. Raises NoDevicesError."""
+        limit_s, quorum = self._config.devices.rejoin_deadline_s, self._config.devices.quorum
+        try:
+            await self.wait_for_devices(quorum, timeout_s=limit_s)
+        except asyncio.TimeoutError:
+            present = len(self._fleet.ready_names())
+            raise NoDevicesError(self._run.id, self._run.round, limit_s, present, quorum) from None
+
+    async def wait_for_devices(self, count: int, timeout_s: float | None) -> None:
+        """Wait for so many devices, whoever they are. Raises TimeoutError."""
+        ready = self._fleet.ready_names()
+        if len(ready) < count and not self._is_stopping():
+            self._say(f"waits for devices: {len(ready)} of {count} are there")
+
+        def is_time() -> bool:
+            return self._is_stopping() or len(self._fleet.ready_names()) >= count
+
+        await self._fleet.wait_until(is_time, timeout_s, count)
+
+    async def _wait_for_these(self, devices: Collection[str]) -> None:
+        """Wait for the devices of a strict run, however long it takes."""
+        absent = sorted(set(devices) - set(self._fleet.ready_names()))
+        if absent and not self._is_stopping():
+            self._say(f"waits for devices: {', '.join(absent)}")
+
+        def is_time() -> bool:
+            return self._is_stopping() or set(devices) <= set(self._fleet.ready_names())
+
+        await self._fleet.wait_until(is_time, None, len(devices), devices)
