@@ -98,7 +98,9 @@ def test_an_agent_without_a_run_says_once_that_it_waits(tmp_path: Path) -> None:
             assert process.wait(20) == ExitCode.INTERRUPTED
             assert process.stderr is not None
             said = process.stderr.read()
-    assert [line.partition(" pi: ")[2] or line for line in said.splitlines()] == [
+    # A library may say something of its own as it loads: ONNX Runtime does where there is no /sys.
+    own = [line for line in said.splitlines() if " pi: " in line or line.startswith("hosl-edge")]
+    assert [line.partition(" pi: ")[2] or line for line in own] == [
         "the cloud has no run to join; asks again in 1 s, and so on until there is one",
         "hosl-edge: interrupted",
     ]
