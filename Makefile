@@ -1,4 +1,5 @@
 # make demo     the whole way: export, train from two devices, merge, compare
+# make check    format check, lint, types, and the tests of the protocol and the house: under a minute
 # make test     format check, lint, types, tests; what CI runs
 # make wheels   wheels with the compiled kernel for Linux on x86-64 and aarch64, and the source archive, in dist/
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
@@ -11,6 +12,7 @@
 # make format   format the code
 
 PYTHON ?= python3
+CHECKED ?= tests/test_rooms.py tests/protocol
 ONNXRUNTIMES ?= onnxruntime==1.23.2 onnxruntime
 ONNXRUNTIME_TESTS ?= tests/edge tests/protocol tests/export
 FRAMES ?= 200000
@@ -23,7 +25,7 @@ BIN := $(VENV)/bin
 # Where this is set, each program that a test starts compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-hosl test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
+.PHONY: demo demo-hosl check test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/arithmetic/kernel.c
@@ -36,6 +38,9 @@ demo: $(VENV)/installed
 
 demo-hosl: $(VENV)/installed
 	$(BIN)/python examples/reviews/demo.py --config examples/reviews/hosl.toml
+
+check: lint
+	$(BIN)/pytest -q -n auto --dist loadfile $(CHECKED)
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15

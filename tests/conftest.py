@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +14,14 @@ from pictures import save_image_model
 from tiny_models import save_tiny_bert, save_tiny_llama
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and lose much where cores are few."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-    with contextlib.suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(1)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: they take longest, and no worker should be left alone with one at the end."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
 
+
+# Tiny tensors gain nothing from threads, and lose much where cores are few. Read by torch and numpy as they load, here
+# and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
@@ -65,7 +59,17 @@ def tiny_encoder(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
-def export_bundle(made_once: MadeOnce) -> Callable[[Path, str, int], Path]:
+def traced_once(made_once: MadeOnce) -> Iterator[None]:
+    """No test traces a graph that another one has traced."""
+    from tracing import write_graph_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hosl_export.bundle.writing.write_graph", partial(write_graph_once, made_once))
+        yield
+
+
+@pytest.fixture(scope="session")
+def export_bundle(made_once: MadeOnce, traced_once: None) -> Callable[[Path, str, int], Path]:
     """The bundle of a model's folder by what trains (`norm:-1`: of the last block) and where it is cut; made once."""
     from hosl_export.__main__ import main
 

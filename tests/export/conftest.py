@@ -18,7 +18,7 @@ from tiny import SPLITS, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def one_thread(traced_once: None) -> None:
     """Matrices this small gain nothing from a second thread, and lose much where other work runs beside."""
     torch.set_num_threads(1)
 

@@ -60,8 +60,8 @@ def test_what_is_held_runs_the_prefix_once_and_sees_the_trained_weights_move(
     assert min(micro_batches) > 1
     runs: list[str] = []
     assert shard._prefix is not None
-    run_prefix = shard._prefix.run
-    monkeypatch.setattr(shard._prefix, "run", lambda *given: (runs.append("prefix"), run_prefix(*given)))
+    compute = shard._prefix.compute
+    monkeypatch.setattr(shard._prefix, "compute", lambda *given: (runs.append("prefix"), compute(*given)))
 
     # For two batches at once, as a simulation's devices hold theirs.
     with shard.holding(batches[0]), shard.holding(batches[1]):

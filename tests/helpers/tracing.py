@@ -1,0 +1,58 @@
+"""Graphs of equal halves are traced once for all tests: torch's exporter takes seconds even for the smallest model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from hosl_export.bundle.graph import graph_inputs, write_graph
+from hosl_export.model.halves import ClientHalf
+from hosl_export.model.lora import plain_name
+from hosl_protocol.run.manifest import PrefixEntry
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+def write_graph_once(
+    made_once: MadeOnce,
+    half: ClientHalf,
+    path: Path,
+    constants: Collection[str] = (),
+    prefix: PrefixEntry | None = None,
+) -> None:
+    """`hosl_export.bundle.graph.write_graph`, whose files are kept by everything that a graph is made of.
+
+    Weights that are inputs count by their shapes alone. Every export checks its graph against the model that it is of,
+    so that one taken for another would not stay unnoticed.
+    """
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_graph(half, folder / "graph.onnx", constants, prefix)
+
+    digest = _digest(half, constants, prefix)
+    half.model.set_attn_implementation("eager")  # as write_graph leaves it
+    shutil.copyfile(made_once(f"graph-{digest}", write) / "graph.onnx", path)
+
+
+def _digest(half: ClientHalf, constants: Collection[str], prefix: PrefixEntry | None) -> str:
+    model = half.model
+    inside: list[tuple[str, Tensor]] = list(model.named_buffers())
+    inside += [(name, value) for name, value in model.named_parameters() if plain_name(name) in constants]
+    facts: list[Any] = [
+        *(repr(model), repr(half.family), graph_inputs(half), half.first_block, half.grid, half.prompt_tokens),
+        json.dumps(model.config.to_dict(), sort_keys=True, default=str),
+        msgspec.json.encode((half.image, prefix)).decode(),
+        [(name, list(value.shape)) for name, value in model.named_parameters()],
+        [(path, str(vars(module).get("scaling"))) for path, module in model.named_modules()],
+        sorted(constants),
+        [(name, hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()) for name, value in inside],
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
