@@ -36,15 +36,17 @@ def imports_of(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 def faults(paths: list[Path]) -> Iterator[str]:
     """A line for each import that no device can serve, in these files and the helpers that they import."""
-    todo, seen = paths, set(paths)
+    todo = [(path, True) for path in paths]
+    seen = set(todo)
     while todo:
-        path = todo.pop()
-        for line, module, at_once in imports_of(path):
+        path, is_at_once = todo.pop()
+        for line, module, comes_with_file in imports_of(path):
+            at_once = is_at_once and comes_with_file
             root = module.partition(".")[0]
             if root in CLOUD or (at_once and root in OTHERS):
                 yield f"{path}:{line}: imports {module}, which no device has"
-            helper = TESTS / "helpers" / f"{root}.py"
-            if helper.exists() and helper not in seen:
+            helper = TESTS / "helpers" / f"{root}.py", at_once
+            if helper[0].exists() and helper not in seen:
                 seen.add(helper)
                 todo.append(helper)
 

@@ -56,3 +56,9 @@ def test_a_test_of_the_device_may_not_import_the_cloud_itself_or_through_a_helpe
         assert any(f"{culprit}:" in fault for fault in faults([path]))
     path.write_text("def test_later():\n    from hosl_cloud import settings\n")
     assert list(faults([path])) == [f"{path}:2: imports hosl_cloud, which no device has"]
+    path.write_text("def test_later():\n    from services import serving\n")
+    assert any("services.py:" in fault for fault in faults([path])), "of the cloud not even later"
+    path.write_text("def test_later():\n    from tracing import write_graph_once\n")
+    assert list(faults([path])) == []
+    path.write_text("from tracing import write_graph_once\n")
+    assert any("tracing.py:" in fault for fault in faults([path]))
