@@ -34,7 +34,7 @@ UNIT = Path(__file__).with_name("hosl-edge.service")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code. Without a command's name it is `run`."""
+    """Run the command that is named, or `run`. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     place = next((place for place in range(len(given)) if _is_command(given, place)), None)
     name = given.pop(place) if place is not None else "run"
@@ -57,6 +57,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
         description=description,
         epilog=f"Commands: {commands}." if is_run else None,
     )
+
     if name != "unit":
         add_settings(parser)
         parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file (default: /etc/hosl/edge.toml)")
@@ -116,11 +117,12 @@ def _config(options: argparse.Namespace) -> int:
     if "server" in values:
         values["server"] = masked(str(values["server"]))
     sources = {name: resolved.sources.get(name, "default") for name in values}
+
     if options.json:
         print(json.dumps({name: {"value": values[name], "source": sources[name]} for name in values}, indent=2))
     else:
         print("\n".join(_toml_line(name, values[name], sources[name]) for name in values))
-    resolved.settings()
+    resolved.settings()  # last, so that what is wrong is shown among the rest
     return int(ExitCode.OK)
 
 

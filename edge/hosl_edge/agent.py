@@ -110,6 +110,7 @@ class Agent:
         self.software = f"hosl-edge {importlib.metadata.version('hosl')}"
         self.progress = Progress()
         self.health = HealthMonitor(settings, display)
+
         self._cloud: Cloud | None = None
         self._device: Device | None = None
         self._network = NetworkWatch()
@@ -119,6 +120,7 @@ class Agent:
         self._next_try_at: float | None = None
         self._waits_for_run = False
         """Whether it has been said that there is no run."""
+
         self._ended_run: str | None = None
         """The last run whose end the cloud told."""
         self._refused_shard: str | None = None
@@ -166,6 +168,7 @@ class Agent:
                 waits=self._ended_run is not None,
             )
             device = Device(settings, folder, manifest)
+            # The last download tells most of how the link is now; where all was cached there is none.
             for rate in rates[-1:]:
                 device.note_link(rate)
             return device
@@ -240,6 +243,7 @@ class Agent:
         """
         if error.code != "shard" or not (self.settings.stay or self.progress.run is None):
             raise error
+
         assert self._device is not None
         refused = self._device.manifest.shard_digest
         if self.progress.run is None and refused == self._refused_shard:

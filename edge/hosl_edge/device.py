@@ -1,4 +1,9 @@
-"""What the device is between connections: its shard, its history, its data."""
+"""What the device is between connections: its shard, its history, its data.
+
+One session at a time uses it, from worker threads: what computes or reads files must stay off the event loop. Two calls
+never overlap, because a session handles one message after the other. A lock on the state folder keeps other agents
+out for as long as the device is open; without it two would write one journal.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ from hosl_edge.data.token_cache import Splits, load_or_tokenize, tokens_key
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, UnservedError
 from hosl_edge.history.history import FetchSnapshot, History
 from hosl_edge.history.journal import JournalHeader
-from hosl_edge.history.snapshot import check_offer, snapshot_path
+from hosl_edge.history.snapshot import check_size, snapshot_path
 from hosl_edge.model.memory import plan_memory, release_unused
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
@@ -40,19 +45,21 @@ log = logging.getLogger(__name__)
 
 
 class Device:
-    """State that outlives a connection. Its methods compute and read files: call them off the event loop."""
+    """State that outlives a connection. Its methods compute and read files: call them in a worker thread."""
 
     def __init__(self, settings: EdgeSettings, folder: Path, manifest: Manifest) -> None:
         self.settings = settings
         self.manifest = manifest
         self.shard = Shard(folder, manifest, settings.compute_threads)
         train, held_out = self._data_paths
+
         self.data_digest = digest_of_data(train)
         self.eval_digest = digest_of_data(held_out) if held_out else ""
         self.train: Dataset | None = None
         self.eval: Dataset | None = None
         self.held_sets = 0
         """Activation sets beyond the necessary one that the memory budget lets a round hold."""
+
         self._folder = folder
         self._state = Path(settings.state_dir) / settings.name
         self._lock = _lock(self._state)
@@ -61,6 +68,7 @@ class Device:
         """What the data is tokenized for, and the micro-batches are chosen for."""
         self._takes_snapshots = True
         self._link_bytes_per_s = load_link(self._state)
+
         try:
             self._history.recover()
         except BaseException:
@@ -116,6 +124,7 @@ class Device:
         except SettingsError as error:
             raise UnservedError(error) from error
         check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
+
         header = JournalHeader(
             run=welcome.run,
             epoch=welcome.epoch,
@@ -124,27 +133,35 @@ class Device:
             settings=welcome.settings,
             width=welcome.width,
         )
+
         is_loaded = self._loaded_for == welcome.settings
         if not is_loaded:
             self._loaded_for = None  # until all is ready, for data and micro-batches change one after the other
             self._load_data(welcome.settings)  # first: data that cannot be used must not cost the journal
+
         if welcome.plan == "snapshot":
-            self._rebase(header, welcome.snapshot, fetch)
+            self._go_on_from(header, welcome.snapshot, fetch)
         elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._history.restart(header)
         elif welcome.plan == "rewind" or self.header.epoch != header.epoch:
             last = welcome.rewind_to if welcome.plan == "rewind" else self.applied_round
             header = msgspec.structs.replace(header.rebased(self.header), epoch=welcome.epoch)
             self._history.rewind(header, last)
+
+        # Last: what the plan measures depends on whether the weights have been written yet.
         if not is_loaded:
             self._open_shard(welcome.settings)
             self._loaded_for = welcome.settings
 
-    def _rebase(self, header: JournalHeader, snapshot: Snapshot | None, fetch: FetchSnapshot) -> None:
-        """Go on from a snapshot. Until it is here and whole, weights and journal stay as they are."""
+    def _go_on_from(self, header: JournalHeader, snapshot: Snapshot | None, fetch: FetchSnapshot) -> None:
+        """Go on from a snapshot. Until it is here and whole, weights and journal stay as they are.
+
+        Raises SnapshotError for one that cannot be used: from then on this device replays.
+        """
         if snapshot is None:
             raise ProtocolError("welcome with the plan snapshot and no snapshot")
-        check_offer(snapshot, self.manifest)
+        check_size(snapshot, self.manifest)
+
         try:
             self._history.rebase(header, snapshot, fetch)
         except (ConnectionLost, RefusedError):
@@ -163,10 +180,12 @@ class Device:
             load = partial(load_images, skip_broken=self.settings.skip_broken)
             self.train, self.eval = load(train, *facts), load(held_out, *facts) if held_out else None
             return
+
         shard = f"{self.manifest.shard_digest} {self.manifest.pad_token_id}"
         key = tokens_key(shard, self.data_digest + self.eval_digest, settings)
         splits = load_or_tokenize(self._state, key, self.manifest.pad_token_id, lambda: self._tokenize(settings))
         self.train, self.eval = splits["train"], splits.get("eval")
+
         # A vocabulary of 49,000 tokens is 30 MB that training has no use for.
         gc.collect()
         release_unused()
@@ -198,7 +217,7 @@ class Device:
         log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 
     def _blank_batch(self, rows: int, length: int) -> Batch:
-        """Examples of full length that mean nothing."""
+        """Make examples of full length that mean nothing."""
         if self.manifest.image is not None:
             return blank_images(rows, self.manifest.image, length)
         return TextBatch(np.zeros((rows, length), np.int64), np.full(rows, length, np.int32), np.zeros(rows, np.int32))
@@ -215,7 +234,7 @@ class Device:
 
 @contextlib.contextmanager
 def _usable_tokenizer(path: Path) -> Iterator[None]:
-    """What the tokenizer's library raises becomes a BundleError: its own root, or a panic, which is no Exception."""
+    """Turn what the tokenizer's library raises into a BundleError: its own root, or a panic, which is no Exception."""
     try:
         yield
     except (HoslError, MemoryError, KeyboardInterrupt, SystemExit, OSError):

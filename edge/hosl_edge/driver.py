@@ -119,6 +119,7 @@ async def in_thread(work: Callable[[], T], on_cancel: Callable[[], None] = lambd
     A thread cannot be interrupted, and must not go on behind our back with weights and files that others then use.
     """
     future = asyncio.get_running_loop().run_in_executor(None, work)
+
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

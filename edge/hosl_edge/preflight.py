@@ -1,4 +1,7 @@
-"""What can be wrong with a machine and its way to the cloud: one check after another, a remedy for each."""
+"""What can be wrong with a machine and its way to the cloud: one check after another, a remedy for each.
+
+Each step yields what it finds, so that lines appear as the checks end, and one that failed ends what needs it.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class Check:
 
 
 def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
-    """All checks, each as soon as it is done; those that need what failed are left out."""
+    """Make all checks, each as soon as it can be; those that need what failed are left out."""
     yield check_system(platform.machine(), 8 * struct.calcsize("P"))
     yield check_python(sys.version_info[:2])
     yield check_onnxruntime()
@@ -76,6 +79,7 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
         yield Check("settings", FAILED, str(error), code=error.exit_code)
         return
     yield Check("settings", OK, f"device {name}, {settings.server}")
+
     manifest: Manifest | None = None
     offer = Offer()
     for found in check_server(settings, token):
@@ -85,13 +89,14 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
             offer = found
         else:
             manifest = found
+
     yield from check_data(settings, offer, manifest)
     yield check_memory(settings, manifest, read_available())
     yield check_disk(Path(settings.cache_dir), manifest)
 
 
 def check_system(machine: str, bits: int) -> Check:
-    """64 bits, of the kernel and of the programs."""
+    """Look for 64 bits, of the kernel and of the programs."""
     if bits == 64:
         return Check("system", OK, f"{machine}, 64-bit")
     detail = f"32-bit programs on a 64-bit kernel ({machine})" if machine.endswith("64") else f"{machine}, 32-bit"
@@ -100,7 +105,7 @@ def check_system(machine: str, bits: int) -> Check:
 
 
 def check_python(version: tuple[int, ...]) -> Check:
-    """At least the version that the package asks for."""
+    """Look for at least the version that the package asks for."""
     text = ".".join(map(str, version))
     if version >= (3, 10):
         return Check("python", OK, text)
@@ -119,7 +124,7 @@ def check_onnxruntime(python: str = sys.executable) -> Check:
 
 
 def check_memory_cgroup(root: Path = ROOT) -> Check:
-    """Without it systemd's MemoryMax= and a container's limit do nothing, and tell nothing."""
+    """Look for what systemd's MemoryMax= and a container's limit need: without it they do nothing, and tell nothing."""
     name = "memory cgroup"
     unified = root / "sys/fs/cgroup/cgroup.controllers"
     if unified.exists():
@@ -133,10 +138,11 @@ def check_memory_cgroup(root: Path = ROOT) -> Check:
 
 
 def check_data(settings: EdgeSettings, offer: Offer, manifest: Manifest | None) -> Iterator[Check]:
-    """Each data file, by what the run asks for before it reads everything, where the run is known."""
+    """Check each data file by what the run asks for before it reads everything, where the run is known."""
     bound = {"data": offer.data_digest, "eval": offer.eval_digest}
     for name, path in (("data", settings.data), ("eval", settings.eval)):
         remedy = f"mend it, or name another file in {name}"
+
         try:
             if offer.task is not None:
                 check_consent(offer.task, settings.fields, share_text=settings.share_text)
@@ -156,7 +162,7 @@ def check_data(settings: EdgeSettings, offer: Offer, manifest: Manifest | None) 
 
 
 def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manifest | Offer]:
-    """Proxy, name, connection, clock, TLS, token, device, run; at last the manifest, where it could be had."""
+    """Check proxy, name, connection, clock, TLS, token, device, run; yields the manifest where it could be had."""
     url = urlsplit(settings.server)
     try:
         proxy = find_proxy(settings.server)
@@ -165,10 +171,12 @@ def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manif
         return
     if proxy is not None:
         yield Check("proxy", OK, f"goes through {proxy}")
+
     named = _check_name(url, proxy)
     yield named
     if named.outcome == FAILED:
         return
+
     port = url.port or (443 if url.scheme == "wss" else 80)
     try:
         date = _server_date(settings.server, proxy)
@@ -185,13 +193,14 @@ def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manif
         detail = f"{url.hostname}:{port} does not answer{through(proxy)}: {problem}"
         yield Check("connection", FAILED, detail, remedy, ExitCode.REFUSED)
         return
+
     yield Check("connection", OK, f"{url.hostname}:{port}{through(proxy)}")
     yield check_clock(date, time.time())
     yield from _check_service(settings, token, has_tls=url.scheme == "wss")
 
 
 def _check_name(url: SplitResult, proxy: Proxy | None) -> Check:
-    """Whether there is an address to connect to: the service's own, or its proxy's, which looks the other up."""
+    """Look for an address to connect to: the service's own, or its proxy's, which looks the other up."""
     there, setting = (url, "server") if proxy is None else (urlsplit(proxy.url), proxy.variable)
     try:
         found = socket.getaddrinfo(there.hostname, there.port, type=socket.SOCK_STREAM)
@@ -224,7 +233,7 @@ def _speaks_tls(host: str, port: int) -> bool:
 
 
 def check_clock(date: str | None, now: float) -> Check:
-    """This machine's clock against the server's Date; whether certificates are valid by it, `tls` finds out."""
+    """Compare this machine's clock with the server's Date; whether certificates are valid by it, `tls` finds out."""
     try:
         there = parsedate_to_datetime(date or "").timestamp()
     except ValueError:
@@ -245,6 +254,8 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
         manifest = decode_manifest(read_url(cloud, url), url)
     except (HoslError, OSError, http.client.HTTPException) as caught:
         error = caught
+
+    # One request tells of TLS, the token and the run: what it raised is looked through in their order.
     if isinstance(error, TrustError):
         remedy = "copy the token again; if that does not help, it is another service, or somebody in between"
         yield Check("tls", FAILED, str(error), remedy, ExitCode.REFUSED)
@@ -262,6 +273,7 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
     if isinstance(error, ConnectionLost) and not isinstance(error, NoRun):
         yield Check("service", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
         return
+
     yield Check("token", OK, "accepted")
     yield from _check_device(cloud, device_name(settings, token))
     yield _check_run(error, manifest)
@@ -270,11 +282,11 @@ def _check_service(settings: EdgeSettings, token: Token, *, has_tls: bool) -> It
 
 
 def _check_device(cloud: Cloud, name: str) -> Iterator[Check | Offer]:
-    """Whether the token is one of this device; nothing where an older service cannot tell."""
+    """Check whether the token is one of this device; yields nothing where an older service cannot tell."""
     try:
         offer = fetch_offer(cloud, name)
     except RefusedError as error:
-        reason, _, remedy = error.reason.partition(": ")
+        reason, _, remedy = error.reason.partition(": ")  # as fetch_offer puts it
         yield Check("device", FAILED, reason, remedy, ExitCode.REFUSED)
     except HoslError as error:
         yield Check("device", FAILED, str(error), "see that it is hosl-cloud, of this version", ExitCode.REFUSED)
@@ -299,7 +311,7 @@ def _check_run(error: Exception | None, manifest: Manifest | None) -> Check:
 
 
 def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: int) -> Check:
-    """What is free, and the budget, against what trains; activations come on top."""
+    """Compare what is free, and the budget, with what trains; activations come on top."""
     if manifest is None:
         return Check("memory", WARNING, f"{available / 1e6:.0f} MB are free; what the shard needs is not known")
     trained = 4 * sum(prod(entry.shape) for entry in manifest.trainable)
@@ -307,6 +319,7 @@ def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: i
     needed, budget = AGENT_BYTES + trained, settings.memory_budget_bytes
     detail = f"{available / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB the least, without activations"
     remedy = "use a smaller split, or --train norm, or free memory on this machine"
+
     if budget is not None and budget < needed:
         return Check("memory", FAILED, f"memory_budget is {budget / 1e6:.0f} MB; {detail}", remedy, ExitCode.RESOURCES)
     if available < needed:
@@ -320,12 +333,13 @@ def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: i
 
 
 def check_disk(cache: Path, manifest: Manifest | None) -> Check:
-    """What is free where shards are cached, against what is still to be fetched."""
+    """Compare what is free where shards are cached with what is still to be fetched."""
     folder = next(path for path in (cache, *cache.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     detail = f"{folder} has {free / 1e6:.0f} MB free"
     if manifest is None:
         return Check("disk", WARNING, f"{detail}; what the shard needs is not known")
+
     shard = cache / "shards" / manifest.shard_digest
     needed = sum(entry.size_bytes for entry in manifest.shard_files if not (shard / entry.path).exists())
     detail += f", {needed / 1e6:.0f} MB are to be fetched"

@@ -131,6 +131,7 @@ class Session:
             EvalStart: self._evaluate,
             Late: self._show_late,
         }
+
         # A start that the cloud repeats, because it has no sign of the first, must not be run twice.
         if isinstance(message, (RoundStart, EvalStart)) and self._started == message:
             return self._drop_repeat
@@ -290,6 +291,7 @@ class Session:
         self._started = start
         device, welcome = self.device, self._joined
         assert device.weights is not None
+
         return step.DeviceRound(
             run=welcome.run,
             epoch=welcome.epoch,

@@ -253,7 +253,7 @@ SHOWN: dict[str, Shown] = {
 
 
 def parse_bytes(text: int | str, field: str = "memory_budget") -> int:
-    """`400M` as 400,000,000; `400Mi` as 419,430,400."""
+    """Read `400M` as 400,000,000; `400Mi` as 419,430,400. Raises SettingsError, which names `field`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(text).strip().upper())
     if not match or not float(match.group(1)):
         raise SettingsError(field, text, "use a number of bytes such as 400M or 1.5G")
@@ -261,7 +261,7 @@ def parse_bytes(text: int | str, field: str = "memory_budget") -> int:
 
 
 def split_fields(text: str) -> list[str]:
-    """`a, b` as its names."""
+    """Take `a, b` apart."""
     return [field.strip() for field in text.split(",") if field.strip()]
 
 
@@ -276,15 +276,15 @@ class Resolved:
     config: Path | None
 
     def effective(self) -> dict[str, Any]:
-        """The values, and the defaults of the other fields; fields without either are absent."""
+        """Collect the values, and the defaults of the other fields; fields without either are absent."""
         return {name: self.value(name) for name, field in FIELDS.items() if name in self.values or not field.required}
 
     def value(self, name: str) -> Any:
-        """A field's value, or its default. Raises SettingsError for a default that this user has not."""
+        """Look up a field's value, or its default. Raises SettingsError for a default that this user has not."""
         return self.values[name] if name in self.values else default_of(name)
 
     def settings(self) -> EdgeSettings:
-        """The settings, all checked. Raises SettingsError."""
+        """Make the settings, all checked. Raises SettingsError."""
         for required in REQUIRED:
             if required not in self.values:
                 option, variable = f"--{required.replace('_', '-')}", ENVIRONMENT + required.upper()
@@ -298,14 +298,15 @@ class Resolved:
 
 
 def load_settings(options: dict[str, Any], config: Path | None) -> EdgeSettings:
-    """Settings from the options that were given, over the environment, over the file. Raises SettingsError."""
+    """Load settings from the options that were given, over the environment, over the file. Raises SettingsError."""
     return resolve(options, config).settings()
 
 
 def resolve(options: Mapping[str, Any], config: Path | None, environment: Mapping[str, str] = os.environ) -> Resolved:
-    """What options, environment and file say. Raises SettingsError for a name that is none."""
+    """Collect what options, environment and file say. Raises SettingsError for a name that is none."""
     if config is None and CONFIG.exists():
         config = CONFIG
+
     layers = [
         (str(config), _of_file(config)),
         ("environment", _of_environment(environment)),
@@ -316,6 +317,8 @@ def resolve(options: Mapping[str, Any], config: Path | None, environment: Mappin
     for source, layer in layers:
         values |= layer
         sources |= dict.fromkeys(layer, source)
+
+    # The token has two more places, the weakest: they are where the unit and install.md put it.
     credential = Path(environment.get("CREDENTIALS_DIRECTORY", "")) / CREDENTIAL
     if "token_file" not in values and credential.is_absolute() and credential.exists():
         values["token_file"], sources["token_file"] = str(credential), "systemd credential"
@@ -355,7 +358,7 @@ def _parse(field: str, variable: str, text: str) -> Any:
 
 
 def masked(server: str) -> str:
-    """An address without what stands before its host."""
+    """Hide what stands before an address's host, where a password may be."""
     return re.sub(r"//[^/]*@", "//***@", server)
 
 
@@ -373,6 +376,7 @@ def _check(settings: EdgeSettings) -> None:
         raise SettingsError("server", settings.server, "use wss://, or --insecure to send everything as plain text")
     if settings.name and not is_device_name(settings.name):
         raise SettingsError("name", settings.name, "use 1 to 64 characters of A-Za-z0-9._-, not starting with a dot")
+
     if settings.threads < 0:
         raise SettingsError("threads", settings.threads, "use 0 (all) or more")
     if not 0.0 <= settings.sync_interval_s < 1e9:

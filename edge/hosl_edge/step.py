@@ -74,7 +74,7 @@ class DeviceRound:
 
     @contextmanager
     def probing(self, batch: Batch) -> Iterator[None]:
-        """Forwards of `batch` at θ and around it; θ again at the end."""
+        """Let weights leave θ for forwards of `batch`, within; they stand at θ again at the end, whatever ended it."""
         with self.shard.holding(batch):
             try:
                 yield
@@ -101,12 +101,14 @@ def ho_sfl_round(context: DeviceRound, batch: Batch) -> Step:
             differences.append(first_TD)
         else:
             anchor_TD = context.shard.activations(batch, context.empty_set(batch))
+        # The cloud waits for the Anchor first, and works while the differences are computed.
         yield Send(Anchor(**context.name(0)), _upload(anchor_TD, batch))
         # These run while the cloud computes; what they hold is bounded by the memory budget.
         while len(differences) < min(context.held_sets + is_midpoint, len(directions)):
             differences.append(_difference(context, batch, len(differences), anchor_TD))
         if len(differences) == len(directions):
             context.weights.probe(None)
+
         reply = yield Receive(CutGradient)
         assert reply is not None
         lambda_TD = reply.tensors["lambda"]
@@ -115,11 +117,15 @@ def ho_sfl_round(context: DeviceRound, batch: Batch) -> Step:
                 f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(anchor_TD.shape)}"
             )
         assert isinstance(reply.message, CutGradient)
+
+        # Those that were held cost an inner product; the others are probed now, a micro-batch at a time.
         projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
         early = len(differences)
         differences.clear()
         for p in directions[early:]:
             projections.append(_project(context, batch, p, anchor_TD, lambda_TD))
+
+    # λ came divided by 2^exponent, which float16 needs; the projections are linear in it.
     scaled = np.ldexp(np.array(projections), reply.message.exponent).astype(np.float32)
     yield Send(Projections(**context.name(1)), {"projections": scaled})
 
@@ -137,7 +143,7 @@ def _probe_pair(context: DeviceRound, batch: Batch, direction: int) -> tuple[Act
 
 
 def _difference(context: DeviceRound, batch: Batch, direction: int, clean_TD: Activations) -> Activations:
-    """Δ_p [T, D]."""
+    """Compute Δ_p [T, D] of one direction, from f(θ) [T, D] or by a central difference."""
     if context.settings.anchor == "midpoint":
         return _probe_pair(context, batch, direction)[1]
     context.weights.probe(ProbePoint(context.round, direction, +1))
@@ -149,7 +155,7 @@ def _difference(context: DeviceRound, batch: Batch, direction: int, clean_TD: Ac
 def _project(
     context: DeviceRound, batch: Batch, direction: int, scratch_TD: Activations, lambda_TD: Activations
 ) -> float:
-    """v_p, micro-batch by micro-batch: no further set of activations is held.
+    """Compute v_p micro-batch by micro-batch: no further set of activations is held.
 
     `scratch_TD` holds f(θ), or with the midpoint anchor nothing that is needed: it takes f(θ − μu_p).
     """
@@ -157,6 +163,7 @@ def _project(
     if is_midpoint:
         context.weights.probe(ProbePoint(context.round, direction, -1))
         context.shard.activations(batch, scratch_TD)
+
     context.weights.probe(ProbePoint(context.round, direction, +1))
     parts = context.shard.forward(batch)
     total = sum(_inner(lambda_TD[place], probed_TD - scratch_TD[place]) for place, probed_TD in parts)
@@ -177,6 +184,7 @@ def hosl_round(context: DeviceRound, batch: Batch) -> Step:
         points += [ProbePoint(context.round, q, +1), ProbePoint(context.round, q, -1)]
     if context.settings.anchor == "clean":
         points.append(None)
+
     may_overlap = context.held_sets > 0
     with context.probing(batch):
         for id_, point in enumerate(points):
@@ -188,6 +196,8 @@ def hosl_round(context: DeviceRound, batch: Batch) -> Step:
                 yield Receive(ProbeLoss, id_ - 1)
             yield Send(_hosl_message(context, id_, point), _upload(set_TD, batch))
             del set_TD
+
+    # The weights stand at θ again: the last answer may come late.
     if points[-1] is not None:
         yield Receive(ProbeLoss, len(points) - 1)
 
@@ -221,6 +231,7 @@ def evaluate(context: DeviceRound, dataset: Dataset, on_result: Callable[[float,
         clean_TD = context.shard.activations(batch, context.empty_set(batch))
         message = EvalBatch(**context.name(id_), last=id_ == len(starts) - 1)
         yield Send(message, _upload(clean_TD, batch))
+
         reply = yield Receive(EvalResult, id_)
         assert reply is not None
         result = reply.message

@@ -1,6 +1,8 @@
 """Fetching the shard, and snapshots of its weights, over HTTP from the cloud's port: resumable, checked by digest.
 
-The shard is cached by digest, and what is cached is checked at every start.
+All of it blocks, and runs in worker threads. The shard is cached by digest, and what is cached is checked at every
+start. A file has its name only once it is whole, checked and on the disk; until then it is `NAME.part`, which the next
+try goes on with. So a crash or a power cut at any place costs no more than what came since the last piece.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def fetch_bundle(
     on_file: Callable[[str], None] = lambda name: None,
     waits: bool = False,
 ) -> tuple[Path, Manifest]:
-    """The folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
+    """Find the folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
     `on_manifest` is told before anything large is fetched, and may raise. With `waits` the shard is that of a run under
     way alone: the last one is over for this device. Raises NoRun, ConnectionLost
@@ -67,6 +69,7 @@ def fetch_bundle(
     data = read_url(cloud, base + MANIFEST + ("?waits=1" if waits else ""))
     manifest = decode_manifest(data, base + MANIFEST)
     on_manifest(manifest)
+
     folder = cache / "shards" / manifest.shard_digest
     with _locked(folder):
         for entry in manifest.shard_files:
@@ -118,21 +121,27 @@ def _fetch_file(
             return
         log.warning("%s is damaged; it is fetched again", target)
         target.unlink()
+
     target.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(target)
     have = part.stat().st_size if part.exists() else 0
     if have > size:
         part.unlink()
         have = 0
+
+    # Before the download: to find the disk full after an hour helps nobody.
     free = shutil.disk_usage(target.parent).free
     if free < size - have:
         raise NoSpaceError(f"{target.parent} has {free} bytes free, {target.name} needs {size - have} more")
     if have < size:
         _download(cloud, url, part, have, size, on_progress, on_rate)
+
     digest = sha256_of_file(part)
     if digest != sha256:
         part.unlink()
         raise WrongDigestError(url, digest, sha256)
+
+    # On the disk before it has its name: else a power cut leaves a file of zeros, which is fetched again.
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
@@ -143,7 +152,9 @@ def _download(
 ) -> None:
     began = time.monotonic()
     with open_url(cloud, url, have) as response, part.open("ab" if response.status == 206 else "wb") as file:
+        # A server that does not take ranges sends all of it again.
         first = done = have if response.status == 206 else 0
+
         try:
             while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
                 file.write(piece)
@@ -162,16 +173,16 @@ def _download(
 
 
 def read_url(cloud: Cloud, url: str) -> bytes:
-    """A small answer, whole. Raises BundleError where it is larger than a manifest may be, and what `open_url` does."""
+    """Read a small answer, whole. Raises BundleError where it is larger than a manifest may be, and as `open_url`."""
     with open_url(cloud, url) as response:
         try:
             data: bytes = response.read(MAX_MANIFEST_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionLost(f"download of {url} broke off: {error}") from error
         expected = response.headers.get("Content-Length") or ""
-    if (
-        not expected.isdecimal()
-    ):  # the service always says it: the head was cut off, which http.client takes for its end
+
+    # The service always says the length. Without it the head was cut off, which http.client takes for its end.
+    if not expected.isdecimal():
         raise ConnectionLost(f"download of {url} broke off before its length came")
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{url} is larger than {MAX_MANIFEST_BYTES} bytes")
@@ -181,10 +192,11 @@ def read_url(cloud: Cloud, url: str) -> bytes:
 
 
 def open_url(cloud: Cloud, url: str, have: int = 0) -> Any:
-    """The response, from a byte on. Raises ConnectionLost, RefusedError, NoRun, SignerError."""
+    """Ask for an address, from byte `have` on. Raises ConnectionLost, RefusedError, NoRun, SignerError."""
     request = urllib.request.Request(url, headers=cloud.headers)
     if have:
         request.add_header("Range", f"bytes={have}-")
+
     try:
         return cloud.open(request, TIMEOUT_S)
     except urllib.error.HTTPError as error:

@@ -1,4 +1,9 @@
-"""One websocket to the cloud: frames come and go while the session computes."""
+"""One websocket to the cloud: frames come and go while the session computes.
+
+Everything runs on the event loop, in two tasks beside the session's: the reader drains the socket into a queue, and the
+writer sends what the session queued, in its order. Both feed the protocol's state machine, which never awaits, so that
+each change of its state is whole. The session must not change a tensor that it has queued before it is sent.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,7 @@ class _Connect(connect):
 
 
 class Link:
-    """The protocol's connection over a socket. What comes in waits in a queue, as does what goes out."""
+    """The protocol's connection over a socket; what comes in waits in a queue, as does what goes out."""
 
     def __init__(self, progress: Progress) -> None:
         """Counts the bytes of both ways in `progress`."""
@@ -73,7 +78,7 @@ class Link:
         self._outgoing.put_nowait((message, tensors or {}))
 
     async def receive(self) -> Frame:
-        """The next frame. Raises ConnectionLost or ProtocolError, once what came before is taken."""
+        """Wait for the next frame. Raises ConnectionLost or ProtocolError, once what came before is taken."""
         item = await self._incoming.get()
         if isinstance(item, HoslError):
             raise item
@@ -87,7 +92,7 @@ class Link:
         emptied.cancel()
 
     async def leave(self, reason: str) -> None:
-        """Say why, where the cloud still listens."""
+        """Say why this device leaves, where the cloud still listens; waits GOODBYE_S at most."""
         if self.is_closed:
             return
         self.send(Goodbye(reason=reason))
@@ -101,6 +106,8 @@ class Link:
                 if isinstance(piece, str):
                     raise ProtocolError("a text message, expected binary ones")
                 self._progress.received_bytes += len(piece)
+
+                # After the last word the cloud may still send what it had begun; only the pings matter then.
                 if self.is_closed:
                     continue
                 frame = self._connection.receive(piece)
@@ -111,9 +118,10 @@ class Link:
             error = broken
         except (ConnectionClosed, OSError) as broken:
             error = ConnectionLost(f"the connection broke: {broken}")
-        except Exception as broken:
+        except Exception as broken:  # without an error in the queue the session would wait for ever
             log.exception("reading failed")
             error = ConnectionLost(f"reading failed: {broken}")
+
         self._incoming.put_nowait(error)
 
     async def _write(self, socket: ClientConnection) -> None:
@@ -123,7 +131,8 @@ class Link:
                 for piece in self._connection.send(message, tensors):
                     await socket.send(piece)
                     self._progress.sent_bytes += len(piece)
-                del tensors
+                del tensors  # a set of activations, which would stay until the next message comes
+
                 self._outgoing.task_done()
         except ConnectionClosed:
             pass  # the reader reports it
@@ -145,6 +154,7 @@ async def _connect(cloud: Cloud) -> ClientConnection:
             ping_interval=HEARTBEAT_S,
             ping_timeout=HEARTBEAT_S,
         )
+
     except InvalidStatus as error:
         code = error.response.status_code
         if code in (401, 403):

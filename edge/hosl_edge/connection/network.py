@@ -30,11 +30,12 @@ class NetworkWatch:
             self._listener.setblocking(False)
 
     async def pause(self, seconds: float) -> bool:
-        """Wait so long, or until the network changes; whether it did."""
+        """Wait so many seconds, or until the network changes. Returns whether it did."""
         if self._listener is None:
             await asyncio.sleep(seconds)
             return False
-        self._drain()
+        self._drain()  # what came while nobody waited
+
         try:
             await within(seconds, self._changed(self._listener))
         except asyncio.TimeoutError:
@@ -54,7 +55,7 @@ class NetworkWatch:
             loop.remove_reader(listener)
 
     def _drain(self) -> bool:
-        """Read what waits; whether an address or a route is new."""
+        """Read the messages that wait. Returns whether an address or a route is new."""
         is_new = False
         with contextlib.suppress(OSError):
             while self._listener is not None and (data := self._listener.recv(65536)):

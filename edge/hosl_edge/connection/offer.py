@@ -43,7 +43,7 @@ def fetch_offer(cloud: Cloud, name: str) -> Offer | None:
     try:
         offer = _DECODER.decode(read_url(cloud, url))
     except NotFoundError:
-        return None
+        return None  # an older service
     except RefusedError as error:
         reason = (
             f"the token is not one of device {name}: leave out the name, and the token's own counts, or take its own"
@@ -51,6 +51,7 @@ def fetch_offer(cloud: Cloud, name: str) -> Offer | None:
         raise RefusedError(reason, retry=False) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConnectionLost(f"{url} answered with what no hosl-cloud says: {error}") from error
+
     if offer.task is not None:
         check_task(offer.task)
     return offer
@@ -72,11 +73,13 @@ def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *,
     check_files(path)
     if task is None and (path.is_dir() or path.suffix.lower() == ".npz"):
         return "can be read"
+
     if task is not None and task.is_image:
         if manifest is None or manifest.image is None:
             return "can be read"
         examples = len(load_images(path, task, manifest.image, manifest.max_length, skip_broken=skip_broken))
         return f"{examples} images, which task {task.name} can use"
+
     fields = check_first_example(path, task)
     fits = f", which task {task.name} can use" if task is not None else ""
     return f"its first example has {fields} field{'s' if fields != 1 else ''}{fits}"

@@ -28,16 +28,18 @@ class Token:
 
 
 def read_token(path: Path) -> Token:
-    """The token in a file. Raises SettingsError."""
+    """Read the token in a file. Raises SettingsError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise SettingsError("token_file", str(path), error.strerror or "cannot be read") from error
     except UnicodeDecodeError:
         text = ""
+
     # systemd decides the mode of its credentials.
     if path.parent != Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere")) and path.stat().st_mode & 0o044:
         log.warning("%s can be read by others: run chmod 600 %s", path, path)
+
     token = parse_token(text) if re.fullmatch(r"[!-~]+", text) else None
     if token is None:
         raise SettingsError("token_file", str(path), "it should hold one token and nothing else: copy it again")
@@ -45,7 +47,7 @@ def read_token(path: Path) -> Token:
 
 
 def parse_token(text: str) -> Token | None:
-    """`NAME~SECRET`, `NAME~SECRET~FINGERPRINT`, or a bare join token; None for anything else."""
+    """Take `NAME~SECRET`, `NAME~SECRET~FINGERPRINT`, or a bare join token apart; None for anything else."""
     parts = text.split("~")
     if len(parts) > 3 or not all(parts[1:]):
         return None
@@ -56,7 +58,7 @@ def parse_token(text: str) -> Token | None:
 
 
 def device_name(settings: EdgeSettings, token: Token) -> str:
-    """What the device is called. Raises SettingsError where its token is of another name: the cloud would refuse it."""
+    """Decide what the device is called. Raises SettingsError where its token has another name, which is refused."""
     if settings.name and token.name and settings.name != token.name:
         remedy = (
             f"the token in {settings.token_file} is that of {token.name!r}: leave the name out, or use its own token"

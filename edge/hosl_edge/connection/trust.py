@@ -1,4 +1,8 @@
-"""Whom the device trusts: the system's certificate authorities, or the one whose fingerprint is in its token."""
+"""Whom the device trusts: the system's certificate authorities, or the one whose fingerprint is in its token.
+
+The token leaves the machine only on a connection that was checked so: `_fetch_ca` and preflight, which talk to servers
+that nobody has vouched for yet, send none, and believe only bytes that have the fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -44,20 +48,20 @@ class Cloud:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """Headers of every request."""
         return {"Authorization": f"Bearer {self.token.bearer}"}
 
     def url(self, path: str) -> str:
-        """Of what is fetched over HTTP."""
+        """Make the address of something that is fetched over HTTP."""
         return http_address(self.address) + "/v1/" + path
 
     def open(self, request: urllib.request.Request, timeout_s: float) -> Any:
-        """The response; raises as urllib does."""
+        """Send a request and return the response; raises as urllib does."""
         return opener(self.context, self.proxy).open(request, timeout=timeout_s)
 
 
 def connect_securely(server: str, token: Token, cache: Path) -> Cloud:
-    """How to reach the cloud; its CA is fetched where the token names one and `cache` lacks it.
+    """Find out how to reach the cloud; its CA is fetched where the token names one and `cache` lacks it.
 
     Raises ConnectionLost (try again), TrustError (it is not the service that the token is for), and SettingsError for
     a proxy that cannot be used.
@@ -77,7 +81,7 @@ def ssl_context(server: str, token: Token, cache: Path, proxy: Proxy | None = No
 
 
 def explain(error: object) -> str:
-    """What kept a connection from being made, and for TLS a remedy."""
+    """Say what kept a connection from being made, and for TLS a remedy."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}; {tls_remedy(error)}; hosl-edge preflight explains"
     if isinstance(error, http.client.RemoteDisconnected):
@@ -86,7 +90,7 @@ def explain(error: object) -> str:
 
 
 def tls_remedy(error: ssl.SSLError) -> str:
-    """For a handshake that failed."""
+    """Say what to do about a handshake that failed."""
     if not isinstance(error, ssl.SSLCertVerificationError):
         return "the server speaks no TLS here: see that the port is right, and that no proxy stands between"
     if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
@@ -106,7 +110,7 @@ def is_unknown_signer(error: object) -> bool:
 
 
 def with_port(server: str) -> str:
-    """An address that says which port it means, so that every line about it does."""
+    """Add the port that an address means, so that every line about it says it."""
     url = urlsplit(server)
     port = url.port or (443 if url.scheme == "wss" else 80)
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
@@ -114,12 +118,12 @@ def with_port(server: str) -> str:
 
 
 def http_address(server: str) -> str:
-    """Where what is fetched over HTTP is."""
+    """Turn the websocket's address into that of what is fetched over HTTP."""
     return server.replace("ws", "http", 1).rstrip("/")
 
 
 def _ca_certificate(server: str, fingerprint: str, folder: Path, proxy: Proxy | None) -> bytes:
-    """The CA's certificate, DER."""
+    """The CA's certificate, DER, from the cache or from the cloud. Raises ConnectionLost and TrustError."""
     path = folder / f"{fingerprint}.pem"
     try:
         certificate = _der(path.read_bytes())
@@ -130,13 +134,14 @@ def _ca_certificate(server: str, fingerprint: str, folder: Path, proxy: Proxy | 
         pass
     except (OSError, ValueError) as error:
         log.warning("%s cannot be used (%s); it is fetched again", path, error)
-    certificate = _fetch(server, fingerprint, proxy)
-    _keep(path, certificate)
+
+    certificate = _fetch_ca(server, fingerprint, proxy)
+    _cache_ca(path, certificate)
     return certificate
 
 
-def _fetch(server: str, fingerprint: str, proxy: Proxy | None) -> bytes:
-    """Fetched from nobody knows whom, and worth nothing before its fingerprint is checked."""
+def _fetch_ca(server: str, fingerprint: str, proxy: Proxy | None) -> bytes:
+    """Fetch the CA's certificate from nobody knows whom: its fingerprint alone makes it worth something."""
     url = http_address(server) + "/v1/ca.pem"
     try:
         with opener(unverified(), proxy).open(url, timeout=TIMEOUT_S) as response:
@@ -149,6 +154,7 @@ def _fetch(server: str, fingerprint: str, proxy: Proxy | None) -> bytes:
         raise ConnectionLost(f"cannot reach {url}{through(proxy)}: {reason}") from error
     except ValueError:
         raise TrustError(server, fingerprint, "no certificate") from None
+
     if (found := _fingerprint(certificate)) != fingerprint:
         raise TrustError(server, fingerprint, found)
     return certificate
@@ -163,8 +169,8 @@ def _fingerprint(certificate: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(certificate).digest()).rstrip(b"=").decode()
 
 
-def _keep(path: Path, certificate: bytes) -> None:
-    """For the next start; without it the certificate is fetched and checked again."""
+def _cache_ca(path: Path, certificate: bytes) -> None:
+    """Keep the certificate for the next start; without it, it is fetched and checked again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent)
@@ -183,13 +189,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def opener(context: ssl.SSLContext | None, proxy: Proxy | None) -> urllib.request.OpenerDirector:
-    """What opens the cloud's addresses: no redirects, and no proxy but this one."""
+    """Make what opens the cloud's addresses: no redirects, and no proxy but this one."""
     secure = [urllib.request.HTTPSHandler(context=context)] if context is not None else []
     return urllib.request.build_opener(_NoRedirects(), proxy_handler(proxy), *secure)
 
 
 def unverified() -> ssl.SSLContext:
-    """TLS with whoever answers: nothing that is secret may go there, and nothing that comes is believed."""
+    """Make TLS with whoever answers: nothing secret may go there, and nothing that comes is believed."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context

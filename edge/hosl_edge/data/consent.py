@@ -12,12 +12,14 @@ def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: boo
         raise ConsentError(
             f"task {task.name!r} sends the text itself as labels: start hosl-edge with --share-text to allow it"
         )
+
     allowed = fields if fields is not None else preset_fields(task.name)
     if allowed is None:
         raise ConsentError(
             f"task {task.name!r} is not one that hosl ships and reads {', '.join(task.fields)}: "
             "name the fields it may read with --fields"
         )
+
     refused = [field for field in task.fields if field not in allowed]
     if refused:
         raise ConsentError(

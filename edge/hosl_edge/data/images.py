@@ -1,6 +1,7 @@
 """The device's images: a `.npz` file, mapped where it is not compressed, or a folder of pictures by class.
 
-Pixels stay uint8 until a micro-batch runs. Shapes: B images, H rows, W columns, C channels, N images of the data.
+Pixels stay uint8 until a micro-batch runs, and pictures are decoded when their turn comes: a dataset takes no memory
+but its labels'. Shapes: B images, H rows, W columns, C channels, N images of the data.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ class ImageBatch:
         return int(self.lengths_B.sum())
 
     def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
-        """What the graph takes of these images: pixel values [b, C, H, W], made anew for each run."""
+        """Make what the graph takes of these images: pixel values [b, C, H, W], anew for each run."""
         return {"pixel_values": normalize(self.pixels_BHWC[rows], self.image)}
 
 
 def normalize(pixels_BHWC: Pixels, image: ImageEntry) -> npt.NDArray[np.float32]:
-    """(v · rescale - mean) / std of each channel, in float32 [B, C, H, W]."""
+    """Compute (v · rescale - mean) / std of each channel, in float32 [B, C, H, W]."""
     mean, std = np.array(image.mean)[:, None, None], np.array(image.std)[:, None, None]
     pixels_BCHW = pixels_BHWC.transpose(0, 3, 1, 2)
     values = np.empty(pixels_BCHW.shape, np.float32)
@@ -87,8 +88,8 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Some of the pictures, under places of their own."""
+class _Subset:
+    """Some of the pictures, numbered anew."""
 
     pictures: Pictures
     places: npt.NDArray[np.int64]
@@ -130,6 +131,7 @@ class ImageDataset:
 
     def _read(self, wanted: int, target: Pixels) -> int:
         """Write the picture at place `wanted` to `target`, or the next that can be decoded; the place that it has."""
+        # The next in order, not one at random: what a device trains on is a function of the seed and the data.
         for place in chain(range(wanted, len(self)), range(wanted)):
             try:
                 target[...] = fit(self.pictures[place], self.image, self.path)
@@ -137,6 +139,7 @@ class ImageDataset:
             except DataError as error:
                 if not self.skip_broken:
                     raise
+
                 if str(error) not in self._told:
                     self._told.add(str(error))
                     log.warning("%s; another takes its place", error)
@@ -161,17 +164,17 @@ class ImageDataset:
 
     def subset(self, places: npt.NDArray[np.int64]) -> ImageDataset:
         """The images at `places` [n], still where they are."""
-        return replace(self, pictures=_Chosen(self.pictures, places), labels=self.labels[places])
+        return replace(self, pictures=_Subset(self.pictures, places), labels=self.labels[places])
 
 
 def blank_images(rows: int, image: ImageEntry, positions: int) -> ImageBatch:
-    """Black images, to measure a forward with."""
+    """Make black images, to measure a forward with."""
     pixels = np.zeros((rows, image.height, image.width, image.channels), np.uint8)
     return ImageBatch(pixels, np.full(rows, positions, np.int32), np.zeros(rows, np.int32), image)
 
 
 def fit(picture: Pixels, image: ImageEntry, path: Path) -> Pixels:
-    """An image in the model's size and channels [H, W, C]. Raises DataError where it has other channels."""
+    """Bring an image into the model's size and channels [H, W, C]. Raises DataError where it has other channels."""
     if picture.ndim == 3 and picture.shape[2] == 1:
         picture = picture[..., 0]
     if picture.ndim == 3 and picture.shape[2] != image.channels:
@@ -195,9 +198,11 @@ def load_images(
         return _open_folder(path, task, image, positions, skip_broken=skip_broken)
     if path.suffix.lower() != ".npz":
         raise DataError(path, None, "give a .npz file with images and labels, or a folder with a folder for each class")
+
     images, labels = _read_array(path, "images"), _read_array(path, "labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise DataError(path, None, f"images should be uint8 [N, H, W] or [N, H, W, C], not {_describe(images)}")
+
     if labels.dtype.kind == "f" and np.array_equal(labels, np.trunc(labels)):
         labels = labels.astype(np.int64)  # a table that had gaps makes 1.0 of 1
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
@@ -207,6 +212,7 @@ def load_images(
         place = int(wrong[0])
         raise DataError(path, None, f"the label at place {place} is not one of 0 to {len(task.labels) - 1}")
     warn_of_absent(path, task, labels.tolist())
+
     dataset = ImageDataset(images, labels.astype(np.int32), image, positions, path)
     dataset.batch(np.zeros(1, np.int64))  # one is like another: size, channels, and Pillow where it is needed
     return dataset
@@ -217,16 +223,18 @@ def _describe(array: npt.NDArray[Any]) -> str:
 
 
 def _read_array(path: Path, name: str) -> npt.NDArray[Any]:
-    """One array of a `.npz` file: a map of it where it is stored as it is, else in memory."""
+    """Read one array of a `.npz` file: a map of it where it is stored as it is, else in memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(f"{name}.npy")
+            # An array that is stored as it is, in C order, is mapped: it stays on the disk, whatever its size.
             with archive.open(member) as file:
                 if member.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
                     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
                     if not (is_fortran or dtype.hasobject):
                         place = _start(path, member) + file.tell()
                         return np.memmap(path, dtype, "r", place, shape)
+
             log.info("%s: %s is compressed and is read into memory", path, name)
             with archive.open(member) as file:
                 return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
@@ -247,7 +255,7 @@ _UNREADABLE = (
 
 
 def _start(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin; its own header may differ from the archive's directory."""
+    """Find where a stored member's bytes begin; its own header may differ from the archive's directory."""
     with path.open("rb") as file:
         file.seek(member.header_offset)
         name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
@@ -266,7 +274,7 @@ def _open_folder(path: Path, task: Task, image: ImageEntry, positions: int, *, s
 
 
 def find_pictures(path: Path, task: Task, *, skip_broken: bool) -> tuple[list[Path], list[int]]:
-    """The pictures of a folder with a folder for each class, by class and name, and their classes.
+    """Find the pictures of a folder with a folder for each class, by class and name, and their classes.
 
     What is left out is told in a line. Raises DataError for folders of other names, and for broken pictures unless
     they are to be left out.
@@ -278,15 +286,18 @@ def find_pictures(path: Path, task: Task, *, skip_broken: bool) -> tuple[list[Pa
                 raise DataError(folder, None, f"is not named after a class: {', '.join(task.labels)}")
     except OSError as error:
         raise DataError(path, None, error.strerror or "cannot be read") from error
+
     others += [each for each in pictures if each.parent == path]
     pictures = [each for each in pictures if each.parent != path]
     if others:
         warn_once(f"{path}: files that are no pictures of a class: {len(others)} ({some_of(others, path)})")
+
     if broken := broken_among(pictures, path):
         _tell_broken(path, broken, len(pictures), skip_broken=skip_broken)
         pictures = [each for each in pictures if each not in broken]
     if not pictures:
         raise DataError(path, None, f"holds no pictures ({', '.join(SUFFIXES)}) in folders named after the classes")
+
     labels = [_class_of(path / each.relative_to(path).parts[0], task) for each in pictures]
     found = [label for label in labels if label is not None]
     warn_of_absent(path, task, found)
@@ -294,7 +305,7 @@ def find_pictures(path: Path, task: Task, *, skip_broken: bool) -> tuple[list[Pa
 
 
 def _class_of(folder: Path, task: Task) -> int | None:
-    """Some file systems keep names in another form of Unicode than they were typed in."""
+    """Find the class that a folder is named after, in whatever form of Unicode its file system keeps names."""
     names = [unicodedata.normalize("NFC", label) for label in task.labels]
     name = unicodedata.normalize("NFC", folder.name)
     return names.index(name) if name in names else None

@@ -56,7 +56,7 @@ class LongTexts:
         return cut_places(self._tokenizer)
 
     def shorten(self, text: str) -> str:
-        """A part of `text` of which the same ids are kept, or all of it."""
+        """Cut `text` to a part of which the same ids are kept; returns all of it where no cut is known to be right."""
         window = self._first_window
         while 4 * window < len(text) and self._places is not None:
             part = self._last(text, window) if self._keep_end else self._first(text, window)
@@ -66,7 +66,7 @@ class LongTexts:
         return text
 
     def _first(self, text: str, window: int) -> str | None:
-        """Up to the first place to cut behind `window` characters, where that has ids enough."""
+        """Cut at the first place behind `window` characters, where what is before it has ids enough."""
         end, beyond = self._place(text, window, 2 * window), self._place(text, 2 * window, 4 * window)
         if end is None or beyond is None or beyond == end:
             return None
@@ -75,7 +75,7 @@ class LongTexts:
         return text[:end] if is_right else None
 
     def _last(self, text: str, window: int) -> str | None:
-        """From a place to cut on; the ids before a second place, which the cut may have changed, must not count."""
+        """Cut off the beginning; the ids before a second place, which the cut may have changed, must not count."""
         size = len(text)
         start, place = self._place(text, size - 3 * window, size), self._place(text, size - 2 * window, size)
         if start is None or place is None or place == start:
@@ -102,14 +102,17 @@ class LongTexts:
 
 
 def cut_places(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Where a text may be cut, before what the pattern finds; None where nothing is known for certain."""
+    """Find where a text may be cut, before what the pattern finds; None where nothing is known for certain."""
     normalizers, splitters = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
+
+    # What rules out every cut: chance, parts that are not known to look no further, tokens that reach over a space.
     if getattr(tokenizer.model, "dropout", None):
         return None
     if not all(map(_is_local_normalizer, normalizers)) or not all(map(_is_local_splitter, splitters)):
         return None
     if any(re.search(r"\S\s", token.content) for token in tokenizer.get_added_tokens_decoder().values()):
         return None
+
     if any(part["type"] == "Replace" and part["content"] == "▁" for part in normalizers):
         # There are no spaces any more, which others would split at.
         is_split = any(part["type"] == "Metaspace" and _splits_words(part) for part in splitters)

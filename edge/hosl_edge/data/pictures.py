@@ -38,7 +38,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def visible_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures at any depth below a folder, by name, and the other files; neither hidden ones nor a desktop's."""
+    """List the pictures at any depth below a folder, by name, and the other files; no hidden ones nor a desktop's."""
     pictures: list[Path] = []
     others: list[Path] = []
     for path in sorted(_walk(folder, set())):
@@ -64,7 +64,7 @@ def is_visible(path: Path) -> bool:
 
 
 def some_of(paths: Sequence[Path], folder: Path) -> str:
-    """The first of the names below a folder, and how many more there are."""
+    """Name the first of some files below a folder, and how many more there are."""
     names = ", ".join(str(path.relative_to(folder)) for path in paths[:SHOWN])
     return names + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")
 
@@ -91,9 +91,11 @@ class PictureFiles:
 
 
 def broken_among(paths: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """The files that are no whole pictures, and why, as far as their first and last bytes tell."""
+    """Find the files that are no whole pictures, and why, as far as their first and last bytes tell."""
     pillow = pillow_for(folder, "pictures are decoded by Pillow")
     broken = {}
+
+    # Decoding all of them would take as long as an epoch; a file that was cut short shows it at its end.
     for path in paths:
         try:
             with path.open("rb") as file, pillow.open(file, formats=_FORMATS) as picture:
@@ -114,6 +116,7 @@ def _looks_whole(format_: str, file: BinaryIO) -> bool:
     file.seek(max(0, size - 64))
     tail = file.read()
     file.seek(place)
+
     if format_ == "WEBP":
         return int.from_bytes(head[4:8], "little") + 8 <= size
     if format_ == "BMP":
@@ -134,7 +137,7 @@ def _pixels(picture: Any, mode: str) -> Pixels:
 
 
 def _depth_of(picture: Any) -> int:
-    """Bits of a channel, 8 or 16. Raises ValueError for others."""
+    """Tell the bits of a channel, 8 or 16. Raises ValueError for others."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return 16
     if picture.mode in ("I", "F"):

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def read_examples(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line numbers (from 1) and examples of a `.jsonl` or `.csv` file. Raises DataError."""
+    """Yield line numbers (from 1) and examples of a `.jsonl` or `.csv` file. Raises DataError."""
     ending = path.suffix.lower()
     if ending not in (".jsonl", ".csv"):
         raise DataError(path, None, "the name should end in .jsonl or .csv")
@@ -41,6 +41,7 @@ def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, 
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
+
         try:
             example = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
@@ -49,6 +50,7 @@ def _read_json_lines(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, 
             raise DataError(path, line, "is JSON with a number too long, or nested too deeply, to be read") from error
         if not isinstance(example, dict):
             raise DataError(path, line, "should be a JSON object")
+
         yield line, example
 
 
@@ -57,6 +59,7 @@ def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     delimiter = _delimiter_of(file.readline())
     file.seek(0)
     reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+
     try:
         names = reader.fieldnames or ()
         if len(set(names)) != len(names):
@@ -71,7 +74,7 @@ def _read_csv(file: Any, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _delimiter_of(header: str) -> str:
-    """Semicolons or tabs where the first line has them and no comma, as spreadsheets write in half of the world."""
+    """Tell semicolons or tabs from commas by the first line: spreadsheets of half of the world write them."""
     bare = re.sub(r'"[^"]*"', "", header)
     return next((delimiter for delimiter in ",;\t" if delimiter in bare), ",")
 
@@ -101,7 +104,7 @@ def warn_once(sentence: str) -> None:
 
 
 def digest_of_data(path: Path) -> str:
-    """SHA-256 of a data file; of a folder, over its pictures' names and contents. Raises DataError."""
+    """Compute the SHA-256 of a data file; of a folder, over its pictures' names and contents. Raises DataError."""
     try:
         return _digest_of(path).hex()
     except OSError as error:

@@ -34,6 +34,7 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
     Raises DataError with file and line, and UnservedError where `max_length` has no room for a text.
     """
     prompt_tokens, pad_token_id = manifest.prompt_tokens, manifest.pad_token_id
+    # A tokenizer cannot cut a text to less than the special tokens that it puts around it.
     if max_length < (fewest := prompt_tokens + tokenizer.num_special_tokens_to_add(is_pair=False)):
         remedy = f"the tokenizer's special tokens and the soft prompt take {fewest} places: use more"
         raise UnservedError(SettingsError("max_length", max_length, remedy))
@@ -52,15 +53,18 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
     rows = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
     if not rows:
         raise DataError(path, None, "holds no examples")
+
     if _ends_before_padding(task, manifest):
         rows = [without_end_padding(row, pad_token_id) for row in rows]
     for line, row in zip(lines, rows, strict=True):
         if row.size < (2 if task.kind == "lm" else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
     _check_tokens(path, lines, rows, tokenizer, manifest)
+
     if blank:
         warn_once(f"{path}: examples without text: {len(blank)}, the first in line {blank[0]}")
     warn_of_absent(path, task, labels)
+
     # The graph puts its prompt in the place of these.
     places = np.full(prompt_tokens, pad_token_id, np.int32)
     rows = [np.concatenate([places, row]) for row in rows] if prompt_tokens else rows
@@ -72,7 +76,7 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
 def tokenize(
     tokenizer: Tokenizer, texts: Iterable[str], max_length: int, *, keep_end: bool
 ) -> list[npt.NDArray[np.int32]]:
-    """Token ids of each text, special tokens included, cut to `max_length`.
+    """Make token ids of each text, special tokens included, cut to `max_length`.
 
     `keep_end` drops from the left, for a prompt whose question stands at the end. Memory is that of a portion of
     texts, or of one text that must be tokenized whole.
@@ -118,13 +122,13 @@ def _ends_before_padding(task: Task, manifest: Manifest) -> bool:
 
 
 def without_end_padding(row: npt.NDArray[np.int32], pad_token_id: int) -> npt.NDArray[np.int32]:
-    """The tokens up to the last that is not the padding's, or the first alone: what comes after changes nothing."""
+    """Drop the padding's tokens at the end, but for a text of nothing else: what comes after changes nothing."""
     real = np.flatnonzero(row != pad_token_id)
     return row[: real[-1] + 1 if real.size else 1]
 
 
 def check_first_example(path: Path, task: Task | None) -> int:
-    """How many fields the first example has. Raises DataError where it, or `task`, has no use for it."""
+    """Count the fields of the first example. Raises DataError where there is none, or `task` has no use for it."""
     line, example = next(read_examples(path), (0, None))
     if example is None:
         raise DataError(path, None, "holds no examples")
@@ -158,7 +162,7 @@ def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> 
 
 
 def _missing(error: KeyError, example: Mapping[str, Any], path: Path, line: int) -> DataError:
-    """Names that may be data, as the first line of a table without a header is, are not told."""
+    """Make the error for a missing field; names that may be data, as a table without a header has, are not told."""
     field, count = str(error.args[0]), len(example)
     by_folded = {name.strip().casefold(): name for name in example}
     near = difflib.get_close_matches(field.casefold(), by_folded, 1)

@@ -27,13 +27,13 @@ Splits: TypeAlias = dict[str, TextDataset]
 
 
 def tokens_key(shard_digest: str, data_digest: str, settings: RunSettings) -> str:
-    """What the token ids depend on: the tokenizer (part of the shard), the data files, task and length."""
+    """Digest what the token ids depend on: the tokenizer (part of the shard), the data files, task and length."""
     facts = [shard_digest, data_digest, settings.task, settings.max_length]
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
 
 
 def load_or_tokenize(folder: Path, key: str, pad_token_id: int, tokenize: Callable[[], Splits]) -> Splits:
-    """The splits from `folder` where they were kept under the same key, else from `tokenize`, and kept then."""
+    """Take the splits from `folder` where they were kept under the same key, else from `tokenize`, and keep them."""
     kept = _load(folder / FILE, key, pad_token_id)
     if kept is not None:
         return kept
@@ -56,10 +56,12 @@ def _load(path: Path, key: str, pad_token_id: int) -> Splits | None:
     except (OSError, SafetensorError, TypeError) as error:
         log.warning("%s cannot be used (%s); tokenizing again", path, error)
         return None
+
     digest = arrays.pop("digest", None)
     if digest is None or digest.tobytes() != _digest(arrays):
         log.warning("%s is damaged; tokenizing again", path)
         return None
+
     return {
         split: TextDataset(
             arrays[f"{split}/ids"], arrays[f"{split}/offsets"], arrays.get(f"{split}/labels"), pad_token_id

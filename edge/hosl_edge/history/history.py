@@ -1,7 +1,8 @@
 """The run as this device holds it: a journal, the snapshot that it may begin at, and the weights that both give.
 
 The three change together or not at all: what fails half way leaves the base shard and no run, from which every run can
-be caught up with.
+be caught up with. `Device` calls it from worker threads, one call at a time. What would break it is a change of the
+weights that the journal does not hold: a restart would then replay to other weights than the cloud's mirror has.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class History:
         return self.weights.applied_round if self.weights else 0
 
     def recover(self) -> None:
-        """Shard (or snapshot) + journal = the state before the last stop. Raises JournalError."""
+        """Come back to the state before the last stop: shard (or snapshot) + journal. Raises JournalError."""
         journal = open_journal(self._folder)
         if journal is None:
             return
@@ -67,23 +68,25 @@ class History:
             log.warning("the journal in %s is of another shard; starting at the base shard", self._folder)
             journal.close()
             return
+
         try:
             with self._changing():
-                self._keep(journal)
+                self._use(journal)
                 self._load_base(journal.header)
                 self._replay(journal.updates())
         except (HoslError, OSError) as error:
             log.warning("the journal in %s cannot be replayed (%s); starting at the base shard", self._folder, error)
 
     def restart(self, header: JournalHeader, state: ClientState | None = None) -> None:
-        """An empty journal, and the weights of the base shard or of a snapshot."""
+        """Begin with an empty journal, and the weights of the base shard or of a snapshot."""
+        # Written before anything changes: where the disk is full, the former run stays.
         new = NewJournal(self._folder, header)
         with self._changing():
             self.forget()
             self.weights = self._new_weights(header.settings)
             if state is not None:
                 self.weights.load_state(state)
-            self._keep(new.install())
+            self._use(new.install())
         self.replay_s = 0.0  # of another run
         drop_others(self._folder, snapshot_path(self._folder, header.base_sha256))
 
@@ -93,6 +96,7 @@ class History:
         header = msgspec.structs.replace(header, base_round=snapshot.round, base_sha256=snapshot.sha256)
         path = snapshot_path(self._folder, snapshot.sha256)
         base = self.header.base_sha256 if self.header else ""
+        # Room for the new one. What the journal begins at stays until another journal takes its place.
         drop_others(self._folder, path, part_of(path), snapshot_path(self._folder, base))
         fetch(snapshot, path)
         self.restart(header, self._read_snapshot(header))
@@ -109,6 +113,7 @@ class History:
             )
         if dropped := self.applied_round - last:
             log.warning("the cloud went back to round %d; %d rounds are taken back", last, dropped)
+
         new = NewJournal(self._folder, header, self._journal.updates(last=last))
         try:
             with self._changing():
@@ -116,7 +121,7 @@ class History:
                 if new.count != last - header.base_round:
                     raise JournalError(journal_path(self._folder), f"{new.count} of its updates are whole")
                 self._journal.close()
-                self._keep(new.install())
+                self._use(new.install())
         except (HoslError, OSError) as error:
             raise HistoryError(f"the rounds after {last} cannot be taken back ({error})") from error
 
@@ -124,12 +129,14 @@ class History:
         assert self.weights is not None
         assert self._journal is not None
         try:
+            # From the newest on, in portions: a run may have more rounds than the memory holds updates.
             while (applied := self.weights.applied_round) > last:
                 first = max(last, applied - REVERTED_ROUNDS) + 1
                 self.weights.revert(list(self._journal.updates(first, applied)))
                 if self.weights.applied_round == applied:
                     raise JournalError(self._journal.path, f"it lacks round {applied}")
         except IrreversibleError:
+            # AdamW, or a lattice that became coarser: from the base on, which takes longer and gives the same bits.
             self.weights.close()
             self._shard.reset()
             self._load_base(header)
@@ -142,6 +149,7 @@ class History:
         known = len(self.weights.coarsenings)
         with self._changing():
             self._replay(updates)
+            # After the weights: an update that they cannot take must not stand where each start would meet it again.
             self._journal.append(updates)
             for event in self.weights.coarsenings[known:]:
                 log.info("round %d: %s moves to a lattice of steps %.2g", event.round, event.tensor, event.spacing)
@@ -156,7 +164,7 @@ class History:
             self.replay_s = (time.monotonic() - began) / coefficients
 
     def forget(self) -> None:
-        """Back to the base shard; the files stay on disk until others take their place."""
+        """Go back to the base shard; the files stay on disk until others take their place."""
         is_changed = self.weights is not None
         self.close()
         self._journal = self.weights = None
@@ -172,7 +180,7 @@ class History:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Within this, weights and journal may say different things; what fails leaves neither."""
+        """Let weights and journal say different things, within; what fails leaves neither."""
         try:
             yield
         except BaseException:
@@ -193,7 +201,7 @@ class History:
         if header.base_sha256:
             self.weights.load_state(self._read_snapshot(header))
 
-    def _keep(self, journal: Journal) -> None:
+    def _use(self, journal: Journal) -> None:
         """Go on with this journal."""
         journal.sync_interval_s = self._sync_interval_s
         self._journal = journal

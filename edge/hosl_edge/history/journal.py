@@ -1,7 +1,7 @@
 """The journal: every update that the weights have taken, a few bytes a round, append-only, with checksums.
 
 State = shard (or the snapshot that the header names) + journal. A record that a crash cut short, and all after it, is
-dropped at the next start.
+dropped at the next start. Written in worker threads, by one call at a time (history.py).
 Layout: a header record (JSON), then update records; each is length u32, CRC-32 u32, payload, little-endian.
 """
 
@@ -86,7 +86,8 @@ class Journal:
         self._flush(syncs=time.monotonic() - self._synced_at >= self.sync_interval_s)
 
     def updates(self, first: int = 0, last: int | None = None) -> Iterator[UpdateRecord]:
-        """Those of rounds `first` to `last`, by default all, read anew; also what no disk has taken yet."""
+        """Read the updates of rounds `first` to `last`, by default all; also what no disk has taken yet."""
+        # Records have one size, so that the first wanted one is found without reading those before it.
         skipped = max(0, first - self.header.base_round - 1)
         start = self._header_bytes + skipped * (_FRAME.size + _update_bytes(self.header))
         for _, payload in _records(self._pieces(start)):
@@ -110,6 +111,7 @@ class Journal:
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
             if syncs:
                 os.fsync(self._file.fileno())
                 self._synced_at = time.monotonic()
@@ -131,6 +133,7 @@ class NewJournal:
         self._header_bytes = len(first)
         self.count = 0
         """How many updates it holds."""
+
         try:
             with self._new.open("wb") as file:
                 file.write(first)
@@ -148,23 +151,24 @@ class NewJournal:
         return self._path.with_suffix(".new")
 
     def install(self) -> Journal:
-        """Let it be the journal; atomic."""
+        """Put it in the place of the journal; atomic."""
         self._new.replace(self._path)
         return Journal(self._path, self._header, self._header_bytes)
 
 
 def create_journal(folder: Path, header: JournalHeader, updates: Iterable[UpdateRecord] = ()) -> Journal:
-    """A journal with these updates, in place of any other; atomic."""
+    """Make a journal with these updates, in place of any other; atomic."""
     return NewJournal(folder, header, updates).install()
 
 
 def open_journal(folder: Path) -> Journal | None:
-    """The journal in `folder`, its torn tail cut off; None where there is none that can be used.
+    """Open the journal in `folder`, its torn tail cut off; None where there is none that can be used.
 
     One that is damaged, and not only torn, is kept as `journal.damaged`: nothing of it is needed, for the cloud has it
     all. Raises JournalError where it cannot be read.
     """
     path = journal_path(folder)
+
     try:
         return _open(path)
     except FileNotFoundError:
@@ -180,11 +184,14 @@ def _open(path: Path) -> Journal | None:
     if header is None:
         _keep_damaged(path, "no readable header")
         return None
+
     update_bytes, good_bytes, count = _update_bytes(header), header_bytes, 0
     for end, payload in records:
         if len(payload) != update_bytes:
             break
         good_bytes, count = end, count + 1
+
+    # A crash cuts one record short at most: where more follows the last good one, the disk has lost something.
     if _end_of_data(path, good_bytes) - good_bytes > _FRAME.size + update_bytes:
         _keep_damaged(path, f"a damaged record after update {count}")
     if good_bytes < path.stat().st_size:
@@ -197,7 +204,7 @@ def _update_bytes(header: JournalHeader) -> int:
 
 
 def _end_of_data(path: Path, start: int) -> int:
-    """Where the zeros begin that a power cut may leave at the end."""
+    """Find where the zeros begin that a power cut may leave at the end."""
     end = place = start
     for piece in _read(path, start):
         if data := piece.rstrip(b"\0"):
@@ -214,7 +221,7 @@ def _decode_header(payload: bytes) -> JournalHeader | None:
 
 
 def _keep_damaged(path: Path, problem: str) -> None:
-    """A copy of what is about to be cut or replaced."""
+    """Keep a copy of what is about to be cut or replaced."""
     kept = path.with_suffix(".damaged")
     shutil.copyfile(path, kept)
     log.warning("%s has %s; it is kept as %s, and what is missing comes again from the cloud", path, problem, kept.name)
@@ -237,8 +244,9 @@ def _read(path: Path, start: int) -> Iterator[bytes]:
 
 
 def _records(pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """End offset and payload of every whole record, up to the first that is not."""
-    data, place, passed = b"", 0, 0
+    """Yield end offset and payload of every whole record, up to the first that is not."""
+    data, place, passed = b"", 0, 0  # what is at hand, how far into it we are, and what came before it
+
     for piece in pieces:
         data, place, passed = data[place:] + piece, 0, passed + place
         while place + _FRAME.size <= len(data):

@@ -1,4 +1,7 @@
-"""Snapshots of the weights on the device: the file beside the journal that the journal's rounds begin at."""
+"""Snapshots of the weights on the device: the file beside the journal that the journal's rounds begin at.
+
+The file is the cloud's, so that nothing of it is believed before its digest, and its header not even then.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def snapshot_path(folder: Path, sha256: str) -> Path:
     return folder / f"snapshot-{sha256}.safetensors"
 
 
-def check_offer(snapshot: Snapshot, manifest: Manifest) -> None:
+def check_size(snapshot: Snapshot, manifest: Manifest) -> None:
     """Raise ProtocolError where a snapshot is larger than the weights and two moments can be."""
     elements = sum(math.prod(entry.shape) for entry in manifest.trainable)
     largest = 12 * elements + MAX_HEADER_BYTES
@@ -47,13 +50,14 @@ def drop_others(folder: Path, *kept: Path) -> None:
 
 
 def read_snapshot(path: Path, sha256: str, manifest: Manifest) -> tuple[SnapshotHeader, ClientState]:
-    """What a snapshot says and holds, as views of its file. Raises SnapshotError."""
+    """Read what a snapshot says and holds, as views of its file. Raises SnapshotError."""
     try:
         digest = sha256_of_file(path)
     except OSError as error:
         raise SnapshotError(path, error.strerror or "it cannot be read") from error
     if digest != sha256:
         raise SnapshotError(path, f"it is damaged, its digest is {digest}")
+
     try:
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,4 +1,7 @@
-"""What a person at the device sees: one live line on a terminal, a plain line now and then elsewhere."""
+"""What a person at the device sees: one live line on a terminal, a plain line now and then elsewhere.
+
+The event loop and the worker threads of downloads write here.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,14 @@ class Progress:
     received_bytes: int = 0
 
     def line(self) -> str:
-        """One line of it all."""
+        """Put the figures on one line."""
         memory = read_memory()
         parts = [f"round {self.round}/{self.rounds}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         if self.accuracy is not None:
             parts.append(self.score())
+
         parts += [
             f"step {self.step_seconds:.2f} s",
             f"memory {memory.resident / 1e6:.0f} MB (anonymous {memory.anonymous / 1e6:.0f}, "
@@ -48,7 +52,7 @@ class Progress:
         return "  ".join(parts)
 
     def score(self) -> str:
-        """The accuracy, and when it was measured; empty where it was not."""
+        """Tell the accuracy, and when it was measured; empty where it was not."""
         if self.accuracy is None:
             return ""
         return f"accuracy on its own held-out data {100 * self.accuracy:.1f} % at round {self.accuracy_round}"
@@ -66,7 +70,7 @@ class Display:
         self._tenth = -1
 
     def show(self, progress: Progress) -> None:
-        """The live line, or a plain one when it is due."""
+        """Draw the live line anew, or write a plain one when it is due."""
         if self._is_live:
             print(f"\r{self._name}: {progress.line()}\x1b[K", end="", file=sys.stderr, flush=True)
             self._last = "\n"
@@ -76,13 +80,13 @@ class Display:
             self._written_at = time.monotonic()
 
     def say(self, sentence: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         print(self._last + sentence_line(self._name, sentence), file=sys.stderr, flush=True)
         notify(f"STATUS={sentence}")
         self._last = ""
 
     def show_download(self, what: str, done: int, size: int) -> None:
-        """A line for each tenth of a large download."""
+        """Write a line for each tenth of a large download; every piece counts as a sign of life."""
         self._on_alive()
         tenth = 10 * done // size
         if tenth != self._tenth and size > 1 << 20:

@@ -126,8 +126,10 @@ class HealthMonitor:
         """Watch the memory while a task is within; where it runs out, cancel the task. Raises LowMemoryError then."""
         watched = asyncio.current_task()
         assert watched is not None
+        # Its end, but for a cancellation of ours, ends what is within: there is an await everywhere, and it tidies up.
         watching = asyncio.create_task(self.watch_memory())
         watching.add_done_callback(lambda task: None if task.cancelled() else watched.cancel())
+
         try:
             yield
         except asyncio.CancelledError:

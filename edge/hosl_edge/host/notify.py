@@ -63,6 +63,7 @@ async def notified(pool: WatchedPool | None, stall_timeout_s: float) -> AsyncIte
     if pool is None:
         yield
         return
+
     asyncio.get_running_loop().set_default_executor(pool)
     notify("READY=1")
     feeding = asyncio.create_task(feed_watchdog(partial(_is_well, pool, stall_timeout_s)))

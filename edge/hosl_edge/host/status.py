@@ -1,4 +1,8 @@
-"""What a running agent says about itself: a JSON document over a unix socket, one for each name."""
+"""What a running agent says about itself: a JSON document over a unix socket, one for each name.
+
+Served on the agent's event loop, so that an agent whose loop stands still does not answer. The socket also keeps a
+second agent of the same name away: it finds the first one answering.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +63,12 @@ def _bind(folder: Path, name: str) -> socket.socket:
 
 
 def read_status(folders: list[Path], name: str) -> Document:
-    """The document of the agent of that name, or of the only one. Raises ConnectionLost where none answers."""
+    """Ask the agent of that name, or the only one, for its document. Raises ConnectionLost where none answers."""
     others: set[str] = set()
     if not name:
         found = [path for folder in folders if folder.is_dir() for path in folder.glob("*.sock")]
         name = found[0].stem if len(found) == 1 else ""
+
     for folder in folders:
         try:
             others |= {path.stem for path in folder.glob("*.sock")}
@@ -75,6 +80,7 @@ def read_status(folders: list[Path], name: str) -> Document:
             raise ConnectionLost(f"{folder} is another user's: use sudo") from error
         if connection is not None:
             return _receive(connection)
+
     others.discard(name)  # what one that was killed has left
     hint = f"there are: {', '.join(sorted(others))}" if others else "is it running, and with this state_dir?"
     who, where = f"hosl-edge named {name}" if name else "hosl-edge", " or ".join(map(str, folders))
@@ -82,7 +88,7 @@ def read_status(folders: list[Path], name: str) -> Document:
 
 
 def readable(document: Document) -> Iterator[tuple[str, str]]:
-    """Names and values for people: rounded, with their units."""
+    """Yield names and values for people: rounded, with their units."""
     for name, value in document.items():
         if name.endswith("_bytes"):
             yield name.removesuffix("_bytes"), _text(value, lambda count: f"{count / 1e6:.1f} MB")
@@ -99,7 +105,7 @@ def readable(document: Document) -> Iterator[tuple[str, str]]:
 
 
 def _text(value: Any, show: Callable[[Any], str]) -> str:
-    """Nothing for what is not known."""
+    """Show a value, and nothing for what is not known."""
     return "" if value is None else show(value)
 
 
@@ -113,9 +119,10 @@ def _receive(connection: socket.socket) -> Document:
 
 
 def _connect(address: str) -> socket.socket | None:
-    """A connection, or None where nobody listens any more."""
+    """Connect to an agent; None where nobody listens any more."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(TIMEOUT_S)
+
     try:
         connection.connect(address)
     except (ConnectionRefusedError, FileNotFoundError):
@@ -129,7 +136,7 @@ def _connect(address: str) -> socket.socket | None:
 
 @contextlib.contextmanager
 def _address(folder: Path, name: str) -> Iterator[str]:
-    """A socket's address has at most 107 bytes, and a folder's path may be longer."""
+    """Make a short address of a socket: it has 107 bytes at most, and a folder's path may be longer."""
     opened = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{opened}/{name}.sock"

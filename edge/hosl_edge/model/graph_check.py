@@ -53,7 +53,7 @@ def _check(message: memoryview, kind: str, depth: int) -> None:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """A message's fields: number, wire type, and a number or bytes. Raises IndexError where it ends too soon."""
+    """Yield a message's fields: number, wire type, and a number or bytes. Raises IndexError where it ends too soon."""
     place = 0
     while place < len(message):
         key, place = _varint(message, place)
@@ -64,6 +64,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
             value, place = _varint(message, place)
             yield field, wire_type, value
             continue
+
         if wire_type == _BYTES:
             size, place = _varint(message, place)
         elif wire_type in (_FIXED64, _FIXED32):
@@ -72,6 +73,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
             raise BundleError(f"it is no ONNX graph: a field of the wire type {wire_type}")
         if size > len(message) - place:
             raise IndexError
+
         yield field, wire_type, message[place : place + size]
         place += size
 

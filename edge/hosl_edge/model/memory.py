@@ -1,4 +1,8 @@
-"""What the agent's memory is, and how many tokens a micro-batch may have so that it stays inside the budget."""
+"""What the agent's memory is, and the plan that keeps it inside the budget: micro-batches and held activations.
+
+The plan is made once a run, in a worker thread, by the first forward: ONNX Runtime's arena grows to the largest forward
+and never gives back, so that a forward before it, or a larger one after it, would make its figures wrong.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +48,13 @@ class Memory:
 
 
 def read_memory() -> Memory:
-    """Read /proc/self/status."""
+    """Read /proc/self/status: psutil tells neither the peak nor, in less than milliseconds, the anonymous part."""
     values = {}
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if rest.endswith(" kB"):
             values[name] = int(rest.split()[0]) * 1024
+
     return Memory(
         resident=values["VmRSS"],
         peak=values["VmHWM"],
@@ -78,14 +83,14 @@ def release_unused() -> None:
 
 
 def growth_bytes(work: Callable[[], None]) -> int:
-    """How much anonymous memory `work` takes and keeps."""
+    """Measure how much anonymous memory `work` takes and keeps."""
     before = read_memory().anonymous
     work()
     return max(read_memory().anonymous - before, 0)
 
 
 def spare_bytes(forward_bytes: int) -> int:
-    """What an arena that took as much may still take: batches of other lengths leave gaps in it.
+    """Estimate what an arena that took as much may still take: batches of other lengths leave gaps in it.
 
     Measured: 1 of 8 MB at OPT-125M's width, 3 of 7 MB at MiniLM's, all within some ten batches.
     """
@@ -93,7 +98,7 @@ def spare_bytes(forward_bytes: int) -> int:
 
 
 def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
-    """Examples of a micro-batch that computes about as fast as a larger one."""
+    """Choose the examples of a micro-batch that computes about as fast as a larger one."""
     most = PREFERRED_TOKENS // settings.max_length
     if image is not None:
         most = PREFERRED_PIXELS // (image.height * image.width)
@@ -101,7 +106,7 @@ def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
 
 
 def useful_sets(settings: RunSettings) -> int:
-    """Activation sets worth holding besides those that a round must, where memory is no concern."""
+    """Count the activation sets worth holding besides those that a round must, where memory is no concern."""
     return 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
 
 
@@ -150,7 +155,7 @@ def plan_memory(
 def choose_micro_batch(
     forward_rows: Callable[[int], None], rows: int, reserved_bytes: int, budget_bytes: int | None
 ) -> int:
-    """How many examples a micro-batch has: `rows`, or fewer where the budget holds no more.
+    """Choose how many examples a micro-batch has: `rows`, or fewer where the budget holds no more.
 
     `forward_rows(n)` runs n rows of full length, and must be the first forward: ONNX Runtime's arena keeps what it
     takes. `reserved_bytes` is what a round holds besides (activation sets, trainable pages not yet copied). Raises
@@ -162,6 +167,7 @@ def choose_micro_batch(
         if free < 0:
             raise MemoryBudgetError(budget_bytes - free, budget_bytes)
         rows = min(rows, 1 + free // max(row_bytes + spare_bytes(row_bytes), 1))
+
     # The largest forward first: those that follow find room in what it leaves.
     forward_rows(rows)
     return rows

@@ -1,6 +1,8 @@
 """The client half on ONNX Runtime: weights are graph inputs, bound once to memory-mapped numpy arrays.
 
-A zeroth-order step writes that memory in place and the next run sees it. Constants are the graph's own.
+A zeroth-order step writes that memory in place and the next run sees it. Constants are the graph's own. A step's worker
+thread is the only one here; the memory that an input is bound to must live, and stay where it is, as long as the
+binding.
 Shapes: B examples, L padded length, T tokens without padding or positions of images, D width of the cut layer.
 """
 
@@ -52,9 +54,11 @@ class MappedWeights:
         self._base: Weights = {}
         with _usable(path):
             layout, start = _read_layout(path)
+            # The same file twice: what trains is copied, page by page, when it is first written.
             with path.open("rb") as file:
                 self._frozen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
             for entry in manifest.tensors:
                 _check_entry(layout, entry, len(self._frozen) - start)
                 first = start + layout[entry.name].data_offsets[0]
@@ -140,7 +144,7 @@ def _read_layout(path: Path) -> tuple[dict[str, _TensorLocation], int]:
 
 @contextlib.contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """What reading a damaged file raises becomes a BundleError that names it."""
+    """Turn what a damaged file makes its reader raise into a BundleError that names it."""
     try:
         yield
     except MemoryError:
@@ -152,10 +156,11 @@ def _usable(path: Path) -> Iterator[None]:
 
 
 def _session_options(threads: int) -> ort.SessionOptions:
-    """As tests/benchmarks/session_options.py chose them."""
+    """Make the options that tests/benchmarks/session_options.py chose."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+
     # The arena keeps what a forward took; without it each value is fresh pages of the kernel's: 6 MB more at the peak
     # and 5 to 20 % more time. It packs values best if they are not planned into each other's buffers.
     options.enable_cpu_mem_arena = True
@@ -211,6 +216,7 @@ class Shard:
         self.max_length = manifest.max_length
         self._folder = folder
         self._threads = threads
+
         self._graph: _Graph | None = None
         self._prefix: _Graph | None = None
         self._output = np.empty(0, np.float32)
@@ -243,6 +249,7 @@ class Shard:
         """
         assert self._graph is not None, "the shard is open"
         place = 0
+
         for number, rows in enumerate(self._micro_batches(batch)):
             lengths = batch.lengths_B[rows]
             out_BLD = self._output_BLD(len(lengths), int(lengths.max()))
@@ -253,7 +260,7 @@ class Shard:
 
     @contextlib.contextmanager
     def holding(self, batch: Batch) -> Iterator[None]:
-        """Within this, the blocks before the first that trains run once for all forwards of `batch`.
+        """Run the blocks before the first that trains once for all forwards of `batch` within.
 
         What they compute stays in memory till the end: `PrefixEntry.set_bytes` of it, and nothing without a prefix.
         """
@@ -264,13 +271,13 @@ class Shard:
             del self._held[id(batch)]
 
     def activations(self, batch: Batch, out_TD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The whole batch's activations, packed into `out_TD` [T, D]."""
+        """Compute the whole batch's activations, packed into `out_TD` [T, D]; returns it."""
         for place, part_TD in self.forward(batch):
             out_TD[place] = part_TD
         return out_TD
 
     def _micro_batches(self, batch: Batch) -> Iterator[slice]:
-        """Neighbouring rows whose padded tokens fit; the rows are sorted by length."""
+        """Cut a batch into neighbouring rows whose padded tokens fit; the rows are sorted by length."""
         limit = self.rows * self.max_length
         start = 0
         for stop in range(1, len(batch.lengths_B) + 1):
@@ -280,13 +287,15 @@ class Shard:
                 start = stop
 
     def _inputs_of(self, batch: Batch, rows: slice, number: int) -> Inputs:
-        """What `shard.onnx` is given of a micro-batch; with a prefix what that computes, or has computed."""
+        """Make what `shard.onnx` is given of a micro-batch; with a prefix what that computes, or has computed."""
         held = self._held.get(id(batch), [])
         if number < len(held):
             return held[number]
+
         given = self._look_up(batch.inputs(rows))
         if self._prefix is None or self.manifest.prefix is None:
             return given
+
         assert self._graph is not None
         prefix, length = self.manifest.prefix, int(batch.lengths_B[rows].max())
         boundary = np.empty((rows.stop - rows.start, prefix.positions or length, prefix.width), np.float32)
@@ -296,7 +305,7 @@ class Shard:
         return given
 
     def _look_up(self, given: Inputs) -> Inputs:
-        """Inputs with the rows of a frozen token table that they name, and their tokens numbered anew.
+        """Add the rows of a frozen token table that the inputs name, and number their tokens anew.
 
         Raises BundleError for a token that the table has no row for: behind it lie other tensors' bytes.
         """
