@@ -43,7 +43,7 @@ from hosl_cloud.rounds.exchange import (
     refuse,
 )
 from hosl_cloud.settings import RunConfig
-from hosl_protocol.run.settings import scheduled_rate
+from hosl_protocol.run.schedule import scheduled_rate
 from hosl_protocol.weights.client_weights import UpdateRecord
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import Anchor, CutGradient, Message, Probe, ProbeLoss, Projections

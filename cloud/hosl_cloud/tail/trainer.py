@@ -33,7 +33,7 @@ from hosl_cloud.tail.prefetch import Prefetcher
 from hosl_export.model.halves import Tail
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import Manifest
-from hosl_protocol.run.settings import schedule_factor
+from hosl_protocol.run.schedule import schedule_factor
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer]

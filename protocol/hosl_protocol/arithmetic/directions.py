@@ -52,7 +52,7 @@ class Stream(enum.IntEnum):
 
 
 def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 0, block: int = 0) -> np.random.Philox:
-    """The generator whose first four words are block `block` of (seed, round, direction, stream, index)."""
+    """Make the generator whose first four words are block `block` of (seed, round, direction, stream, index)."""
     for name, value, largest in (
         ("seed", seed, MAX_SEED),
         ("round", round_, MAX_ROUND),
@@ -60,6 +60,7 @@ def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 
     ):
         if not 0 <= value <= largest:
             raise SettingsError(name, value, f"use a whole number from 0 to {largest}")
+
     # numpy's Philox increments its counter before it makes a block, so block b is that of counter word b + 1.
     key = np.array([seed, round_ << 16 | direction], dtype=np.uint64)
     counter = np.array([block, index, int(stream), 0], dtype=np.uint64)
@@ -67,14 +68,14 @@ def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 
 
 
 def uniforms(seed: int, round_: int, direction: int, stream: Stream, count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1), each the top 53 bits of one word."""
+    """Draw `count` numbers in [0, 1) [count], each the top 53 bits of one word."""
     words = philox(seed, round_, direction, stream).random_raw(count)
     return np.asarray((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 @lru_cache(maxsize=1)
 def signs() -> npt.NDArray[np.float32]:
-    """The 256 x 8 table of signs: row b holds +1 where bit j of b (least significant first) is set, else -1."""
+    """Make the 256 x 8 table of signs: row b holds +1 where bit j of b (least significant first) is set, else -1."""
     bits = np.arange(256)[:, None] >> np.arange(8) & 1
     table = np.where(bits, 1, -1).astype(np.float32)
     table.flags.writeable = False
@@ -83,7 +84,7 @@ def signs() -> npt.NDArray[np.float32]:
 
 @lru_cache(maxsize=1)
 def ones() -> npt.NDArray[np.int32]:
-    """How many of its 16 bits are set, times 2^16, for every number of 16 bits."""
+    """Count for every number of 16 bits how many of them are set, times 2^16 [65536]."""
     bits = np.unpackbits(np.arange(2**16, dtype="<u2").view(np.uint8)).reshape(-1, 16)
     table: npt.NDArray[np.int32] = bits.sum(axis=1, dtype=np.int32) << np.int32(16)
     table.flags.writeable = False
@@ -91,13 +92,13 @@ def ones() -> npt.NDArray[np.int32]:
 
 
 def read_bits(generator: np.random.Philox, elements: int) -> npt.NDArray[np.uint8]:
-    """The next ceil(elements / 8) bytes of sign bits; consumes whole words (little-endian)."""
+    """Read the next ceil(elements / 8) bytes of sign bits; consumes whole words (little-endian)."""
     words = np.asarray(generator.random_raw((elements + 63) // 64)).astype("<u8", copy=False)
     return words.view(np.uint8)[: (elements + 7) // 8]
 
 
 def direction(seed: int, round_: int, direction_: int, index: int, elements: int) -> npt.NDArray[np.float32]:
-    """One tensor's Rademacher direction as ±1 [elements]: the plain reading of the recipe, for tests and tools."""
+    """Make one tensor's Rademacher direction, ±1 [elements]: the plain reading of the recipe, for tests and tools."""
     generator = philox(seed, round_, direction_, Stream.SIGNS, index)
     return np.asarray(np.take(signs(), read_bits(generator, elements), axis=0).reshape(-1)[:elements])
 
@@ -114,7 +115,7 @@ class Steps(Protocol):
 
 
 class RademacherSteps:
-    """±step."""
+    """±step, eight entries for each byte of random bits."""
 
     largest = 1.0
     """Largest |z|."""
@@ -189,7 +190,7 @@ def open_steps(
     start: int,
     exponent: int | None,
 ) -> Steps:
-    """step · z of tensor `index` from element `start` on, a multiple of CHUNK; on the lattice 2^exponent if given.
+    """Begin step · z of tensor `index` at element `start`, a multiple of CHUNK; on the lattice 2^exponent if given.
 
     Rademacher entries are on the lattice because their step is.
     """
@@ -200,6 +201,8 @@ def open_steps(
 
 
 class _Scratch(threading.local):
+    """Memory of each thread's own for the entries under way: threads share the passes over the weights."""
+
     def __init__(self) -> None:
         self.values = np.empty(WORK, np.float32)
 

@@ -27,7 +27,9 @@ AddDirections: TypeAlias = Callable[[npt.NDArray[np.float32], int, npt.NDArray[n
 
 @lru_cache(maxsize=1)
 def load() -> AddDirections | None:
-    """values [n] ← values + Σ step · z over entries [start, start + n), `start` a multiple of 256; None without it.
+    """Load the compiled pass; None where the installation has none.
+
+    It adds: values [n] ← values + Σ step · z over entries [start, start + n), `start` a multiple of 256.
 
     It runs outside the interpreter's lock, so threads share the work.
     """
@@ -48,7 +50,7 @@ def load() -> AddDirections | None:
 
 
 def pack(rows: Sequence[tuple[tuple[int, int], int, float]]) -> npt.NDArray[np.void]:
-    """Terms as kernel.c reads them, of key words, tensor and step. Raises ValueError above MAX_TERMS."""
+    """Pack terms as kernel.c reads them, of key words, tensor and step. Raises ValueError above MAX_TERMS."""
     if len(rows) > MAX_TERMS:
         raise ValueError(f"{len(rows)} terms, expected at most {MAX_TERMS}")
     return np.array([(*row, 0) for row in rows], TERM)

@@ -20,7 +20,7 @@ MAX_EXPONENT = 127 - SIGNIFICAND_BITS
 
 
 def exponent_for(largest: float) -> int:
-    """The smallest e for which 2·`largest`, and at least ±1, is at most 2^24 · 2^e."""
+    """Find the smallest e for which 2·`largest`, and at least ±1, is at most 2^24 · 2^e."""
     if not math.isfinite(largest):
         raise SettingsError("weight", largest, "a trainable tensor holds a value that is not finite")
     fraction, power = math.frexp(max(2.0 * largest, 1.0))
@@ -28,17 +28,17 @@ def exponent_for(largest: float) -> int:
 
 
 def spacing(exponent: int) -> float:
-    """g = 2^e."""
+    """Return g = 2^e."""
     return math.ldexp(1.0, exponent)
 
 
 def limit(exponent: int) -> float:
-    """The largest magnitude below which all multiples of g are float32 numbers: 2^24 · g."""
+    """Return the end of the exact range, 2^24 · g: up to it all multiples of g are float32 numbers."""
     return math.ldexp(1.0, exponent + SIGNIFICAND_BITS)
 
 
 def round_to_lattice(values: npt.NDArray[np.float32], exponent: int) -> npt.NDArray[np.float32]:
-    """`values` rounded to the nearest multiple of 2^e (ties to even); a new array of the same shape."""
+    """Round `values` to the nearest multiple of 2^e (ties to even); a new array of the same shape."""
     g = np.float32(spacing(exponent))
     rounded = np.rint(values / g) * g
     rounded += np.float32(0.0)  # -0.0 becomes +0.0: a probe would turn it, and perturb and restore would differ
@@ -46,7 +46,7 @@ def round_to_lattice(values: npt.NDArray[np.float32], exponent: int) -> npt.NDAr
 
 
 def is_on_lattice(values: npt.NDArray[np.float32], exponent: int) -> bool:
-    """Whether every value is a multiple of 2^e inside the exact range, and every zero +0.0."""
+    """Tell whether every value is a multiple of 2^e inside the exact range, and every zero +0.0."""
     if not values.size:
         return True
     scaled = values / np.float32(spacing(exponent))
@@ -55,7 +55,7 @@ def is_on_lattice(values: npt.NDArray[np.float32], exponent: int) -> bool:
 
 
 def round_probe_step(step: float, exponent: int, tensor: str) -> float:
-    """The probe step ε as the tensor takes it: ε_t, a multiple of g. Raises SettingsError where it rounds to 0."""
+    """Round the probe step ε to what the tensor takes: ε_t, a multiple of g. Raises SettingsError where that is 0."""
     g = spacing(exponent)
     rounded = round(step / g) * g
     if rounded == 0.0:
@@ -66,7 +66,7 @@ def round_probe_step(step: float, exponent: int, tensor: str) -> float:
 def round_stochastically(
     steps: npt.ArrayLike, exponents: npt.ArrayLike, uniforms: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
-    """Each step rounded to a multiple of its g, up with probability equal to the remainder; `uniforms` in [0, 1)."""
+    """Round each step to a multiple of its g, up with probability equal to the remainder; `uniforms` in [0, 1)."""
     scaled = np.ldexp(np.asarray(steps, np.float64), -np.asarray(exponents, np.intc))
     below = np.floor(scaled)
     return np.asarray(np.ldexp(below + (np.asarray(uniforms) < scaled - below), exponents))

@@ -61,8 +61,10 @@ class Recipe:
         Terms are added one by one, in their order: however they are grouped, the bits are the same. `start` is a
         multiple of CHUNK. Entries are on the tensor's lattice where `is_rounded`.
         """
+        # A step that rounded to 0 moves nothing: its direction need not be made.
         present = [term for term in terms if term.steps[tensor.index]]
         compiled = kernel.load() if self.distribution == "rademacher" else None
+
         for first in range(0, len(present), TERMS_PER_PASS):
             group = present[first : first + TERMS_PER_PASS]
             if compiled is None:
@@ -81,6 +83,8 @@ class Recipe:
             )
             for t in terms
         ]
+
+        # All terms for a part that stays in the cache, then the next part.
         for first in range(0, values.size, WORK):
             part = values[first : first + WORK]
             for steps in opened:

@@ -1,7 +1,8 @@
 """What a command tells people and machines: sentences on stdout, a log on stderr, both as text or as lines of JSON.
 
 Every line names the run, round and device that it is about, where these are known: from `extra` of the log's call, or
-from the scope in which it was made.
+from the scope in which it was made. The scope is a context variable, so that each asyncio task has that of the task
+which made it; work in a thread has it only where the caller hands its context on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _scope: ContextVar[dict[str, Any] | None] = ContextVar("hosl_log_scope", default
 
 @contextlib.contextmanager
 def log_scope(**places: Any) -> Iterator[None]:
-    """Lines from within, and from the tasks that are made there, name these places."""
+    """Let lines from within, and from the tasks that are made there, name these places."""
     token = _scope.set({**(_scope.get() or {}), **places})
     try:
         yield
@@ -42,7 +43,7 @@ def note_place(**places: Any) -> None:
 
 
 def place_of(record: logging.LogRecord) -> dict[str, Any]:
-    """The run, round and device of a line, as far as they are known."""
+    """Find the run, round and device of a line, as far as they are known."""
     known = {**(_scope.get() or {}), **{name: getattr(record, name) for name in PLACES if hasattr(record, name)}}
     return {name: known[name] for name in PLACES if name in known}
 
@@ -51,11 +52,11 @@ class _PlainFormatter(logging.Formatter):
     """Lines of text for people: whatever a message quotes, it is one line, and a terminal obeys none of it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Make the line plain."""
         return plain(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
-        """The traceback, line by line."""
+        """Make the traceback plain, line by line."""
         return "\n".join(map(plain, super().formatException(ei).split("\n")))
 
 
@@ -67,7 +68,7 @@ class TextFormatter(_PlainFormatter):
         super().__init__(f"{time_}%(levelname)s %(name)s%(place)s: %(message)s", _TIME)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and below it the traceback where there is one."""
+        """Make the line, and below it the traceback where there is one."""
         record.place = "".join(f" {name}={value}" for name, value in place_of(record).items())
         return super().format(record)
 
@@ -76,7 +77,7 @@ class JsonFormatter(logging.Formatter):
     """An object on one line: time (UTC), level, logger, message, and what it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object; `traceback` is there for an exception alone."""
+        """Make the object; `traceback` is there for an exception alone."""
         whole, part = divmod(int(record.created * 1000), 1000)
         line = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{part:03}Z",
@@ -85,6 +86,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **place_of(record),
         }
+
         if hasattr(record, "exit_code"):
             line["exit_code"] = record.exit_code
         if record.exc_info:
@@ -98,7 +100,7 @@ def is_json() -> bool:
 
 
 def sentence_line(device: str, sentence: str) -> str:
-    """What a device says, as a line in the log's format."""
+    """Put what a device says into the log's format."""
     if not is_json():
         time_ = time.strftime(_TIME + " ") if _needs_time(sys.stderr) else ""
         return plain(f"{time_}{device}: {sentence}")
@@ -129,4 +131,5 @@ def configure_logs(program: str, level: str, format_: str) -> None:
     sentences.setFormatter(JsonFormatter() if is_json else text)
     teller = logging.getLogger(program)
     teller.handlers, teller.propagate = [sentences], False
+    # Sentences are what the program is asked for: no level hides them.
     teller.setLevel(logging.INFO)

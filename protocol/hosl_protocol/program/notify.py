@@ -27,7 +27,7 @@ def notify(*lines: str) -> None:
 
 
 async def feed_watchdog(is_well: Callable[[], bool] = lambda: True) -> None:
-    """WATCHDOG=1 for ever, while this event loop runs and `is_well`; nothing where no watchdog waits for it."""
+    """Send WATCHDOG=1 for ever, while this event loop runs and `is_well`; nothing where no watchdog waits for it."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
     interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2

@@ -8,7 +8,7 @@ _BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def plain(text: str) -> str:
-    """`text` on one line; what a terminal would obey, or not show, stands there as its escape."""
+    """Put `text` on one line; what a terminal would obey, or not show, stands there as its escape."""
     line = _BREAKS.sub(" ", text)
     if line.isprintable():
         return line

@@ -28,7 +28,7 @@ class Proxy:
 
 
 def find_proxy(address: str, environment: Mapping[str, str] = os.environ) -> Proxy | None:
-    """The proxy on the way to `ws://`, `wss://`, `http://` or `https://`; None where there is none.
+    """Find the proxy on the way to `ws://`, `wss://`, `http://` or `https://`; None where there is none.
 
     This machine is reached without one, and so is what `no_proxy` names. Raises SettingsError for a value that cannot
     be used.
@@ -37,18 +37,19 @@ def find_proxy(address: str, environment: Mapping[str, str] = os.environ) -> Pro
     variables = _SECURE if url.scheme in ("wss", "https") else _PLAIN
     variable = next((name for name in variables if name in environment), "")
     value = environment.get(variable, "").strip()
+
     if not value or is_loopback(url.hostname or "") or _is_excepted(url.hostname or "", url.port, environment):
         return None
     return Proxy(_usable(variable, value), variable)
 
 
 def through(proxy: Proxy | None) -> str:
-    """What an error line says behind the address."""
+    """Say what an error line says behind the address."""
     return "" if proxy is None else f" through {proxy}"
 
 
 def proxy_handler(proxy: Proxy | None) -> urllib.request.ProxyHandler:
-    """For urllib, which would ask the environment by rules of its own."""
+    """Make urllib's handler, which would else ask the environment by rules of its own."""
     return urllib.request.ProxyHandler({} if proxy is None else {"http": proxy.url, "https": proxy.url})
 
 
@@ -60,7 +61,7 @@ def is_loopback(host: str) -> bool:
 
 
 def without_password(value: str) -> str:
-    """A proxy's address without the user and the password in it."""
+    """Hide the user and the password in a proxy's address."""
     user, at, rest = value.rpartition("@")
     scheme, mark, _ = user.partition("://")
     return f"{scheme + mark if mark else ''}***@{rest}" if at else value
@@ -86,7 +87,7 @@ def _is_excepted(host: str, port: int | None, environment: Mapping[str, str]) ->
 
 
 def _matches(pattern: str, host: str, port: int | None) -> bool:
-    """`*`, a name and all below it, a number or a network of numbers; each but `*` also with a port."""
+    """Match `*`, a name and all below it, a number or a network of numbers; each but `*` also with a port."""
     if pattern == "*":
         return True
     number = _number(host)
@@ -95,6 +96,7 @@ def _matches(pattern: str, host: str, port: int | None) -> bool:
             return True
     except ValueError:
         pass  # no network, so a name, or something with a port
+
     name, colon, digits = pattern.rpartition(":")
     if colon and digits.isdecimal() and (":" not in name or name.startswith("[")):
         if int(digits) != port:

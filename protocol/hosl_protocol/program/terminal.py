@@ -42,7 +42,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_folder(variable: str, fallback: str, option: str) -> Path:
-    """The folder that an XDG variable names, or one below the user's home; only to be asked for where it is needed.
+    """Find the folder that an XDG variable names, or one below the user's home; ask only where it is needed.
 
     Raises SettingsError, which names `option`, for a user who has no home.
     """
@@ -56,7 +56,7 @@ def default_folder(variable: str, fallback: str, option: str) -> Path:
 
 
 def print_unit(path: Path) -> None:
-    """A systemd unit, with the folder that this program is installed in. Raises SettingsError for a path of quotes."""
+    """Print a systemd unit, with the folder of this program. Raises SettingsError for a path with quotes."""
 
     def place(found: re.Match[str]) -> str:
         return _quoted(sys.prefix + found[1])
@@ -65,7 +65,7 @@ def print_unit(path: Path) -> None:
 
 
 def _quoted(word: str) -> str:
-    """A word of a systemd command line as systemd.syntax(7) wants it."""
+    """Quote a word of a systemd command line as systemd.syntax(7) wants it."""
     if re.search(r"[\"'\\]", word):
         raise SettingsError(
             "this program's path", word, "systemd takes no quotes or backslashes in it: install elsewhere"
@@ -83,6 +83,7 @@ def run_command(
     options = argparse.Namespace(debug=False, log_format="text")
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a crash in native code says what and where it was
+
     try:
         options = parser.parse_args(arguments)
         configure_logs(parser.prog, options.log_level, options.log_format)
@@ -97,6 +98,7 @@ def run_command(
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", ExitCode.INTERRUPTED, options)
     except BrokenPipeError:
+        # Whoever read has left; what Python flushes at the end must find somebody, or it would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.INTERRUPTED)
     except MemoryError:
@@ -115,7 +117,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends what runs within as Ctrl-C does, so that it can tidy up.
+    """Let SIGTERM end what runs within as Ctrl-C does, so that it can tidy up.
 
     It does so once: `timeout` sends two, and the second would break off the tidying.
     """
@@ -136,7 +138,7 @@ def _sentence_of(error: OSError) -> str:
 
 
 def _code_of(error: OSError) -> ExitCode:
-    """A file that is not as it should be is for somebody to mend; what the machine lacks is another matter."""
+    """Choose the exit code: a wrong file is for a person to mend, the rest is what the machine lacks."""
     about_a_file = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
     return ExitCode.SETTINGS if isinstance(error, about_a_file) else ExitCode.RESOURCES
 

@@ -10,17 +10,19 @@ T = TypeVar("T")
 
 
 async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` comes to in so many seconds; None: however long it takes. Raises asyncio.TimeoutError.
+    """Wait `seconds` at most for what `work` comes to; None waits for ever. Raises asyncio.TimeoutError.
 
     As `asyncio.wait_for`, which up to Python 3.11 loses a cancellation that meets its result: who is told to stop just
     then goes on for ever.
     """
     task = asyncio.ensure_future(work)
+
     try:
         await asyncio.wait({task}, timeout=seconds)
     finally:
         task.cancel()  # nothing where it is done
         await asyncio.gather(task, return_exceptions=True)
+
     if task.cancelled():
         raise asyncio.TimeoutError
     return task.result()

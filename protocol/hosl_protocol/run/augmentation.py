@@ -18,7 +18,7 @@ from hosl_protocol.run.settings import Augmentation
 def draw_variations(
     seed: int, round_: int, device: str, places: npt.NDArray[np.int64], augmentation: Augmentation
 ) -> npt.NDArray[np.int64]:
-    """Row and column at which each image's crop begins in the padded image, and whether it is flipped [B, 3]."""
+    """Draw row and column at which each image's crop begins in the padded image, and whether it is flipped [B, 3]."""
     choices = 2 * augmentation.crop_padding + 1
     name = zlib.crc32(device.encode())
     rows = []
@@ -32,7 +32,7 @@ def draw_variations(
 def vary(
     pixels_BHWC: npt.NDArray[np.uint8], variations_B3: npt.NDArray[np.int64], crop_padding: int
 ) -> npt.NDArray[np.uint8]:
-    """Each image within black pixels, cropped to its own size, then flipped [B, H, W, C]."""
+    """Put each image within black pixels, crop it to its own size, then flip it [B, H, W, C]."""
     height, width = pixels_BHWC.shape[1:3]
     around = (crop_padding, crop_padding)
     padded = np.pad(pixels_BHWC, ((0, 0), around, around, (0, 0)))

@@ -98,7 +98,7 @@ class PrefixEntry(msgspec.Struct, kw_only=True, frozen=True):
     """Of an image there; 0 for text, which has as many as tokens."""
 
     def set_bytes(self, rows: int, length: int) -> int:
-        """Most that the activations of so many examples take, of texts of at most `length` tokens."""
+        """Bound the bytes that the activations of `rows` examples take, of texts of at most `length` tokens."""
         return 4 * rows * (self.positions or length) * self.width
 
 
@@ -208,6 +208,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
         if got != expected:
             raise BundleError(f"{where} has {field} {got}, this hosl reads {expected}: export the bundle again")
     _check_numbers(manifest, where)
+
     for entry in manifest.trainable:
         if entry.exponent is None:
             raise BundleError(f"{where}: trainable tensor {entry.name} has no lattice exponent")
@@ -216,15 +217,18 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
             raise BundleError(f"{where}: lattice exponent of {entry.name} is {entry.exponent}, {limits}")
         if entry.constant:
             raise BundleError(f"{where}: {entry.name} trains and is a constant of the graph")
+
     if manifest.image is not None:
         _check_image(manifest.image, manifest.max_length, where)
     _check_prompt(manifest, where)
     if manifest.prefix is not None:
         _check_prefix(manifest, manifest.prefix, where)
+
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
         repeated = next((name for name, times in Counter(names).items() if times > 1), None)
         if repeated is not None:
             raise BundleError(f"{where} lists {what} {repeated} twice")
+    # A device writes the files where the manifest says: nothing may lead it out of its cache.
     for file in manifest.files:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\0" in file.path:
             raise BundleError(f"{where} names a file outside the bundle: {file.path!r}")
@@ -232,12 +236,13 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
 
 
 def _check_numbers(manifest: Manifest, where: str) -> None:
-    """Nothing is below what it can be, nor so large that sums of it overflow."""
+    """Raise BundleError for a number below what it can be, or so large that sums of it overflow."""
     limits = {"width": (1, MAX_WIDTH), "max_length": (1, MAX_LENGTH), "pad_token_id": (0, 2**31 - 1)}
     limits |= {"blocks": (1, 2**16), "split": (0, manifest.blocks), "prompt_tokens": (0, manifest.max_length)}
     for field, (least, most) in limits.items():
         if not least <= (value := getattr(manifest, field)) <= most:
             raise BundleError(f"{where}: {field} is {value}, expected {least} to {most}")
+
     for entry in manifest.tensors:
         if min(entry.shape, default=1) < 1 or math.prod(entry.shape) > MAX_ELEMENTS:
             limit = f"expected dimensions from 1 on, and at most {MAX_ELEMENTS} elements"
@@ -303,6 +308,7 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
             digest = sha256_of_file(path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
+
         if digest != entry.sha256:
             what = f"has {size} bytes" if size != entry.size_bytes else f"has digest {digest}"
             expected = entry.size_bytes if size != entry.size_bytes else entry.sha256

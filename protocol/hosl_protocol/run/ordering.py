@@ -14,7 +14,7 @@ from hosl_protocol.arithmetic.directions import Stream, philox
 
 
 def batch_indices(seed: int, round_: int, device: str, examples: int, batch_size: int) -> npt.NDArray[np.int64]:
-    """Indices [batch_size] of the examples that `device` uses in `round_` (from 1).
+    """Choose the indices [batch_size] of the examples that `device` uses in `round_` (from 1).
 
     Passes over the data follow each other without a gap; each pass has its own order.
     """
@@ -24,7 +24,7 @@ def batch_indices(seed: int, round_: int, device: str, examples: int, batch_size
 
 
 def sample_devices(seed: int, round_: int, devices: Sequence[str], count: int) -> list[str]:
-    """`count` of `devices` (all where 0), in the order of their names.
+    """Draw `count` of `devices` (all where 0), in the order of their names.
 
     A device's place in the draw is its own, so that one that is away changes nothing but its own turn.
     """
@@ -36,7 +36,7 @@ def sample_devices(seed: int, round_: int, devices: Sequence[str], count: int) -
 
 
 def _turns(seed: int, round_: int, devices: Sequence[str]) -> list[int]:
-    """The first word of each device's stream; to make a generator of each would take several times as long."""
+    """Read the first word of each device's stream; to make a generator of each would take several times as long."""
     generator = philox(seed, round_, 0, Stream.SAMPLING)
     start: Any = generator.state
     turns = []
@@ -53,5 +53,5 @@ def _order(seed: int, pass_: int, device: str, examples: int) -> npt.NDArray[np.
 
 
 def _shuffled(generator: np.random.Philox, count: int) -> npt.NDArray[np.int64]:
-    """0..count-1 in the order of `count` random words; needs nothing of numpy but the words."""
+    """Order 0..count-1 by `count` random words; needs nothing of numpy but the words."""
     return np.argsort(np.asarray(generator.random_raw(count)), kind="stable")

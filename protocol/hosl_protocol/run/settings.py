@@ -121,6 +121,7 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     _check_range("augmentation.crop_padding", settings.augmentation.crop_padding, 0, 255)
     if settings.augmentation.is_on and not settings.task.is_image:
         raise SettingsError("augmentation", "on", "only images are cropped and flipped: leave it out for this task")
+
     _check_range("report_every", settings.report_every, 1, 10**9)
     check_step("probe_step", settings.probe_step)
     _check_client(settings.client, settings.rounds)
@@ -137,6 +138,8 @@ def _check_client(client: ClientOptimizer, rounds: int) -> None:
         value = getattr(client, name)
         if not lowest <= value <= highest:
             raise SettingsError(f"client.{name}", value, f"use a number from {lowest:g} to {highest:g}")
+
+    # Nearer to 1 the bound on AdamW's steps would not hold; see MAX_BETA_RATIO.
     lowest = max(MIN_BETA2, client.beta1 * client.beta1 / MAX_BETA_RATIO)
     if not lowest <= client.beta2 < 1.0:
         remedy = f"use a number from {math.ceil(lowest * 1e4) / 1e4:g} up to, not including, 1; beta1² needs as much"
@@ -150,6 +153,7 @@ def check_run(settings: RunSettings, manifest: Manifest) -> None:
     check_run_settings(settings, bundle_max_length=manifest.max_length)
     if manifest.train == "none" and settings.algorithm != "frozen":
         raise SettingsError("algorithm", settings.algorithm, "the bundle trains nothing on the device: use 'frozen'")
+
     if settings.task.is_image != (manifest.image is not None):
         takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"
         raise SettingsError("task.kind", settings.task.kind, f"the bundle's model takes {takes}")
@@ -160,25 +164,8 @@ def check_run(settings: RunSettings, manifest: Manifest) -> None:
         raise SettingsError("max_length", settings.max_length, f"an image has {manifest.max_length} positions")
 
 
-def scheduled_rate(optimizer: ClientOptimizer, round_: int, rounds: int) -> float:
-    """The rate of round `round_` (from 1) of `rounds`."""
-    return optimizer.learning_rate * schedule_factor(optimizer.schedule, optimizer.warmup_rounds, round_, rounds)
-
-
-def schedule_factor(schedule: str, warmup_rounds: int, round_: int, rounds: int) -> float:
-    """Factor on the base rate at round `round_` (from 1): linear warm-up, then the schedule down to 0."""
-    if round_ <= warmup_rounds:
-        return round_ / warmup_rounds
-    remaining = (rounds - round_ + 1) / max(rounds - warmup_rounds, 1)
-    if schedule == "linear":
-        return remaining
-    if schedule == "cosine":
-        return 0.5 * (1.0 - math.cos(math.pi * remaining))
-    return 1.0
-
-
 def read_toml(path: Path, option: str) -> dict[str, Any]:
-    """The mapping in a TOML file, with or without a byte order mark.
+    """Read the mapping in a TOML file, with or without a byte order mark.
 
     SettingsError names the file, or the option that named one which cannot be read.
     """
@@ -194,7 +181,7 @@ def read_toml(path: Path, option: str) -> dict[str, Any]:
 
 
 def convert(data: Any, type_: type[Any], where: str) -> Any:
-    """`data` (from TOML or JSON) as `type_`; SettingsError names the place where it does not fit."""
+    """Make `data` (from TOML or JSON) a `type_`. Raises SettingsError, which names the place where it does not fit."""
     try:
         return msgspec.convert(data, type_)
     except msgspec.ValidationError as error:
@@ -206,14 +193,14 @@ def convert(data: Any, type_: type[Any], where: str) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """For a name that is none of the known ones: which was meant, or all."""
+    """Say for a name that is none of the known ones which was meant, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(name, names, 1)
     return f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
 
 
 def wanted(sentence: str) -> str:
-    """What msgspec expected, in words; its own where there are none."""
+    """Say what msgspec expected, in words; its own where there are none."""
     found = re.search(r"[Ee]xpected `(.*?)`", sentence)
     return " or ".join(_WORDS.get(kind, kind) for kind in found[1].split(" | ")) if found else sentence
 
@@ -229,13 +216,15 @@ _WORDS = {
 
 
 def _explain(sentence: str, data: Any, type_: type[Any], path: list[str]) -> str:
-    """msgspec's sentence about the value at `path`, with the value and what to do."""
+    """Make a better sentence of msgspec's about the value at `path`: with the value and what to do."""
     kind, value = msgspec.inspect.type_info(type_), data
+
     try:
         for step in path:
             kind, value = _fields(kind)[step], value[step]
     except (KeyError, TypeError):  # in a list, or a mapping of free names
         return sentence
+
     if found := re.search(r"unknown field `(.*)`", sentence):
         return f"no setting has the name {found[1]}; {nearest(found[1], _fields(kind))}"
     if found := re.search(r"missing required field `(.*)`", sentence):

@@ -22,8 +22,8 @@ LARGEST_ESTIMATE = 1e15
 
 
 @dataclass(frozen=True)
-class Clock:
-    """What depends on the number of steps alone."""
+class BiasCorrections:
+    """What depends on the number of steps alone: the bias corrections of both moments, and the bound's sum."""
 
     steps: int = 0
     power1: float = 1.0
@@ -33,9 +33,9 @@ class Clock:
     series: float = 0.0
     """1 + a + a² + ... with a = β1²/β2, a term for each step."""
 
-    def tick(self, settings: ClientOptimizer) -> Clock:
-        """The clock of the next step."""
-        return Clock(
+    def advance(self, settings: ClientOptimizer) -> BiasCorrections:
+        """Return those of the next step."""
+        return BiasCorrections(
             self.steps + 1,
             self.power1 * settings.beta1,
             self.power2 * settings.beta2,
@@ -44,27 +44,29 @@ class Clock:
 
 
 class AdamW:
-    """Moments and the clock of all trainable tensors."""
+    """The moments of all trainable tensors, and how many steps they have seen."""
 
     def __init__(self, tensors: Sequence[LatticeTensor], settings: ClientOptimizer) -> None:
         self._settings = settings
-        self._clock = Clock()
+        self._corrections = BiasCorrections()
         self._first = [np.zeros_like(tensor.values) for tensor in tensors]
         self._second = [np.zeros_like(tensor.values) for tensor in tensors]
         self._gradient = np.empty(CHUNK, np.float32)
         self._scratch = np.empty(CHUNK, np.float32)
 
     def growths(self, bounds: Sequence[float], tensors: Sequence[LatticeTensor], rate: float) -> list[float]:
-        """How far the next step can move a weight of each tensor, of a magnitude up to its bound, whatever the moments.
+        """Bound how far the next step can move a weight of each tensor, of a magnitude up to its bound.
 
         |m̂| / √v̂ is at most S by Cauchy and Schwarz: S² = (1-β1)²/(1-β2) · (1-β2^t)/(1-β1^t)² · Σ_{k<t} (β1²/β2)^k.
         Where squares underflow and v̂ says nothing, epsilon keeps the quotient below S (settings.MIN_EPSILON). Every
         machine compares the same bits with the range, so the order of operations counts.
         """
-        settings, clock = self._settings, self._clock.tick(self._settings)
-        first, power1 = 1.0 - settings.beta1, 1.0 - clock.power1
-        corrections = (1.0 - clock.power2) / (power1 * power1)
-        ratio = math.sqrt((first * first) / (1.0 - settings.beta2) * corrections * clock.series)
+        settings, next_step = self._settings, self._corrections.advance(self._settings)
+        first, power1 = 1.0 - settings.beta1, 1.0 - next_step.power1
+
+        corrections = (1.0 - next_step.power2) / (power1 * power1)
+        ratio = math.sqrt((first * first) / (1.0 - settings.beta2) * corrections * next_step.series)
+
         # A thousandth more for float32's roundings on the way.
         return [
             rate * (ratio + settings.weight_decay * bound) * 1.001 + lattice.spacing(tensor.exponent)
@@ -73,7 +75,7 @@ class AdamW:
 
     def step(self, tensors: Sequence[LatticeTensor], terms: Sequence[Term], recipe: Recipe, rate: float) -> None:
         """θ ← θ - rate · (m̂ / (√v̂ + epsilon) + weight_decay · θ). The caller keeps θ inside the exact range."""
-        self._clock = self._clock.tick(self._settings)
+        self._corrections = self._corrections.advance(self._settings)
         for tensor in tensors:
             for start in range(0, tensor.values.size, CHUNK):
                 stop = min(start + CHUNK, tensor.values.size)
@@ -93,10 +95,10 @@ class AdamW:
         step *= f32(1.0 - settings.beta2)
         second += step
 
-        np.divide(second, f32(1.0 - self._clock.power2), out=step)
+        np.divide(second, f32(1.0 - self._corrections.power2), out=step)
         np.sqrt(step, out=step)
         step += f32(settings.epsilon)
-        np.divide(first, f32(1.0 - self._clock.power1), out=gradient)
+        np.divide(first, f32(1.0 - self._corrections.power1), out=gradient)
         np.divide(gradient, step, out=step)
         if settings.weight_decay:
             np.multiply(values, f32(settings.weight_decay), out=gradient)
@@ -109,16 +111,16 @@ class AdamW:
         values -= step
 
     def state(self, tensors: Sequence[LatticeTensor]) -> Moments:
-        """Step count and moments, shared."""
+        """Return step count and moments, shared."""
         names = [tensor.name for tensor in tensors]
         first, second = (dict(zip(names, moments, strict=True)) for moments in (self._first, self._second))
-        return Moments(self._clock.steps, first, second)
+        return Moments(self._corrections.steps, first, second)
 
     def load_state(self, tensors: Sequence[LatticeTensor], state: Moments) -> None:
-        """Continue from what `state` gave; the clock is made anew, by the same products."""
-        self._clock = Clock()
+        """Continue from what `state` gave; the corrections are made anew, by the same products in the same order."""
+        self._corrections = BiasCorrections()
         for _ in range(state.steps):
-            self._clock = self._clock.tick(self._settings)
+            self._corrections = self._corrections.advance(self._settings)
         for tensor in tensors:
             self._first[tensor.index][:] = state.first[tensor.name]
             self._second[tensor.index][:] = state.second[tensor.name]

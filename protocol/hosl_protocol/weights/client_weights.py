@@ -1,6 +1,14 @@
 """The client's trainable weights: probes in place, updates from scalars, and the digest that proves them equal.
 
-The device holds one over its memory-mapped shard; the cloud holds a mirror; merge replays one from the base.
+The device holds one over its memory-mapped shard; the cloud holds a mirror; merge replays one from the base. Its owner
+calls it from one thread at a time; the threads of its own share a pass over the weights and are done when it returns.
+
+What must always hold: every weight is a multiple of its tensor's g inside the exact range (`lattice.limit`), at θ and
+at any probe. Then sums are exact, a probe leaves no trace, and two machines have the same bits. To know it without
+reading the weights, a bound on each tensor's largest magnitude goes along (`_bounds`): before an update is added,
+`_fits` asks whether bound, update and probe stay inside; where they might not, the true maximum is taken, and where
+even that would leave the range `_coarsen` moves the tensor to a coarser lattice (protocol/README.md, sections "Lattice"
+and "Updates").
 """
 
 from __future__ import annotations
@@ -85,20 +93,24 @@ class ClientWeights:
         self.applied_round = 0
         self.coarsenings: list[Coarsening] = []
         """Re-lattice events so far, in order."""
+
         self._recipe = Recipe(seed, distribution)
         self._probe_step = probe_step
         self._largest_entry = LARGEST_ENTRY[distribution]
         self._finest = [tensor.exponent for tensor in self.tensors]
         self._base_round = 0
+
         self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
         for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
             longest = lattice.limit(tensor.exponent) / 2 / self._largest_entry
             if step > longest:
                 remedy = f"weights of {tensor.name} are exact only for steps up to {longest:.3g}"
                 raise SettingsError("probe_step", probe_step, remedy)
+
         # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
         self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
         self._point: ProbePoint | None = None
+
         self._adamw = AdamW(self.tensors, optimizer) if optimizer.optimizer == "adamw" else None
         is_large = self.elements > THREADED_ABOVE and threads > 1
         self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
@@ -138,19 +150,21 @@ class ClientWeights:
         HoslError for an update that is not the next one's; the weights then stand at `applied_round`.
         """
         self.probe(None)
+
         for portion in self._portions(updates):
             self._check_updates(portion)
             if self._adamw is None:
-                self._add_updates(portion, +1)
+                self._apply_sgd(portion, +1)
             else:
                 for update in portion:
                     self._apply_adamw(self._adamw, update)
 
     def _portions(self, updates: Iterable[UpdateRecord]) -> Iterator[list[UpdateRecord]]:
-        """Rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
+        """Yield rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
         passes = max(1, PORTION // max(1, len(self.tensors)) // TERMS_PER_PASS)
         portion: list[UpdateRecord] = []
         coefficients = 0
+
         for update in updates:
             size = max(1, update.coefficients.size)
             if portion and coefficients + size > passes * TERMS_PER_PASS:
@@ -158,6 +172,7 @@ class ClientWeights:
                 portion, coefficients = [], 0
             portion.append(update)
             coefficients += size
+
         if portion:
             yield portion
 
@@ -168,23 +183,28 @@ class ClientWeights:
             if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
                 raise HoslError(f"update of round {update.round} holds a number that is not finite")
 
-    def _add_updates(self, updates: Sequence[UpdateRecord], sign: int) -> None:
-        """θ ← θ + sign · updates. What one pass might not hold exactly goes in halves, down to single rounds."""
+    def _apply_sgd(self, updates: Sequence[UpdateRecord], sign: int) -> None:
+        """θ ← θ + sign · Σ coefficient·z, the device's SGD (HO-SFL step 5, HOSL step 3); sign -1 takes updates back.
+
+        What one pass might not hold exactly goes in halves, down to single rounds.
+        """
         terms = self._sgd_terms(updates, sign)
         if not self._fits(self._growths(terms)):
             if len(updates) > 1:
-                self._add_updates(updates[: len(updates) // 2], sign)
-                self._add_updates(updates[len(updates) // 2 :], sign)
+                self._apply_sgd(updates[: len(updates) // 2], sign)
+                self._apply_sgd(updates[len(updates) // 2 :], sign)
                 return
             if sign > 0:
                 self._coarsen(self._growths(terms), updates[0].round)
                 terms = self._sgd_terms(updates, sign)
             # Taking one round back passes only sums that were inside the range when it was applied.
+
         self._add(terms)
         self._grow(self._growths(terms))
         self.applied_round += sign * len(updates)
 
     def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
+        """One round's step of AdamW, with Σ coefficient·z for its gradient."""
         rate = update.learning_rate
         estimates = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
         if not estimates <= LARGEST_ESTIMATE:
@@ -209,6 +229,8 @@ class ClientWeights:
         if self._adamw is not None:
             raise IrreversibleError("AdamW's updates cannot be taken back")
         self.probe(None)
+
+        # All that could forbid it comes before anything changes.
         for expected, update in zip(range(self.applied_round, -1, -1), reversed(updates), strict=False):
             if update.round != expected:
                 raise HoslError(f"take back of round {update.round}, expected round {expected}")
@@ -217,11 +239,13 @@ class ClientWeights:
         if self.coarsenings and updates and self.coarsenings[-1].round >= updates[0].round:
             last = self.coarsenings[-1]
             raise IrreversibleError(f"round {last.round} made the lattice of {last.tensor} coarser")
+
+        # Sums on the lattice are exact, so that subtracting gives the former bits, in whatever portions.
         for portion in self._portions(reversed(updates)):
-            self._add_updates(portion, -1)
+            self._apply_sgd(portion, -1)
 
     def _growths(self, terms: Sequence[Term]) -> list[float]:
-        """How far `terms` can move a weight of each tensor."""
+        """Bound how far `terms` can move a weight of each tensor."""
         if not terms:
             return [0.0] * len(self.tensors)
         steps_CT = np.array([term.steps for term in terms])  # coefficient, tensor
@@ -229,11 +253,11 @@ class ClientWeights:
         return growths
 
     def _reach(self, index: int, growth: float) -> float:
-        """The largest magnitude that a probe can meet after the tensor has grown."""
+        """Bound the largest magnitude that a probe can meet after the tensor has grown."""
         return self._bounds[index] + growth + self._largest_entry * self._probe_steps[index]
 
     def _fits(self, growths: Sequence[float]) -> bool:
-        """Whether every tensor stays inside its exact range; takes the true maximum where the bound is too loose."""
+        """Tell whether every tensor stays inside its exact range; where the bound is too loose the maximum decides."""
         is_inside = True
         for tensor, growth in zip(self.tensors, growths, strict=True):
             limit = lattice.limit(tensor.exponent)
@@ -246,11 +270,12 @@ class ClientWeights:
         self._bounds = [bound + growth for bound, growth in zip(self._bounds, growths, strict=True)]
 
     def _coarsen(self, growths: Sequence[float], round_: int) -> None:
-        """The re-lattice event: tensors that would leave their range move to a lattice on which they fit.
+        """Move tensors that would leave their range to a lattice on which they fit: the re-lattice event.
 
         It depends on the weights and on the update of `round_` alone, so that every machine does the same unasked.
         Raises LatticeError, and changes nothing, where a tensor has diverged.
         """
+        # First all that may fail, then all that changes.
         exponents = {}
         for tensor, growth in zip(self.tensors, growths, strict=True):
             reach = self._reach(tensor.index, growth)
@@ -263,8 +288,10 @@ class ClientWeights:
             index: lattice.round_probe_step(self._probe_step, exponent, self.tensors[index].name)
             for index, exponent in exponents.items()
         }
+
         for index, exponent in exponents.items():
             tensor = self.tensors[index]
+            # In chunks: a copy of a whole tensor may be more than a device has.
             for start in range(0, tensor.values.size, CHUNK):
                 part = tensor.values[start : start + CHUNK]
                 part[:] = lattice.round_to_lattice(part, exponent)
@@ -274,13 +301,15 @@ class ClientWeights:
             self.coarsenings.append(Coarsening(round_, tensor.name, exponent))
 
     def _correction(self, index: int) -> float:
-        """The probe moved by ε_t where ε was meant."""
+        """Return the factor on a coefficient for a probe that moved by ε_t where ε was meant."""
         return self._probe_step / self._probe_steps[index]
 
     def _sgd_terms(self, updates: Sequence[UpdateRecord], sign: int) -> list[Term]:
+        """One term for each direction of each update, its steps rounded to the lattices with the seed's own chances."""
         places = [(update.round, direction) for update in updates for direction in range(update.coefficients.size)]
         if not places:
             return []
+
         coefficients_C = np.concatenate([update.coefficients for update in updates]).astype(np.float64)
         count = len(self.tensors)
         chances_CT = np.array([uniforms(self._recipe.seed, *place, Stream.ROUNDING, count) for place in places])
@@ -297,7 +326,7 @@ class ClientWeights:
         ]
 
     def resolution(self, update: UpdateRecord) -> float:
-        """The smallest |c|/g of an SGD update; below 1 a step survives rounding only in expectation."""
+        """Compute the smallest |c|/g of an SGD update; below 1 a step survives rounding only in expectation."""
         coefficients = [abs(value) for value in update.coefficients.tolist() if value]
         if self._adamw is not None or not coefficients or not self.tensors:
             return math.inf
@@ -309,7 +338,7 @@ class ClientWeights:
         return self.state().digest()
 
     def state(self) -> ClientState:
-        """Where the weights stand at `applied_round`, shared: a copy is the caller's."""
+        """Return where the weights stand at `applied_round`, shared: to copy is the caller's part."""
         self.probe(None)
         return ClientState(
             self.applied_round,
@@ -324,6 +353,7 @@ class ClientWeights:
         Raises HoslError, and changes nothing, where it is of other tensors or of another optimizer.
         """
         self._check_state(state)
+
         tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
         steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
         self.tensors, self._probe_steps = tensors, steps
@@ -332,6 +362,7 @@ class ClientWeights:
         self._bounds = [largest(tensor.values) for tensor in self.tensors]
         if self._adamw is not None and state.moments is not None:
             self._adamw.load_state(self.tensors, state.moments)
+
         self._point = None
         self.coarsenings = []
         self.applied_round = self._base_round = state.round
@@ -345,6 +376,7 @@ class ClientWeights:
             if state.moments.steps != state.round:
                 raise HoslError(f"the state is of round {state.round} and of {state.moments.steps} steps")
             parts += [state.moments.first, state.moments.second]
+
         if any({name: values.size for name, values in part.items()} != sizes for part in parts):
             raise HoslError("the state is of other tensors than those that train here")
         for tensor, finest in zip(self.tensors, self._finest, strict=True):
@@ -353,28 +385,30 @@ class ClientWeights:
 
 
 def _merge(terms: Sequence[Term]) -> list[Term]:
-    """From θ + εz to θ - εz is one step of -2εz, not two steps."""
+    """Make one term of two that share a direction: from θ + εz to θ - εz is one step of -2εz."""
     if len(terms) == 2 and (terms[0].round, terms[0].direction) == (terms[1].round, terms[1].direction):
         return [replace(terms[0], steps=[a + b for a, b in zip(terms[0].steps, terms[1].steps, strict=True)])]
     return list(terms)
 
 
 def largest(values: Vector) -> float:
-    """max|θ| without a second copy."""
+    """Find max|θ| without a second copy."""
     return max(float(values.max()), -float(values.min())) if values.size else 0.0
 
 
 def make_client_weights(
     manifest: Manifest, tensors: dict[str, npt.NDArray[np.float32]], settings: RunSettings, threads: int = 1
 ) -> ClientWeights:
-    """The client's weights over `tensors` (by name, changed in place); empty where the run freezes the client."""
+    """Make the client's weights over `tensors` (by name, changed in place); empty where the run freezes the client."""
     entries = () if settings.algorithm == "frozen" else manifest.trainable
     flat = []
+
     for index, entry in enumerate(entries):
         view = tensors[entry.name].reshape(-1)
         assert entry.exponent is not None
         assert np.shares_memory(view, tensors[entry.name])
         flat.append(LatticeTensor(entry.name, index, view, entry.exponent))
+
     return ClientWeights(
         flat,
         seed=settings.seed,

@@ -82,7 +82,7 @@ class Bounds:
 
 
 def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
-    """The frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
+    """Yield the frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
 
     What is small goes as one piece with its neighbours: a message on a websocket costs more than a few bytes do.
 
@@ -93,18 +93,20 @@ def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype
         for name, spec in type(message).tensors.items()
         if spec.required or name in tensors
     ]
+
     yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
     yield from _joined(piece for _, array, dtype in plan for piece in _pieces(array, dtype))
 
 
 def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], str]]) -> bytes:
-    """The first piece of a frame, padded with spaces so that tensor data would start at a multiple of 8."""
+    """Make the first piece of a frame, padded with spaces so that tensor data would start at a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": {MESSAGE_KEY: msgspec.json.encode(message).decode()}}
     offset = 0
     for name, shape, dtype in tensors:
         end = offset + math.prod(shape) * np.dtype(_STORAGE[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
         offset = end
+
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -125,7 +127,7 @@ def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
 
 
 def _joined(pieces: Iterable[memoryview]) -> Iterator[Piece]:
-    """Neighbours that fit into one piece go as one."""
+    """Join neighbours that fit into one piece."""
     held: list[memoryview] = []
     size = 0
     for piece in pieces:
@@ -177,13 +179,17 @@ _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
 
 
 class FrameReader:
-    """Puts pieces together: `feed` returns a frame when its last byte is in, else None."""
+    """Puts pieces together: `feed` returns a frame when its last byte is in, else None.
+
+    Between frames it holds nothing; within one, memory for all its tensors, whose sizes were checked before. After an
+    error it is in the middle of nothing known, and must not be fed again.
+    """
 
     def __init__(
-        self, union: Any, bounds: Bounds | None = None, admit: Callable[[Message], None] = lambda message: None
+        self, union: Any, bounds: Bounds | None = None, check_due: Callable[[Message], None] = lambda message: None
     ) -> None:
         self.bounds = bounds or Bounds()
-        self._admit = admit  # raises where the message is not due, before memory is taken for its tensors
+        self._check_due = check_due  # raises where the message is not due, before memory is taken for its tensors
         self._decoder = _DECODERS[union] if union in _DECODERS else msgspec.json.Decoder(union)
         self._message: Message | None = None
         self._layout: dict[str, _TensorInfo] = {}
@@ -207,8 +213,10 @@ class FrameReader:
 
     def _start(self, piece: bytes) -> None:
         message, layout = decode_header(piece, self._decoder)
-        self._admit(message)
+        # All checks come before memory is taken: a peer must not cost us what it only announces.
+        self._check_due(message)
         total = check_layout(message, layout, self.bounds)
+
         try:
             self._buffer, self._filled = np.empty(total, np.uint8), 0
             self._widened = {
@@ -262,6 +270,7 @@ def decode_header(piece: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Mes
     (length,) = struct.unpack_from("<Q", piece)
     if length != len(piece) - 8:
         raise FrameError(f"header length says {length}, the piece holds {len(piece) - 8}")
+
     entries = _decode("frame header", piece[8:], _ENTRIES)
     message = _decode_message(entries.pop(_METADATA_KEY, None), decoder)
     layout = {
@@ -277,6 +286,8 @@ def _decode_message(raw: msgspec.Raw | None, decoder: msgspec.json.Decoder[Any])
     metadata = {name: _decode(f"entry {name!r:.80} of {_METADATA_KEY}", each, _TEXT) for name, each in entries.items()}
     if MESSAGE_KEY not in metadata:
         raise FrameError(f"{_METADATA_KEY} of the frame header has no entry {MESSAGE_KEY!r}, the message")
+
+    # The type first: what is wrong is then told of that message, and not of all that it might be.
     text = metadata[MESSAGE_KEY]
     kind = _decode("message", text, _KIND).type
     known = [name_of(each) for each in typing.get_args(decoder.type)]
@@ -287,7 +298,7 @@ def _decode_message(raw: msgspec.Raw | None, decoder: msgspec.json.Decoder[Any])
 
 
 def _decode(what: str, text: bytes | str | msgspec.Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """Raises FrameError with `what` is wrong, the field and the type that it should have."""
+    """Decode JSON. Raises FrameError, which says what is wrong with `what`, the field and the type it should have."""
     try:
         return decoder.decode(text)
     except msgspec.ValidationError as error:
@@ -300,12 +311,14 @@ def _decode(what: str, text: bytes | str | msgspec.Raw, decoder: msgspec.json.De
 
 
 def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bounds) -> int:
-    """Check names, types, shapes and offsets against the message's specification; the payload's bytes."""
+    """Check names, types, shapes and offsets against the message's specification. Returns the payload's bytes."""
     specs = type(message).tensors
     what = name_of(message)
     for name in specs.keys() - layout.keys():
         if specs[name].required:
             raise FrameError(f"{what} lacks tensor {name}")
+
+    # Offsets must follow each other without a gap: a byte that no tensor has could say anything.
     sizes: dict[str, int] = {}
     end = 0
     for name, info in layout.items():

@@ -2,6 +2,8 @@
 
     HELLO  --Welcome-->  JOINING  --a round's message-->  ACTIVE  --Complete, Refusal, Goodbye-->  CLOSED
 
+Whoever owns the socket feeds it; it never waits, so that a reader and a writer on one event loop may share it. `phase`
+is changed by what is sent as by what arrives: what either side may say next follows from it alone (`_ALLOWED`).
 Specification: protocol/README.md, section "Course of a connection".
 """
 
@@ -48,7 +50,7 @@ _ALLOWED: dict[tuple[Role, Phase], tuple[type, ...]] = {
 
 
 def bounds_for(settings: RunSettings, width: int) -> Bounds:
-    """The largest frame that a run may send in either direction."""
+    """Bound the frames that a run may send in either direction."""
     return Bounds(
         {
             "B": settings.batch_size,
@@ -74,7 +76,7 @@ class Connection:
         self._was_greeted = False
         self._peer = Role.CLOUD if role is Role.EDGE else Role.EDGE
         self._reader = FrameReader(
-            m.FromCloud if role is Role.EDGE else m.FromEdge, admit=lambda message: self._check(self._peer, message)
+            m.FromCloud if role is Role.EDGE else m.FromEdge, check_due=lambda message: self._check(self._peer, message)
         )
 
     @property
@@ -96,6 +98,7 @@ class Connection:
             raise ProtocolError("data after the end of the connection")
         if self._refused is not None:
             raise ProtocolError(f"data after a refusal: {self._refused}")
+
         try:
             return self._receive(piece)
         except ProtocolError as error:

@@ -2,6 +2,9 @@
 
 Specification: protocol/README.md, section "Messages". `run`, `epoch`, `round`, `attempt` and `id` name a message of a
 type once and for all: a repeat carries the same five and is dropped.
+
+A new message is a struct here, in FromEdge or FromCloud below, in the phases of connection.py where it may be said, and
+in protocol/README.md, which a test compares; the other side deals with it in session.py (edge) or in rounds/ (cloud).
 """
 
 from __future__ import annotations

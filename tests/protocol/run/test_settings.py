@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import ImageEntry, Manifest
+from hosl_protocol.run.schedule import schedule_factor, scheduled_rate
 from hosl_protocol.run.settings import (
     Augmentation,
     ClientOptimizer,
@@ -18,8 +19,6 @@ from hosl_protocol.run.settings import (
     check_run_settings,
     convert,
     read_toml,
-    schedule_factor,
-    scheduled_rate,
 )
 from hosl_protocol.run.tasks import Task, load_preset
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hosl_protocol.arithmetic import lattice
 from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.exceptions import HoslError, SettingsError
+from hosl_protocol.run.schedule import scheduled_rate
 from hosl_protocol.run.settings import (
     MAX_BETA1,
     MAX_BETA_RATIO,
@@ -19,7 +20,6 @@ from hosl_protocol.run.settings import (
     ClientOptimizer,
     RunSettings,
     check_run_settings,
-    scheduled_rate,
 )
 from hosl_protocol.run.tasks import Task, load_preset
 from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord

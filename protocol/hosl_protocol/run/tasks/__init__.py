@@ -1,5 +1,7 @@
 """Tasks: what an example's text or image and its label are. Presets are the TOML files beside this module.
 
+A preset is added as a file, another kind of task in `TaskKind`, here and where the tail scores it.
+
 A template holds field names in braces: `{premise}`, dotted `{target.span1_text}`, or `{answer|reply}` for the first of
 them that an example has. Fields are looked up strictly.
 """
@@ -77,6 +79,7 @@ def check_task(task: Task) -> None:
         raise SettingsError("task.template", task.template, "braces may only enclose a field name")
     if task.kind == "lm":
         return
+
     if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
         raise SettingsError("task.labels", list(task.labels), "list two or more different label values")
     names = (*task.labels, *task.label_names)
@@ -88,7 +91,7 @@ def check_task(task: Task) -> None:
 
 
 def render(task: Task, example: Mapping[str, Any]) -> str:
-    """The example's text. Raises KeyError with the name of a missing field, TypeError for one that is no text."""
+    """Make the example's text. Raises KeyError with the name of a missing field, TypeError for one that is no text."""
     return _FIELD.sub(lambda match: _text_of(example, match.group(1)), task.template)
 
 
@@ -113,6 +116,7 @@ def _text_of(example: Mapping[str, Any], names: str) -> str:
         if not others:
             raise
         return _text_of(example, "|".join(others))
+
     text = text_of_value(value)
     if text is None:
         raise TypeError(f"field {field!r} should be text or a number, it is {_kind_of(value)}")
@@ -120,7 +124,7 @@ def _text_of(example: Mapping[str, Any], names: str) -> str:
 
 
 def text_of_value(value: Any) -> str | None:
-    """What a text, a boolean or a finite number is as text; None for all else (protocol/README.md, Run settings).
+    """Make text of a text, a boolean or a finite number; None for all else (protocol/README.md, Run settings).
 
     A number counts by its value and not by how it was written: 1.0 is `1`, and 1e-7 is `0.0000001`.
     """
@@ -146,16 +150,18 @@ def _kind_of(value: Any) -> str:
 
 
 def label_of(task: Task, example: Mapping[str, Any]) -> int:
-    """The example's class index. Raises KeyError (missing field) or ValueError, which says what the label is not."""
+    """Find the example's class index. Raises KeyError (missing field), or ValueError that says what is wrong."""
     value = look_up(example, task.label_field)
     text = text_of_value(value)
     if text is None:
         raise ValueError(f"should be one of {', '.join(task.labels)}, it is {_kind_of(value)}")
+
     # A table that had gaps writes 1.0 where 1 was meant.
     for spelling in (text, text.partition(".")[0] if re.fullmatch(r"-?[0-9]+\.0+", text) else text):
         for names in (task.labels, task.label_names):
             if spelling in names:
                 return names.index(spelling)
+
     known = [*task.labels, *task.label_names]
     alike = next((name for name in known if name.casefold() == text.strip().casefold()), None)
     if isinstance(value, bool):
@@ -166,7 +172,7 @@ def label_of(task: Task, example: Mapping[str, Any]) -> int:
 
 
 def look_up(example: Mapping[str, Any], field: str) -> Any:
-    """A field by name, or by dots through nested objects; never attributes. Raises KeyError(field)."""
+    """Look a field up by name, or by dots through nested objects; never attributes. Raises KeyError(field)."""
     if field in example:
         return example[field]
     value: Any = example
@@ -184,7 +190,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """A shipped preset as a mapping that a run's own `[task]` may override. Raises SettingsError."""
+    """Read a shipped preset as a mapping that a run's own `[task]` may override. Raises SettingsError."""
     if name not in preset_names():
         raise SettingsError("task.preset", name, f"use one of {', '.join(preset_names())}")
     text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
