@@ -21,7 +21,9 @@ from hosl_export.sources.origin import Origin, write_origin
 from hosl_protocol.run.tasks import Task, load_preset, preset_names, render
 from support import run_card
 
-TEXTS = ("w1 w9 good w4", "bad w3", "w17 w2 w2 w8 w5 w30 w31 good", "w6", "w40 w41 bad", "w11 w12 w13")
+SHORT = ("w1 w9 good w4", "bad w3", "w17 w2 w2 w8 w5 w30 w31 good", "w6", "w40 w41 bad", "w11 w12 w13")
+LONG = tuple(f"{first} " * 40 + f"{last} " * 40 for first in SHORT[:3] for last in SHORT[3:])
+TEXTS = (*SHORT, *LONG)
 
 
 def merged(bundle: Any, kind: str, tail_train: str, folder: Path, *, has_adapter: bool = False) -> Any:
@@ -37,11 +39,12 @@ def merged(bundle: Any, kind: str, tail_train: str, folder: Path, *, has_adapter
     return trainer
 
 
-def answers(bundle: Any, trainer: Any, tokenizer: Any) -> list[str]:
-    """What the two halves answer."""
+def answers(bundle: Any, trainer: Any, tokenizer: Any, cut_from: str) -> list[str]:
+    """What the two halves answer to texts that are cut from the left or from the right."""
     labels, given = trainer.config.task.labels, []
+    tokenizer.truncation_side = cut_from
     for text in TEXTS:
-        ids = torch.tensor([tokenizer(text).input_ids])
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=trainer.config.max_length).input_ids])
         with torch.no_grad():
             logits = trainer.tail(bundle.client(ids), torch.ones_like(ids))
         given.append(labels[int(logits.reshape(-1, len(labels))[-1].argmax())])
@@ -66,8 +69,11 @@ def test_the_code_of_the_cards_answers_as_the_halves_do(
     AutoTokenizer.from_pretrained(bundle.path / "tail").save_pretrained(tmp_path / "base")
     write_origin(bundle.path, Origin(model=str(tmp_path / "base")))
     trainer = merged(bundle, kind, "lora", tmp_path, has_adapter=True)
-    expected = answers(bundle, trainer, AutoTokenizer.from_pretrained(tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    sides = ("left", "right") if kind == "prompt-classification" else ("right", "left")
+    expected, other = (answers(bundle, trainer, tokenizer, side) for side in sides)
     assert len(set(expected)) > 1, "a constant answer would prove nothing"
+    assert expected != other, "a card that cuts from the wrong side would not show"
     for folder in ("out", "adapter"):
         classify = run_card(tmp_path / folder)["classify"]
         assert [classify({"text": text}) for text in TEXTS] == expected
