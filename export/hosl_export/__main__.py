@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="hub id, local folder, or .gguf file")
     parser.add_argument("--split", required=True, type=int, help="blocks on the device; the rest goes to the cloud")
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")
+
     parser.add_argument(
         "--train",
         default="norm",
@@ -63,6 +64,7 @@ def _export(options: argparse.Namespace) -> int:
     with show_step("starting"):
         from hosl_export.exporter import ExportSettings, export_bundle
         from hosl_export.summary import describe
+
     settings = ExportSettings(
         model=options.model,
         split=options.split,
@@ -82,7 +84,7 @@ def _export(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def show_step(name: str) -> Iterator[None]:
-    """One line on stderr: the step's name when it starts, its seconds when it ends; anew after lines of the log."""
+    """Show a step on one line of stderr: its name as it starts, its seconds as it ends; anew after lines of the log."""
     # Held, because libraries are kept quiet by another stream in its place.
     stream, begun = sys.stderr, f"{name} ..."
     print(begun, end="", file=stream, flush=True)

@@ -48,7 +48,7 @@ class TraceError(ExportError):
 
 
 @contextlib.contextmanager
-def told_in_one_line(model_type: str, step: str) -> Iterator[None]:
+def as_trace_error(model_type: str, step: str) -> Iterator[None]:
     """Turn whatever torch, its exporter or ONNX Runtime raise, which is any type and may be pages, into a TraceError.
 
     What is ours, or the machine's, passes through.

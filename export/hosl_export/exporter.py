@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from hosl_export.bundle import writing as files
+from hosl_export.bundle import writing
 from hosl_export.bundle.graph import OUTPUT, graph_inputs
 from hosl_export.bundle.parity import Reference, check_bundle, compute_references
 from hosl_export.bundle.staging import check_output, staging
-from hosl_export.exceptions import told_in_one_line
+from hosl_export.exceptions import as_trace_error
 from hosl_export.inputs import Input, choose_input
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
@@ -28,7 +28,7 @@ from hosl_export.summary import Summary, summarize
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import SHORTEST_TEXT, LoraEntry, Manifest, TrainMode
 
-Step = Callable[[str], contextlib.AbstractContextManager[object]]
+ShowStep = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""
 
 
@@ -63,31 +63,36 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """Height and width of images, where positions do not fix them; None for what the preprocessor says."""
 
 
-def export_bundle(settings: ExportSettings, step: Step = contextlib.nullcontext) -> Summary:
+def export_bundle(settings: ExportSettings, show_step: ShowStep = contextlib.nullcontext) -> Summary:
     """Cut a model and write its bundle, checked against the uncut model. Raises HoslError and leaves nothing behind."""
     check_output(settings.out)
-    with step("reading the configuration"):
+
+    with show_step("reading the configuration"):
         source = find_source(settings.model, settings.revision)
         config = load_config(source)
         _check_settings(settings, config)
         given = choose_input(source, config, settings.max_length, settings.image_size)
         _check_prompt(settings, given, config)
+
+    # Nothing is at `out` before the halves were found to compute what the model does.
     with staging(settings.out) as folder:
-        manifest, references = _write(settings, source, config, given, folder, step)
+        manifest, references = _write(settings, source, config, given, folder, show_step)
         checking = "checking the halves against the uncut model"
-        with step(checking), told_in_one_line(config.model_type, checking):
+        with show_step(checking), as_trace_error(config.model_type, checking):
             parity_error = check_bundle(folder, manifest, references)
-        files.write_manifest(folder, manifest)
+        writing.write_manifest(folder, manifest)
     return summarize(settings.out, manifest, config, parity_error)
 
 
 def _write(
-    settings: ExportSettings, source: Source, config: Any, given: Input, folder: Path, step: Step
+    settings: ExportSettings, source: Source, config: Any, given: Input, folder: Path, show_step: ShowStep
 ) -> tuple[Manifest, list[Reference]]:
-    """Everything that needs the whole model in memory: when this returns, the model is gone."""
+    """Write all that needs the whole model in memory: when this returns, the model is gone."""
     family = find_family(config.model_type)
-    with step("loading the weights"):
+    with show_step("loading the weights"):
         model = load_model(source, config=config, seed=settings.seed)
+
+    # The halves share the model's tensors: what is put on the lattice in one is so in the other, and in the model.
     prompt_tokens = _count_prompt(settings)
     if prompt_tokens:
         add_prompt(model, prompt_tokens)
@@ -96,18 +101,23 @@ def _write(
     lora = LoraEntry(targets=family.lora_targets) if uses_lora(settings.train) else None
     if lora is not None:
         inject_lora(client, lora, family, settings.seed)
-    files.check_space(folder, _count_bytes(client) + _count_bytes(tail))
+    writing.check_space(folder, _count_bytes(client) + _count_bytes(tail))
+
     trained = trained_blocks(settings.split, settings.train_blocks)
     tensors, largest_change = put_on_lattice(client, settings.train, trained)
     facts = given.facts(client)
     prefix, grid = given.prefix(client, trained.start) if trained.start > 0 else (None, None)
-    with step("computing reference outputs"), told_in_one_line(config.model_type, "computing reference outputs"):
+
+    # After the rounding, so that the references are those of the weights that are written.
+    with show_step("computing reference outputs"), as_trace_error(config.model_type, "computing reference outputs"):
         references = compute_references(model, given.cases(model.config, prompt_tokens))
+
     settle_rope(client.model)
-    with step("tracing the client half"), told_in_one_line(config.model_type, "tracing the client half"):
-        files.write_shard_graphs(folder, client, tensors, prefix, grid)
-    with step("writing the weights"):
-        files.write_weights(folder, client, tail)
+    with show_step("tracing the client half"), as_trace_error(config.model_type, "tracing the client half"):
+        writing.write_shard_graphs(folder, client, tensors, prefix, grid)
+
+    with show_step("writing the weights"):
+        writing.write_weights(folder, client, tail)
         model.config.architectures = [type(model).__name__]
         given.write(folder, model)
         write_origin(folder, find_origin(source))
@@ -126,10 +136,12 @@ def _write(
             lattice_max_change=largest_change,
             prompt_tokens=prompt_tokens,
             prefix=prefix,
-            files=files.describe_files(folder),
-            versions=files.tool_versions(),
+            files=writing.describe_files(folder),
+            versions=writing.tool_versions(),
             **facts,
         )
+
+    # The check loads the halves again, beside which the model must not lie in memory.
     del model, client, tail
     gc.collect()
     return manifest, references
@@ -167,6 +179,7 @@ def _check_prompt(settings: ExportSettings, given: Input, config: Any) -> None:
         if settings.prompt_tokens is not None:
             raise SettingsError("prompt-tokens", settings.prompt_tokens, f"--train {settings.train} has no soft prompt")
         return
+
     if given.max_length is None:
         raise SettingsError("train", settings.train, "a model of images has no prompt: use --train norm, blocks or all")
     if given.max_length < SHORTEST_TEXT + 1:

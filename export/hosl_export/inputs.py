@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from hosl_export.bundle import writing as files
+from hosl_export.bundle import writing
 from hosl_export.bundle.parity import SAMPLE, Case, make_image_cases, make_text_cases
 from hosl_export.exceptions import ModelError
 from hosl_export.model.families import find_family
@@ -27,7 +27,7 @@ DEFAULT_MAX_LENGTH = 512
 
 
 class Input(Protocol):
-    """What a model is given."""
+    """Text or images, as an export meets them."""
 
     @property
     def image(self) -> ImageEntry | None:
@@ -57,7 +57,7 @@ class Input(Protocol):
 
 
 def choose_input(source: Source, config: Any, max_length: int | None, image_size: int | None) -> Input:
-    """The model's input by its config. Raises SettingsError where a length or a size cannot be, and ModelError."""
+    """Choose the model's input by its config. Raises SettingsError for a wrong length or size, and ModelError."""
     family = find_family(config.model_type)
     if family.takes_images:
         if max_length is not None:
@@ -72,7 +72,7 @@ def choose_input(source: Source, config: Any, max_length: int | None, image_size
 
 @dataclass(frozen=True)
 class TextInput:
-    """Token ids."""
+    """Texts, which a model takes as token ids."""
 
     tokenizer: Any
     max_length: int
@@ -80,47 +80,47 @@ class TextInput:
     image: None = None
 
     def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
-        """As of an Input."""
+        """Make batches for the parity check."""
         return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length, prompt_tokens)
 
     def write(self, bundle: Path, model: Any) -> None:
-        """As of an Input."""
-        files.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config))
+        """Write what turns raw examples into the model's input."""
+        writing.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config))
 
     def facts(self, client: ClientHalf) -> dict[str, Any]:
-        """As of an Input."""
+        """Find the manifest's fields about inputs and activations."""
         padding = _choose_padding(self.tokenizer, self.config)
         return {"width": self.config.hidden_size, "max_length": self.max_length, "pad_token_id": padding}
 
     def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, None]:
-        """As of an Input."""
+        """Measure what the first `blocks` of the device's half come to."""
         return PrefixEntry(blocks=blocks, width=self.config.hidden_size), None
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Pixels."""
+    """Images, which a model takes as pixels of one size."""
 
     image: ImageEntry
     max_length: None = None
 
     def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
-        """As of an Input."""
+        """Make batches for the parity check."""
         return make_image_cases(self.image)
 
     def write(self, bundle: Path, model: Any) -> None:
-        """As of an Input."""
-        files.write_config(bundle, model)
+        """Write what turns raw examples into the model's input."""
+        writing.write_config(bundle, model)
         write_preprocessor(bundle, self.image)
 
     def facts(self, client: ClientHalf) -> dict[str, Any]:
-        """As of an Input."""
+        """Find the manifest's fields about inputs and activations."""
         positions, width, grid = self._measure(client)
         image = msgspec.structs.replace(self.image, grid=grid)
         return {"width": width, "max_length": positions, "pad_token_id": 0, "image": image}
 
     def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
-        """As of an Input."""
+        """Measure what the first `blocks` of the device's half come to."""
         first, _ = divide(client, blocks)
         positions, width, grid = self._measure(first)
         return PrefixEntry(blocks=blocks, width=width, positions=positions), grid
@@ -154,19 +154,22 @@ def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
     beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= config.vocab_size}
     if not beyond:
         return
+
     special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     made = set(tokenizer(SAMPLE)["input_ids"])
+
     rows = f"the embedding has {config.vocab_size} rows"
     remedy = "resize it with model.resize_token_embeddings(len(tokenizer)) and save the model, or remove the token"
     for token, place in sorted(beyond.items(), key=lambda entry: entry[1]):
         if place in made or place not in special:
             raise ModelError("tokenizer", name, f"its token {token!r} is number {place}, and {rows}: {remedy}")
+
     some = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:4]) + (", ..." if len(beyond) > 4 else "")
     logger.warning("%s has no embedding for its special tokens %s: no text may have them", name, some)
 
 
 def _choose_padding(tokenizer: Any, config: Any) -> int:
-    """The id that fills batches; models without one of their own get the end of text, which no real token sees."""
+    """Choose the id that fills batches; models without one get the end of text, which no real token sees."""
     eos = tokenizer.eos_token_id
     for candidate in (tokenizer.pad_token_id, config.pad_token_id, eos, 0):
         if candidate is not None and 0 <= candidate < config.vocab_size:

@@ -53,9 +53,10 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float) -> Summary:
-    """The summary of a bundle that was just written from a model with `config`."""
+    """Sum up a bundle that was just written from a model with `config`."""
     client = sum(math.prod(entry.shape) for entry in manifest.tensors)
     tail = sum(tensor.numel() for tensor in read_tensors(bundle / TAIL_WEIGHTS).values())
+
     has_classes = find_family(manifest.family).takes_images or is_classifier(config)
     return Summary(
         bundle=str(bundle),
@@ -93,7 +94,7 @@ def _sliding_window(config: Any) -> int | None:
 
 
 def describe(summary: Summary) -> str:
-    """The summary for people."""
+    """Put the summary into lines for people."""
     on_tail = summary.blocks - summary.split
     cut = f"cut after block {summary.split} of {summary.blocks}"
     lines = [
@@ -103,6 +104,7 @@ def describe(summary: Summary) -> str:
         f"  trains  {_trains(summary)}",
         f"  parity  {_parity(summary)}",
     ]
+
     if summary.classes is not None:
         names = f" ({_few(summary.class_names)})" if summary.class_names else ""
         lines.insert(

@@ -25,6 +25,7 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * 4
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
@@ -35,6 +36,6 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file as private memory maps: untouched pages cost nothing, writing leaves the file as it is."""
+    """Read a file's tensors as private memory maps: untouched pages cost nothing, writing leaves the file as it is."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

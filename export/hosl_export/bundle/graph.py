@@ -28,7 +28,7 @@ OUTPUT = "activations"
 
 
 def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
-    """Names of the inputs that are not weights."""
+    """Name the inputs that are not weights."""
     given = BOUNDARY if half.first_block else "pixel_values" if half.family.takes_images else "input_ids"
     return (given, "attention_mask") if half.family.is_encoder and not half.family.takes_images else (given,)
 
@@ -43,11 +43,14 @@ def write_graph(
     """
     # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
     half.model.set_attn_implementation("eager")
+
     model = _trace(half, prefix)
     _lift_parameters(model, half, constants)
     if half.family.keeps_constants:
         # Only now, when what trains is an input that nothing can fold away.
         optimizer.optimize(model)
+
+    # What is written names no folder and no function of this machine.
     _check_self_contained(model)
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
@@ -71,6 +74,7 @@ def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
         assert prefix is not None
         examples = {name: examples[name] for name in names if name != BOUNDARY}
         examples[BOUNDARY] = torch.ones(2, prefix.positions or 8, prefix.width)
+
     with _quiet_exporter():
         # optimize=True would fold transposed weights into constants, which cannot be lifted.
         program = torch.onnx.export(
@@ -97,6 +101,7 @@ def _quiet_exporter() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -113,11 +118,14 @@ def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[st
         plain = renumber(plain_name(name), half.family.blocks, half.first_block)
         if plain in constants:
             continue
+
         value = graph.initializers.pop(f"model.{name}", None)
         if value is None:
             raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
+
         value.const_value = None
         value.name = plain
+        # A device may bind the rows of a batch's tokens alone, as many as there are.
         is_table = parameter is half.token_table
         value.shape = ir.Shape(["rows", *parameter.shape[1:]] if is_table else parameter.shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)

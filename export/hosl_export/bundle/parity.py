@@ -40,7 +40,7 @@ SAMPLE = (
 
 
 class Case(Protocol):
-    """One batch: what both halves are given of it, and what is compared."""
+    """A batch for the check: what both halves are given of it, and what is compared."""
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ class TextCase:
 
     @property
     def name(self) -> str:
-        """As of a Case."""
+        """Tell the batch's size, in words."""
         return f"{self.shape[0]} x {self.shape[1]} tokens"
 
     @property
@@ -88,11 +88,11 @@ class TextCase:
         return (torch.arange(self.shape[1]) < self.lengths[:, None]).long()
 
     def feed(self) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Make the client graph's inputs that are not weights."""
         return {"input_ids": self.input_ids, "attention_mask": self.mask}
 
     def whole(self, model: Any) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Compute what the uncut model makes of the batch, by name of the output."""
         head = class_head(model)
         if find_family(model.config.model_type).is_encoder:
             outputs = _name_outputs(model.base_model(**self.feed()))
@@ -104,14 +104,14 @@ class TextCase:
         return {"logits": head(h_BTD[:, self.positions])}
 
     def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Compute what the tail makes of the batch's activations."""
         if not tail.family.is_encoder:
             return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
         outputs = _name_outputs(tail.model.base_model(inputs_embeds=h_BTD, attention_mask=self.mask))
         return outputs if tail.classifier is None else {**outputs, "classes": tail(h_BTD, self.mask)}
 
     def kept(self, name: str, difference: Tensor) -> Tensor:
-        """Those of real tokens."""
+        """Keep the differences of real tokens."""
         if name in ("pooler_output", "classes"):
             return difference
         positions = self.positions if name == "logits" else torch.arange(self.shape[1])
@@ -126,24 +126,24 @@ class ImageCase:
 
     @property
     def name(self) -> str:
-        """As of a Case."""
+        """Tell the batch's size, in words."""
         rows, _, height, width = self.pixel_values.shape
         return f"{rows} x {height} x {width} pixels"
 
     def feed(self) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Make the client graph's inputs that are not weights."""
         return {"pixel_values": self.pixel_values}
 
     def whole(self, model: Any) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Compute what the uncut model makes of the batch, by name of the output."""
         return {"logits": model(self.pixel_values).logits}
 
     def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
-        """As of a Case."""
+        """Compute what the tail makes of the batch's activations."""
         return {"logits": tail(h_BTD)}
 
     def kept(self, name: str, difference: Tensor) -> Tensor:
-        """All of them."""
+        """Keep all differences."""
         return difference
 
 
@@ -156,14 +156,14 @@ class Reference:
 
 
 def make_image_cases(image: ImageEntry) -> list[Case]:
-    """Batches of one image and of more: the size of images is fixed."""
+    """Make batches of one image and of more: the size of images is fixed."""
     generator = torch.Generator().manual_seed(0)
     shape = (image.channels, image.height, image.width)
     return [ImageCase(torch.randn(rows, *shape, generator=generator)) for rows in (1, 3)]
 
 
 def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int, prompt_tokens: int = 0) -> list[Case]:
-    """Batches from one token after the soft prompt's to the longest length, with rows of different lengths."""
+    """Make batches from one token after the soft prompt's to the longest length, with rows of different lengths."""
     tokens = tokenizer(SAMPLE, truncation=False)["input_ids"]
     longest = min(max_length, LONGEST) - prompt_tokens
     shapes = dict.fromkeys((rows, min(length, longest)) for rows, length in ((1, 1), (3, 7), (2, 33), (2, longest)))
@@ -187,18 +187,18 @@ def compute_references(model: Any, cases: list[Case]) -> list[Reference]:
 
 
 def _name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Of an encoder."""
+    """Name an encoder's outputs."""
     names = ("last_hidden_state", "pooler_output")
     return {name: outputs[name] for name in names if outputs.get(name) is not None}
 
 
 def check_bundle(bundle: Path, manifest: Manifest, references: list[Reference]) -> float:
-    """Run the bundle's halves on each batch. Returns the largest difference, relative; raises ParityError."""
-    shard, tail = Shard(bundle, manifest), load_tail(bundle, manifest)
+    """Run the bundle's halves on each batch. Returns the largest relative difference; raises ParityError."""
+    shard, tail = ShardRuntime(bundle, manifest), load_tail(bundle, manifest)
     return max(_check_case(shard, tail, reference) for reference in references)
 
 
-class Shard:
+class ShardRuntime:
     """The client half in ONNX Runtime, its weights given as inputs from a memory map of the file."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
@@ -214,7 +214,7 @@ class Shard:
         self._output = manifest.output
 
     def run(self, case: Case) -> Tensor:
-        """Activations [B, T, D]."""
+        """Compute the activations [B, T, D] of a batch."""
         feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.feed().items()}
         for session in self._sessions:
             given = {**feed, **self._weights}
@@ -224,14 +224,14 @@ class Shard:
 
 
 @torch.no_grad()
-def _check_case(shard: Shard, tail: Tail, reference: Reference) -> float:
+def _check_case(shard: ShardRuntime, tail: Tail, reference: Reference) -> float:
     case = reference.case
     outputs = case.cut(tail, shard.run(case))
     return max(_compare(case, name, outputs[name], expected) for name, expected in reference.outputs.items())
 
 
 def _compare(case: Case, name: str, got: Tensor, expected: Tensor) -> float:
-    """Largest difference that counts, as a share of the largest expected magnitude."""
+    """Find the largest difference that counts, as a share of the largest expected magnitude."""
     difference = case.kept(name, (got - expected).abs())
     error = float(difference.max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
     if not error <= TOLERANCE:  # a difference that is not a number fails too

@@ -19,12 +19,14 @@ from hosl_protocol.run.manifest import TAIL_WEIGHTS, BundleError, Manifest
 
 
 def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
-    """The device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
+    """Load the device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
 
     `state` holds its weights and buffers under plain names. Raises BundleError.
     """
     family = find_family(manifest.family)
     model = _skeleton(load_config(bundle), manifest, None)
+
+    # In the order of the export, so that the names of the parameters are the same.
     if manifest.prompt_tokens:
         add_prompt(model, manifest.prompt_tokens)
     half = client_half(model, manifest.split, manifest.image)
@@ -35,7 +37,7 @@ def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> C
 
 
 def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
-    """The server half of a bundle, float32 on the CPU, in eval mode.
+    """Load the server half of a bundle, float32 on the CPU, in eval mode.
 
     With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
     the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
@@ -46,25 +48,28 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
     keeps = num_labels is None or keeps_head(manifest, config, num_labels)
     model = _skeleton(config, manifest, num_labels)
     cut_tail(model, family, manifest.split)
+
     state = _read_tail(bundle)
     if not keeps:
         state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
     prefix = base_prefix(model, family)
     fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
+
     grid = None if manifest.image is None else manifest.image.grid
     return Tail(model, family, grid, manifest.prompt_tokens).eval()
 
 
 def load_config(bundle: Path) -> Any:
-    """The uncut model's configuration."""
+    """Load the uncut model's configuration."""
     return AutoConfig.from_pretrained(bundle / "tail")
 
 
 def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = None) -> Any:
-    """The config of the joined model, embeddings untied; of its classifier with `num_labels`."""
+    """Make the config of the joined model, embeddings untied; of its classifier with `num_labels`."""
     config = load_config(bundle)
     config.tie_word_embeddings = False
     config.architectures = [manifest.architecture]
+
     if manifest.image is not None:
         config.num_labels = config.num_labels if num_labels is None else num_labels
         config.problem_type = "single_label_classification"
@@ -78,7 +83,7 @@ def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = No
 
 
 def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
-    """The uncut model, or its classifier, without memory for its weights."""
+    """Make the uncut model, or its classifier, without memory for its weights."""
     if num_labels is not None:
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
     auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
@@ -112,6 +117,7 @@ def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> No
         # Gemma's multiplies what it looks up.
         module.embed_scale = torch.tensor(module.scalar_embed_scale)
         return
+
     fresh = type(module)(config=model.config)
     if next(module.parameters(), None) is None:
         # Rotary frequencies.

@@ -40,7 +40,7 @@ TOOLS = ("hosl", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript
 
 
 def check_space(out: Path, weight_bytes: int) -> None:
-    """Raises SpaceError where the disk cannot hold weights of this size."""
+    """Raise SpaceError where the disk cannot hold weights of this size."""
     folder = nearest_folder(out)
     needed, free = weight_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
@@ -54,12 +54,13 @@ def write_shard_graphs(
     prefix: PrefixEntry | None = None,
     grid: tuple[int, int] | None = None,
 ) -> None:
-    """`shard/shard.onnx`, and `shard/prefix.onnx` where there is one, without weights but for constants.
+    """Write `shard/shard.onnx`, and `shard/prefix.onnx` where there is one, without weights but for constants.
 
     `grid` is the shape of the activations between them where they are a feature map.
     """
     (bundle / SHARD_GRAPH).parent.mkdir(exist_ok=True)
     constants = {entry.name for entry in tensors if entry.constant}
+
     if prefix is not None:
         first, client = divide(client, prefix.blocks, grid)
         write_graph(first, bundle / SHARD_PREFIX, constants)
@@ -67,8 +68,10 @@ def write_shard_graphs(
 
 
 def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
-    """Both halves' weights, under the names that they have without a task head. Tied embeddings are written twice: from
-    here on the halves are untied."""
+    """Write both halves' weights, under the names that they have without a task head.
+
+    Tied embeddings are written twice: from here on the halves are untied.
+    """
     for name in (SHARD_WEIGHTS, TAIL_WEIGHTS):
         (bundle / name).parent.mkdir(exist_ok=True)
     write_tensors(bundle / SHARD_WEIGHTS, plain_tensors(client))
@@ -78,12 +81,13 @@ def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
 
 
 def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> None:
-    """The device's tokenizer; the uncut model's config, generation config and tokenizer files beside the tail."""
+    """Write the device's tokenizer; the uncut model's config, generation config and tokenizer files beside the tail."""
     # Padding and truncation stored in the file would change every text's tokens; hosl pads and cuts by itself.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
     plain.save(str(bundle / SHARD_TOKENIZER))
+
     padding = tokenizer.added_tokens_decoder.get(pad_token_id)
     if tokenizer.pad_token_id != pad_token_id and padding is not None and padding.special:
         # A merged model's batches are padded as its config says. A token that is not special yet stays as it is: texts
@@ -94,7 +98,7 @@ def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> 
 
 
 def write_config(bundle: Path, model: Any) -> None:
-    """The uncut model's config, and how a language model generates."""
+    """Write the uncut model's config, and how a language model generates."""
     config = bundle / TAIL_CONFIG
     model.config.to_json_file(config)
     if getattr(model, "generation_config", None) is not None:
@@ -102,18 +106,18 @@ def write_config(bundle: Path, model: Any) -> None:
 
 
 def describe_files(bundle: Path) -> tuple[FileEntry, ...]:
-    """Every file of the bundle but the manifest, by path."""
+    """Describe every file of the bundle but the manifest, by path."""
     paths = (path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
     return tuple(describe_file(bundle, path) for path in sorted(paths) if path != MANIFEST)
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """`manifest.json`."""
+    """Write `manifest.json`."""
     (bundle / MANIFEST).write_bytes(encode_manifest(manifest))
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the tools that write the bundle, where they are installed."""
+    """Find the versions of the tools that write the bundle, where they are installed."""
     versions = {}
     for tool in TOOLS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,8 @@
-"""How to cut each architecture: one declarative entry per family, keyed by Hugging Face's `model_type`."""
+"""How to cut each architecture: one declarative entry per family, keyed by Hugging Face's `model_type`.
+
+A new family is an entry in FAMILIES; whether it is right shows in the parity check of its first export, and the tests
+try each family on a tiny model with random weights (tests/helpers/tiny_models.py).
+"""
 
 from __future__ import annotations
 
@@ -122,7 +126,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(model_type: str) -> Family:
-    """The entry for `model_type`. Raises UnknownFamily."""
+    """Find the entry for `model_type`. Raises UnknownFamily."""
     try:
         return FAMILIES[model_type]
     except KeyError:
@@ -130,6 +134,6 @@ def find_family(model_type: str) -> Family:
 
 
 def renumber(name: str, blocks: str, shift: int) -> str:
-    """A parameter's name where the list of blocks at the path `blocks` has `shift` more before it."""
+    """Rename a parameter for a model where the list of blocks at the path `blocks` has `shift` more before it."""
     match = re.fullmatch(rf"({re.escape(blocks)}\.)(\d+)(\..*)", name)
     return f"{match[1]}{int(match[2]) + shift}{match[3]}" if match else name

@@ -1,5 +1,7 @@
 """Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors.
 
+Cutting copies the tree of modules and drops parts of the copy; every tensor stays the uncut model's own, so that a half
+costs no memory and a weight that is changed in one place is changed in all.
 Shapes: B batch, T tokens or positions of an image, D width of the activations, V vocabulary, L labels, S positions
 asked for, C channels, H rows, W columns.
 """
@@ -34,6 +36,7 @@ class ClientHalf(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+
         self.model = model
         self.family = family
         self.image = image
@@ -66,6 +69,7 @@ class ClientHalf(nn.Module):
         if self.family.takes_images:
             h = self._continue(boundary) if boundary is not None else self.features(pixel_values)
             return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
+
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
         mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
         given = {"input_ids": input_ids} if boundary is None else {"inputs_embeds": boundary}
@@ -117,6 +121,7 @@ class Tail(nn.Module):
         if self.family.is_encoder:
             outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
             return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
+
         h_BTD = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         if self.classifier is not None and positions is None:
             positions = _last_tokens(h_BTD, attention_mask)
@@ -124,7 +129,7 @@ class Tail(nn.Module):
         return self._head(h)
 
     def _classify_image(self, h_BTD: Tensor) -> Tensor:
-        """Logits [B, L] from the positions of each image."""
+        """Compute logits [B, L] from the positions of each image."""
         h = _run(self.model.get_submodule(self.family.blocks), _unpack(h_BTD, self.grid))
         if self.family.final_norm is not None:
             h = self.model.get_submodule(self.family.final_norm)(h)
@@ -146,7 +151,7 @@ def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
 
 
 def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Positions [B, T, D] as the feature map [B, D, rows, columns] that they are of, if any."""
+    """Shape positions [B, T, D] into the feature map [B, D, rows, columns] that they are of, if any."""
     if grid is None:
         return h_BTD
     h_BDRC = h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
@@ -156,14 +161,14 @@ def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
 
 
 def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Index of each row's last real token [B]."""
+    """Find the index of each row's last real token [B]."""
     if attention_mask is None:
         return torch.full(h_BTD.shape[:1], h_BTD.shape[1] - 1, device=h_BTD.device)
     return attention_mask.sum(dim=1).long() - 1
 
 
 def _select(h_BTD: Tensor, positions: Tensor) -> Tensor:
-    """[B, T, D] at [B] gives [B, D], at [B, S] gives [B, S, D]."""
+    """Take positions of [B, T, D]: at [B] it gives [B, D], at [B, S] it gives [B, S, D]."""
     rows = torch.arange(len(h_BTD), device=h_BTD.device)
     return h_BTD[rows.view(-1, *[1] * (positions.ndim - 1)), positions]
 
@@ -172,7 +177,7 @@ class _ZeroPositions(nn.Module):
     """Stands for a position embedding on the tail: the activations already hold the positions."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
-        """A scalar 0."""
+        """Return a scalar 0, which added changes nothing."""
         return torch.zeros(())
 
 
@@ -180,24 +185,25 @@ class _PassBy(nn.Module):
     """Stands for an embedding block on the tail: the activations already went through it."""
 
     def forward(self, inputs_embeds: Tensor, **keywords: Any) -> Tensor:
-        """`inputs_embeds` as they are."""
+        """Return `inputs_embeds` as they are."""
         return inputs_embeds
 
 
 def share(model: Any) -> Any:
-    """A copy of the module tree and its config that shares every tensor with `model`."""
+    """Copy the module tree and its config; every tensor is shared with `model`."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def client_half(model: Any, split: int, image: ImageEntry | None = None) -> ClientHalf:
-    """The first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole.
+    """Cut off the first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole.
 
     `image` says what a model of images is given.
     """
     family = find_family(model.config.model_type)
     # What an encoder's task head is put on is a whole model by itself, and all that a device needs of it.
     half = share(model.base_model if base_prefix(model, family) else model)
+
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
         replace_module(half, path, None)
@@ -207,7 +213,7 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
 
 
 def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None) -> tuple[ClientHalf, ClientHalf]:
-    """The first `blocks` of a client half and the others, sharing its tensors; the client half stays whole.
+    """Divide a client half into its first `blocks` and the others, sharing its tensors; the client half stays whole.
 
     `grid` is the shape of the activations between them where they are a feature map.
     """
@@ -221,7 +227,7 @@ def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None)
 
 
 def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:
-    """The blocks of the uncut `model` after the first `split`, with its head, sharing its tensors.
+    """Cut off the blocks of the uncut `model` after the first `split`, with its head, sharing its tensors.
 
     `grid` is the shape of the activations where they are a feature map.
     """

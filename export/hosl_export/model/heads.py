@@ -23,7 +23,7 @@ _CLASSIFIER = "ForSequenceClassification"
 
 
 def uncut_class(family: Family, *, is_classifier: bool) -> Any:
-    """The Hugging Face class that the uncut model is loaded with, or the classifier of texts that it is or becomes."""
+    """Choose the Hugging Face class to load the uncut model with, or the classifier of texts that it is or becomes."""
     if family.takes_images:
         return AutoModelForImageClassification
     if is_classifier:
@@ -47,11 +47,12 @@ def keeps_head(manifest: Manifest, config: Any, num_labels: int) -> bool:
 
 
 def new_head(model: Any, seed: int) -> dict[str, Tensor]:
-    """A classification head as Hugging Face initialises it, from its own generator."""
+    """Draw a classification head as Hugging Face initialises it, from a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
     name = "classifier" if hasattr(model, "classifier") else "score"
     inner, head = linear_of(getattr(model, name))
     name = f"{name}.{inner}".rstrip(".")
+
     weight, bias = torch.empty(head.weight.shape), torch.zeros(head.out_features)
     # OPT has its own name for it, and a ResNet, which has none, leaves it to torch's linear layer.
     spread = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None)
@@ -61,22 +62,23 @@ def new_head(model: Any, seed: int) -> dict[str, Tensor]:
         bias.uniform_(-bound, bound, generator=generator)
     else:
         weight.normal_(0.0, spread, generator=generator)
+
     return {f"{name}.weight": weight} | ({} if head.bias is None else {f"{name}.bias": bias})
 
 
 def class_head(model: Any) -> nn.Module | None:
-    """The head of a classification; None for a language model or a bare encoder."""
+    """Find the head of a classification; None for a language model or a bare encoder."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None
 
 
 def linear_of(head: nn.Module) -> tuple[str, nn.Linear]:
-    """The linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
+    """Find the linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
     return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
 
 
 def own_labels(config: Any) -> tuple[str, ...]:
-    """Names of the classes of a head, in the order of its rows; empty where a config has only numbers for them."""
+    """Name the classes of a head, in the order of its rows; empty where a config has only numbers for them."""
     names = tuple(str(config.id2label.get(place, "")) for place in range(config.num_labels))
     is_numbered = all(name in ("", str(place), f"LABEL_{place}") for place, name in enumerate(names))
     return () if is_numbered else names

@@ -10,7 +10,7 @@ from hosl_protocol.run.manifest import Manifest
 
 
 def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One state under the uncut model's names: the tail's block j becomes block split + j.
+    """Join two states under the uncut model's names: the tail's block j becomes block split + j.
 
     Folds nothing: adapters keep their plain names. A soft prompt, which is no part of the uncut model, is left out. A
     tail built as a classifier gives the classifier's names to both.
@@ -19,6 +19,7 @@ def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Te
     family = find_family(manifest.family)
     has_task_head = bool(family.base_prefix) and any(name.startswith(family.base_prefix) for name in tail)
     prefix = family.base_prefix if has_task_head else ""
+
     joined = {prefix + name: tensor for name, tensor in client.items() if not is_prompt(name)}
     for name, tensor in tail.items():
         whole = renumber(name, prefix + family.blocks, manifest.split)

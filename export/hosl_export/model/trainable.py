@@ -14,12 +14,12 @@ from hosl_protocol.run.manifest import TensorEntry, TrainMode
 
 
 def plain_parameters(half: ClientHalf) -> dict[str, nn.Parameter]:
-    """The client half's parameters under plain names, in graph order."""
+    """List the client half's parameters under plain names, in graph order."""
     return {plain_name(name): parameter for name, parameter in half.model.named_parameters()}
 
 
 def plain_tensors(half: ClientHalf) -> dict[str, Tensor]:
-    """What the shard's file holds: the parameters and, where the graph keeps constants, the buffers after them."""
+    """List what the shard's file holds: the parameters and, where the graph keeps constants, the buffers after them."""
     parameters: dict[str, Tensor] = dict(plain_parameters(half))
     if not half.family.keeps_constants:
         return parameters
@@ -32,7 +32,7 @@ def uses_lora(mode: TrainMode) -> bool:
 
 
 def trained_blocks(split: int, count: int | None) -> range:
-    """The blocks that `--train-blocks count` lets train, of the `split` on the device; -1 is what comes before them."""
+    """Choose the blocks that `--train-blocks count` lets train, of `split`; -1 is what comes before the first."""
     if count is None:
         return range(-1, split)
     return range(-1, count) if count > 0 else range(split + count, split)
@@ -43,6 +43,7 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
     block = _block_of(name, family)
     if blocks is not None and block not in blocks:
         return False
+
     if mode == "lora":
         return is_lora(name)
     if mode == "lora-b":
@@ -58,7 +59,7 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
 
 
 def _block_of(name: str, family: Family) -> int:
-    """The block's number, -1 for what comes before the first."""
+    """Find the block's number, -1 for what comes before the first."""
     place, _, _ = name.removeprefix(f"{family.blocks}.").partition(".")
     return int(place) if name.startswith(f"{family.blocks}.") else -1
 
@@ -79,6 +80,7 @@ def put_on_lattice(
             rounded = round_to_lattice(values, exponent)
             largest_change = max(largest_change, float(np.abs(rounded - values).max()))
             values[...] = rounded
+
         entries.append(
             TensorEntry(
                 name=name,

@@ -19,18 +19,20 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether PEFT wrote this folder; it may hold the base, too."""
+    """Tell whether PEFT wrote this folder; it may hold the base, too."""
     return (folder / CONFIG).is_file()
 
 
 def find_base(folder: Path) -> str:
-    """The folder or hub id of the adapter's base. Raises ModelError where it is not there, or no base is named."""
+    """Find the folder or hub id of the adapter's base. Raises ModelError where it is not there, or no base is named."""
     if (folder / "config.json").is_file():
         return str(folder)
+
     name = _read_config(folder).get("base_model_name_or_path") or ""
     for place in (Path(name).expanduser(), folder.absolute().parent / name):
         if name and (place / "config.json").is_file():
             return str(place)
+
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_id:
         where = f"and its base {name!r} is not there" if name else "and does not name its base"
@@ -48,8 +50,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def base_alone(place: str, adapter: Path | None) -> Iterator[str]:
-    """`place`, or a folder with all of it but the adapter: transformers puts on what it finds beside a model."""
+def base_without_adapter(place: str, adapter: Path | None) -> Iterator[str]:
+    """Give `place`, or a folder with all of it but the adapter: transformers puts on what it finds beside a model."""
     if adapter is None or Path(place) != adapter:
         yield place
         return
@@ -72,7 +74,7 @@ def adopt_head(config: Any, adapter: Path) -> None:
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:
-    """The base with the adapter's weights in its own. Raises ModelError for one that is no part of the weights."""
+    """Merge the adapter's weights into the base's own. Raises ModelError for one that is no part of the weights."""
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(model, adapter)

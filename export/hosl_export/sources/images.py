@@ -23,7 +23,7 @@ _RESAMPLE = get_args(get_type_hints(ImageEntry)["resample"])
 
 
 def read_image_entry(facts: dict[str, Any], config: Any, family: Family, name: str, asked: int | None) -> ImageEntry:
-    """What images become, by the preprocessor's `facts`, the model's config and the size that was asked for, if any.
+    """Read what images become, by the preprocessor's `facts`, the model's config and the size that was asked for.
 
     Raises ModelError where they contradict each other, SettingsError where the size that was asked for cannot be.
     """
@@ -32,6 +32,7 @@ def read_image_entry(facts: dict[str, Any], config: Any, family: Family, name: s
         logger.warning(
             "%s says nothing of its images: they are resized to %d x %d, with mean and std 0.5", name, height, width
         )
+
     filter_ = facts.get("resample")
     is_normalized = facts.get("do_normalize", True)
     return ImageEntry(
@@ -46,7 +47,7 @@ def read_image_entry(facts: dict[str, Any], config: Any, family: Family, name: s
 
 
 def _choose_size(facts: dict[str, Any], config: Any, family: Family, asked: int | None) -> tuple[int, int]:
-    """Height and width."""
+    """Choose height and width. Raises ModelError and SettingsError as `read_image_entry`."""
     own = _pair(getattr(config, "image_size", None))
     if family.has_fixed_size:
         if own is None:
@@ -54,16 +55,19 @@ def _choose_size(facts: dict[str, Any], config: Any, family: Family, asked: int 
         if asked is not None and (asked, asked) != own:
             raise SettingsError("image-size", asked, f"the model embeds the positions of {own[0]} x {own[1]} pixels")
         return own
+
     if asked is not None:
         if not 8 <= asked <= 4096:
             raise SettingsError("image-size", asked, "use 8 to 4096 pixels")
         return asked, asked
+
+    # The crop comes last in a preprocessor, so that it says what the model saw.
     said = facts.get("crop_size") if facts.get("do_center_crop") else None
     return _pair(said) or _pair(facts.get("size")) or own or (DEFAULT_SIZE, DEFAULT_SIZE)
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """Height and width from the many ways that configs write them."""
+    """Read height and width from the many ways that configs write them."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, (list, tuple)) and len(size) == 2:
@@ -89,7 +93,7 @@ def _per_channel(
 
 
 def write_preprocessor(bundle: Path, image: ImageEntry) -> None:
-    """A preprocessor beside the tail's config that does what the device does, so that a merged model sees the same."""
+    """Write a preprocessor beside the tail's config that does as the device, so that a merged model sees the same."""
     facts = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -101,5 +105,6 @@ def write_preprocessor(bundle: Path, image: ImageEntry) -> None:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
+
     path = (bundle / TAIL_CONFIG).with_name(PREPROCESSOR)
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

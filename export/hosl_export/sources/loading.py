@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -23,7 +22,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from hosl_export.exceptions import ModelError, first_line
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import HEADS, is_classifier, uncut_class
-from hosl_export.sources.adapters import adopt_head, base_alone, find_base, is_adapter, merge_adapter
+from hosl_export.sources.adapters import adopt_head, base_without_adapter, find_base, is_adapter, merge_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +55,11 @@ class Source:
 
 
 def find_source(model: str, revision: str | None = None) -> Source:
-    """What `--model` stands for. Raises ModelError where a file or folder is missing."""
+    """Find what `--model` stands for. Raises ModelError where a file or folder is missing."""
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # a user without a home
         path = path.expanduser()
+
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError("model", model, "there is no such file")
@@ -72,6 +72,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
                 "model", model, "the folder holds no config.json; give a folder that save_pretrained wrote"
             )
         return Source(path.resolve().name, str(path))
+
     if path.exists() or not _HUB_ID.fullmatch(model):
         raise ModelError("model", model, "use a folder, a .gguf file, or a hub id such as facebook/opt-125m")
     return Source(model, model, revision=revision)
@@ -87,6 +88,7 @@ def quiet_transformers() -> Iterator[None]:
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
     hub.setLevel(logging.ERROR)
+
     try:
         # Some bars are plain tqdm, which knows no switch.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -110,9 +112,13 @@ def _one_gguf_parse(source: Source) -> Iterator[None]:
         return
     import gguf
 
-    names = lru_cache(gguf.get_tensor_name_map)
-    with mock.patch.multiple(gguf, GGUFReader=_read_gguf, get_tensor_name_map=names):
+    # transformers looks both up in the module each time, and has no other way in.
+    former = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = _read_gguf, lru_cache(gguf.get_tensor_name_map)
+    try:
         yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = former
 
 
 @lru_cache(maxsize=1)
@@ -127,6 +133,7 @@ def _opening(source: Source, what: str) -> Iterator[None]:
     """Turn the many errors of `from_pretrained` into one line."""
     has_base = source.adapter not in (None, Path(source.place))
     missing = f"the {what} of its base {source.place}" if has_base else f"its {what}"
+
     try:
         with quiet_transformers(), _one_gguf_parse(source):
             yield
@@ -139,7 +146,7 @@ def _opening(source: Source, what: str) -> Iterator[None]:
 
 
 def load_config(source: Source) -> Any:
-    """The model's configuration. Raises ModelError."""
+    """Load the model's configuration. Raises ModelError."""
     with _opening(source, "configuration"):
         config = AutoConfig.from_pretrained(source.place, **source.arguments)
         find_family(config.model_type)
@@ -169,7 +176,7 @@ def _check_quantized(source: Source, config: Any) -> None:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer. Raises ModelError where it has none that the `tokenizers` library runs."""
+    """Load the model's tokenizer. Raises ModelError where it has none that the `tokenizers` library runs."""
     with _opening(source, "tokenizer"), _naming_sentencepiece(source):
         tokenizer = AutoTokenizer.from_pretrained(source.tokens_place, **source.arguments)
     if not getattr(tokenizer, "is_fast", False) or not tokenizer.get_vocab():
@@ -190,7 +197,7 @@ def _naming_sentencepiece(source: Source) -> Iterator[None]:
 
 
 def load_preprocessor(source: Source) -> dict[str, Any]:
-    """What the model's image preprocessor says; empty where it has none."""
+    """Read what the model's image preprocessor says; empty where it has none."""
     with quiet_transformers(), contextlib.suppress(OSError):
         facts, _ = ImageProcessingMixin.get_image_processor_dict(source.place, **source.arguments)
         return dict(facts)
@@ -198,8 +205,10 @@ def load_preprocessor(source: Source) -> dict[str, Any]:
 
 
 def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
-    """The whole Hugging Face model, float32, in eval mode: a causal language model, an encoder with its pooler, or a
-    classifier of images or, where the checkpoint is one, of texts.
+    """Load the whole Hugging Face model, float32, in eval mode.
+
+    It is a causal language model, an encoder with its pooler, or a classifier of images or, where the checkpoint is
+    one, of texts.
 
     Weights that the checkpoint lacks are an error, but for an encoder's pooler and head and an image classifier's,
     which are initialised from `seed`. Other heads that it has are left out, with a warning.
@@ -209,9 +218,11 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
     config = load_config(source) if config is None else config
     family = find_family(config.model_type)
     auto = uncut_class(family, is_classifier=is_classifier(config))
+
+    # Heads that the checkpoint lacks are drawn from torch's global generator, which is left as it was.
     with (
         _opening(source, "weights"),
-        base_alone(source.place, source.adapter) as place,
+        base_without_adapter(source.place, source.adapter) as place,
         torch.random.fork_rng(devices=[]),
     ):
         torch.manual_seed(seed)
@@ -222,6 +233,7 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
         _check_complete(source, config, report)
         if source.adapter is not None:
             model = merge_adapter(model, source.adapter)
+
     # Left by those who dequantize, and some weights in another type; all are plain float32 from here on.
     vars(model.config).pop("quantization_config", None)
     # The model's own float() refuses one that was dequantized, too.
@@ -229,7 +241,9 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
 
 
 def _check_complete(source: Source, config: Any, report: dict[str, Any]) -> None:
+    """Raise ModelError where the checkpoint lacks weights that nothing may draw; tell what of it is left out."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+
     if source.adapter is not None:
         # The adapter of a classifier brings its head, of its own size.
         missing = [name for name in missing if name.partition(".")[0] not in HEADS]
@@ -240,9 +254,11 @@ def _check_complete(source: Source, config: Any, report: dict[str, Any]) -> None
             missing = [name for name in missing if name not in absent]
             if absent:
                 logger.warning("%s has no %s: it starts from random weights", source.name, part)
+
     if names := missing or mismatched:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ModelError("model", source.name, f"the checkpoint lacks {names[0]}{more}")
+
     dropped = " and ".join(sorted({name.partition(".")[0] for name in report["unexpected_keys"]}))
     if dropped:
         kind = " and ".join(config.architectures or ["checkpoint"])

@@ -39,7 +39,7 @@ class Origin(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def find_origin(source: Source) -> Origin:
-    """Of a model that is being exported."""
+    """Find the origin of a model that is being exported."""
     place = source.place if source.adapter is None else str(source.adapter)
     is_local = Path(place).is_dir()
     return Origin(
@@ -53,7 +53,7 @@ def find_origin(source: Source) -> Origin:
 
 
 def _license_of(source: Source) -> str | None:
-    """What the card beside the model says."""
+    """Read the license that the card beside the model names."""
     from huggingface_hub import metadata_load
 
     # A card is nothing that an export could fail for: there may be none, no network, or no YAML in it.
@@ -65,13 +65,13 @@ def _license_of(source: Source) -> str | None:
 
 
 def write_origin(bundle: Path, origin: Origin) -> None:
-    """Put it beside the tail's config."""
+    """Write the origin beside the tail's config."""
     path = (bundle / TAIL_CONFIG).with_name(FILE)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(origin), indent=2) + b"\n")
 
 
 def read_origin(bundle: Path, manifest: Manifest) -> Origin:
-    """Of a bundle; one that does not say has its model's name."""
+    """Read the origin of a bundle; one that does not say has its model's name."""
     path = (bundle / TAIL_CONFIG).with_name(FILE)
     if not path.exists():
         return Origin(model=manifest.model, revision=manifest.revision)
