@@ -1,4 +1,4 @@
-"""What can go wrong with a site's processes and connections, drawn from a seed, and how it is done to them."""
+"""What can go wrong with a deployment's processes and connections, drawn from a seed, and how it is done to them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from chaos.deployment import DEVICES, ROUNDS, ChaosSettings, Deployment
 from chaos.launch import POINTS
 from chaos.proxy import Direction
-from chaos.site import DEVICES, ROUNDS, Settings, Site
 
 Kind = Literal["kill", "leave", "crash", "freeze", "cut", "hold", "slow", "repeat"]
 
@@ -59,9 +59,9 @@ class Fault:
         return f"{self.kind} {self.target}{more}, {self.delay_s:.3f} s after {when}"
 
 
-def draw_settings(generator: random.Random, *, strict: bool) -> Settings:
+def draw_settings(generator: random.Random, *, strict: bool) -> ChaosSettings:
     """A run's settings."""
-    return Settings(
+    return ChaosSettings(
         algorithm=generator.choice(["ho-sfl", "ho-sfl", "hosl"]),
         optimizer=generator.choice(["sgd", "adamw"]),
         per_round=generator.choice([0, 0, 2]) if strict else 0,
@@ -70,19 +70,19 @@ def draw_settings(generator: random.Random, *, strict: bool) -> Settings:
     )
 
 
-def draw_faults(generator: random.Random, settings: Settings, targets: tuple[str, ...]) -> list[Fault]:
+def draw_faults(generator: random.Random, settings: ChaosSettings, targets: tuple[str, ...]) -> list[Fault]:
     """Five to eight faults of some of `targets`, anywhere from the start to the last round."""
     return [_draw(generator, settings, targets) for _ in range(generator.randint(5, 8))]
 
 
-def _draw(generator: random.Random, settings: Settings, targets: tuple[str, ...]) -> Fault:
+def _draw(generator: random.Random, settings: ChaosSettings, targets: tuple[str, ...]) -> Fault:
     target = generator.choice(targets)
     kinds = KINDS["cloud" if target == "cloud" else "device"]
     (kind,) = generator.choices(list(kinds), list(kinds.values()))
     round_ = generator.randint(0, ROUNDS)
     stage = generator.choice(STAGES[settings.algorithm]) if round_ else generator.choice(["", "eval-start"])
     points = POINTS["hosl_cloud" if target == "cloud" else "hosl_edge"]
-    point = generator.choice(sorted(points))
+    point = generator.choice(sorted(points))  # sorted: the same seed draws the same faults
     whens = ["before", "after", *(["half"] if point == "journal-append" else [])]
     return Fault(
         kind=kind,
@@ -98,22 +98,23 @@ def _draw(generator: random.Random, settings: Settings, targets: tuple[str, ...]
     )
 
 
-async def do_faults(site: Site, faults: list[Fault], done: Counter[str]) -> None:
+async def do_faults(deployment: Deployment, faults: list[Fault], done: Counter[str]) -> None:
     """All of them, each at its time; `done` counts those that hit something, and is right at any moment."""
-    await asyncio.gather(*(_do(site, fault, done) for fault in faults))
+    await asyncio.gather(*(_do(deployment, fault, done) for fault in faults))
 
 
-async def _do(site: Site, fault: Fault, done: Counter[str]) -> None:
+async def _do(deployment: Deployment, fault: Fault, done: Counter[str]) -> None:
     if fault.stage:
-        await site.see(fault.stage, fault.round)
+        await deployment.wait_for_message(fault.stage, fault.round)
     await asyncio.sleep(fault.delay_s)
-    worker = site.workers[fault.target]
+    worker = deployment.workers[fault.target]
     while not worker.is_running:
         await asyncio.sleep(0.01)
-    if fault.target in site.proxies and fault.kind in ("cut", "hold", "slow", "repeat"):
-        await _disturb(site, fault, done)
+
+    if fault.target in deployment.proxies and fault.kind in ("cut", "hold", "slow", "repeat"):
+        await _disturb(deployment, fault, done)
     elif fault.kind == "crash":
-        await _order(site, fault, done)
+        await _crash(deployment, fault, done)
     else:
         number = {"kill": signal.SIGKILL, "leave": signal.SIGTERM, "freeze": signal.SIGSTOP}[fault.kind]
         worker.send(number)
@@ -125,14 +126,15 @@ async def _do(site: Site, fault: Fault, done: Counter[str]) -> None:
                 worker.send(signal.SIGCONT)
 
 
-async def _order(site: Site, fault: Fault, done: Counter[str]) -> None:
+async def _crash(deployment: Deployment, fault: Fault, done: Counter[str]) -> None:
     """Leave the order to crash; the next one waits until it was followed."""
-    path = site.workers[fault.target].order
+    path = deployment.workers[fault.target].order
     while path.exists():
         await asyncio.sleep(0.01)
     new = path.with_suffix(f".{id(fault)}")
     new.write_text(fault.order, encoding="ascii")
     new.replace(path)
+
     try:
         while path.exists():
             await asyncio.sleep(0.01)
@@ -140,8 +142,8 @@ async def _order(site: Site, fault: Fault, done: Counter[str]) -> None:
         done["crash"] += not path.exists()
 
 
-async def _disturb(site: Site, fault: Fault, done: Counter[str]) -> None:
-    proxy = site.proxies[fault.target]
+async def _disturb(deployment: Deployment, fault: Fault, done: Counter[str]) -> None:
+    proxy = deployment.proxies[fault.target]
     if fault.kind in ("cut", "repeat"):
         reached = asyncio.Event()
 

@@ -66,6 +66,7 @@ def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     faulthandler.register(signal.SIGUSR1)
+
     for place, value in SHORTER[module].items():
         owner, name = _find(place)
         assert hasattr(owner, name), place
@@ -73,6 +74,7 @@ def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:
     for point, place in POINTS[module].items():
         owner, name = _find(place)
         setattr(owner, name, _mortal(point, getattr(owner, name), order))
+
     sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
 
 
@@ -87,6 +89,7 @@ def _find(place: str) -> tuple[Any, str]:
 
 
 def _mortal(point: str, function: Callable[..., Any], order: Path) -> Callable[..., Any]:
+    """Wrap a function so that the process kills itself before, after or half way through it, where it is ordered to."""
     passed = {"before": 0, "half": 0, "after": 0}
 
     def is_due(when: str) -> bool:
@@ -99,7 +102,7 @@ def _mortal(point: str, function: Callable[..., Any], order: Path) -> Callable[.
         passed[when] += 1
         if passed[when] <= int(ordered[2]):
             return False
-        order.unlink()
+        order.unlink()  # before it dies: the next start must get through
         return True
 
     def die() -> None:

@@ -39,12 +39,14 @@ class _Messages:
         self._buffer += data
         if not self._is_open and not self._has_opened():
             return []
+
         found = []
         while (size := self._size()) and len(self._buffer) >= size:
             frame = bytes(self._buffer[:size])
             del self._buffer[:size]
             if frame[0] & 0x0F >= 8:  # a ping or the like
                 continue
+
             payload = _payload(frame)
             self._left = self._left - len(payload) if self._message else _tensor_bytes(payload)
             self._message += frame
@@ -189,6 +191,7 @@ class Proxy:
             writer.transport.abort()
             await _end(writer)
             return
+
         link = _Link((writer, upstream_writer))
         self._links.add(link)
         try:
@@ -209,6 +212,7 @@ class Proxy:
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 await self._flowing.wait()
+
                 if direction == "down":
                     self._look(link, data)
                 await self._write(direction, self._with_repeats(link, direction, data), writer)
@@ -232,6 +236,7 @@ class Proxy:
         due = sorted((count for count in counts if count.left <= len(data)), key=lambda count: count.left)
         for count in counts:
             count.left -= len(data)
+
         passed = 0
         for count in due:
             end = count.left + len(data)

@@ -3,7 +3,7 @@
 make chaos SEEDS=1-20
 make chaos SEEDS=1-20 CHAOS="--work DIR --ordinary"
 
-Every seed is a run of real processes (chaos_site.py) that five to eight faults are drawn for (faults.py); those that
+Every seed is a run of real processes (deployment.py) that five to eight faults are drawn for (faults.py); those that
 find nothing to hit are not counted. Finished seeds are kept in DIR/results-*.jsonl and skipped, what is printed is in
 DIR/table-*.txt, too; the folder of a seed that failed stays. In an ordinary run, which is not strict, only the digests
 must agree at the end. --spare-cloud spares the cloud. A device is "away" that was not told of the end: its journal must
@@ -31,8 +31,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from chaos.deployment import DATABASE, ROUNDS, ChaosSettings, Deployment
 from chaos.faults import do_faults, draw_faults, draw_settings, targets_of
-from chaos.site import DATABASE, ROUNDS, Settings, Site
 from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
@@ -48,7 +48,7 @@ LIMIT_OF_ANOTHER_S = 1200.0
 
 @dataclasses.dataclass
 class Result:
-    """What came of a seed."""
+    """How a seed's run ended."""
 
     seed: int
     settings: str
@@ -78,14 +78,16 @@ def run_seed(
     settings = draw_settings(generator, strict=strict)
     faults = draw_faults(generator, settings, targets_of(with_cloud=with_cloud))
     expected = _unbroken(settings, bundle, work, limit_s) if strict else None
+
     folder = work / f"{'strict' if strict else 'ordinary'}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    site = Site(folder, bundle, settings, generator, is_cold)
+    deployment = Deployment(folder, bundle, settings, generator, is_cold)
     done: Counter[str] = Counter()
     began = time.monotonic()
+
     try:
-        away = asyncio.run(_run(site, faults, done, limit_s))
-        end = _end_of(site, away)
+        away = asyncio.run(_run(deployment, faults, done, limit_s))
+        end = _end_of(deployment, away)
         outcome = _compare(end, expected) if expected is not None else ""
         outcome = outcome or ("same bits" if strict else "digests agree") + (
             f" ({', '.join(away)} away)" if away else ""
@@ -95,6 +97,7 @@ def run_seed(
         outcome, is_good = f"did not end in {limit_s:.0f} s", False
     except AssertionError as error:
         outcome, is_good = str(error), False
+
     result = Result(
         seed,
         str(settings),
@@ -102,9 +105,11 @@ def run_seed(
         outcome,
         is_good,
         round(time.monotonic() - began, 1),
-        site.recoveries,
-        site.snapshots(),
+        deployment.recoveries,
+        deployment.snapshots(),
     )
+
+    # What failed stays to be looked at, with the faults that led there.
     if is_good:
         shutil.rmtree(folder)
     else:
@@ -112,44 +117,47 @@ def run_seed(
     return result
 
 
-async def _run(site: Site, faults: list[Any], done: Counter[str], limit_s: float) -> list[str]:
-    await site.open()
-    breaking = asyncio.create_task(do_faults(site, faults, done))
+async def _run(deployment: Deployment, faults: list[Any], done: Counter[str], limit_s: float) -> list[str]:
+    await deployment.open()
+    breaking = asyncio.create_task(do_faults(deployment, faults, done))
     try:
-        return await site.run(limit_s)
+        return await deployment.run(limit_s)
     finally:
         breaking.cancel()
         await asyncio.gather(breaking, return_exceptions=True)
-        await site.close()
+        await deployment.close()
 
 
-def _unbroken(settings: Settings, bundle: Path, work: Path, limit_s: float) -> dict[str, Any]:
+def _unbroken(settings: ChaosSettings, bundle: Path, work: Path, limit_s: float) -> dict[str, Any]:
     """How the run ends that nothing happens to; computed once for each settings."""
     shard = load_manifest(bundle).shard_digest
     name = "unbroken-" + hashlib.sha256((settings.toml + shard).encode()).hexdigest()[:16]
     cached = work / f"{name}.json"
     if not cached.exists():
         shutil.rmtree(work / name, ignore_errors=True)
-        site = Site(work / name, bundle, settings, random.Random(0))
-        away = asyncio.run(_run(site, [], Counter(), limit_s))
+
+        deployment = Deployment(work / name, bundle, settings, random.Random(0))
+        away = asyncio.run(_run(deployment, [], Counter(), limit_s))
         assert not away, away
-        cached.write_text(json.dumps(_end_of(site, away)), encoding="utf-8")
+        cached.write_text(json.dumps(_end_of(deployment, away)), encoding="utf-8")
         shutil.rmtree(work / name)
     return json.loads(cached.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def _end_of(site: Site, away: Iterable[str]) -> dict[str, Any]:
+def _end_of(deployment: Deployment, away: Iterable[str]) -> dict[str, Any]:
     """What a run came to, as JSON has it. Raises AssertionError where its parts contradict each other."""
-    store = Store(site.folder / "cloud" / DATABASE)
+    store = Store(deployment.folder / "cloud" / DATABASE)
     try:
         runs = store.run_ids()
         assert len(runs) == 1, f"{len(runs)} runs: the first was not resumed"
+
         run = store.run(runs[0])
         assert (run.state, run.round) == ("completed", ROUNDS), f"{run.state} at round {run.round}"
         updates, rounds = store.updates(run.id, 1, ROUNDS), store.rounds(run.id)
-        digest = _mirror_digest(site.bundle, run.config.wire_settings(), updates)
-        _check_devices(site, digest, set(away), store, run.id)
-        checkpoint = find_checkpoint(site.folder / "cloud" / "runs" / run.id, "last")
+        digest = _mirror_digest(deployment.bundle, run.config.wire_settings(), updates)
+        _check_devices(deployment, digest, set(away), store, run.id)
+
+        checkpoint = find_checkpoint(deployment.folder / "cloud" / "runs" / run.id, "last")
         assert checkpoint.info.round == ROUNDS, f"the last checkpoint is of round {checkpoint.info.round}"
         return {
             "client weights": digest,
@@ -162,16 +170,17 @@ def _end_of(site: Site, away: Iterable[str]) -> dict[str, Any]:
         store.close()
 
 
-def _check_devices(site: Site, digest: str, away: set[str], store: Store, run: str) -> None:
+def _check_devices(deployment: Deployment, digest: str, away: set[str], store: Store, run: str) -> None:
     """Devices must hold the final weights; one that was away, rounds that were, to go on from when it is back."""
     rows = store._query("SELECT round, coefficients FROM rounds WHERE run = ?", (run,))
     known = {(row["round"], row["coefficients"]) for row in rows}
-    for name in site.proxies:
-        summary = site.summary(name)
+    for name in deployment.proxies:
+        summary = deployment.summary(name)
         if name not in away and summary is not None:
             assert summary["weights_digest"] == digest, f"{name} ends with other weights than the cloud's mirror"
             continue
-        journal = open_journal(site.folder / "state" / name)
+
+        journal = open_journal(deployment.folder / "state" / name)
         if journal is None:
             continue
         journal.close()
@@ -279,6 +288,7 @@ def _summary(results: list[Result]) -> str:
         faults.update(result.faults)
     good = sum(result.is_good for result in results)
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items()))
+
     lines = [f"{good} of {len(results)} runs are good; {sum(faults.values())} faults: {kinds}"]
     lines.append(f"{sum(result.snapshots for result in results)} times a device took a snapshot to catch up")
     for name in ("device", "cloud"):

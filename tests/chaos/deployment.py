@@ -1,4 +1,8 @@
-"""A cloud and three devices as processes that are started again when they are killed; a proxy before each device."""
+"""A cloud and three devices as processes that are started again when they are killed; a proxy before each device.
+
+One event loop holds it all: a task for each process, the proxies, and the faults that wait for a message to pass. A
+process lives as long as its task, so that nothing is left behind where a run is broken off.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ _SPAWNS = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChaosSettings:
     """What varies between runs. Those that are equal end with the same bits, if they are strict."""
 
     algorithm: str
@@ -147,6 +151,7 @@ class Worker:
             target=launch.run, args=(self.order, self.log, module, arguments), name=self.name, daemon=True
         )
         self._process.start()
+
         self.starts.append(time.monotonic())
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(self._process.sentinel, ended.set)
@@ -160,12 +165,12 @@ class Worker:
 
 
 @dataclass
-class Site:
-    """One run. Its methods run on the event loop."""
+class Deployment:
+    """One run: the cloud, its devices and their proxies. Its methods run on the event loop."""
 
     folder: Path
     bundle: Path
-    settings: Settings
+    settings: ChaosSettings
     generator: random.Random
     is_cold: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -183,6 +188,8 @@ class Site:
         config.write_text(self.settings.toml, encoding="utf-8")
         data = self.folder / "cloud"
         data.mkdir()
+
+        # The cloud keeps its port from start to start, for the proxies know it.
         port = _free_port()
         serve = ["hosl_cloud", "serve", "--bundle", self.bundle, "--config", config, "--data-dir", data]
         self._add("cloud", [*serve, "--port", port, "--once"], self.is_completed)
@@ -229,7 +236,7 @@ class Site:
             self.recoveries[kind].append(time.monotonic() - starts[-1])
         self._recovered[name] = len(starts)
 
-    async def see(self, kind: str, round_: int) -> None:
+    async def wait_for_message(self, kind: str, round_: int) -> None:
         """Wait until a message of this type, and of this round or a later one, was sent."""
         if not any(kind == seen and round_ <= seen_round for seen, seen_round in self._seen):
             future = asyncio.get_running_loop().create_future()
@@ -244,6 +251,7 @@ class Site:
         tasks = {asyncio.create_task(worker.attend(), name=name): name for name, worker in self.workers.items()}
         deadline = time.monotonic() + limit_s
         pending = set(tasks)
+
         try:
             while pending:
                 done, pending = await asyncio.wait(
