@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name on first use: the other commands do without ONNX Runtime, which may be what is wrong."""
+    """Load a name on first use: the other commands do without ONNX Runtime, which may be what is wrong."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "agent" if name in _AGENT else "settings" if name in _SETTINGS else "exceptions"

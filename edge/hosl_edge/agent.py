@@ -23,7 +23,7 @@ from hosl_edge.connection.network import NetworkWatch
 from hosl_edge.connection.offer import check_fit, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely
-from hosl_edge.data.records import check_files
+from hosl_edge.data.records import check_readable
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
 from hosl_edge.host.display import Display, Progress
@@ -77,7 +77,7 @@ async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> 
     async with notified(pool, settings.stall_timeout_s):
         keep_heap_small()
         token = read_token(Path(settings.token_file))
-        check_files(Path(settings.data), Path(settings.eval) if settings.eval else None)
+        check_readable(Path(settings.data), Path(settings.eval) if settings.eval else None)
         settings = msgspec.structs.replace(settings, name=device_name(settings, token))
         display = Display(settings.name) if pool is None else Display(settings.name, pool.tick)
         agent = Agent(settings, token, display)

@@ -99,7 +99,8 @@ class Session:
                     if isinstance(frame.message, Complete):
                         return frame.message
                     self.progress.state = STATES.get(type(frame.message), self.progress.state)
-                    interruption = await self._handler_of(frame.message)(frame.message, frame)
+                    handler = self._handler_of(frame.message)
+                    interruption = await handler(frame.message, frame) if handler is not None else None
                     self.progress.state = "waiting"
             except (ConnectionLost, RefusedError):
                 raise  # the cloud knows, or cannot be told
@@ -121,8 +122,8 @@ class Session:
             raise RefusedError(frame.message.reason, retry=frame.message.retry, code=frame.message.code)
         return frame
 
-    def _handler_of(self, message: Message) -> Handler:
-        """Choose what deals with a message outside a step. A new message of the cloud's gets its line here."""
+    def _handler_of(self, message: Message) -> Handler | None:
+        """Choose what deals with a message outside a step; None drops it. A new message gets its line here."""
         handlers: dict[type, Handler] = {
             Welcome: self._join,
             CatchUp: self._catch_up,
@@ -134,10 +135,14 @@ class Session:
 
         # A start that the cloud repeats, because it has no sign of the first, must not be run twice.
         if isinstance(message, (RoundStart, EvalStart)) and self._started == message:
-            return self._drop_repeat
+            log.info("a repeated %s is dropped", name_of(message))
+            return None
         if self._is_foreign(message):
-            return self._drop_foreign
-        return handlers.get(type(message), self._drop_late_reply)
+            log.warning("%s of another run or epoch is ignored", name_of(message))
+            return None
+        if type(message) not in handlers:
+            log.info("late %s ignored", name_of(message))
+        return handlers.get(type(message))
 
     def _is_foreign(self, message: Message) -> bool:
         """Whether it is of another run or epoch than the Welcome."""
@@ -145,15 +150,6 @@ class Session:
         if welcome is None or not isinstance(message, (CatchUp, Update, RoundStart, EvalStart)):
             return False
         return (message.run, message.epoch) != (welcome.run, welcome.epoch)
-
-    async def _drop_repeat(self, message: Message, frame: Frame) -> None:
-        log.info("a repeated %s is dropped", name_of(message))
-
-    async def _drop_foreign(self, message: Message, frame: Frame) -> None:
-        log.warning("%s of another run or epoch is ignored", name_of(message))
-
-    async def _drop_late_reply(self, message: Message, frame: Frame) -> None:
-        log.info("late %s ignored", name_of(message))
 
     async def _show_late(self, message: Late, frame: Frame) -> None:
         self.display.say(late_sentence(message))

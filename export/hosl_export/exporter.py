@@ -22,7 +22,7 @@ from hosl_export.model.lora import inject_lora
 from hosl_export.model.prompt import add_prompt, draw_prompt
 from hosl_export.model.rope import settle_rope
 from hosl_export.model.trainable import put_on_lattice, trained_blocks, uses_lora
-from hosl_export.sources.loading import Source, find_source, load_config, load_model
+from hosl_export.sources.loading import Source, find_source, load_model, load_source_config
 from hosl_export.sources.origin import find_origin, write_origin
 from hosl_export.summary import Summary, summarize
 from hosl_protocol.exceptions import SettingsError
@@ -69,7 +69,7 @@ def export_bundle(settings: ExportSettings, show_step: ShowStep = contextlib.nul
 
     with show_step("reading the configuration"):
         source = find_source(settings.model, settings.revision)
-        config = load_config(source)
+        config = load_source_config(source)
         _check_settings(settings, config)
         given = choose_input(source, config, settings.max_length, settings.image_size)
         _check_prompt(settings, given, config)

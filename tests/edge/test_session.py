@@ -39,7 +39,8 @@ from hosl_protocol.wire.messages import (
 
 async def handle(session: Session, frame: Frame) -> Frame | None:
     """What comes of a frame outside a step."""
-    return await session._handler_of(frame.message)(frame.message, frame)
+    handler = session._handler_of(frame.message)
+    return await handler(frame.message, frame) if handler is not None else None
 
 
 Reply = CutGradient | EvalStart | EvalResult | Late

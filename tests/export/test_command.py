@@ -29,7 +29,7 @@ from hosl_export.bundle import writing as bundle
 from hosl_export.bundle.staging import staging
 from hosl_export.inputs import choose_input
 from hosl_export.model.families import FAMILIES
-from hosl_export.sources.loading import find_source, load_config
+from hosl_export.sources.loading import find_source, load_source_config
 from hosl_export.weights import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, load_manifest
@@ -156,7 +156,7 @@ def test_special_token_without_a_row_that_only_a_text_can_have_is_told(tmp_path,
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<fill>", "additional_special_tokens": ["<image>"]})
     source = find_source(str(_retokenized(model_folder("llama"), tmp_path / "m", tokenizer)))
-    given = choose_input(source, load_config(source), None, None)
+    given = choose_input(source, load_source_config(source), None, None)
     assert [record.message for record in caplog.records] == [
         "m has no embedding for its special tokens <fill>, <image>: no text may have them"
     ]

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hosl_export.bundle.graph import IR_VERSION, OPSET
-from hosl_export.bundle.reading import load_config
+from hosl_export.bundle.reading import load_model_config
 from hosl_export.bundle.writing import write_texts
 from hosl_protocol.run.manifest import (
     SHARD_GRAPH,
@@ -121,6 +121,6 @@ def test_device_tokenizer_neither_pads_nor_cuts(tmp_path) -> None:
 
 def test_tail_config_is_the_whole_models(exported) -> None:
     case = exported("gemma3_text")
-    config = load_config(case.bundle)
+    config = load_model_config(case.bundle)
     assert config.num_hidden_layers == len(config.layer_types) == case.manifest.blocks == 7
     assert config.architectures == ["Gemma3ForCausalLM"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hosl_export.exceptions import ModelError
 from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.sources.loading import find_source, load_config, load_model, load_tokenizer
+from hosl_export.sources.loading import find_source, load_model, load_source_config, load_tokenizer
 from hosl_protocol.run.manifest import load_manifest
 from tiny import SCALINGS, make_batch, make_model, save_scaled, save_with_sentencepiece
 
@@ -64,7 +64,7 @@ def test_an_adapter_is_merged_into_its_base(model_folder: Callable[[str], Path],
 
 
 def test_an_adapter_of_a_classifier_brings_its_head(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    config = load_config(find_source(str(model_folder("llama"))))
+    config = load_source_config(find_source(str(model_folder("llama"))))
     config.num_labels = 5
     base = hf.LlamaForSequenceClassification.from_pretrained(model_folder("llama"), config=config)
     lora = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hosl_cloud.exceptions import VerbalizerError
 from hosl_cloud.settings import RunConfig
-from hosl_export.bundle.reading import load_config, load_tail
+from hosl_export.bundle.reading import load_model_config, load_tail
 from hosl_export.model.families import Family
 from hosl_export.model.halves import Tail, base_prefix
 from hosl_export.model.heads import has_class_head, keeps_head, linear_of, own_labels
@@ -63,7 +63,7 @@ def _settle_head(tail: Tail, bundle: Path, manifest: Manifest, task: Task) -> No
     """Say whether the model's own classification head is kept, and put its rows in the order of the task's labels."""
     if not has_class_head(manifest):
         return
-    own = load_config(bundle)
+    own = load_model_config(bundle)
     if not keeps_head(manifest, own, len(task.labels)):
         made = f"a head of {own.num_labels} labels, and the task has {len(task.labels)}: a new one takes its place"
         log.warning("%s has %s", manifest.model, made)

@@ -25,7 +25,7 @@ from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail.building import class_count, tail_lora
 from hosl_cloud.tail.card import Facts, write_card
 from hosl_cloud.tail.checkpoint import CheckpointInfo, read_weights
-from hosl_export.bundle.reading import full_config, load_config, load_tail
+from hosl_export.bundle.reading import full_config, load_model_config, load_tail
 from hosl_export.bundle.staging import staging
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import keeps_head, own_labels
@@ -134,7 +134,7 @@ def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: 
         config.id2label = dict(enumerate(facts.class_names))
         config.label2id = {label: place for place, label in config.id2label.items()}
     state = _checked(state, config, info)
-    was_tied = getattr(load_config(bundle), "tie_word_embeddings", False)
+    was_tied = getattr(load_model_config(bundle), "tie_word_embeddings", False)
     head = f"{family.head}.weight" if was_tied else ""
     if head in state and torch.equal(state[head], state[f"{family.embeddings[0]}.weight"]):
         config.tie_word_embeddings = True
@@ -151,7 +151,7 @@ def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: 
 
 def _class_names(bundle: Path, manifest: Manifest, task: Task) -> tuple[str, ...]:
     """The task's labels; or the names of the head that the run went on with, where the task only numbers them."""
-    own = load_config(bundle)
+    own = load_model_config(bundle)
     is_numbered = task.labels == tuple(map(str, range(len(task.labels))))
     names = own_labels(own) if is_numbered and keeps_head(manifest, own, len(task.labels)) else ()
     return names or task.labels

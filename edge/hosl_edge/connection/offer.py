@@ -11,7 +11,7 @@ from hosl_edge.connection.fetch import read_url
 from hosl_edge.connection.trust import Cloud
 from hosl_edge.data.consent import check_consent
 from hosl_edge.data.images import load_images
-from hosl_edge.data.records import check_files
+from hosl_edge.data.records import check_readable
 from hosl_edge.data.texts import check_first_example
 from hosl_edge.exceptions import ConnectionLost, NotFoundError, RefusedError
 from hosl_edge.settings import EdgeSettings
@@ -70,7 +70,7 @@ def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> 
 
 def check_data_file(path: Path, task: Task | None, manifest: Manifest | None, *, skip_broken: bool = False) -> str:
     """Say what `task` can do with a file, or at least that it can be read. Raises DataError."""
-    check_files(path)
+    check_readable(path)
     if task is None and (path.is_dir() or path.suffix.lower() == ".npz"):
         return "can be read"
 

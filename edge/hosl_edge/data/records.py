@@ -79,7 +79,7 @@ def _delimiter_of(header: str) -> str:
     return next((delimiter for delimiter in ",;\t" if delimiter in bare), ",")
 
 
-def check_files(*paths: Path | None) -> None:
+def check_readable(*paths: Path | None) -> None:
     """Raise DataError for the first that is not there, or may not be read."""
     for path in paths:
         if path is not None:

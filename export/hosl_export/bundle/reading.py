@@ -24,7 +24,7 @@ def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> C
     `state` holds its weights and buffers under plain names. Raises BundleError.
     """
     family = find_family(manifest.family)
-    model = _skeleton(load_config(bundle), manifest, None)
+    model = _skeleton(load_model_config(bundle), manifest, None)
 
     # In the order of the export, so that the names of the parameters are the same.
     if manifest.prompt_tokens:
@@ -44,7 +44,7 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
     nothing, and writing to them leaves the file as it is. Raises BundleError.
     """
     family = find_family(manifest.family)
-    config = load_config(bundle)
+    config = load_model_config(bundle)
     keeps = num_labels is None or keeps_head(manifest, config, num_labels)
     model = _skeleton(config, manifest, num_labels)
     cut_tail(model, family, manifest.split)
@@ -59,14 +59,14 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
     return Tail(model, family, grid, manifest.prompt_tokens).eval()
 
 
-def load_config(bundle: Path) -> Any:
+def load_model_config(bundle: Path) -> Any:
     """Load the uncut model's configuration."""
     return AutoConfig.from_pretrained(bundle / "tail")
 
 
 def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = None) -> Any:
     """Make the config of the joined model, embeddings untied; of its classifier with `num_labels`."""
-    config = load_config(bundle)
+    config = load_model_config(bundle)
     config.tie_word_embeddings = False
     config.architectures = [manifest.architecture]
 

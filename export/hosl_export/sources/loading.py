@@ -145,7 +145,7 @@ def _opening(source: Source, what: str) -> Iterator[None]:
         raise ModelError("model", source.name, f"cannot load {missing}: {first_line(error)}") from error
 
 
-def load_config(source: Source) -> Any:
+def load_source_config(source: Source) -> Any:
     """Load the model's configuration. Raises ModelError."""
     with _opening(source, "configuration"):
         config = AutoConfig.from_pretrained(source.place, **source.arguments)
@@ -215,7 +215,7 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
     """
     if isinstance(source, str):
         source = find_source(source)
-    config = load_config(source) if config is None else config
+    config = load_source_config(source) if config is None else config
     family = find_family(config.model_type)
     auto = uncut_class(family, is_classifier=is_classifier(config))
 
