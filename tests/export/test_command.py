@@ -284,8 +284,8 @@ def test_disk_that_fills_up_while_writing_leaves_nothing(export, capsys, tmp_pat
     def fail(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporter.files, "write_graph", lambda client, path, *_: path.write_bytes(b"graph"))
-    monkeypatch.setattr(exporter.files, "write_tensors", fail)
+    monkeypatch.setattr(exporter.writing, "write_graph", lambda client, path, *_: path.write_bytes(b"graph"))
+    monkeypatch.setattr(exporter.writing, "write_tensors", fail)
     assert export() == ExitCode.RESOURCES
     _assert_refused(capsys, tmp_path, "No space left on device")
 
