@@ -1,4 +1,7 @@
-"""Errors of the cloud."""
+"""Errors of the cloud: what went wrong as facts, one sentence for people, and the exit code that a command ends with.
+
+The codes are hosl_protocol.exceptions.ExitCode; `run_command` (hosl_protocol/program/terminal.py) ends with an error's.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class CloudError(HoslError):
     ├── NoDevicesError         too few devices are left: bring them back and start again
     ├── StoreError             the database cannot be used: mend the folder, or use the hosl that wrote it
     │   └── StoreFull          there is no room for what should be written: make some
-    ├── ApiError            a device's token cannot be made or revoked: choose another name
+    ├── ApiError               a device's token cannot be made or revoked: choose another name
     └── ServiceError           the service cannot listen as asked: change the address
         └── RequestError       the service is away, or does not do what it was asked: see its reason
     """
@@ -205,7 +208,7 @@ class ApiError(CloudError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room, however the library says it: the disk, a quota, a limit on files."""
+    """Tell whether a write failed for want of room, however the library says it: disk, quota, a limit on files."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,4 +1,8 @@
-"""Figures for Prometheus, served at /metrics. The label `bundle` has as many values as the service has bundles."""
+"""Figures for Prometheus, served at /metrics. The label `bundle` has as many values as the service has bundles.
+
+To add one, define it here, and set it where the thing happens. Any thread may. A label's values must be few and our
+own: every value that was ever set is kept as a series, so nothing that a device says may become one.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +47,19 @@ STATES = ("pending", "running", "paused", "completed", "failed", "stopped")
 
 
 def count_runs(states: Mapping[str, int]) -> None:
-    """How many runs are in each state."""
+    """Set how many runs are in each state; called when the figures are asked for."""
     for state in STATES:
         runs.labels(state).set(states.get(state, 0))
 
 
 @lru_cache
 def wire_counter(direction: str, kind: str) -> Counter:
-    """The counter of one type of message; to look one up by its labels takes a lock."""
+    """Find the counter of one type of message, once: to look one up by its labels takes a lock."""
     return wire_bytes.labels(direction, kind)
 
 
 def wire_bytes_by_kind() -> dict[str, dict[str, int]]:
-    """Bytes since the service started: direction, then type of message."""
+    """Read the bytes since the service started: direction, then type of message."""
     table: dict[str, dict[str, int]] = {}
     for family in wire_bytes.collect():
         for sample in family.samples:

@@ -1,4 +1,9 @@
-"""The run's configuration file, `run.toml`: what is trained, how, and with how many devices."""
+"""The run's configuration file, `run.toml`: what is trained, how, and with how many devices.
+
+`load_config` reads it, fills in what it leaves open, and checks it. A run's RunConfig is frozen, stored with the run
+and saved in every checkpoint; `wire_settings` is the part that devices are told. A new field needs a default: settings
+that an older version stored have none.
+"""
 
 from __future__ import annotations
 
@@ -197,6 +202,7 @@ def _check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) 
     for name, value in given.items():
         if kind is Task and name == "preset":
             continue
+
         if name not in types:
             elsewhere = [dotted for dotted in _dotted(RunConfig) if dotted.rpartition(".")[2] == name]
             remedy = f"did you mean {elsewhere[0]}?" if elsewhere else nearest(name, types)
@@ -208,7 +214,7 @@ def _check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) 
 
 
 def _dotted(kind: type[msgspec.Struct], before: str = "") -> Iterator[str]:
-    """All settings by their whole names."""
+    """Yield all settings by their whole names."""
     for field in msgspec.structs.fields(kind):
         if _is_table(field.type):
             yield from _dotted(field.type, f"{before}{field.name}.")
@@ -221,7 +227,7 @@ def _is_table(type_: Any) -> bool:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """`tail.learning_rate=1e-4` as a nested mapping; a value that is no TOML is taken for a string."""
+    """Parse `tail.learning_rate=1e-4` to a nested mapping; a value that is no TOML is taken for a string."""
     key, separator, value = text.partition("=")
     for written in (value, msgspec.json.encode(value).decode()) if separator else ():
         with contextlib.suppress(msgspec.DecodeError):
@@ -249,7 +255,7 @@ NORM_CLIENT = {"optimizer": "adamw", "learning_rate": 3e-3}
 
 
 def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """With what suits the part that the device trains, where `data` leaves it open."""
+    """Fill in what suits the part that the device trains, where `data` leaves it open."""
     if manifest.train != "norm":
         return data
     client = data.get("client", {})
@@ -261,7 +267,7 @@ def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.toml") -> RunConfig:
-    """A checked configuration from a mapping; what it leaves open follows from what the device trains.
+    """Make a checked configuration from a mapping; what it leaves open follows from what the device trains.
 
     Raises SettingsError.
     """
@@ -274,7 +280,7 @@ def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.tom
 
 
 def convert_config(data: dict[str, Any], where: str) -> RunConfig:
-    """A configuration whose names and types are right, not checked against a bundle yet. Raises SettingsError."""
+    """Make a configuration whose names and types are right, not checked against a bundle. Raises SettingsError."""
     if isinstance(task := data.get("task"), dict):
         data = {**data, "task": _whole_task(task)}
     config: RunConfig = convert(data, RunConfig, where)
@@ -282,9 +288,10 @@ def convert_config(data: dict[str, Any], where: str) -> RunConfig:
 
 
 def _whole_task(task: dict[str, Any]) -> dict[str, Any]:
-    """With what its preset says, or as a task of the user's own."""
+    """Fill in what the task's preset says; without one it is a task of the user's own."""
     if "preset" not in task:
         return {"name": OWN_TASK, **task}
+
     preset = load_preset(str(task["preset"]))
     if "labels" in task:
         preset.pop("label_names", None)  # of other labels
@@ -295,6 +302,7 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     check_run(config.wire_settings(), manifest)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", config.name):
         raise SettingsError("name", config.name, "use 1 to 40 characters of A-Za-z0-9._-")
+
     check_step("tail.learning_rate", config.tail.learning_rate)
     for name, value in (
         ("devices.round_deadline_s", config.devices.round_deadline_s),
@@ -303,9 +311,11 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     ):
         if not (math.isfinite(value) and value > 0.0):
             raise SettingsError(name, value, "use a number above 0")
+
     for name, value in (("tail.momentum", config.tail.momentum), ("tail.weight_decay", config.tail.weight_decay)):
         if not 0.0 <= value < 1.0:
             raise SettingsError(name, value, "use a number from 0 up to, not including, 1")
+
     for name, count in (
         ("evaluation.every", config.evaluation.every),
         ("evaluation.patience", config.evaluation.patience),
@@ -321,6 +331,7 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
     ):
         if not (math.isfinite(count) and count >= 0):
             raise SettingsError(name, count, "use 0 or more")
+
     if config.checkpoints.keep < 1:
         raise SettingsError("checkpoints.keep", config.checkpoints.keep, "use 1 or more")
     _check_devices(config.devices)

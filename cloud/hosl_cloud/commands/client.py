@@ -72,6 +72,7 @@ class ApiClient:
         if body is not None:
             data = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
+
         request = urllib.request.Request(url, data, headers, method=method)
         try:
             with self._opener(url).open(request, timeout=TIMEOUT_S) as response:

@@ -85,6 +85,7 @@ def _add(options: argparse.Namespace) -> int:
         if made["warning"]:
             log.warning("%s", made["warning"])
         _write_token(file, made["token"], made["name"])
+
     if path is None:
         return int(ExitCode.OK)
     if options.json:
@@ -115,6 +116,7 @@ def _reserved(path: Path) -> Iterator[TextIO]:
         raise ServiceError(f"{path} exists: choose another --out, or delete it") from error
     except OSError as error:
         raise ServiceError(f"{path} cannot be written ({error.strerror}): choose another --out") from error
+
     try:
         with file:
             yield file

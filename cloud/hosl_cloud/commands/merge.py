@@ -67,12 +67,14 @@ def _merge(options: argparse.Namespace) -> int:
         before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
     finally:
         store.close()
+
     merged = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter, run.id)
     prompt = options.out / PROMPT_FOLDER if manifest.prompt_tokens else None
     if options.json:
         facts = {"run": run.id, "round": merged.info.round, "out": str(options.out)}
         print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
         return int(ExitCode.OK)
+
     is_unscored = options.checkpoint == "best" and merged.info.metrics is None
     which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
     print(f"run {run.id} at round {merged.info.round} ({which}) is in {options.out}")
@@ -88,7 +90,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:
-    """A sentence where the same held-out data scored more before the first round; else empty."""
+    """Say where the same held-out data scored more before the first round; else empty."""
     from hosl_cloud.runs.checkpointer import score_of
     from hosl_cloud.tail.checkpoint import comparable_scores, score_key
 

@@ -1,4 +1,4 @@
-"""What the commands find in a data folder in which no service runs, in the form in which the service would say it."""
+"""The commands' answers from a data folder in which no service runs, in the form that the service would give them."""
 
 from __future__ import annotations
 

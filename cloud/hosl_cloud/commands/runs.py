@@ -119,6 +119,7 @@ def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
             client.request("GET", "/v1/runs")
         except RequestError as error:
             is_there = error.status != 0
+
     while is_local(options) and is_locked(options.data_dir):
         time.sleep(0.2)
 
@@ -135,6 +136,7 @@ def _add(
         else:
             with folder:
                 answer = offline(folder, options)
+
         if options.json:
             print(json.dumps(answer))
         else:
@@ -283,6 +285,7 @@ def _show_run(run: dict[str, Any]) -> None:
     if run["state"] in ("pending", "running") and not run["devices"] and returning["devices"]:
         count, within_s = returning["devices"], returning["within_s"]
         print(f"  devices that found no run before: {count}; they ask again within {within_s} s")
+
     for device in run["members"]:
         state = "ready" if device["is_ready"] else "connected" if device["is_connected"] else "away"
         peak = "" if device["peak_rss_bytes"] is None else f", peak {device['peak_rss_bytes'] / 1e6:.0f} MB"

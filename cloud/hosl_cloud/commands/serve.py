@@ -1,4 +1,9 @@
-"""`hosl-cloud serve`: the service, with one run that it begins with, or none."""
+"""`hosl-cloud serve`: the service, with one run that it begins with, or none.
+
+Here everything is checked that can be refused before torch is loaded, which takes seconds; hence the imports within
+functions. The service itself is service/server.py. Under torchrun every rank comes here, and all but the first follow
+it (ranks/follower.py).
+"""
 
 from __future__ import annotations
 
@@ -73,6 +78,7 @@ def serve_command(options: argparse.Namespace) -> int:
         raise SettingsError("--rank-timeout-s", options.rank_timeout_s, "use a number above 0")
     if _ranks() > 1 and int(os.environ["RANK"]) > 0:
         return _follow(options)
+
     listen = ListenSettings(options.host, options.port, options.tls_cert, options.tls_key)
     if not options.insecure:
         listen = listen.with_authority(options.data_dir)
@@ -81,18 +87,20 @@ def serve_command(options: argparse.Namespace) -> int:
         raise SettingsError("--bundle", options.bundle and str(options.bundle), "it belongs with --config: give both")
     if options.once and options.bundle is None:
         raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
+
     first = _read_first(options) if options.bundle is not None else None
     make_data_dir(options.data_dir)
     _say(f"starts with {options.data_dir}; to load everything takes some seconds")
     with contextlib.ExitStack() as leaving:
         ending = _serve(options, listen, first, leaving)
+
     # torchrun takes another code for a failure, and starts a service again that was told to leave.
     is_cut_off = ending in ("stopped", "paused") and _ranks() == 1
     return int(ExitCode.INTERRUPTED if is_cut_off else ExitCode.OK)
 
 
 def _ranks() -> int:
-    """Processes of this service that PyTorch's launcher started; 1 without it."""
+    """Count the processes of this service that PyTorch's launcher started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else 1
 
 
@@ -124,9 +132,10 @@ def _serve(
     token, token_path = load_or_make_token(data_dir, fingerprint)
     admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
     metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
-    leaving.callback(lock(data_dir).close)
+    leaving.callback(lock(data_dir).close)  # the last that is freed: until then nobody else may begin here
     if (data_dir / SERVICE_FILE).exists():  # whoever wrote it is gone, for the lock is ours
         _say("the service that was here before was killed, or crashed: it did not leave in order")
+
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # These import torch, which takes seconds; what can be refused is refused before.
@@ -139,12 +148,14 @@ def _serve(
     leaving.callback((data_dir / SERVICE_FILE).unlink, missing_ok=True)
     runs = RunQueue(store, data_dir, _say, leaving.enter_context(_tails(options)))
     leaving.callback(runs.events.close)
+
     run = None if first is None else _choose_first(runs, options, *first)
     if options.once and run is None:
         return None
     ahead = [] if run is None else _ahead_of(store, run)
     for run_ahead in ahead:
         _say(f"run {run_ahead} goes on first, and run {run} after it")
+
     authenticator = Authenticator(DeviceTokens(store, fingerprint), token, admin_token, metrics_token=metrics_token)
     bundles: Path = options.bundles or data_dir / BUNDLES
     bundles.mkdir(parents=True, exist_ok=True)
@@ -182,12 +193,13 @@ async def _train(service: Service, run: str | None, on_listening: Callable[[str]
 
 @contextlib.contextmanager
 def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
-    """How tails are loaded: in this process alone, or on all ranks."""
+    """Choose how tails are loaded: in this process alone, or on all ranks, which leave with it."""
     from hosl_cloud.tail.trainer import TailTrainer
 
     if _ranks() == 1:
         yield TailTrainer
         return
+
     from hosl_cloud.ranks.group import Group
     from hosl_cloud.ranks.leader import GroupTrainer
 
@@ -201,7 +213,7 @@ def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
 
 
 def _choose_first(runs: RunQueue, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:
-    """The unfinished run of these settings, or a new one; None where the newest of them is completed.
+    """Choose the unfinished run of these settings, or a new one; None where the newest of them is completed.
 
     Unfinished runs that an earlier `serve --config` began make way for it.
     """
@@ -227,6 +239,7 @@ def _make_way(
             why = "--new was given" if not other.settings.problem and other.config == config else "other settings"
             remedy = hint(f"run resume {other.id}", options.data_dir)
             runs.say(f"run {other.id} ({why}) is stopped; {remedy} goes on with it", other.id, is_ending=True)
+
     over = [row for row in others if row.state in ("stopped", "failed") and row.round and not row.settings.problem]
     if over and keeps is None:
         remedy = hint(f"run resume {over[-1].id}", options.data_dir)
@@ -235,7 +248,7 @@ def _make_way(
 
 
 def _ahead_of(store: Store, run: str) -> list[str]:
-    """Unfinished runs of the same bundle that are in line before it."""
+    """List unfinished runs of the same bundle that are in line before it."""
     unfinished, shard = store.unfinished_runs(), store.run(run).shard_digest
     return [id_ for id_ in unfinished[: unfinished.index(run)] if store.run(id_).shard_digest == shard]
 
@@ -243,7 +256,7 @@ def _ahead_of(store: Store, run: str) -> list[str]:
 def _ways_to_join(
     listen: ListenSettings, address: str, token_path: Path, data_dir: Path, task: Task | None
 ) -> list[str]:
-    """How devices reach the service, and what the run of --config, whose task this is, asks of them."""
+    """Say how devices reach the service, and what the run of --config, whose task this is, asks of them."""
     if listen.is_loopback():
         return [
             f"devices join with: {device_command(address, token_path, task)}",

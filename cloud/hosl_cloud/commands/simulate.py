@@ -61,10 +61,12 @@ def _simulate(options: argparse.Namespace) -> int:
     baseline = [f"baseline={options.baseline}"] if options.baseline else []
     config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
     check_fleet(config)
+
     if options.csv is not None:
         options.csv.open("a").close()  # a path that cannot be written is an error now, and not after the run
     make_data_dir(options.data_dir)
     check_files(options.bundle, manifest)
+
     threads = options.threads or len(os.sched_getaffinity(0))
     locked, store = lock(options.data_dir), Store(options.data_dir / DATABASE)
     try:

@@ -1,4 +1,8 @@
-"""What is said about runs, on its way to the store: written in the order in which it was said, by one thread."""
+"""What is said about runs, on its way to the store: written in the order in which it was said, by one thread.
+
+`add` is called from any thread, the event loop's too: nobody who says something waits for the disk. The list of what
+waits is guarded by a lock, which no one holds during a write.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,9 @@ MOST_WAITING = 1000
 
 
 class EventLog:
-    """Takes sentences from any thread, the event loop's too: nobody who says something waits for the disk.
+    """Writes sentences from one thread, all that waits in one transaction.
 
-    One thread writes, all that waits in one transaction. What a full disk does not take waits for the next try, which
-    is made when more is said, and at the end.
+    What a full disk does not take waits for the next try, which is made when more is said, and at the end.
     """
 
     def __init__(self, store: Store) -> None:
@@ -34,7 +37,7 @@ class EventLog:
         """Write a sentence soon."""
         with self._lock:
             self._waiting.append(event)
-            if not self._is_closed:
+            if not self._is_closed:  # under the lock: an executor that is shut down takes no work
                 self._writer.submit(self._write)
 
     def flush(self) -> None:
@@ -56,6 +59,7 @@ class EventLog:
             events, self._waiting = self._waiting, []
         if not events:
             return
+
         try:
             self._store.add_events(events)
         except StoreError as error:
@@ -65,9 +69,10 @@ class EventLog:
 
 
 def _newest(events: list[NewEvent]) -> list[NewEvent]:
-    """At most as many as may wait, in their order."""
+    """Keep at most as many as may wait, in their order."""
     surplus = len(events) - MOST_WAITING
     if surplus <= 0:
         return events
+
     dropped = set(sorted(range(len(events)), key=lambda place: (events[place].is_ending, place))[:surplus])
     return [event for place, event in enumerate(events) if place not in dropped]

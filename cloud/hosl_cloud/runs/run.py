@@ -1,4 +1,9 @@
-"""A run in progress: what it is, how far it has come, and the devices' weights as its scalars give them."""
+"""A run in progress: what it is, how far it has come, and the devices' weights as its scalars give them.
+
+A Run is shared by its Coordinator, Admission, Checkpointer and Snapshots. Its plain fields belong to the event loop;
+`mirror` belongs to the compute thread, where `load`, `apply` and `note_digest` run. The mirror may be one round ahead
+of `round`, while that round is stored; nothing of such a round may be told to anybody.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ KEPT_DIGESTS = 16
 
 @dataclass
 class Run:
-    """State that admission and the course of the run share."""
+    """The state of a run in progress."""
 
     id: str
     config: RunConfig
@@ -49,7 +54,7 @@ class Run:
         self.settings = self.config.wire_settings()
 
     def load(self) -> None:
-        """Read the mirror of the client's weights: slow, off the event loop."""
+        """Read the mirror of the client's weights up to `round`. Raises BundleError and StoreError."""
         weights = load_shard_weights(self.bundle, self.manifest, only_trainable=True)
         self.mirror: ClientWeights = make_client_weights(self.manifest, weights, self.settings)
         self.mirror.apply(self.store.replay(self.id, self.round))

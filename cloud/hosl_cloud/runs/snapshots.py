@@ -1,4 +1,10 @@
-"""Snapshots of the devices' weights: made from the mirror when a device is too far behind to replay, kept as files."""
+"""Snapshots of the devices' weights: made from the mirror when a device is too far behind to replay, kept as files.
+
+Admission offers one in the Welcome, on the event loop; the device fetches the file over HTTP
+(service/device_routes.py). The mirror is copied on the compute thread, which owns it, and written on another, so that a
+round does not wait for the disk. `_making` lets one be made at a time: of many devices that come at once all but the
+first find it there.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +38,7 @@ KEPT = 2
 
 @dataclass
 class Snapshots:
-    """A run's snapshots. Its methods run on the event loop."""
+    """Makes and keeps a run's snapshots."""
 
     run: Run
     compute: Compute
@@ -42,9 +48,10 @@ class Snapshots:
     _making: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def offer(self, hello: Hello, applied: int) -> Snapshot | None:
-        """What a device that stands at `applied` should download instead of replaying; None: let it replay."""
+        """Choose what a device that stands at `applied` should download instead of replaying; None: let it replay."""
         if not self._saves(hello, self.run.round - applied):
             return None
+
         async with self._making:
             newest = self._newest()
             if newest is not None and self._is_good_enough(newest, hello, applied):
@@ -56,7 +63,7 @@ class Snapshots:
                 return None
 
     def path(self, round_: int) -> Path | None:
-        """The file of a snapshot of the present epoch; None where there is none."""
+        """Name the file of a snapshot of the present epoch; None where there is none."""
         key = self.run.epoch, round_
         return self._file(*key) if key in self._kept else None
 
@@ -72,7 +79,7 @@ class Snapshots:
 
     @property
     def _size_bytes(self) -> int:
-        """Of a snapshot, but for its header."""
+        """The size of a snapshot, but for its header."""
         elements = sum(math.prod(entry.shape) for entry in self.run.manifest.trainable)
         return 4 * elements * (3 if self.run.settings.client.optimizer == "adamw" else 1)
 
@@ -86,6 +93,7 @@ class Snapshots:
         while run.round < state.round and run.ending is None:
             # The mirror moves first: nobody may have an update that is not in the store yet.
             await asyncio.sleep(0.01)
+
         if (epoch, state.round) not in self._kept:
             path = self._file(epoch, state.round)
             shapes = {entry.name: entry.shape for entry in run.manifest.trainable}
@@ -106,14 +114,14 @@ class Snapshots:
 
 
 def is_snapshot_faster(coefficients: int, size_bytes: int, replay_s: float, link_bytes_per_s: float) -> bool:
-    """Whether replaying so many coefficients takes MARGIN times the download; not where a figure is unknown."""
+    """Tell whether replaying so many coefficients takes MARGIN times the download; no where a figure is unknown."""
     if not (replay_s and link_bytes_per_s):
         return False
     return coefficients * replay_s > MARGIN * size_bytes / link_bytes_per_s
 
 
 def copy_state(state: ClientState) -> ClientState:
-    """A copy that stays as it is while the mirror moves on."""
+    """Copy a state, which then stays as it is while the mirror moves on."""
     moments = state.moments
     if moments is not None:
         moments = Moments(moments.steps, _copy(moments.first), _copy(moments.second))
@@ -136,6 +144,8 @@ def write_snapshot(
         exponents=dict(state.exponents),
         steps=state.moments.steps if state.moments is not None else None,
     )
+
+    # safetensors: the length of a JSON header, the header, and the tensors one after the other.
     layout: dict[str, Any] = {"__metadata__": {"hosl": msgspec.json.encode(header).decode()}}
     end = 0
     for name, tensor, values in state.arrays():
@@ -143,6 +153,7 @@ def write_snapshot(
         layout[name] = {"dtype": "F32", "shape": list(shapes[tensor]), "data_offsets": [begin, end]}
     text = json.dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -156,6 +167,7 @@ def write_snapshot(
     except OSError:
         part.unlink(missing_ok=True)  # on a full disk half a file would take the room that the database needs
         raise
+
     made = Snapshot(round=state.round, size_bytes=part.stat().st_size, sha256=sha256_of_file(part))
     part.replace(path)
     return made

@@ -1,4 +1,8 @@
-"""A run's figures as TensorBoard's event files, in the run's folder: tensorboard --logdir DATA/runs."""
+"""A run's figures as TensorBoard's event files, in the run's folder: tensorboard --logdir DATA/runs.
+
+The Coordinator writes on its compute thread, and closes on another; a lock keeps the two apart. The files are a copy of
+what the store has, for people: to lose some of them costs a run nothing, so no error of the disk gets out of here.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ RETRY_S = 60.0
 
 
 class TensorBoardWriter:
-    """Writes scalars by round. Its methods write to disk: call them off the event loop, from any thread."""
+    """Writes scalars by round. Its methods are slow: call them off the event loop, from any thread."""
 
     def __init__(self, folder: Path, first_round: int) -> None:
-        """What an earlier service wrote of `first_round` and later ones is hidden: those rounds are made again."""
+        """Hide what an earlier service wrote of `first_round` and later ones: those rounds are made again."""
         self._folder, self._first_round = folder, first_round
         self._lock = threading.Lock()
         self._writer: EventsWriter | None = None
@@ -37,10 +41,11 @@ class TensorBoardWriter:
         self._retry_at = 0.0
 
     def add(self, round_: int, figures: Mapping[str, float]) -> None:
-        """Figures of a round by name. A disk that takes none costs the curves a part, and never the run."""
+        """Add figures of a round by name. A disk that takes none costs the curves a part, and never the run."""
         with self._lock:
             if time.monotonic() < self._retry_at:
                 return
+
             try:
                 self._write(round_, figures)
             except OSError as error:
@@ -60,6 +65,7 @@ class TensorBoardWriter:
     def _write(self, round_: int, figures: Mapping[str, float]) -> None:
         if self._writer is None:
             self._writer = self._open()
+
         for name, value in figures.items():
             self._writer.write_event(Event(wall_time=time.time(), step=round_, summary=scalar(name, value)))
         if time.monotonic() - self._flushed_at >= FLUSH_S:
@@ -70,6 +76,8 @@ class TensorBoardWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         # The library names files by the second; one that is there would be overwritten.
         writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
+
+        # To TensorBoard a session's start hides what is there of its step and of later ones.
         start = SessionLog(status=SessionLog.START)
         writer.write_event(Event(wall_time=time.time(), step=self._first_round, session_log=start))
         return writer

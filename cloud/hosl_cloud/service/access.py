@@ -1,4 +1,9 @@
-"""Who may do what: each device by a token of its own, this machine by the join token, the admin by a third."""
+"""Who may do what: each device by a token of its own, this machine by the join token, the admin by a third.
+
+DeviceTokens knows the devices' tokens, and Authenticator decides about requests, on the event loop, before anything is
+done for them. A token is looked up in memory, never in the database. `add` and `revoke` write to it, on other threads,
+one at a time by a lock; they replace a token's frozen row, so that a reader has the old one or the new.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +39,23 @@ class DeviceTokens:
     """The devices' tokens. What is stored is a SHA-256 of each secret.
 
     A secret is 256 random bits, which nobody can guess from a digest however fast it is computed; a slow hash is for
-    passwords. All are also in memory: a request never waits for the database.
+    passwords.
     """
 
     def __init__(self, store: Store, fingerprint: str = "") -> None:
-        """`fingerprint` of the service's own CA goes into the tokens."""
+        """Read all tokens; the `fingerprint` of the service's own CA goes into new ones."""
         self._store, self._fingerprint = store, fingerprint
         self._lock = threading.Lock()
         self._tokens = {row.name: row for row in store.tokens()}
 
     def add(self, name: str, bundle: str = "") -> str:
-        """A token for a device, which is not kept. Raises ApiError where the name has one, or is none.
+        """Make a token for a device, which is not kept. Raises ApiError where the name has one, or is none.
 
         `bundle` keeps the device to the runs of one bundle.
         """
         if not is_device_name(name):
             raise ApiError(422, f"name is {name[:80]!r}: use 1 to 64 characters of A-Za-z0-9._-, no dot first")
+
         secret = secrets.token_urlsafe(32)
         with self._lock:
             if (known := self._tokens.get(name)) is not None and known.revoked_at is None:
@@ -58,11 +64,11 @@ class DeviceTokens:
         return token_text(name, secret, self._fingerprint)
 
     def list(self) -> list[TokenRow]:
-        """All tokens by name, the revoked ones too."""
+        """List all tokens by name, the revoked ones too."""
         return sorted(self._tokens.values(), key=lambda row: row.name)
 
     def revoke(self, name: str) -> TokenRow:
-        """A device's token is worth nothing from here on. Raises ApiError where it has none."""
+        """Make a device's token worth nothing from here on. Raises ApiError where it has none."""
         with self._lock:
             known = self._tokens.get(name)
             if known is None:
@@ -72,13 +78,15 @@ class DeviceTokens:
         return known
 
     def _save(self, row: TokenRow) -> None:
+        # The store first: what it does not take must not count until the next start either.
         self._store.set_token(row)
         self._tokens[row.name] = row
 
     def authenticate(self, bearer: str) -> TokenRow | None:
-        """Whose token `NAME~SECRET` is; it may have been revoked."""
+        """Find whose token `NAME~SECRET` is; it may have been revoked."""
         name, _, secret = bearer.rpartition(SEPARATOR)
         row = self._tokens.get(name)
+        # Compared in every case, in constant time: the answer's time tells neither names nor digests.
         is_right = hmac.compare_digest(_digest(secret), row.digest if row is not None else _NOBODY)
         return row if is_right else None
 
@@ -154,7 +162,7 @@ class Authenticator:
         self._metrics_digest = _NOBODY if metrics_token is None else _digest(metrics_token)
 
     def identify(self, connection: HTTPConnection) -> Caller:
-        """Who asks. Raises Denied.
+        """Recognize who asks. Raises Denied.
 
         A right token always passes: what somebody else fails at from the same address must not shut a device out.
         """
@@ -164,14 +172,14 @@ class Authenticator:
         return caller
 
     def check_metrics(self, connection: HTTPConnection) -> Caller:
-        """Who asks for the figures: also the metrics token's holder, who may do nothing else. Raises Denied."""
+        """Recognize who asks for the figures: who has the metrics token, too, and may do no more. Raises Denied."""
         caller, reason = self._recognize(connection)
         if caller is None:
             raise self._count(connection, reason)
         return caller
 
     def check_device(self, connection: HTTPConnection) -> Caller:
-        """Who opens a device's connection. Raises Denied."""
+        """Recognize who opens a device's connection. Raises Denied."""
         caller = self.identify(connection)
         # A browser sends an Origin; nothing but our agent has business here.
         if "origin" in connection.headers:
@@ -201,10 +209,11 @@ class Authenticator:
         return caller.role == "local" and not self.access.has(name)
 
     def _recognize(self, connection: HTTPConnection) -> tuple[Caller | None, str]:
-        """The caller, or why it is nobody."""
+        """Find the caller, or why it is nobody."""
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not bearer:
             return None, "missing"
+
         digest = _digest(bearer)
         if hmac.compare_digest(digest, self._admin_digest):
             return Caller("admin"), ""
@@ -212,24 +221,26 @@ class Authenticator:
             return Caller("metrics"), ""
         if hmac.compare_digest(digest, self._join_digest):
             return (Caller("local"), "") if is_local(connection) else (None, "remote")
+
         row = self.access.authenticate(bearer)
         if row is None:
             return None, "wrong"
         return (Caller("device", row), "") if row.revoked_at is None else (None, "revoked")
 
     def _count(self, connection: HTTPConnection, reason: str, status: int = 401) -> Denied:
+        """Count a failure against its address, which has to wait after too many."""
         metrics.auth_failures.labels(reason).inc()
         wait_s = self.limits.failures.take(address_of(connection))
         return Denied(429, wait_s) if wait_s else Denied(status)
 
 
 def address_of(connection: HTTPConnection) -> str:
-    """The peer's address."""
+    """Read the peer's address; empty where there is none."""
     return connection.client.host if connection.client is not None else ""
 
 
 def is_local(connection: HTTPConnection) -> bool:
-    """Whether the peer is on this machine, and no proxy that speaks for another."""
+    """Tell whether the peer is on this machine, and no proxy that speaks for another."""
     if any(header in connection.headers for header in ("forwarded", "x-forwarded-for", "x-real-ip", "via")):
         return False
     try:
@@ -240,7 +251,7 @@ def is_local(connection: HTTPConnection) -> bool:
 
 
 def is_cross_site(connection: HTTPConnection) -> bool:
-    """Whether a browser sends this for a page of another site."""
+    """Tell whether a browser sends this for a page of another site."""
     origin = connection.headers.get("origin")
     return origin is not None and urlsplit(origin).netloc != connection.headers.get("host")
 
@@ -250,7 +261,7 @@ def _digest(secret: str) -> bytes:
 
 
 def guarded(endpoint: Endpoint, identify: Callable[[Request], Caller]) -> Endpoint:
-    """An endpoint that only those reach whom `identify` knows, as `request.state.caller`."""
+    """Wrap an endpoint so that only those reach it whom `identify` knows, as `request.state.caller`."""
 
     async def checked(request: Request) -> Response:
         try:

@@ -24,7 +24,7 @@ from hosl_cloud.service.page_routes import page_routes
 def make_app(
     runs: RunQueue, authenticator: Authenticator, operations: Sequence[Operation], ca: Path | None = None
 ) -> Starlette:
-    """All routes. The page's files, health and the CA's certificate are open; the rest needs a token."""
+    """Put all routes together. The page's files, health and the CA's certificate are open; the rest needs a token."""
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")

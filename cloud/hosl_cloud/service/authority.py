@@ -1,6 +1,7 @@
 """The service's own certificate authority, for networks whose machines no public one vouches for.
 
-Devices know it by the fingerprint in their tokens; its key never leaves the data folder.
+Devices know it by the fingerprint in their tokens; its key never leaves the data folder. So the CA must stay the same
+for as long as any token does: a certificate is renewed under it, and it is never made anew in its place.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def make_authority(data_dir: Path, names: Sequence[str]) -> Authority:
             f"{folder} exists, and every device's token names its CA: "
             "give --renew for a new certificate of the same CA, or move the folder away"
         )
+
     parsed = _parse_names(names)
     # Named before it is made: a signal may come between any two steps, and what has a name can be removed.
     making = Authority(data_dir / f"tls-{secrets.token_hex(4)}")
@@ -105,7 +107,7 @@ def make_authority(data_dir: Path, names: Sequence[str]) -> Authority:
         builder = _builder(name, name, key, CA_DAYS, is_ca=True)
         _replace({making.ca_key: _private_bytes(key), making.ca_cert: _sign(builder, key)})
         _issue(making, parsed)
-        making.folder.rename(folder)
+        making.folder.rename(folder)  # whole, or not there
     except BaseException:
         shutil.rmtree(making.folder, ignore_errors=True)
         raise
@@ -145,6 +147,7 @@ def _builder(
         encipher_only=False,
         decipher_only=False,
     )
+
     builder = x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
     # A day back: a small device's clock may be behind.
@@ -168,7 +171,7 @@ def _name(text: str) -> x509.Name:
 
 
 def _parse_names(names: Sequence[str]) -> list[x509.GeneralName]:
-    """Names and addresses as a certificate holds them, those of this machine at the end."""
+    """Parse names and addresses to what a certificate holds, those of this machine at the end."""
     host = socket.gethostname()
     parsed: list[x509.GeneralName] = []
     for name in dict.fromkeys([*names, *_LOCAL_NAMES, *([host] if _is_host_name(host) else [])]):

@@ -54,7 +54,7 @@ class DeviceList(msgspec.Struct, frozen=True):
 
 
 def device_operations(access: DeviceTokens, disconnect: Disconnect, has_bundle: HasBundle) -> list[Operation]:
-    """All of them."""
+    """List the operations on tokens. Access is written to on other threads, the connection is ended on the loop."""
 
     async def listing(call: Call) -> DeviceList:
         return DeviceList([_describe(row) for row in access.list()])

@@ -1,6 +1,11 @@
 """What one address may take of the service: connections, time for a request's head, failures, joins.
 
 A connection that is too much is closed as it is accepted, before TLS, HTTP or anything of ours takes memory for it.
+
+The way of a connection: `Listener.accept` counts it and sets a deadline for its TLS handshake. `HttpProtocol` takes it
+over from there, ends that deadline (`settle`), and sets one for the head of each request. `_Accepted.close` counts it
+off. The counts are right only because every accepted socket is closed through `_Accepted.close`, whoever ends it. All
+of it runs on the event loop, so there are no locks.
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ class Buckets:
         """Take one; 0 where there was one, else the seconds until there is."""
         now = time.monotonic() if now is None else now
         key = network_of(address)
+        # Taken out and put in at the end: the first of the dictionary is the address that was longest away.
         left, since = self._levels.pop(key, (self._burst, now))
         left = min(self._burst, left + (now - since) * self._per_second)
         wait_s = 0.0 if left >= 1.0 else (1.0 - left) / self._per_second
@@ -108,9 +114,11 @@ class Listener(socket.socket):
             connection.close()
             metrics.connections_refused.inc()
             raise ConnectionAbortedError
+
         self._open[key] += 1
         accepted = _Accepted(fileno=connection.detach())
         accepted.on_close = lambda: self._release(key)
+        # By descriptor: the event loop gives HttpProtocol a transport of it, and not this object.
         loop = asyncio.get_running_loop()
         _handshakes[accepted.fileno()] = loop.call_later(HEAD_TIMEOUT_S, accepted.give_up)
         return accepted, address
@@ -138,7 +146,7 @@ class _Accepted(socket.socket):
 
     def close(self) -> None:
         """Close, and make room for another."""
-        on_close, self.on_close = self.on_close, None
+        on_close, self.on_close = self.on_close, None  # once, however often it is closed
         settle(self.fileno())
         super().close()
         if on_close is not None:

@@ -36,7 +36,7 @@ class ListenSettings:
     """The service's own CA, where its certificate is of that."""
 
     def with_authority(self, data_dir: Path) -> ListenSettings:
-        """With the certificate of the data folder's own CA, where there is one and no other was given."""
+        """Add the certificate of the data folder's own CA, where there is one and no other was given."""
         from hosl_cloud.service.authority import find_authority
 
         authority = None if self.tls_cert or self.tls_key else find_authority(data_dir)
@@ -60,6 +60,7 @@ class ListenSettings:
                 raise ServiceError(f"{path} does not exist")
         if not 0 <= self.port <= 65535:
             raise ServiceError(f"--port {self.port}: use a number from 0 (any free one) to 65535")
+
         if self.tls_cert is not None:
             try:
                 ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)

@@ -1,4 +1,8 @@
-"""What the HTTP API is made of: operations that take a decoded body and return a struct, and their OpenAPI document."""
+"""What the HTTP API is made of: operations that take a decoded body and return a struct, and their OpenAPI document.
+
+A new operation is one more entry of runs_api.py or devices_api.py. Its route, the check of the token, the decoding of
+its body, the statuses of its errors, and its part of the document follow from the entry.
+"""
 
 from __future__ import annotations
 
@@ -67,13 +71,13 @@ class Operation:
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """The answer to a path that is not there, or a method that it does not have."""
+    """Answer a request for a path that is not there, or a method that it does not have."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 def make_routes(operations: Sequence[Operation], authenticator: Authenticator) -> list[Route]:
-    """The operations' routes, and the document that describes them."""
+    """Make the operations' routes, and the one of the document that describes them."""
     document = msgspec.json.encode(describe(operations))
 
     async def openapi(request: Request) -> Response:
@@ -129,7 +133,7 @@ def _status_of(error: HoslError) -> int:
 
 
 async def _read_json(request: Request, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """The body of a request. Raises ApiError: a form of another site's page cannot send this content type."""
+    """Read the body of a request. Raises ApiError: another site's page can send no form of this content type."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise ApiError(415, "send the body as application/json")
     body = await read_body(request)
@@ -151,12 +155,13 @@ def _read_query(request: Request, query: Query) -> int:
 
 
 def describe(operations: Sequence[Operation]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """Make the OpenAPI 3.1 document."""
     types = [Problem, *(kind for each in operations for kind in (each.answer, each.body) if kind is not None)]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(operation)
+
     return {
         "openapi": "3.1.0",
         "info": {"title": "hosl-cloud", "version": importlib.metadata.version("hosl")},
@@ -171,6 +176,7 @@ def describe(operations: Sequence[Operation]) -> dict[str, Any]:
 
 def _describe(operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {"summary": operation.summary, "operationId": _id_of(operation)}
+
     names = re.findall(r"{(\w+)}", operation.path)
     parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
     for query in operation.queries:
@@ -178,6 +184,8 @@ def _describe(operation: Operation) -> dict[str, Any]:
         parameters.append({"name": query.name, "in": "query", "description": query.description, "schema": schema})
     if parameters:
         described["parameters"] = parameters
+
+    # What may be refused follows from what is asked for.
     refusals = {401, 403, 429, *operation.refusals}
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": _content(operation.body)}
@@ -186,6 +194,7 @@ def _describe(operation: Operation) -> dict[str, Any]:
         refusals.add(422)
     if names:
         refusals.add(404)
+
     answer: dict[str, Any] = {"description": "Done."}
     if operation.answer is not None:
         answer["content"] = _content(operation.answer)

@@ -1,4 +1,8 @@
-"""The admin's HTTP API: runs, their figures, logs and checkpoints. The commands and the status page use it."""
+"""The admin's HTTP API: runs, their figures, logs and checkpoints. The commands and the status page use it.
+
+Handlers run on the event loop. What they tell of a run comes from the store, which is asked on another thread, and from
+what the loop alone may look at (`_live`), which is taken before and handed over.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +132,7 @@ class Draining(msgspec.Struct, frozen=True):
 
 
 class RunsApi:
-    """The handlers of the operations on runs."""
+    """Handles the operations on runs."""
 
     def __init__(self, runs: RunQueue, bundles: Path, drain: asyncio.Event) -> None:
         """`bundles` is the folder that bundles of new runs are in; `drain` tells the service to leave."""
@@ -137,7 +141,7 @@ class RunsApi:
         self._stopping: set[asyncio.Task[None]] = set()
 
     def operations(self) -> list[Operation]:
-        """All of them."""
+        """List the operations on runs."""
         run = "/v1/runs/{run}"
         return [
             Operation("GET", "/v1/runs", "All runs, oldest first.", self._list, RunList),
@@ -177,8 +181,9 @@ class RunsApi:
         await self._runs.remove(call.path["run"])
 
     async def _stop(self, call: Call) -> RunStatus:
+        # A task of its own: the answer does not wait for a long round, and the run still ends after it.
         stopping = asyncio.create_task(self._runs.stop(call.path["run"]))
-        self._stopping.add(stopping)
+        self._stopping.add(stopping)  # the event loop alone would let it be collected
         stopping.add_done_callback(self._stopping.discard)
         done, _ = await asyncio.wait({stopping}, timeout=STOP_WAIT_S)
         for task in done:
@@ -228,7 +233,7 @@ class RunsApi:
         return self._runs.folder((await asyncio.to_thread(self._store.run, call.path["run"])).id)
 
     def _live(self, run: str) -> LiveState:
-        """Of a run under way, or over since this service began: what only the event loop may look at."""
+        """Take what only the event loop may look at, of a run under way, or over since this service began."""
         current = self._runs.current.of_run(run)
         if current is None or current.coordinator is None:
             return LiveState()
@@ -250,7 +255,7 @@ class RunsApi:
 
 
 def describe_checkpoints(folder: Path) -> list[CheckpointFile]:
-    """A run's checkpoints, oldest first."""
+    """Describe a run's checkpoints, oldest first. Slow, off the event loop."""
     checkpoints = list_checkpoints(folder)
     best = best_checkpoint(checkpoints)
     described = [_describe(each, is_best=each is best) for each in checkpoints]
@@ -258,12 +263,13 @@ def describe_checkpoints(folder: Path) -> list[CheckpointFile]:
 
 
 def _describe(checkpoint: Checkpoint, *, is_best: bool) -> CheckpointFile | None:
-    """None for one that was pruned meanwhile."""
+    """Describe a checkpoint; None for one that was pruned meanwhile."""
     info, metrics = checkpoint.info, checkpoint.info.metrics
     try:
         size_bytes = checkpoint.path.stat().st_size
     except FileNotFoundError:
         return None
+
     return CheckpointFile(
         info.round,
         info.epoch,

@@ -1,4 +1,9 @@
-"""The service: one port, one event loop, on which nothing is computed; how it starts, and how it leaves."""
+"""The service: one port, one event loop, on which nothing is computed; how it starts, and how it leaves.
+
+`serve` is the whole of it: uvicorn serves the routes of service/app.py in one task, RunQueue.work leads the runs in
+another. It leaves in an order that matters: runs are paused or ended first, while their devices can still be told, then
+what devices are owed is sent, and only then are the sockets closed and the log written to its end.
+"""
 
 from __future__ import annotations
 
@@ -34,25 +39,25 @@ HEARTBEAT_S = 15.0
 
 
 class _DeviceSocket(WebSocketsSansIOProtocol):
-    """Ends a connection whose last bytes nobody takes; uvicorn would keep it, and tell nobody, until TCP gives up."""
+    """A websocket that ends where nobody takes its last bytes; uvicorn would keep it until TCP gives up."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.conn.debug = False  # its log has every header, tokens too
 
     async def send(self, message: Any) -> None:
-        """A refusal is an answer, too; uvicorn would log that none was given."""
+        """Send, and count a refusal as an answer, too; uvicorn would log that none was given."""
         await super().send(message)
         self.handshake_complete |= self.initial_response is not None
 
     def keepalive_timeout(self) -> None:
-        """A device that went without a word."""
+        """Drop a device that went without a word."""
         super().keepalive_timeout()
         if self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
-        """We are done with the device."""
+        """Drop the connection of a device with which we are done, where it does not close it itself."""
         super().on_task_complete(task)
         self.loop.call_later(HEARTBEAT_S, self.transport.abort)
 
@@ -101,6 +106,7 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         *RunsApi(runs, service.bundles, leave).operations(),
         *device_operations(authenticator.access, disconnect, has_bundle),
     ]
+
     app = make_app(runs, authenticator, operations, listen.authority.ca_cert if listen.authority is not None else None)
     listener = _bind(listen, authenticator.limits)
     server = _Server(_uvicorn_config(app, listen))
@@ -110,12 +116,15 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         signals.append(number)
         leave.set()
 
+    # uvicorn's own handlers are off (`_Server`): it would close the devices' sockets before their runs are paused.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     working, watching = asyncio.create_task(runs.work()), asyncio.create_task(feed_watchdog())
     # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
     gc.freeze()
+
     try:
         on_listening(_address(listener, listen))
         notify("READY=1")
@@ -126,7 +135,8 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         return await runs.outcome(service.until or service.ends_on_interrupt)
     finally:
         working.cancel()
-        await runs.close()
+        await runs.close()  # devices take their last message, before their sockets are closed
+
         server.should_exit = True
         with contextlib.suppress(SystemExit):
             await serving

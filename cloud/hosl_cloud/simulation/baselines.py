@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def prepare_config(config: RunConfig) -> RunConfig:
-    """The settings under which a baseline goes through the real code: whose rounds it borrows. Raises SettingsError."""
+    """Make the settings under which a baseline goes through the real code: it borrows a round. Raises SettingsError."""
     if config.baseline == "first-order":
         return msgspec.structs.replace(config, algorithm="ho-sfl", directions=1, anchor="clean")
     if config.baseline == "zeroth-order":
@@ -60,7 +60,7 @@ class FirstOrderClient:
         self.tally = Tally()
 
     def round(self, context: step.DeviceRound, batch: Batch) -> step.Step:
-        """HO-SFL step 3 with the true gradient: activations up, λ down, and numbers that move nothing up."""
+        """Do HO-SFL step 3 with the true gradient: activations up, λ down, and numbers that move nothing up."""
         set_TD = context.shard.activations(batch, context.empty_set(batch))
         tensors = {"activations": set_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}
         yield step.Send(Anchor(**context.name(0)), tensors)
@@ -72,7 +72,7 @@ class FirstOrderClient:
         yield step.Send(Projections(**context.name(1)), {"projections": np.zeros(1, np.float32)})
 
     def backward(self, batch: Batch, lambda_TD: Floats) -> None:
-        """Add this batch's gradient to what `apply` averages."""
+        """Add this batch's gradient, by λ [T, D], to what `apply` averages."""
         weight = float(len(batch.lengths_B)) if self.config.devices.weighting == "examples" else 1.0
         inputs = {name: torch.from_numpy(array) for name, array in batch.inputs(slice(None)).items()}
         names = ("pixel_values",) if self.half.image is not None else ("input_ids", "attention_mask")
@@ -82,14 +82,14 @@ class FirstOrderClient:
         self._total += weight
 
     def _count_aggregation(self) -> None:
-        """A device would send its gradient and get the average: as many bytes as what trains, each way."""
+        """Count what a device would send, its gradient, and get, the average: as many bytes as what trains."""
         size = sum(4 * parameter.numel() for parameter in self.parameters)
         metrics.wire_bytes.labels("received", "client-gradient").inc(size)
         metrics.wire_bytes.labels("sent", "client-gradient").inc(size)
         self.tally.wire_bytes += 2 * size
 
     def apply(self, update: UpdateRecord) -> None:
-        """One optimizer step on the average over the round's devices."""
+        """Make one optimizer step on the average over the round's devices."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= max(self._total, 1.0)
@@ -123,12 +123,14 @@ def share_weights(half: ClientHalf, weights: dict[str, Floats], trainable: set[s
 
 
 def zeroth_order_round(context: CloudRound) -> Exchange[RoundResult | None]:
-    """Both halves by two-sided estimates along one direction that runs through both, as MeZO (arXiv 2305.17333)."""
+    """Train both halves by two-sided estimates along a direction that runs through both, as MeZO (arXiv 2305.17333)."""
     assert isinstance(context.trainer, TailTrainer)
     yield from context.start()
     config, trainer = context.config, context.trainer
     losses: dict[str, Doubles] = {device: np.full((config.directions, 2), np.nan) for device in context.devices}
     weights: dict[str, float] = {}
+
+    # Direction by direction: the tail can be at one perturbed point at a time, and all devices are scored there.
     for direction in range(config.directions):
         for side, sign in enumerate((+1, -1)):
             asks = [Ask(device, Probe, context.round, direction, sign) for device in context.devices]
@@ -144,9 +146,11 @@ def zeroth_order_round(context: CloudRound) -> Exchange[RoundResult | None]:
                         yield Tell(ask.device, reply, {"loss": np.float32(score.loss).reshape(())})
     if not weights:
         return None
+
     differences = {device: losses[device][:, 0] - losses[device][:, 1] for device in weights}
     estimates = context.combine(differences, weights) / (2.0 * config.probe_step * config.directions)
     _step_tail(trainer, context, estimates)
+
     update = make_update(context, estimates)
     loss = float(np.mean([np.mean(losses[device]) for device in weights]))
     return RoundResult(update, loss, tuple(device for device in context.devices if device in weights))
@@ -154,7 +158,7 @@ def zeroth_order_round(context: CloudRound) -> Exchange[RoundResult | None]:
 
 @contextmanager
 def _perturbed(trainer: TailTrainer, context: CloudRound, direction: int, scale: float) -> Iterator[None]:
-    """The tail at θ_s + scale · z; afterwards at θ_s, bit for bit."""
+    """Hold the tail at θ_s + scale · z; afterwards it is at θ_s, bit for bit."""
     kept = [parameter.detach().clone() for parameter in trainer.parameters.values()]
     for parameter, z in _directions(trainer, context, direction):
         parameter.data.add_(z, alpha=scale)
@@ -166,7 +170,7 @@ def _perturbed(trainer: TailTrainer, context: CloudRound, direction: int, scale:
 
 
 def _directions(trainer: TailTrainer, context: CloudRound, direction: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each trainable tensor of the tail and its part of the direction: signs, or normals where the run has those."""
+    """Yield each trainable tensor of the tail and its part of the direction: signs, or normals as the run says."""
     words = philox(context.config.seed, context.round, direction, Stream.SIGNS, index=2**32).random_raw()
     generator = torch.Generator(device=trainer.device).manual_seed(int(words) >> 1)
     for parameter in trainer.parameters.values():
@@ -178,7 +182,7 @@ def _directions(trainer: TailTrainer, context: CloudRound, direction: int) -> It
 
 
 def _step_tail(trainer: TailTrainer, context: CloudRound, estimates: Doubles) -> None:
-    """The tail's optimizer takes Σ_p estimate_p · z_p for its gradient; nothing is clipped."""
+    """Step the tail's optimizer on Σ_p estimate_p · z_p as the gradient; nothing is clipped."""
     for direction, estimate in enumerate(estimates.tolist()):
         for parameter, z in _directions(trainer, context, direction):
             parameter.grad = estimate * z if parameter.grad is None else parameter.grad.add_(z, alpha=estimate)

@@ -37,12 +37,13 @@ class Partition:
         return cls(alpha)
 
     def deal(self, labels: npt.NDArray[np.int32] | None, examples: int, devices: int, seed: int) -> list[Indices]:
-        """The places of each device's examples, rising; every example goes to one device, and none is left without.
+        """Deal out examples, as rising indices by device; every example goes to one device, and none is left without.
 
         Raises SettingsError where there are fewer examples than devices, or no labels to be uneven in.
         """
         if examples < devices:
             raise SettingsError("--devices", devices, f"use at most {examples}, the examples in the data")
+
         generator = np.random.Generator(philox(seed, 0, 0, Stream.SAMPLING, index=1))
         if self.alpha is None:
             return [np.sort(part) for part in np.array_split(generator.permutation(examples), devices)]
@@ -54,7 +55,7 @@ class Partition:
 def _deal_unevenly(
     labels: npt.NDArray[np.int32], devices: int, alpha: float, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Each class is cut at shares drawn from a symmetric Dirichlet distribution (Hsu et al., arXiv 1909.06335)."""
+    """Cut each class at shares drawn from a symmetric Dirichlet distribution (Hsu et al., arXiv 1909.06335)."""
     parts: list[list[int]] = [[] for _ in range(devices)]
     for label in np.unique(labels):
         places = generator.permutation(np.flatnonzero(labels == label))
@@ -65,7 +66,7 @@ def _deal_unevenly(
 
 
 def _fill_empty(parts: list[list[int]]) -> list[Indices]:
-    """A device without an example takes one from the device with the most."""
+    """Give each device without an example one of the device with the most."""
     for part in parts:
         if not part:
             part.append(max(parts, key=len).pop())

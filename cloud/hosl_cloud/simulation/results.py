@@ -1,4 +1,4 @@
-"""What a run came to, as a table: one row a round, as CSV, and a summary of it."""
+"""The results of a run as a table: one row a round, as CSV, and a summary of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ("round", "seconds", "wire_bytes", "loss", "eval_loss", "accuracy")
 
 
 def result_rows(store: Store, run: str) -> list[dict[str, Any]]:
-    """The rows of the table."""
+    """Make the rows of the table."""
     evaluations = {evaluation.round: evaluation for evaluation in store.evaluations(run)}
     rows: list[dict[str, Any]] = []
     seconds, wire_bytes = 0.0, 0
@@ -22,6 +22,7 @@ def result_rows(store: Store, run: str) -> list[dict[str, Any]]:
     for row in store.rounds(run):
         seconds, wire_bytes = seconds + row.seconds, wire_bytes + row.wire_bytes
         rows.append({"round": row.round, "seconds": seconds, "wire_bytes": wire_bytes, "loss": row.loss})
+
     for entry in rows:
         evaluation = evaluations.get(entry["round"])
         entry["eval_loss"] = evaluation.loss if evaluation else None
@@ -30,7 +31,7 @@ def result_rows(store: Store, run: str) -> list[dict[str, Any]]:
 
 
 def write_csv(store: Store, run: str, path: Path) -> None:
-    """The table as a file."""
+    """Write the table to a file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -38,10 +39,11 @@ def write_csv(store: Store, run: str, path: Path) -> None:
 
 
 def summarize(store: Store, run: str) -> dict[str, Any]:
-    """The run in a few figures."""
+    """Sum a run up in a few figures."""
     rows = result_rows(store, run)
     scored = [row for row in rows if row["accuracy"] is not None]
     last = rows[-1] if rows else {"round": 0, "seconds": 0.0, "wire_bytes": 0, "loss": None}
+
     return {
         "run": run,
         "state": store.run(run).state,

@@ -2,6 +2,9 @@
 
 Virtual devices share one copy of the client's weights, which are equal on all devices by construction, and one data
 set of which each holds a part. Frames go through the real codec: what a device gets has the wire's types.
+
+All of it runs on the event loop's thread but for the tail: a device works when its answer is taken (`take`), one at a
+time, so that the shared weights are at rest whenever another begins. The first to hear of an update applies it for all.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ async def simulate(
             coordinator.fleet.peers[device.name] = device
         ending = await coordinator.train()
         shared.check()
-        assert ending != "paused"
+        assert ending != "paused"  # nobody asks a simulation to
         return ending
     except BaseException:
         with contextlib.suppress(HoslError):  # what ended it is to be heard of
@@ -93,11 +96,13 @@ def load_shared_state(
     settings, manifest = run.settings, run.manifest
     shard = Shard(run.bundle, manifest, threads)
     weights = make_client_weights(manifest, shard.weights, settings, threads)
+
     read = partial(open_data, run.bundle, manifest, settings, skip_broken=skip_broken)
     train, evaluated = read(data), None if held_out is None else read(held_out)
     shard.open()
     shard.max_length = settings.max_length
     shard.rows = preferred_rows(settings, manifest.image)
+
     if run.config.baseline == "first-order":
         client = load_first_order(run.bundle, run.config, shard)
         return SharedState(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
@@ -106,7 +111,7 @@ def load_shared_state(
 
 
 def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrderClient:
-    """The client half as a torch module over the shard's own weights."""
+    """Load the client half as a torch module over the shard's own weights."""
     half = load_client(bundle, shard.manifest, read_tensors(bundle / SHARD_WEIGHTS))
     share_weights(half, shard.weights, {entry.name for entry in shard.manifest.trainable})
     return FirstOrderClient(half, config)
@@ -115,7 +120,7 @@ def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrde
 def open_data(
     bundle: Path, manifest: Manifest, settings: RunSettings, path: Path, *, skip_broken: bool = False
 ) -> Dataset:
-    """A data file, as a device reads it. Raises DataError."""
+    """Read a data file, as a device does. Raises DataError."""
     if manifest.image is not None:
         return load_images(path, settings.task, manifest.image, manifest.max_length, skip_broken=skip_broken)
     tokenizer = Tokenizer.from_file(str(bundle / SHARD_TOKENIZER))
@@ -123,7 +128,7 @@ def open_data(
 
 
 def make_devices(shared: SharedState, partition: Partition, count: int) -> list[VirtualDevice]:
-    """`device-0`, `device-1`, ... and the parts that they hold."""
+    """Make `device-0`, `device-1`, ... with the parts of the data that they hold."""
     parts = partition.deal(shared.train.labels, len(shared.train), count, shared.settings.seed)
     width = len(str(count - 1))
     return [
@@ -134,7 +139,7 @@ def make_devices(shared: SharedState, partition: Partition, count: int) -> list[
 
 @dataclass
 class SharedState:
-    """What all virtual devices share."""
+    """What all virtual devices share: the weights, the data, and how a round is done with them."""
 
     settings: RunSettings
     shard: Shard
@@ -162,7 +167,7 @@ class SharedState:
             self.update(update)
 
     def context(self, message: RoundStart | EvalStart) -> step.DeviceRound:
-        """What a device's generator needs to know; sets are held as by a device without a memory budget."""
+        """Make what a device's generator needs to know; sets are held as by a device without a memory budget."""
         return step.DeviceRound(
             run=message.run,
             epoch=message.epoch,
@@ -176,7 +181,7 @@ class SharedState:
 
 
 class VirtualDevice:
-    """A device without a process: a name and its part of the data. A Participant of hosl_cloud.runs.fleet."""
+    """A device without a process: a name and its part of the data. A Participant of runs/fleet.py."""
 
     def __init__(self, name: str, shared: SharedState, examples: Indices, *, is_evaluator: bool = False) -> None:
         self.name, self._train = name, shared.train.subset(examples)
@@ -192,7 +197,7 @@ class VirtualDevice:
         self._replies: deque[Frame] = deque()
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
-        """What the device would do about it; what it fails with is raised where its answer is taken."""
+        """Do what the device would do about it; what it fails with is raised where its answer is taken."""
         try:
             self._hear(message, tensors)
         except Exception as error:  # nobody who tells waits for an answer
@@ -200,6 +205,7 @@ class VirtualDevice:
 
     def _hear(self, message: Message, tensors: Mapping[str, Any] | None) -> None:
         frame = self._carry("sent", self._down, message, tensors or {})
+
         if isinstance(message, RoundStart):
             self._begin(self._shared.take_step(self._shared.context(message), self._draw(message)))
         elif isinstance(message, EvalStart):
@@ -223,10 +229,11 @@ class VirtualDevice:
         self._replies.clear()
 
     def take(self, ask: Ask) -> Frame | None:
-        """The answer to `ask`: the device works until it has it. Raises what it, or another, has failed with."""
+        """Take the answer to `ask`: the device works until it has it. Raises what it, or another, has failed with."""
         self._shared.check()
         if self._steps is None:
             return None
+
         action = next(self._steps, None)
         while isinstance(action, step.Receive):
             if not self._replies:  # it was left out of the round
@@ -235,13 +242,14 @@ class VirtualDevice:
                 action = self._steps.send(self._replies.popleft())
             except StopIteration:
                 return None
+
         if action is None:
             return None
         assert isinstance(action.message, ask.kind)
         return self._carry("received", self._up, action.message, action.tensors)
 
     def _carry(self, direction: str, reader: FrameReader, message: Message, tensors: Mapping[str, Any]) -> Frame:
-        """Through the codec, as over a socket."""
+        """Carry a message through the codec, as over a socket."""
         count = metrics.wire_bytes.labels(direction, name_of(message))
         frame = None
         for piece in encode(message, tensors, self._shared.settings.wire_dtype):
@@ -252,12 +260,12 @@ class VirtualDevice:
         return frame
 
     def end(self, message: Message) -> None:
-        """The connection would end here."""
+        """End the device's part, where a connection would end."""
         self.is_ready = False
         self.gone.set()
 
     def leave_round(self) -> None:
-        """The round is over for this device."""
+        """Drop what this device does for the round."""
         if self._steps is not None:
             self._steps.close()
             self._steps = None

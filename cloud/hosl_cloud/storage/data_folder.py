@@ -1,4 +1,8 @@
-"""What is where in a service's data folder, and the lock that keeps others out."""
+"""What is where in a service's data folder, and the lock that keeps others out.
+
+The lock is the kernel's, on the file `lock`: it is gone with the process however that ends, while `service.json`, which
+says where the service is, stays behind after a kill. Who wants to know whether a service runs asks for the lock.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,16 @@ DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
 RUNS = "runs"
 SERVICE_FILE = "service.json"
-"""While the service runs: where it is."""
+"""Says where the service is, while it runs."""
 
 
 def default_data_dir() -> Path:
-    """Where the data is unless somebody says otherwise. Raises SettingsError for a user without a home."""
+    """Choose where the data is unless somebody says otherwise. Raises SettingsError for a user without a home."""
     return default_folder("XDG_DATA_HOME", ".local/share", "--data-dir") / "hosl-cloud"
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
-    """`--data-dir`."""
+    """Add `--data-dir`."""
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -43,7 +47,7 @@ def settle_data_dir(options: argparse.Namespace) -> None:
 
 
 def make_data_dir(data_dir: Path) -> None:
-    """Make it where it is missing, for its user alone, with the folders of bundles and checkpoints."""
+    """Make the folder where it is missing, for its user alone, with the folders of bundles and checkpoints."""
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     data_dir.mkdir(mode=0o700, exist_ok=True)
     for name in (BUNDLES, RUNS):
@@ -51,7 +55,7 @@ def make_data_dir(data_dir: Path) -> None:
 
 
 def hint(command: str, data_dir: Path) -> str:
-    """A command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
+    """Write a command of hosl-cloud as somebody can type it: with the data folder, where that is not the default."""
     try:
         is_default = data_dir.absolute() == default_data_dir().absolute()
     except SettingsError:
@@ -60,19 +64,19 @@ def hint(command: str, data_dir: Path) -> str:
 
 
 def run_folder(data_dir: Path, run: str) -> Path:
-    """Where a run's checkpoints are."""
+    """Name the folder of a run's checkpoints, snapshots and figures."""
     return data_dir / RUNS / run
 
 
 def new_run_id(name: str, store: Store) -> str:
-    """A name that no run has."""
+    """Make a run id that no run has, of the settings' name and the time."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     known = set(store.run_ids())
     return next(run for run in (stem, *(f"{stem}-{n}" for n in range(2, 10**6))) if run not in known)
 
 
 def is_locked(data_dir: Path) -> bool:
-    """Whether a service uses the folder."""
+    """Tell whether a service, or a simulation, uses the folder."""
     try:
         lock(data_dir).close()
     except ServiceError:
@@ -81,7 +85,7 @@ def is_locked(data_dir: Path) -> bool:
 
 
 def lock(data_dir: Path) -> TextIO:
-    """Only one service may use a data folder; the lock is held as long as the file is open. Raises ServiceError."""
+    """Take the folder for this process, as long as the file that is returned stays open. Raises ServiceError."""
     file = (data_dir / "lock").open("w", encoding="ascii")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,10 @@
-"""The service's SQLite file: transactions, and errors that say what to do."""
+"""The service's SQLite file: transactions, and errors that say what to do.
+
+One connection, which the threads take in turn by a lock: SQLite lets one write at a time anyway, and the journal is
+synced at every commit, so that what was committed survives a power cut. A commit takes as long as the disk does; a call
+on an event loop would hold up every device, and warns. One process trains with it, the one that has the folder's lock
+(storage/data_folder.py); commands that only look may open it beside that.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +23,19 @@ from hosl_cloud.storage.schema import migrate
 
 
 class Database:
-    """One file, and one connection, which the threads take in turn.
-
-    A commit takes as long as the disk does: no method may be called on an event loop, which would stand still.
-    """
+    """One file, and one connection to it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
         _warn_on_event_loop()
+
         with self._named_errors():
+            # No isolation level: `_transaction` says itself where one begins. The threads share it, under the lock.
             self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
             try:
                 self._database.row_factory = sqlite3.Row
-                self._check_file()
+                self._check_file()  # before the next line writes to it
                 self._database.execute("PRAGMA journal_mode = WAL")
                 self._database.execute("PRAGMA synchronous = FULL")
                 self._database.execute("PRAGMA foreign_keys = ON")
@@ -41,6 +46,7 @@ class Database:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours, by what can be done about them."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -48,6 +54,7 @@ class Database:
                 raise StoreFull(self._path, str(error)) from error
             raise StoreError(f"{self._path}: {error}: check that it is a file, may be written, and has room") from error
         except sqlite3.Error as error:
+            # The class itself, and none below it, is what SQLite raises for a file that is no database or is broken.
             if type(error) is sqlite3.DatabaseError:
                 raise self._damaged(str(error)) from error
             raise StoreError(f"{self._path}: {error}") from error
@@ -74,6 +81,7 @@ class Database:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Write what is done within, all or nothing; on disk when it ends."""
         _warn_on_event_loop()
         with self._lock, self._named_errors():
             self._database.execute("BEGIN IMMEDIATE")

@@ -17,9 +17,10 @@ T = TypeVar("T")
 async def when_there_is_room(
     write: Callable[[], Awaitable[T]], say: Callable[[str], None], notice: Callable[[bool], None]
 ) -> T:
-    """What `write` comes to, which is tried again as long as the disk is full. Raises what else is wrong with it.
+    """Try `write` again as long as the disk is full; its result. Raises what else is wrong with it.
 
-    `say` tells a person, and `notice` hears whether it waits; a wait may be cancelled between two tries.
+    `write` must be safe to repeat: a try that failed has left nothing behind. `say` tells a person, and `notice` hears
+    whether it waits; a wait may be cancelled between two tries. Awaited on the event loop.
     """
     is_full = False
     try:
@@ -35,6 +36,7 @@ async def when_there_is_room(
                 is_full = True
                 await asyncio.sleep(DISK_PAUSE_S)
                 continue
+
             if is_full:
                 say("there is room on the disk again; the run goes on")
             return result

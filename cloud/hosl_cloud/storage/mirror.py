@@ -1,4 +1,9 @@
-"""The client half as the cloud knows it: the base shard, and the scalars that moved it."""
+"""The client half as the cloud knows it: the base shard, and the scalars that moved it.
+
+The cloud never receives weights. A run in progress has what trains as `Run.mirror` (runs/run.py); a merge has all of
+it, replayed from the store. Both hold the bits that the devices hold, for the arithmetic is exact
+(hosl_protocol/weights/client_weights.py).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 def load_shard_weights(bundle: Path, manifest: Manifest, *, only_trainable: bool = False) -> Weights:
-    """The base shard's tensors by name, in memory of their own. Raises BundleError."""
+    """Read the base shard's tensors by name, in memory of their own. Raises BundleError."""
     entries = manifest.trainable if only_trainable else manifest.tensors
     try:
         with safe_open(bundle / SHARD_WEIGHTS, framework="numpy") as file:
@@ -27,9 +32,12 @@ def load_shard_weights(bundle: Path, manifest: Manifest, *, only_trainable: bool
 
 
 def replay_client(store: Store, run: RunRow, bundle: Path, manifest: Manifest, round_: int) -> Weights:
-    """The client half after `round_`: the base shard plus the stored updates, bit for bit what devices hold."""
+    """Replay the client half up to `round_`: the base shard plus the stored updates, bit for bit what devices hold.
+
+    Slow, off the event loop. Raises BundleError, and StoreError where updates are missing.
+    """
     weights = load_shard_weights(bundle, manifest)
     client = make_client_weights(manifest, weights, run.config.wire_settings())
-    client.apply(store.replay(run.id, round_))
+    client.apply(store.replay(run.id, round_))  # in place, in the arrays of `weights`
     client.close()
     return weights

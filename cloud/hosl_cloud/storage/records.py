@@ -1,4 +1,4 @@
-"""What the store keeps, as its readers see it: runs, rounds, evaluations, devices, tokens and a run's log."""
+"""The store's rows, as its readers see them: runs, rounds, evaluations, devices, tokens and a run's log."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class EventRow:
 
 @dataclass(frozen=True)
 class NewEvent:
-    """A sentence that is to go into a run's log."""
+    """A sentence that is to go into a run's log; EventRow is one that is there."""
 
     run: str
     at: float
@@ -92,7 +92,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """What admission asks about a device that joined before."""
+    """The part of a device's row that admission asks for, of one that joined before."""
 
     data_digest: str
     """Of its training data when it was ready last; empty for one that never was."""
@@ -104,7 +104,7 @@ class DeviceRow:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the devices' held-out data scored."""
+    """The score of the devices' held-out data after a round."""
 
     round: int
     loss: float

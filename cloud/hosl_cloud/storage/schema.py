@@ -1,4 +1,8 @@
-"""The tables of the service's database, and what leads to them from those of older versions."""
+"""The tables of the service's database, and what leads to them from those of older versions.
+
+A change of the tables is one more entry of MIGRATIONS; none that has been released is ever changed, for databases that
+went through it exist. A table's column has the default that suits the rows of older versions.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +92,7 @@ MIGRATIONS = (
     "ALTER TABLE events ADD COLUMN is_ending INTEGER NOT NULL DEFAULT 0;"
     "ALTER TABLE evaluations ADD COLUMN held_out TEXT NOT NULL DEFAULT '';",
 )
-"""What leads from each version to the next, from none at all on."""
+"""The scripts that lead from each version to the next, from none at all on."""
 
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -98,5 +102,6 @@ def migrate(database: sqlite3.Connection, path: Path) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path} has schema {version}, this hosl reads up to {SCHEMA_VERSION}: use a newer hosl")
+    # The number is set in the script's own transaction: a kill leaves the version before or after it, nothing between.
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         database.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")

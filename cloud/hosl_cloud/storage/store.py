@@ -1,6 +1,11 @@
-"""The service's memory: runs, devices, rounds and updates in SQLite. What a device is sent is durable here before.
+"""The service's memory: runs, devices, rounds and updates in SQLite.
 
-Updates that a resume drops are marked superseded, never deleted.
+What a device is sent is durable here before: a method returns when its transaction is on disk (storage/database.py). It
+may be called from any thread but that of an event loop; the threads take turns. Each method is one transaction, so that
+a kill between two methods is all that a caller has to think of.
+
+Of each round of a run one update is in force. Updates that a resume drops are marked superseded, never deleted, and
+`cuts` remembers to which round: devices of a former epoch are led back by it (`lowest_rewind`).
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ PORTION = 4096
 
 
 class Store(Database):
-    """All that the service knows, by run. Its methods may be called from any thread but that of an event loop."""
+    """All that the service knows, by run."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -58,9 +63,9 @@ class Store(Database):
     def create_run(
         self, run: str, bundle: Path, shard_digest: str, config: RunConfig, begun_by: BegunBy = "start"
     ) -> None:
-        """Add a pending run."""
+        """Add a pending run, at the end of the line."""
+        now, text = time.time(), msgspec.json.encode(config).decode()
         with self._transaction() as database:
-            now, text = time.time(), msgspec.json.encode(config).decode()
             database.execute(
                 "INSERT INTO runs (id, created_at, queued_at, bundle, shard_digest, config, begun_by, state) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, 'pending')",
@@ -68,27 +73,27 @@ class Store(Database):
             )
 
     def run(self, run: str) -> RunRow:
-        """A run by id. Raises RunNotFound."""
+        """Find a run by id. Raises RunNotFound."""
         found = self.find_run(run)
         if found is None:
             raise RunNotFound(run, self.run_ids())
         return found
 
     def find_run(self, run: str) -> RunRow | None:
-        """A run by id; None where there is none."""
+        """Find a run by id; None where there is none."""
         rows = self._query("SELECT * FROM runs WHERE id = ?", (run,))
         return _run_row(rows[0]) if rows else None
 
     def runs(self) -> list[RunRow]:
-        """All runs, oldest first."""
+        """List all runs, oldest first."""
         return [_run_row(row) for row in self._query("SELECT * FROM runs ORDER BY created_at, rowid")]
 
     def run_ids(self) -> list[str]:
-        """All runs, oldest first."""
+        """List all runs' ids, oldest first."""
         return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
 
     def set_state(self, run: str, state: str, reason: str = "") -> None:
-        """pending, running, paused, completed, failed or stopped."""
+        """Set a run's state: pending, running, paused, completed, failed or stopped."""
         with self._transaction() as database:
             database.execute("UPDATE runs SET state = ?, reason = ? WHERE id = ?", (state, reason, run))
 
@@ -107,13 +112,14 @@ class Store(Database):
             database.execute("DELETE FROM runs WHERE id = ?", (run,))
 
     def add_events(self, events: Sequence[NewEvent]) -> None:
-        """Sentences for the runs' logs, in their order; the oldest make room. What is said of a deleted run is gone."""
+        """Add sentences to the runs' logs, in their order; the oldest make room. Those of a deleted run are dropped."""
         with self._transaction() as database:
             database.executemany(
                 "INSERT INTO events (run, at, level, text, is_ending) "
                 "SELECT :run, :at, :level, :text, :is_ending WHERE EXISTS (SELECT 1 FROM runs WHERE id = :run)",
                 [dataclasses.asdict(event) for event in events],
             )
+
             for run, count in Counter(event.run for event in events).items():
                 # The first look at a run is due at once: how many an earlier service left is not known.
                 self._unpruned[run] = self._unpruned.get(run, _PRUNE_EVERY) + count
@@ -122,38 +128,42 @@ class Store(Database):
                     self._unpruned[run] = 0
 
     def events(self, run: str, after: int = 0, most: int = 1000) -> list[EventRow]:
-        """The run's log after an event's id, `most` sentences of it."""
+        """Read a run's log after an event's id, `most` sentences of it."""
         rows = self._query(
             "SELECT id, at, level, text FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?", (run, after, most)
         )
         return [EventRow(**dict(row)) for row in rows]
 
     def states(self) -> dict[str, int]:
-        """How many runs are in each state."""
+        """Count the runs in each state."""
         rows = self._query("SELECT state, count(*) AS count FROM runs GROUP BY state")
         return {row["state"]: row["count"] for row in rows}
 
     def unfinished_runs(self) -> list[str]:
-        """Runs that are to go on, in the order in which they have their turn."""
+        """List runs that are to go on, in the order in which they have their turn."""
         rows = self._query("SELECT id FROM runs WHERE state IN (?, ?, ?) ORDER BY queued_at, rowid", UNENDED)
         return [row["id"] for row in rows]
 
     def line(self, shard_digest: str) -> list[str]:
-        """Unfinished runs of one shard, in the order in which they have their turn."""
+        """List unfinished runs of one shard, in the order in which they have their turn."""
         sql = "SELECT id FROM runs WHERE shard_digest = ? AND state IN (?, ?, ?) ORDER BY queued_at, rowid"
         return [row["id"] for row in self._query(sql, (shard_digest, *UNENDED))]
 
     def rewind_run(self, run: str, round_: int) -> int:
-        """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins.
+        """Go on with a run after `round_`: what came later is marked superseded, and a new epoch begins; the epoch.
 
-        Where nothing came later the epoch stays. The epoch; all in one transaction.
+        Where nothing came later the epoch stays.
         """
         with self._transaction() as database:
             later = "run = ? AND round > ? AND NOT superseded"
             (count,) = database.execute(f"SELECT count(*) FROM rounds WHERE {later}", (run, round_)).fetchone()
             (epoch,) = database.execute("SELECT epoch FROM runs WHERE id = ?", (run,)).fetchone()
+
+            # All that depends on the later rounds goes with them.
             database.execute(f"UPDATE rounds SET superseded = 1 WHERE {later}", (run, round_))
             database.execute(f"UPDATE evaluations SET superseded = 1 WHERE {later}", (run, round_))
+
+            # Without rounds dropped no device is ahead, and all may go on in their epoch.
             if count:
                 epoch += 1
                 database.execute(
@@ -164,18 +174,18 @@ class Store(Database):
         return int(epoch)
 
     def lowest_rewind(self, run: str, epoch: int) -> int | None:
-        """The lowest round at which the run was cut since `epoch`; None where it was not."""
+        """Find the lowest round to which a run was rewound since `epoch`; None where it was not."""
         (row,) = self._query("SELECT min(round) AS round FROM cuts WHERE run = ? AND epoch > ?", (run, epoch))
         return None if row["round"] is None else int(row["round"])
 
     def set_roster(self, run: str, devices: Sequence[str]) -> None:
-        """The devices with which a strict run began."""
+        """Store the devices with which a strict run began."""
         with self._transaction() as database:
             names = msgspec.json.encode(list(devices)).decode()
             database.execute("UPDATE runs SET roster = ? WHERE id = ?", (names, run))
 
     def roster(self, run: str) -> list[str]:
-        """The devices with which a strict run began; empty before."""
+        """Read the devices with which a strict run began; empty before."""
         (row,) = self._query("SELECT roster FROM runs WHERE id = ?", (run,))
         names: list[str] = msgspec.json.decode(row["roster"])
         return names
@@ -191,9 +201,10 @@ class Store(Database):
         devices: Sequence[str],
         wire_bytes: int = 0,
     ) -> None:
-        """A finished round, its update, and what it took on the wire; durable when this returns."""
+        """Add a finished round, its update, and what it took on the wire; durable when this returns."""
         coefficients = update.coefficients.astype("<f4").tobytes()
         names = msgspec.json.encode(list(devices)).decode()
+
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
@@ -215,23 +226,27 @@ class Store(Database):
             database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
 
     def updates(self, run: str, first: int, last: int) -> list[UpdateRecord]:
-        """The updates in force of rounds `first` to `last`. Raises StoreError for one that is not as it was written."""
+        """Read the updates in force of rounds `first` to `last`. Raises StoreError for one that has changed on disk."""
         rows = self._query(
             "SELECT round, coefficients, learning_rate, checksum FROM rounds "
             "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded ORDER BY round",
             (run, first, last),
         )
+
         for round_, coefficients, rate, checksum in rows:
             # Updates that were written before there were checksums have none.
             if checksum is not None and _checksum(round_, rate, coefficients) != checksum:
                 raise self._damaged(f"the update of round {round_}")
+
         return [
             UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
         ]
 
     def replay(self, run: str, last: int) -> Iterator[UpdateRecord]:
-        """The updates in force of rounds 1 to `last`, read a portion at a time. Raises StoreError for what is not there
-        or not as it was written."""
+        """Yield the updates in force of rounds 1 to `last`, read a portion at a time.
+
+        Raises StoreError for what is not there or has changed on disk: a replay with a gap would end in other weights.
+        """
         for first in range(1, last + 1, PORTION):
             wanted = range(first, min(first + PORTION, last + 1))
             updates = self.updates(run, wanted[0], wanted[-1])
@@ -241,7 +256,7 @@ class Store(Database):
                 yield update
 
     def rounds(self, run: str, after: int = 0, most: int = -1) -> list[RoundRow]:
-        """The rounds in force after a round; `most` of them, below zero all."""
+        """Read the rounds in force after a round; `most` of them, below zero all."""
         rows = self._query(
             "SELECT round, loss, seconds, wire_bytes, finished_at FROM rounds "
             "WHERE run = ? AND round > ? AND NOT superseded ORDER BY round LIMIT ?",
@@ -250,12 +265,13 @@ class Store(Database):
         return [RoundRow(**dict(row)) for row in rows]
 
     def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
-        """The result of an evaluation round; a repeat at the same round replaces it."""
+        """Add the result of an evaluation; a repeat at the same round replaces it."""
         with self._transaction() as database:
             database.execute(
                 "UPDATE evaluations SET superseded = 1 WHERE run = ? AND round = ? AND epoch < ?",
                 (run, evaluation.round, epoch),
             )
+
             database.execute(
                 "INSERT OR REPLACE INTO evaluations "
                 "(run, epoch, round, loss, correct, scored, examples, of_examples, held_out) "
@@ -264,7 +280,7 @@ class Store(Database):
             )
 
     def evaluations(self, run: str, newest: int = -1) -> list[Evaluation]:
-        """The evaluations in force, in order; the `newest` of them, below zero all."""
+        """Read the evaluations in force, in order; the `newest` of them, below zero all."""
         rows = self._query(
             "SELECT round, loss, correct, scored, examples, of_examples, held_out FROM evaluations "
             "WHERE run = ? AND NOT superseded ORDER BY round DESC LIMIT ?",
@@ -273,7 +289,7 @@ class Store(Database):
         return [Evaluation(**dict(row)) for row in reversed(rows)]
 
     def add_device(self, run: str, name: str) -> int:
-        """A device says Hello: note it; how many connections it has made."""
+        """Note a device that says Hello; how many connections it has made."""
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
@@ -285,24 +301,24 @@ class Store(Database):
         return int(row["connections"])
 
     def device(self, run: str, name: str) -> DeviceRow | None:
-        """A device that has joined the run; None for a new one."""
+        """Find a device that has joined the run; None for a new one."""
         sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"
         rows = self._query(sql, (run, name))
         return DeviceRow(**dict(rows[0])) if rows else None
 
     def held_out(self, run: str) -> dict[str, int]:
-        """How many held-out examples each device of the run had when it was ready last, but for those at fault."""
+        """Count the held-out examples that each device had when it was ready last, but for those at fault."""
         sql = "SELECT name, eval_examples FROM devices WHERE run = ? AND eval_examples > 0 AND strikes = 0"
         rows = self._query(sql, (run,))
         return {row["name"]: row["eval_examples"] for row in rows}
 
     def set_token(self, row: TokenRow) -> None:
-        """A device's token, in place of the one before."""
+        """Store a device's token, in place of the one before."""
         with self._transaction() as database:
             database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", dataclasses.astuple(row))
 
     def tokens(self) -> list[TokenRow]:
-        """Every token, also the revoked ones."""
+        """List every token, also the revoked ones."""
         return [TokenRow(**dict(row)) for row in self._query("SELECT * FROM tokens ORDER BY name")]
 
     def add_strike(self, run: str, name: str) -> int:
@@ -313,7 +329,7 @@ class Store(Database):
         return int(row["strikes"]) if row else 0
 
     def set_data(self, run: str, name: str, train: int, held_out: int, digest: str, eval_digest: str) -> None:
-        """How much data a device has that is ready, and the digests of both parts: from here on it is bound to them."""
+        """Note the data of a device that is ready, and the digests of both parts: it is bound to them from here on."""
         with self._transaction() as database:
             database.execute(
                 "UPDATE devices SET train_examples = ?, eval_examples = ?, data_digest = ?, eval_digest = ? "
@@ -322,7 +338,7 @@ class Store(Database):
             )
 
     def set_reports(self, reports: Mapping[str, Report]) -> None:
-        """Devices' newest reports by name."""
+        """Store devices' newest reports by name, all in one transaction."""
         with self._transaction() as database:
             database.executemany(
                 "UPDATE devices SET applied_round = ?, step_seconds = ?, peak_rss_bytes = ?, anonymous_bytes = ?, "
@@ -345,7 +361,7 @@ class Store(Database):
             )
 
     def devices(self, run: str) -> list[dict[str, Any]]:
-        """The run's devices with their newest figures."""
+        """Read the run's devices with their newest figures."""
         return [dict(row) for row in self._query("SELECT * FROM devices WHERE run = ? ORDER BY name", (run,))]
 
 
@@ -375,5 +391,5 @@ def _prune_events(database: sqlite3.Connection, run: str) -> None:
 
 
 def _checksum(round_: int, learning_rate: float, coefficients: bytes) -> int:
-    """CRC-32 of an update: SQLite would not notice a bit that has changed on disk."""
+    """Make the CRC-32 of an update: SQLite would not notice a bit that has changed on disk."""
     return zlib.crc32(coefficients, zlib.crc32(struct.pack("<qd", round_, learning_rate)))

@@ -1,4 +1,8 @@
-"""A run's settings as they were stored: those of this version, or of another one, of which this one knows a part."""
+"""A run's settings as they were stored: those of this version, or of another one, of which this one knows a part.
+
+A run is never trained with settings of which a part is not known; but it can be shown, and merged where the unknown
+part has no say in the merged model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ _REPLAYED = ("task", "algorithm", "seed", "directions", "distribution", "client"
 
 @dataclass(frozen=True)
 class StoredSettings:
-    """What is known of a run's settings."""
+    """A run's settings, and whether this version can use them."""
 
     known: RunConfig | None
     """What this version makes of them; None where that is nothing."""
@@ -33,13 +37,16 @@ class StoredSettings:
     """Names that this version does not have."""
 
     def config(self, run: str) -> RunConfig:
-        """To train with. Raises ForeignSettings."""
+        """Give the settings to train with. Raises ForeignSettings."""
         if self.problem or self.known is None:
             raise ForeignSettings(run, self.problem)
         return self.known
 
     def for_merge(self, run: str) -> StoredSettings:
-        """To merge with: settings that no merged model depends on may be another version's. Raises ForeignSettings."""
+        """Give settings to merge with: those that no merged model depends on may be another version's.
+
+        Raises ForeignSettings.
+        """
         client = self.data.get("client")
         is_whole = set(_REPLAYED) <= self.data.keys() and isinstance(client, dict)
         is_own = is_whole and {*ClientOptimizer.__struct_fields__} == client.keys()  # type: ignore[union-attr]
@@ -49,7 +56,7 @@ class StoredSettings:
 
 
 def read_stored(text: str | bytes) -> StoredSettings:
-    """Settings in their JSON text, whoever wrote them."""
+    """Read settings from their JSON text, whoever wrote them."""
     try:
         config = _CONFIG.decode(text)
     except msgspec.ValidationError:
@@ -60,22 +67,24 @@ def read_stored(text: str | bytes) -> StoredSettings:
 
 
 def read_known(data: Any) -> StoredSettings:
-    """Settings as a mapping, without those that this version does not have."""
+    """Read settings from a mapping, without those that this version does not have."""
     if not isinstance(data, dict):
         return StoredSettings(None, {}, "its settings are damaged (they are no table)")
+
     unknown: list[str] = []
     other = "its settings are of another version of hosl"
     try:
         known = convert(_without_unknown(data, RunConfig, "", unknown), RunConfig, "settings")
     except MalformedSettings as error:
         return StoredSettings(None, data, f"{other}: {error}", tuple(unknown))
+
     if not unknown:
         return StoredSettings(known, data)
     return StoredSettings(known, data, f"{other}: this one has no setting {', '.join(unknown)}", tuple(unknown))
 
 
 def _without_unknown(data: dict[str, Any], table: type[msgspec.Struct], place: str, unknown: list[str]) -> Any:
-    """The settings of a table that it has; the names of the others go into `unknown`."""
+    """Keep the settings of a table that this version has; the names of the others go into `unknown`."""
     kinds, kept = get_type_hints(table), {}
     for name, value in data.items():
         if name not in table.__struct_fields__:

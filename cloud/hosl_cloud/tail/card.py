@@ -40,7 +40,7 @@ _NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a card is written from."""
+    """The facts that a card is written from."""
 
     manifest: Manifest
     info: CheckpointInfo
@@ -56,23 +56,23 @@ class Facts:
 
     @property
     def task(self) -> Task:
-        """Of the run."""
+        """The run's task."""
         return self.info.config.task
 
     @property
     def text_tokens(self) -> int:
-        """Longest text, without a soft prompt."""
+        """Tokens of the longest text, without a soft prompt."""
         return self.info.config.max_length - self.manifest.prompt_tokens
 
 
 def write_card(folder: Path, facts: Facts, *, is_adapter: bool = False) -> None:
-    """The task and the card of a merged model, or of a PEFT adapter for the model that it was made from."""
+    """Write the task and the card of a merged model, or of a PEFT adapter for the model that it was made from."""
     (folder / TASK).write_text(json.dumps(_task_facts(facts), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD).write_text(_card(facts, is_adapter=is_adapter), encoding="utf-8")
 
 
 def _task_facts(facts: Facts) -> dict[str, Any]:
-    """The task, and what else must be known to put a question as the run did."""
+    """Collect the task, and what else must be known to put a question as the run did."""
     task = {name: value for name, value in msgspec.to_builtins(facts.task).items() if value}
     if facts.info.head_rows:
         task["verbalizer_tokens"] = list(facts.info.head_rows)
@@ -102,7 +102,7 @@ def _card(facts: Facts, *, is_adapter: bool) -> str:
 
 
 def _front_matter(facts: Facts, *, is_adapter: bool) -> str:
-    """YAML, of which JSON's strings are a part. A license stands here only where the source names one."""
+    """Write YAML, of which JSON's strings are a part. A license stands here only where the source names one."""
     lines = [f"library_name: {'peft' if is_adapter else 'transformers'}"]
     lines.append(f"pipeline_tag: {_PIPELINES[facts.task.kind]}")
     if facts.origin.is_hub_id:
@@ -130,6 +130,7 @@ def _remark(facts: Facts) -> str:
         remark = "The labels are " + ", ".join(_code(name) for name in facts.class_names) + "."
     else:
         remark = "It goes on with a text, as its base model does."
+
     if facts.task.template not in ("", "{text}"):
         remark += f" The template is in `{TASK}`; its fields are given as text."
     if facts.prompt_folder is not None:
@@ -170,7 +171,7 @@ def _score(facts: Facts) -> str:
 
 
 def _code(text: str) -> str:
-    """Inline code, also in a table."""
+    """Quote text as inline code, also in a table."""
     text = " ".join(text.split()).replace("|", "\\|")
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
@@ -182,7 +183,7 @@ def _fenced(code: str, language: str) -> str:
 
 
 def _code_for(facts: Facts, *, is_adapter: bool) -> str:
-    """A program that answers an example as the run's evaluation did; run it where the card is."""
+    """Write a program that answers an example as the run's evaluation did, to be run where the card is."""
     imports, load = _loading(facts, is_adapter=is_adapter)
     if facts.task.is_image:
         body = _IMAGE if not is_adapter else _IMAGE_ADAPTER
@@ -198,10 +199,11 @@ def _code_for(facts: Facts, *, is_adapter: bool) -> str:
 
 
 def _loading(facts: Facts, *, is_adapter: bool) -> tuple[list[str], list[str]]:
-    """Imports, and how the model and its tokenizer are loaded."""
+    """Write the imports, and the lines that load the model and its tokenizer."""
     kind, auto = facts.task.kind, _AUTO.get(facts.task.kind, "AutoModelForCausalLM")
     if facts.task.has_class_head and not is_adapter and facts.prompt_folder is None:
         return ["from transformers import pipeline"], []
+
     place, more = "folder", ""
     if is_adapter:
         place, more = "base", facts.origin.loading_options
@@ -209,6 +211,7 @@ def _loading(facts: Facts, *, is_adapter: bool) -> tuple[list[str], list[str]]:
             # A head of another size makes room for the adapter's.
             more += f", num_labels={len(facts.class_names)}, ignore_mismatched_sizes=True"
             more += "" if facts.pad_token_id is None else f", pad_token_id={facts.pad_token_id}"
+
     side = ', truncation_side="left"' if kind == "prompt-classification" else ""
     reader = "AutoImageProcessor" if facts.task.is_image else "AutoTokenizer"
     name = "processor" if facts.task.is_image else "tokenizer"
@@ -216,6 +219,7 @@ def _loading(facts: Facts, *, is_adapter: bool) -> tuple[list[str], list[str]]:
     load = [f"base = {json.dumps(facts.origin.model)}"] if is_adapter else []
     load += [read, f"model = {auto}.from_pretrained({place}{more})"]
     imports = ["import torch", f"from transformers import {', '.join(sorted((auto, reader)))}"]
+
     adapter = (
         "folder" if is_adapter else None if facts.prompt_folder is None else f'f"{{folder}}/{facts.prompt_folder}"'
     )

@@ -1,7 +1,11 @@
 """Tail checkpoints: what trains and the optimizer's state as safetensors, everything else as JSON beside it.
 
 `epoch-0001-round-000050.safetensors` is whole as soon as its `.json` exists, for that is written last; both are
-synced before they get their names, so a crash leaves the checkpoints before it and at worst a stray file.
+synced before they get their names, so a crash leaves the checkpoints before it and at worst a stray file. A change of
+that order would break resuming (runs/resume.py), which believes every JSON whose checksums are right.
+
+All of it is slow and blocks: a run calls it on its compute thread (runs/checkpointer.py), so that the tail stands still
+meanwhile; the HTTP API and the commands only read.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ _WEIGHT = "weights/"
 
 
 class CheckpointScore(msgspec.Struct, kw_only=True, frozen=True):
-    """What the held-out data scored at a checkpoint."""
+    """The score of the held-out data at a checkpoint."""
 
     loss: float
     """Mean over the scored examples, or tokens of `lm`."""
@@ -89,7 +93,7 @@ def save_checkpoint(
     config: RunConfig,
     metrics: CheckpointScore | None = None,
 ) -> Path:
-    """Write the trainer's state at the end of `round_`; the path of the safetensors file.
+    """Write the trainer's state at the end of `round_`, with its score; the path of the safetensors file.
 
     Once this returns, the checkpoint survives a power cut. Raises OSError.
     """
@@ -97,11 +101,13 @@ def save_checkpoint(
     path = folder / _file_name(epoch, round_)
     # Without its JSON an older file of this name stops counting before it is replaced.
     _info_path(path).unlink(missing_ok=True)
+
     part = path.with_name(path.name + _PART)
     shapes = {name: tensor.shape for name, tensor in trainer.state().items()}
     with _whole_or_none(part), contextlib.closing(trainer.gather()) as tensors:
         weights.stream_tensors(part, shapes, tensors)
         _sync(part)
+
     info = CheckpointInfo(
         round=round_,
         epoch=epoch,
@@ -110,6 +116,8 @@ def save_checkpoint(
         metrics=metrics,
         config=config,
     )
+
+    # The name, and then the JSON: only with it the checkpoint counts.
     _put(part, path)
     _write_info(path, info)
     return path
@@ -143,7 +151,7 @@ def _info_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _whole_or_none(part: Path) -> Iterator[None]:
-    """On a full disk half a file would take the room that the database needs."""
+    """Remove a file whose writing failed: on a full disk half of it would take the room that the database needs."""
     try:
         yield
     except BaseException:
@@ -154,6 +162,7 @@ def _whole_or_none(part: Path) -> Iterator[None]:
 def _put(part: Path, target: Path) -> None:
     """Give a finished file its name, durably."""
     part.replace(target)
+    # A name is the folder's data, and survives a power cut once that is synced.
     _sync(target.parent)
 
 
@@ -166,7 +175,7 @@ def _sync(path: Path) -> None:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """The JSON of a checkpoint. Raises CheckpointMissing and CheckpointDamaged."""
+    """Read the JSON of a checkpoint. Raises CheckpointMissing and CheckpointDamaged."""
     where = _info_path(path)
     try:
         data = where.read_bytes()
@@ -177,6 +186,8 @@ def read_info(path: Path) -> CheckpointInfo:
         raise CheckpointDamaged(where, error.strerror or str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MalformedSettings) as error:
         raise CheckpointDamaged(where, str(error)) from error
+
+    # A file that was damaged, or renamed, may still be JSON of the right form.
     if info.checksum and zlib.crc32(_CHECKSUM.sub(b'"checksum": 0', data)) != info.checksum:
         raise CheckpointDamaged(where, f"its checksum is not {info.checksum}")
     if path.name != _file_name(info.epoch, info.round):
@@ -185,7 +196,7 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 def _decode(data: bytes) -> CheckpointInfo:
-    """The JSON's meaning; of settings that another version wrote, what this one knows."""
+    """Decode the JSON; of settings that another version wrote, what this one knows."""
     try:
         return _INFO.decode(data)
     except msgspec.ValidationError:
@@ -213,20 +224,21 @@ def verify(path: Path) -> CheckpointInfo:
 
 def quarantine(path: Path) -> None:
     """Let a checkpoint count no more, its files kept under another name."""
+    # The JSON first, as ever: without it the other file counts for nothing.
     for each in (_info_path(path), path):
         if each.exists():
             each.replace(each.with_name(each.name + ".aside"))
 
 
 def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """All tensors of a checkpoint, as memory maps, after its digest was checked. Raises CheckpointMissing and
+    """Read all tensors of a checkpoint, as memory maps, after its digest was checked. Raises CheckpointMissing and
     CheckpointDamaged."""
     info = verify(path)
     return info, weights.read_tensors(path)
 
 
 def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """What trained, by plain name, without the optimizer's state. Raises as `read_tensors` does."""
+    """Read what trained, by plain name, without the optimizer's state. Raises as `read_tensors` does."""
     info, tensors = read_tensors(path)
     return info, {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
 
@@ -237,12 +249,14 @@ def load_checkpoint(path: Path, trainer: StatefulTrainer) -> CheckpointInfo:
     Raises CheckpointMissing, CheckpointDamaged, and CheckpointMismatch with the trainer as it was.
     """
     info, tensors = read_tensors(path)
+
     stored = {name.removeprefix(_WEIGHT): value.shape for name, value in tensors.items() if name.startswith(_WEIGHT)}
     expected = {name: value.shape for name, value in trainer.parameters.items()}
     if stored != expected:
         name = min(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
         reason = f"{name} is {_shape(stored.get(name))}, this run's tail trains {_shape(expected.get(name))}"
         raise CheckpointMismatch(path, reason)
+
     trainer.load_state(tensors)
     return info
 
@@ -252,7 +266,7 @@ def _shape(shape: Iterable[int] | None) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint of a folder by epoch and round, without reading weights; damaged JSON is skipped and logged."""
+    """List a folder's checkpoints by epoch and round, without reading weights; damaged JSON is skipped and logged."""
     found = []
     for info_path in sorted(folder.glob("epoch-*-round-*.json")):
         path = info_path.with_suffix(".safetensors")
@@ -264,7 +278,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best") -> Checkpoint:
-    """The last checkpoint, the best one by evaluation, or the newest of a round. Raises CheckpointMissing.
+    """Find the last checkpoint, the best one by evaluation, or the newest of a round. Raises CheckpointMissing.
 
     Where none was evaluated `best` is the last, too.
     """
@@ -283,7 +297,7 @@ def find_checkpoint(folder: Path, which: Literal["best", "last"] | int = "best")
 
 
 def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The best of a run's checkpoints by evaluation; None where none was evaluated."""
+    """Choose the best of a run's checkpoints by evaluation; None where none was evaluated."""
     evaluated = {each.path: each for each in checkpoints if each.info.metrics is not None}
     comparable = comparable_scores([(path, each.info.metrics) for path, each in evaluated.items() if each.info.metrics])
     if not comparable:
@@ -297,7 +311,7 @@ T = TypeVar("T")
 
 
 def comparable_scores(evaluations: Sequence[tuple[T, CheckpointScore]]) -> list[tuple[T, CheckpointScore]]:
-    """Of evaluations, oldest first, those that may be compared: all of the same held-out data, and of the most.
+    """Choose, of evaluations, oldest first, those that may be compared: of the same held-out data, and of the most.
 
     Scores of other examples say nothing about each other. Where as much of other data was scored later, because a
     device's has changed, the newest counts.
@@ -311,7 +325,7 @@ def comparable_scores(evaluations: Sequence[tuple[T, CheckpointScore]]) -> list[
 
 
 def score_key(metrics: CheckpointScore, kind: TaskKind) -> tuple[float, float]:
-    """Larger is better: accuracy, then lower loss; for `lm` the loss alone."""
+    """Make what scores are compared by, larger is better: accuracy, then lower loss; for `lm` the loss alone."""
     return (0.0 if kind == "lm" else metrics.correct / max(metrics.scored, 1), -metrics.loss)
 
 
@@ -320,12 +334,14 @@ def prune_checkpoints(folder: Path, keep_last: int = 2) -> list[Path]:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return []
+
     kept = {find_checkpoint(folder, "best").path, *(each.path for each in checkpoints[-max(keep_last, 1) :])}
     deleted = [each.path for each in checkpoints if each.path not in kept]
     for path in deleted:
         # The JSON first: a checkpoint that loses its weights first would look damaged.
         _info_path(path).unlink()
         path.unlink(missing_ok=True)
+
     for stray in folder.glob(f"epoch-*{_PART}"):
         stray.unlink()
     return deleted

@@ -48,7 +48,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge came to."""
+    """The facts of a merge that a person is told."""
 
     info: CheckpointInfo
     """Of the checkpoint."""
@@ -79,9 +79,11 @@ def merge_run(
         check_adapter(manifest, info)
         if read_origin(bundle, manifest).is_adapter:
             raise AdapterError("the exported model was an adapter on its base itself, and PEFT loads none on another")
+
     client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
     tail = tail_state(bundle, manifest, info, trained)
     facts = _facts(bundle, manifest, info, run)
+
     with contextlib.ExitStack() as stack:
         if adapter is not None:
             _write_adapter(stack.enter_context(staging(adapter, "--adapter")), facts, client, tail)
@@ -100,7 +102,7 @@ def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
 
 
 def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: State) -> State:
-    """The trained tail under plain names, adapters apart, its head whole again."""
+    """Put the trained tail together under plain names, adapters apart, its head whole again."""
     tail = load_tail(bundle, manifest, num_labels=class_count(info.config.task), seed=info.config.seed)
     state = plain_state(tail.model)
     for name, value in trained.items():
@@ -125,24 +127,29 @@ def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str) -> 
 
 
 def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: State) -> int:
-    """The merged folder; the bytes of a head that is tied to the embedding no more."""
+    """Write the merged folder; the bytes of a head that is tied to the embedding no more."""
     manifest, info = facts.manifest, facts.info
     lora, family = tail_lora(manifest, find_family(manifest.family)), find_family(manifest.family)
     state = join_state(manifest, fold_lora(client, lora, family), fold_lora(tail, lora, family))
+
     config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
     if info.config.task.has_class_head:
         config.id2label = dict(enumerate(facts.class_names))
         config.label2id = {label: place for place, label in config.id2label.items()}
     state = _checked(state, config, info)
+
+    # The two sides trained the embedding and the head apart. Where both are still the same, one tensor holds both.
     was_tied = getattr(load_model_config(bundle), "tie_word_embeddings", False)
     head = f"{family.head}.weight" if was_tied else ""
     if head in state and torch.equal(state[head], state[f"{family.embeddings[0]}.weight"]):
         config.tie_word_embeddings = True
         del state[head]
+
     _save(state, folder / "model.safetensors")
     for prompt in [tensor for name, tensor in client.items() if is_prompt(name)]:
         (folder / PROMPT_FOLDER).mkdir()
         _save_adapter(folder / PROMPT_FOLDER, *peft_prompt(prompt, state))
+
     config.to_json_file(folder / "config.json")
     _copy_texts((bundle / TAIL_CONFIG).parent, folder, is_language_model=not info.config.task.has_class_head)
     write_card(folder, facts)
@@ -150,7 +157,7 @@ def _write_model(folder: Path, bundle: Path, facts: Facts, client: State, tail: 
 
 
 def _class_names(bundle: Path, manifest: Manifest, task: Task) -> tuple[str, ...]:
-    """The task's labels; or the names of the head that the run went on with, where the task only numbers them."""
+    """Name the classes: by the task's labels, or as the head that the run went on with where the task only numbers."""
     own = load_model_config(bundle)
     is_numbered = task.labels == tuple(map(str, range(len(task.labels))))
     names = own_labels(own) if is_numbered and keeps_head(manifest, own, len(task.labels)) else ()
@@ -165,7 +172,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
-    """The state in the types of the config's class. Raises BundleError where it is not exactly what that holds."""
+    """Cast the state to the types of the config's class. Raises BundleError where it is not just what that holds."""
     with torch.device("meta"):
         skeleton = _CLASSES.get(info.config.task.kind, AutoModelForCausalLM).from_config(config)
     types = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
@@ -187,7 +194,7 @@ def _save(state: State, path: Path) -> None:
 
 
 def _copy_texts(source: Path, folder: Path, *, is_language_model: bool) -> None:
-    """The tokenizer's files or the image preprocessor, and how a language model generates."""
+    """Copy the tokenizer's files or the image preprocessor, and how a language model generates."""
     skipped = {Path(TAIL_CONFIG).name, Path(TAIL_WEIGHTS).name, ORIGIN_FILE}
     if not is_language_model:
         skipped.add(_GENERATION_CONFIG)
