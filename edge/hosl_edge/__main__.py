@@ -35,6 +35,8 @@ UNIT = Path(__file__).with_name("hosl-edge.service")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that is named, or `run`. Returns the exit code."""
+    # No subparsers: `hosl-edge --server ...` means `run`, and a command may stand behind the options, as in a unit
+    # file.
     given = list(sys.argv[1:] if arguments is None else arguments)
     place = next((place for place in range(len(given)) if _is_command(given, place)), None)
     name = given.pop(place) if place is not None else "run"
@@ -70,6 +72,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _resolve(options: argparse.Namespace) -> Resolved:
+    # What is left are settings, for an option that was not given is not there (options.py).
     own = {"config", "json", "example", "debug", "log_level", "log_format"}
     return resolve({name: value for name, value in vars(options).items() if name not in own}, options.config)
 
@@ -99,6 +102,7 @@ def _preflight(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     resolved = _resolve(options)
+    # A person asks for the agent of the unit, too, whose socket lies elsewhere.
     folders = [status_folder(lambda: str(resolved.value("state_dir"))), SERVICE_FOLDER]
     document = read_status(list(dict.fromkeys(folders)), resolved.value("name"))
     if options.json:

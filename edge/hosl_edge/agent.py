@@ -87,6 +87,7 @@ async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> 
             try:
                 while True:
                     sent_bytes = agent.progress.sent_bytes
+                    # What no other try would mend is none of these, and ends the agent.
                     try:
                         session = await agent.open_session()
                         return agent.conclude(await session.take_part())
@@ -98,6 +99,7 @@ async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> 
 
 def backoff_s(attempt: int) -> float:
     """Jittered pause before try `attempt` (from 1): doubles from half a second up to 20 s."""
+    # Jittered, so that a fleet whose cloud was away does not come back all at once.
     longest = min(LONGEST_PAUSE_S, 0.5 * 2.0 ** min(attempt - 1, 10))
     return longest * random.uniform(0.5, 1.0)
 
@@ -153,6 +155,7 @@ class Agent:
 
         def on_manifest(manifest: Manifest) -> None:
             manifests.append(manifest)
+            # Before the shard is downloaded, which may take an hour: what the run wants and this device has not.
             offer = fetch_offer(cloud, settings.name)
             if offer is not None and offer.task is not None:
                 check_fit(settings, offer.task, manifest)
@@ -175,6 +178,7 @@ class Agent:
 
         try:
             return await asyncio.get_running_loop().run_in_executor(None, work)
+        # The cloud's people wait for this device, and see no log of it.
         except (ConsentError, DataError) as error:
             for manifest in manifests:
                 shard = manifest.shard_digest
@@ -232,6 +236,7 @@ class Agent:
             self.progress.state = WAITING
             self.display.say(f"{error}; next try in {pause_s:.1f} s")
         self._next_try_at = time.time() + pause_s
+        # A laptop that wakes up, or a cable that is plugged in, need not wait for the end of the pause.
         if await self._network.pause(pause_s) and not self._waits_for_run:
             self.display.say("the network has changed; trying at once")
 
@@ -259,6 +264,7 @@ class Agent:
         self.progress.state = "waiting for a run"
         if error.retry_after_s is None:
             return pause_s
+        # Never sooner than the cloud asks for, and not all at once.
         pause_s = min(error.retry_after_s, LONGEST_RETRY_AFTER_S) * random.uniform(1.0, 1.25)
         if not self._waits_for_run:
             self.display.say(f"{error}; asks again in {pause_s:.0f} s, and so on until there is one")

@@ -71,6 +71,7 @@ class Device:
 
         try:
             self._history.recover()
+        # Nobody gets this object to close it: the next try must find the folder unlocked.
         except BaseException:
             self._lock.close()
             raise
@@ -102,6 +103,7 @@ class Device:
         """Tell how fast this device catches up; nothing is known where it cannot take a snapshot."""
         if not self._takes_snapshots:
             return CatchUpSpeed()
+        # The last long replay tells it best; before the first one a sample must do.
         if not self._history.replay_s:
             settings = self.header.settings if self.header else None
             sizes = [math.prod(entry.shape) for entry in self.manifest.trainable]
@@ -141,8 +143,10 @@ class Device:
 
         if welcome.plan == "snapshot":
             self._go_on_from(header, welcome.snapshot, fetch)
+        # A journal of another run, or of other data, has nothing to go on from, whatever the cloud believes.
         elif welcome.plan == "rebuild" or self.header is None or not self.header.belongs_with(header):
             self._history.restart(header)
+        # The epoch may grow without a round taken back; the journal must say which one it is of.
         elif welcome.plan == "rewind" or self.header.epoch != header.epoch:
             last = welcome.rewind_to if welcome.plan == "rewind" else self.applied_round
             header = msgspec.structs.replace(header.rebased(self.header), epoch=welcome.epoch)
@@ -165,7 +169,7 @@ class Device:
         try:
             self._history.rebase(header, snapshot, fetch)
         except (ConnectionLost, RefusedError):
-            raise
+            raise  # says nothing of the snapshot itself
         except HoslError as error:
             self._takes_snapshots = False
             if isinstance(error, SnapshotError):
@@ -204,6 +208,7 @@ class Device:
         self.shard.open()
         self.shard.max_length = settings.max_length
         trainable_bytes = sum(4 * math.prod(entry.shape) for entry in self.manifest.trainable)
+        # Trainable pages are copied when they are first written, which an update has done and a fresh shard has not.
         untouched_bytes = 0 if self.applied_round else trainable_bytes
 
         def forward_rows(rows: int) -> None:

@@ -172,6 +172,7 @@ def check_server(settings: EdgeSettings, token: Token) -> Iterator[Check | Manif
     if proxy is not None:
         yield Check("proxy", OK, f"goes through {proxy}")
 
+    # Each step rests on the last: whoever has no address cannot connect, and whoever cannot connect has no certificate.
     named = _check_name(url, proxy)
     yield named
     if named.outcome == FAILED:
@@ -324,6 +325,7 @@ def check_memory(settings: EdgeSettings, manifest: Manifest | None, available: i
         return Check("memory", FAILED, f"memory_budget is {budget / 1e6:.0f} MB; {detail}", remedy, ExitCode.RESOURCES)
     if available < needed:
         return Check("memory", FAILED, detail, remedy, ExitCode.RESOURCES)
+    # It may still work, for the budget is a limit and no need.
     if available < (budget or 0):
         return Check("memory", WARNING, f"memory_budget is {(budget or 0) / 1e6:.0f} MB; {detail}", "lower it")
     if available < AGENT_BYTES + shard:

@@ -156,6 +156,7 @@ class Session:
 
     async def _say_hello(self) -> None:
         device, header = self.device, self.device.header
+        # The cloud decides by these figures whether the device replays or downloads; to measure takes a moment.
         speed = await in_thread(device.catch_up_speed)
         self.link.send(
             Hello(
@@ -177,12 +178,14 @@ class Session:
     async def _join(self, welcome: Welcome, frame: Frame) -> Frame | None:
         if welcome.width != self.device.manifest.width:
             raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
+        # From here on, whatever becomes of the plan: messages of another run or epoch are dropped.
         self._welcome = welcome
         if welcome.run != self.progress.run:
             self.progress.round, self.progress.loss, self.progress.accuracy = welcome.round, None, None
         self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
 
+        # A download in a thread hears of a cancelled task by this alone.
         left = threading.Event()
         try:
             await in_thread(lambda: self.device.join(welcome, partial(self._fetch, left)), left.set)
@@ -193,6 +196,7 @@ class Session:
         except ConnectionLost:
             if not self.link.is_closed:
                 raise
+            # The run ended during the download, which was given up for that: what ended it lies in the queue.
             return await self._last_word()
         return None
 
@@ -222,6 +226,7 @@ class Session:
         if message.first_round > expected:
             raise ProtocolError(f"catch-up from round {message.first_round}, expected round {expected}")
 
+        # Rounds that the weights have already are passed over.
         updates = [UpdateRecord(message.first_round + row, coefficients[row], rates[row]) for row in range(len(rates))]
         missing = [update for update in updates if update.round > self.device.applied_round]
         await in_thread(lambda: self.device.apply(missing))
@@ -247,6 +252,7 @@ class Session:
         if start.round != device.applied_round + 1:
             raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
         assert train is not None
+        # On a slow link the last uploads may still wait; beside another set they would fill the memory.
         await self.link.drain()
         await self.cool_down(self.progress, start.deadline_s)
 
@@ -304,6 +310,7 @@ class Session:
         device = self.device
         if message.round <= device.applied_round:
             return  # a repeat
+        # A gap is no fault of the protocol: a new connection catches up.
         if message.round > device.applied_round + 1:
             raise ConnectionLost(f"update of round {message.round} came after round {device.applied_round}")
         record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)

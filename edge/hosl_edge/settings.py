@@ -312,6 +312,7 @@ def resolve(options: Mapping[str, Any], config: Path | None, environment: Mappin
         ("environment", _of_environment(environment)),
         ("option", dict(options)),
     ]
+    # The later wins, and is what `hosl-edge config` names.
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:

@@ -179,6 +179,7 @@ def hosl_round(context: DeviceRound, batch: Batch) -> Step:
 
     With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
     """
+    # +1 and -1 of a direction follow each other: from one to the other is a single step of -2ε.
     points: list[ProbePoint | None] = []
     for q in range(context.settings.directions):
         points += [ProbePoint(context.round, q, +1), ProbePoint(context.round, q, -1)]
@@ -195,7 +196,7 @@ def hosl_round(context: DeviceRound, batch: Batch) -> Step:
             if id_ and may_overlap:  # the cloud evaluated the last probe while this one was computed
                 yield Receive(ProbeLoss, id_ - 1)
             yield Send(_hosl_message(context, id_, point), _upload(set_TD, batch))
-            del set_TD
+            del set_TD  # it is the link's now; the next one needs the memory
 
     # The weights stand at θ again: the last answer may come late.
     if points[-1] is not None:

@@ -74,6 +74,7 @@ def fetch_bundle(
     with _locked(folder):
         for entry in manifest.shard_files:
             target = folder / entry.path
+            # By links in the cache, too: the manifest's own check knows only the path's words.
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise BundleError(f"the manifest names a file outside the shard: {entry.path!r}")
             on_file(target.name)
@@ -125,7 +126,7 @@ def _fetch_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(target)
     have = part.stat().st_size if part.exists() else 0
-    if have > size:
+    if have > size:  # of a former file of that name
         part.unlink()
         have = 0
 
@@ -156,6 +157,7 @@ def _download(
         first = done = have if response.status == 206 else 0
 
         try:
+            # One byte more than the file has would show that another was sent, and no more of it is taken.
             while piece := response.read(min(_PIECE_BYTES, size + 1 - done)):
                 file.write(piece)
                 done += len(piece)

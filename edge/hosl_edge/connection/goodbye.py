@@ -39,5 +39,5 @@ async def decline(cloud: Cloud, hello: Hello, error: HoslError) -> None:
     with contextlib.suppress(HoslError, asyncio.TimeoutError, OSError):
         async with link.open(cloud):
             link.send(hello)
-            await within(WELCOME_S, link.receive())
+            await within(WELCOME_S, link.receive())  # before that the run knows of no device to be told about
             await link.leave(goodbye_reason(error))

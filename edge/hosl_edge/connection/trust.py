@@ -74,6 +74,7 @@ def ssl_context(server: str, token: Token, cache: Path, proxy: Proxy | None = No
     """What checks the cloud's certificate and its name; None for `ws://`. Raises as `connect_securely` does."""
     if not server.startswith("wss:"):
         return None
+    # A token of a service with a public certificate: the system's authorities decide.
     if not token.fingerprint:
         return ssl.create_default_context()
     # These bytes alone are trusted: nothing else that the cloud may have sent along with them.
@@ -173,6 +174,7 @@ def _cache_ca(path: Path, certificate: bytes) -> None:
     """Keep the certificate for the next start; without it, it is fetched and checked again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own at first: agents share the cache, and one may read while another writes.
         descriptor, name = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(ssl.DER_cert_to_PEM_cert(certificate))

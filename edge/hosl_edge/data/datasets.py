@@ -85,6 +85,7 @@ class TextBatch:
     def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
         """Token ids and the mask of real ones [b, L], padded to the longest of these rows."""
         lengths_B = self.lengths_B[rows]
+        # Micro-batches are sorted by length, so that cutting to their own longest row takes most of the padding away.
         ids_BL = np.ascontiguousarray(self.ids_BL[rows, : int(lengths_B.max())])
         mask_BL = np.arange(ids_BL.shape[1]) < lengths_B[:, None]
         return {"input_ids": ids_BL, "attention_mask": mask_BL.astype(np.int64)}
@@ -108,7 +109,7 @@ class TextDataset:
     def batch(self, indices: npt.NDArray[np.int64]) -> TextBatch:
         """The examples at `indices` [B], sorted by length so that micro-batches carry little padding."""
         lengths = np.diff(self.offsets)[indices]
-        order = np.argsort(lengths, kind="stable")
+        order = np.argsort(lengths, kind="stable")  # stable: the same batch on every machine
         indices, lengths = indices[order], lengths[order]
         rows = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
         ids_BL = np.full((len(rows), int(lengths.max())), self.pad_token_id, np.int64)

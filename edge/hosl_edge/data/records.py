@@ -113,6 +113,7 @@ def digest_of_data(path: Path) -> str:
 
 def _digest_of(path: Path) -> bytes:
     digest = hashlib.sha256()
+    # By names in order: the order in which a file system lists them is its own.
     if path.is_dir():
         for file_path in visible_files(path)[0]:
             digest.update(file_path.relative_to(path).as_posix().encode() + b"\0" + _digest_of(file_path))

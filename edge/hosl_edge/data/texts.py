@@ -40,6 +40,7 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
         raise UnservedError(SettingsError("max_length", max_length, remedy))
     lines, labels, blank = [], [], []
 
+    # A generator: the texts of a large file are never in memory together, their ids are.
     def texts() -> Iterator[str]:
         for line, example in read_examples(path):
             text = _text_of(task, example, path, line)
@@ -85,6 +86,7 @@ def tokenize(
     rows: list[npt.NDArray[np.int32]] = []
 
     def flush(portion: list[str]) -> None:
+        # Each time anew, for LongTexts switches truncation off on the same tokenizer.
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
         rows.extend(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(portion))
@@ -103,6 +105,7 @@ def _check_tokens(
     path: Path, lines: list[int], rows: list[npt.NDArray[np.int32]], tokenizer: Tokenizer, manifest: Manifest
 ) -> None:
     """Raise DataError for a text with a token that the model has no embedding for: a special one, written out."""
+    # One look at all ids; the row is only searched for where there is one.
     tokens = manifest.tokens
     if tokens is None or int(np.concatenate(rows).max()) < tokens:
         return

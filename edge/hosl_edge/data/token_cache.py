@@ -57,6 +57,7 @@ def _load(path: Path, key: str, pad_token_id: int) -> Splits | None:
         log.warning("%s cannot be used (%s); tokenizing again", path, error)
         return None
 
+    # The key says what they should be; a digest of their own, that the disk has kept them.
     digest = arrays.pop("digest", None)
     if digest is None or digest.tobytes() != _digest(arrays):
         log.warning("%s is damaged; tokenizing again", path)

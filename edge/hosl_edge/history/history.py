@@ -64,6 +64,7 @@ class History:
         journal = open_journal(self._folder)
         if journal is None:
             return
+        # Its updates are of other weights; the file stays until the next run takes its place.
         if journal.header.shard_digest != self._manifest.shard_digest:
             log.warning("the journal in %s is of another shard; starting at the base shard", self._folder)
             journal.close()
@@ -114,6 +115,7 @@ class History:
         if dropped := self.applied_round - last:
             log.warning("the cloud went back to round %d; %d rounds are taken back", last, dropped)
 
+        # The shorter journal first: a crash leaves the longer one, which the cloud will ask to rewind again.
         new = NewJournal(self._folder, header, self._journal.updates(last=last))
         try:
             with self._changing():
@@ -151,6 +153,7 @@ class History:
             self._replay(updates)
             # After the weights: an update that they cannot take must not stand where each start would meet it again.
             self._journal.append(updates)
+
             for event in self.weights.coarsenings[known:]:
                 log.info("round %d: %s moves to a lattice of steps %.2g", event.round, event.tensor, event.spacing)
 
@@ -165,6 +168,7 @@ class History:
 
     def forget(self) -> None:
         """Go back to the base shard; the files stay on disk until others take their place."""
+        # A shard that nobody wrote to is the base; to reset it would make all of it anonymous memory.
         is_changed = self.weights is not None
         self.close()
         self._journal = self.weights = None

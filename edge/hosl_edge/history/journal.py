@@ -75,6 +75,7 @@ class Journal:
         self.header = header
         self._header_bytes = header_bytes
         self.sync_interval_s = SYNC_INTERVAL_S
+        # Unbuffered: what a write takes is in the kernel's memory, which outlives the process.
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
         self._is_refused = False
@@ -109,12 +110,14 @@ class Journal:
 
     def _flush(self, *, syncs: bool) -> None:
         try:
+            # A full disk may take a part, and the rest once there is room.
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
             if syncs:
                 os.fsync(self._file.fileno())
                 self._synced_at = time.monotonic()
+        # The weights have the update already, and the cloud has it: training goes on.
         except OSError as error:
             if not self._is_refused:
                 log.warning("%s cannot be written (%s); what is not in it comes again from the cloud", self.path, error)
@@ -187,7 +190,7 @@ def _open(path: Path) -> Journal | None:
 
     update_bytes, good_bytes, count = _update_bytes(header), header_bytes, 0
     for end, payload in records:
-        if len(payload) != update_bytes:
+        if len(payload) != update_bytes:  # no update of this run
             break
         good_bytes, count = end, count + 1
 

@@ -84,6 +84,7 @@ def _view_state(
     def views(form: str) -> dict[str, Any]:
         found = {}
         for entry in manifest.trainable:
+            # Each claim of the header is checked against the manifest before a view of the file is made of it.
             place = layout[form.format(entry.name)]
             if place["dtype"] != "F32" or tuple(place["shape"]) != entry.shape:
                 raise ValueError(f"{entry.name} is not float32 of shape {list(entry.shape)}")

@@ -51,6 +51,7 @@ async def serve_status(folder: Path, name: str, document: Callable[[], Document]
 
 def _bind(folder: Path, name: str) -> socket.socket:
     with _address(folder, name) as address:
+        # Asked, not locked: the socket of a killed agent stays in the folder, and nobody answers.
         if (other := _connect(address)) is not None:
             other.close()
             raise SettingsError("name", name, "another hosl-edge runs under it; choose another --name")

@@ -75,7 +75,7 @@ def keep_heap_small(large_bytes: int = _LARGE_BYTES) -> None:
 
 def release_unused() -> None:
     """Give freed memory back to the kernel (glibc keeps it otherwise)."""
-    gc.collect()
+    gc.collect()  # what nobody can reach any more may hold arrays
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
@@ -162,6 +162,7 @@ def choose_micro_batch(
     MemoryBudgetError where not even one row fits.
     """
     if budget_bytes is not None:
+        # What one row takes, fixed costs included, is more than what any further one does.
         row_bytes = growth_bytes(lambda: forward_rows(1))
         free = budget_bytes - read_memory().anonymous - spare_bytes(row_bytes) - reserved_bytes
         if free < 0:

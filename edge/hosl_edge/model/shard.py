@@ -121,6 +121,7 @@ class TokenTable:
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """`ids` numbered anew, and the rows [distinct ids, D] that they now name; scratch until the next call."""
+        # Each row once: a text repeats its words, and the graph gathers from what it is given.
         distinct, renumbered = np.unique(ids, return_inverse=True)
         if len(self._rows) < distinct.size:
             self._rows = np.empty((distinct.size, self._width), np.float32)
@@ -178,6 +179,7 @@ class _Graph:
     def __init__(self, path: Path, threads: int) -> None:
         self._path = path
         with _usable(path):
+            # The bytes that are checked are those that ONNX Runtime gets; by its path it would read the file again.
             data = path.read_bytes()
             check_graph(data)
             self._session = ort.InferenceSession(data, _session_options(threads), ["CPUExecutionProvider"])
@@ -228,6 +230,7 @@ class Shard:
 
         Separate, because a tokenizer may still fill memory before.
         """
+        # Both arenas go before new ones are made, or the memory would hold the former run's, too.
         self._graph = self._prefix = None
         self._graph = self._open(SHARD_GRAPH)
         if self.manifest.prefix is not None:
@@ -292,6 +295,7 @@ class Shard:
         if number < len(held):
             return held[number]
 
+        # Not computed yet, or outside of `holding`.
         given = self._look_up(batch.inputs(rows))
         if self._prefix is None or self.manifest.prefix is None:
             return given
@@ -300,6 +304,7 @@ class Shard:
         prefix, length = self.manifest.prefix, int(batch.lengths_B[rows].max())
         boundary = np.empty((rows.stop - rows.start, prefix.positions or length, prefix.width), np.float32)
         self._prefix.compute(given, self.manifest.output, boundary)
+        # What only the prefix takes, the pixels above all, need not be held till the round's end.
         given = {name: array for name, array in {**given, BOUNDARY: boundary}.items() if name in self._graph.inputs}
         held.append(given)
         return given
@@ -320,6 +325,7 @@ class Shard:
     def _output_BLD(self, rows: int, length: int) -> npt.NDArray[np.float32]:
         """Memory for a micro-batch's activations [B, L, D]: the same for each, as large as the largest so far."""
         size = rows * length * self.manifest.width
+        # One buffer that grows: fresh pages for each micro-batch would cost as much time as memory.
         if self._output.size < size:
             self._output = np.empty(size, np.float32)
         return self._output[:size].reshape(rows, length, self.manifest.width)
