@@ -35,8 +35,7 @@ UNIT = Path(__file__).with_name("hosl-edge.service")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that is named, or `run`. Returns the exit code."""
-    # No subparsers: `hosl-edge --server ...` means `run`, and a command may stand behind the options, as in a unit
-    # file.
+    # No subparsers: `hosl-edge --server ...` means `run`, and a command may stand behind the options.
     given = list(sys.argv[1:] if arguments is None else arguments)
     place = next((place for place in range(len(given)) if _is_command(given, place)), None)
     name = given.pop(place) if place is not None else "run"

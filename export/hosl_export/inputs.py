@@ -128,6 +128,7 @@ class ImageInput:
     @torch.no_grad()
     def _measure(self, client: ClientHalf) -> tuple[int, int, tuple[int, int] | None]:
         """Positions, width, and rows and columns of a feature map, that one image comes to."""
+        # Asked of the model itself: strides and paddings would be guesses.
         features = client.features(torch.zeros(1, self.image.channels, self.image.height, self.image.width))
         if features.ndim == 3:
             return features.shape[1], features.shape[2], None

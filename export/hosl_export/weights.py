@@ -27,6 +27,7 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the file: float32 must begin at a multiple of its size.
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))

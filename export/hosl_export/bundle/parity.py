@@ -216,6 +216,7 @@ class ShardRuntime:
     def run(self, case: Case) -> Tensor:
         """Compute the activations [B, T, D] of a batch."""
         feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.feed().items()}
+        # The prefix's output has the name of the other graph's input; the last one's is what the tail takes.
         for session in self._sessions:
             given = {**feed, **self._weights}
             inputs = {value.name: given[value.name] for value in session.get_inputs()}

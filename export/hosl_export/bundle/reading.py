@@ -105,6 +105,7 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
+    # A list, for rotary modules are replaced on the way.
     for path, module in list(model.named_modules()):
         missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if missing:

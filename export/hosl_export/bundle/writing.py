@@ -41,6 +41,7 @@ TOOLS = ("hosl", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript
 
 def check_space(out: Path, weight_bytes: int) -> None:
     """Raise SpaceError where the disk cannot hold weights of this size."""
+    # Before minutes of tracing, though another program may fill the disk meanwhile.
     folder = nearest_folder(out)
     needed, free = weight_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:

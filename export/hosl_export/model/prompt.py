@@ -17,6 +17,7 @@ def add_prompt(model: Any, tokens: int) -> nn.Parameter:
     tokens before the text, which may be any: lengths, masks and positions then count the prompt, as PEFT's do.
     """
     embedding = model.get_input_embeddings()
+    # On the embedding, so that the parameter goes with it into the half that embeds.
     values = torch.empty(tokens, embedding.embedding_dim, device=embedding.weight.device)
     embedding.register_parameter(NAME, nn.Parameter(values))
     embedding.register_forward_hook(_put_prompt_first)

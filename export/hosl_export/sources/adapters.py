@@ -55,6 +55,7 @@ def base_without_adapter(place: str, adapter: Path | None) -> Iterator[str]:
     if adapter is None or Path(place) != adapter:
         yield place
         return
+    # Links, for weights may be large.
     with tempfile.TemporaryDirectory() as folder:
         for path in adapter.absolute().iterdir():
             if not path.name.startswith("adapter_"):

@@ -171,6 +171,7 @@ def _check_quantized(source: Source, config: Any) -> None:
     if method not in DEQUANTIZED:
         remedy = f"the checkpoint is quantized ({method}): give the model that it was made from, or its .gguf file"
         raise ModelError("model", source.name, remedy)
+    # transformers keeps fp8 as it is unless it is told; a .gguf file it dequantizes by itself.
     if method == "fp8":
         config.quantization_config = {**facts, "quant_method": method, "dequantize": True}
 

@@ -23,6 +23,7 @@ def exponent_for(largest: float) -> int:
     """Find the smallest e for which 2·`largest`, and at least ±1, is at most 2^24 · 2^e."""
     if not math.isfinite(largest):
         raise SettingsError("weight", largest, "a trainable tensor holds a value that is not finite")
+    # frexp gives 0.5 to 1, not 1 inclusive: an exact power of two needs one bit less.
     fraction, power = math.frexp(max(2.0 * largest, 1.0))
     return (power - 1 if fraction == 0.5 else power) - SIGNIFICAND_BITS
 
@@ -49,6 +50,7 @@ def is_on_lattice(values: npt.NDArray[np.float32], exponent: int) -> bool:
     """Tell whether every value is a multiple of 2^e inside the exact range, and every zero +0.0."""
     if not values.size:
         return True
+    # Division by a power of two is exact, so that rounding tells a multiple from what is none.
     scaled = values / np.float32(spacing(exponent))
     is_multiple = np.all(np.rint(scaled) == scaled) and np.max(np.abs(values)) <= limit(exponent)
     return bool(is_multiple and not np.any(np.signbit(values) & (values == 0.0)))

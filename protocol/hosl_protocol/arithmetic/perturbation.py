@@ -116,6 +116,7 @@ def estimate(tensor: LatticeTensor, start: int, stop: int, terms: Sequence[Term]
 def _jobs(tensors: Sequence[LatticeTensor], terms: Sequence[Term]) -> Iterator[tuple[LatticeTensor, int, int]]:
     for tensor in tensors:
         if any(term.steps[tensor.index] for term in terms):
+            # Segments begin at multiples of CHUNK, where every generator can begin, too.
             for start in range(0, tensor.values.size, SEGMENT):
                 yield tensor, start, min(start + SEGMENT, tensor.values.size)
 

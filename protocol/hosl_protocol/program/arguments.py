@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but nothing is left over."""
         words = list(sys.argv[1:] if args is None else args)
+        # argparse would say that a command is missing, and not which there are.
         if self._subparsers is not None and not words:
             self.print_help()
             self.exit()

@@ -38,6 +38,7 @@ def log_scope(**places: Any) -> Iterator[None]:
 def note_place(**places: Any) -> None:
     """Add to the scope around, for all its tasks: what is known of a connection grows with what it says."""
     scope = _scope.get()
+    # In place: tasks that were made before share the dictionary, and shall know it, too.
     if scope is not None:
         scope.update(places)
 

@@ -19,6 +19,7 @@ def notify(*lines: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
+    # systemd writes @ for the zero byte of an abstract address.
     if address.startswith("@"):
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -30,6 +31,7 @@ async def feed_watchdog(is_well: Callable[[], bool] = lambda: True) -> None:
     """Send WATCHDOG=1 for ever, while this event loop runs and `is_well`; nothing where no watchdog waits for it."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
+    # Twice as often as systemd wants to hear of it, as sd_watchdog_enabled(3) advises.
     interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 2
     while interval_s:
         if is_well():

@@ -91,6 +91,7 @@ def run_command(
     except HoslError as error:
         return _fail(parser.prog, str(error), error.exit_code, options)
     except ModuleNotFoundError as error:
+        # A module of ours that is missing is a fault of ours, and the device has no extra to install.
         if parser.prog not in _EXTRAS or (error.name or "hosl").startswith("hosl"):
             raise
         needs = f"{parser.prog} needs: {install_line(_EXTRAS[parser.prog])}"
@@ -145,6 +146,7 @@ def _code_of(error: OSError) -> ExitCode:
 
 def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespace) -> int:
     sentence, log, is_error = plain(sentence), logging.getLogger("hosl"), code is not ExitCode.INTERRUPTED
+    # Who interrupts wants no traceback, even with --debug.
     is_traced = options.debug and is_error
     if options.log_format == "json":
         level = logging.ERROR if is_error else logging.WARNING

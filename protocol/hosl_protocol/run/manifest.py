@@ -176,6 +176,7 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
 
         Two shards of one digest compute the same, and take the same steps.
         """
+        # Sorted, so that the order of the files in the manifest does not matter; that of what trains does.
         lines = sorted(f"{entry.path} {entry.size_bytes} {entry.sha256}\n" for entry in self.shard_files)
         lines += [f"{entry.name} {entry.exponent}\n" for entry in self.trainable]
         lines += [] if self.image is None else [_image_line(self.image)]

@@ -18,6 +18,7 @@ def batch_indices(seed: int, round_: int, device: str, examples: int, batch_size
 
     Passes over the data follow each other without a gap; each pass has its own order.
     """
+    # No state but the round's number: a device that was away goes on in the middle of a pass.
     first = (round_ - 1) * batch_size
     places = range(first, first + batch_size)
     return np.array([_order(seed, place // examples, device, examples)[place % examples] for place in places])
@@ -41,6 +42,7 @@ def _turns(seed: int, round_: int, devices: Sequence[str]) -> list[int]:
     start: Any = generator.state
     turns = []
     for device in devices:
+        # The counter's second word is the stream's index (directions.philox).
         start["state"]["counter"][1] = zlib.crc32(device.encode())
         generator.state = start
         turns.append(int(generator.random_raw()))

@@ -236,6 +236,7 @@ def _explain(sentence: str, data: Any, type_: type[Any], path: list[str]) -> str
 
 def _fields(kind: msgspec.inspect.Type) -> dict[str, msgspec.inspect.Type]:
     """The settings in a table, by name."""
+    # A table that may be left out is a union with None.
     kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
     tables = (each for each in kinds if isinstance(each, msgspec.inspect.StructType))
     return {field.encode_name: field.type for table in tables for field in table.fields}

@@ -87,6 +87,7 @@ class AdamW:
         first, second = self._first[tensor.index][chunk], self._second[tensor.index][chunk]
         step = self._scratch[: gradient.size]
         f32, settings, values = np.float32, self._settings, tensor.values[chunk]
+        # One operation at a time, in float32, in this order: fused or reordered, another machine has other bits.
         first *= f32(settings.beta1)
         np.multiply(gradient, f32(1.0 - settings.beta1), out=step)
         first += step
@@ -119,6 +120,7 @@ class AdamW:
     def load_state(self, tensors: Sequence[LatticeTensor], state: Moments) -> None:
         """Continue from what `state` gave; the corrections are made anew, by the same products in the same order."""
         self._corrections = BiasCorrections()
+        # Step by step, for a power would round otherwise than the products that a device made.
         for _ in range(state.steps):
             self._corrections = self._corrections.advance(self._settings)
         for tensor in tensors:

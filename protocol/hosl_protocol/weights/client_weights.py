@@ -97,6 +97,7 @@ class ClientWeights:
         self._recipe = Recipe(seed, distribution)
         self._probe_step = probe_step
         self._largest_entry = LARGEST_ENTRY[distribution]
+        # From here a lattice may become MAX_COARSENING bits coarser.
         self._finest = [tensor.exponent for tensor in self.tensors]
         self._base_round = 0
 
@@ -132,6 +133,7 @@ class ClientWeights:
             terms.append(self._probe_term(self._point, -1))
         if point is not None:
             terms.append(self._probe_term(point, +1))
+        # Gaussian entries are rounded after they are scaled: twice the step is not twice the entry.
         if self._point != point:
             self._add(terms if self._recipe.distribution == "gaussian" else _merge(terms))
         self._point = point
@@ -161,6 +163,7 @@ class ClientWeights:
 
     def _portions(self, updates: Iterable[UpdateRecord]) -> Iterator[list[UpdateRecord]]:
         """Yield rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
+        # A pass adds TERMS_PER_PASS directions at once; a portion that ends within one would waste the rest of it.
         passes = max(1, PORTION // max(1, len(self.tensors)) // TERMS_PER_PASS)
         portion: list[UpdateRecord] = []
         coefficients = 0
@@ -297,6 +300,7 @@ class ClientWeights:
                 part[:] = lattice.round_to_lattice(part, exponent)
             self.tensors[index] = replace(tensor, exponent=exponent)
             self._probe_steps[index] = steps[index]
+            # Rounding may have raised the largest by half a step.
             self._bounds[index] = largest(tensor.values)
             self.coarsenings.append(Coarsening(round_, tensor.name, exponent))
 
@@ -312,6 +316,7 @@ class ClientWeights:
 
         coefficients_C = np.concatenate([update.coefficients for update in updates]).astype(np.float64)
         count = len(self.tensors)
+        # A chance for each coefficient and tensor, from the seed: every machine rounds the same way.
         chances_CT = np.array([uniforms(self._recipe.seed, *place, Stream.ROUNDING, count) for place in places])
         exponents_T = np.array([tensor.exponent for tensor in self.tensors], np.intc)
         corrections_T = np.array([self._correction(tensor.index) for tensor in self.tensors])
@@ -355,6 +360,7 @@ class ClientWeights:
         self._check_state(state)
 
         tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
+        # The last thing that may fail.
         steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
         self.tensors, self._probe_steps = tensors, steps
         for tensor in tensors:

@@ -49,6 +49,7 @@ class ClientState:
 
     def digest(self) -> str:
         """SHA-256 of the trainable tensors in order, little-endian, then AdamW's step count and moments."""
+        # Shapes and names are the manifest's, which both sides hold by its digest: the numbers say the rest.
         digest = hashlib.sha256()
         for values in self.weights.values():
             digest.update(values.data.cast("B"))

@@ -122,6 +122,7 @@ def wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
 def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
     flat = np.ascontiguousarray(array).reshape(-1)
     elements = PIECE_BYTES // np.dtype(_STORAGE[dtype]).itemsize
+    # Converted as they are sent: a half-precision copy of a whole set would come on top of the set.
     for start in range(0, flat.size, elements):
         yield _to_wire(flat[start : start + elements], dtype).data.cast("B")
 
@@ -148,7 +149,7 @@ def _to_wire(values: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return to_bfloat16_bits(values)
     if dtype == "F16":
-        largest = np.float32(65504.0)
+        largest = np.float32(65504.0)  # float16's; above it stands infinity
         return np.clip(values, -largest, largest).astype("<f2")
     return np.ascontiguousarray(values, dtype=_STORAGE[dtype])
 
@@ -156,7 +157,9 @@ def _to_wire(values: Array, dtype: str) -> Array:
 def to_bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """float32 to the bits of bfloat16, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    # Half of the last place that stays, and one more where that place is odd: ties go to even.
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)
+    # Rounding would carry a NaN's bits over into infinity; the quiet bit keeps it one.
     quiet = bits >> np.uint32(16) | np.uint32(0x40)
     return np.asarray(np.where(np.isnan(values), quiet, rounded), dtype="<u2")
 
@@ -241,6 +244,7 @@ class FrameReader:
     def _widen(self, former: int, filled: int) -> None:
         """Convert the elements that end in the bytes from `former` to `filled`; a piece may cut one in two."""
         for name, values in self._widened.items():
+            # The elements of this tensor that are whole only now, by their bytes.
             start, end = self._layout[name].data_offsets
             first, last = (max(min(place, end) - start, 0) // 2 for place in (former, filled))
             if first < last:
@@ -344,6 +348,7 @@ def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str
         if size < 0:
             raise FrameError(f"{what} has a negative dimension {size}")
         bounds.check(what, dimension, size)
+        # One letter, one size: lengths, labels and activations of a frame must belong together.
         if sizes.setdefault(dimension, size) != size:
             raise FrameError(f"{what} has {dimension} = {size}, another tensor of the frame has {sizes[dimension]}")
 

@@ -109,6 +109,7 @@ class Connection:
         frame = self._reader.feed(piece)
         if frame is None:
             return None
+        # Before anybody sees it: the next frame is bounded by what this one says.
         if isinstance(frame.message, m.Welcome):
             self._agree_to(frame.message)
         self._advance(frame.message)
@@ -125,6 +126,7 @@ class Connection:
 
     def send(self, message: Message, tensors: Mapping[str, Array] | None = None) -> Iterator[Piece]:
         """The pieces to send, one websocket message each. Raises UnexpectedMessage on our own mistake."""
+        # At once, not as the pieces are taken: what comes meanwhile is judged by what has been said.
         self._check(self.role, message)
         self._advance(message)
         wire_dtype = self.settings.wire_dtype if self.settings is not None else "float32"
@@ -132,6 +134,7 @@ class Connection:
 
     def _check(self, sender: Role, message: Message) -> None:
         allowed = _ALLOWED.get((sender, self.phase), ())
+        # A second Hello would change who the peer is.
         if self._was_greeted:
             allowed = tuple(kind for kind in allowed if kind is not m.Hello)
         if not isinstance(message, allowed):

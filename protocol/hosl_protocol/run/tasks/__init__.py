@@ -173,6 +173,7 @@ def label_of(task: Task, example: Mapping[str, Any]) -> int:
 
 def look_up(example: Mapping[str, Any], field: str) -> Any:
     """Look a field up by name, or by dots through nested objects; never attributes. Raises KeyError(field)."""
+    # A flat table may have a dot in a column's name.
     if field in example:
         return example[field]
     value: Any = example
