@@ -33,11 +33,11 @@ class Fault:
     target: str
     """`cloud`, or a device's name."""
     stage: str
-    """Empty: at the start of everything."""
+    """Type of a message; empty for the start of everything."""
     round: int
     delay_s: float
     seconds: float = 0.0
-    """Of freeze, hold and slow."""
+    """How long a freeze, a hold or a slow connection lasts."""
     direction: Direction = "up"
     bytes: int = 0
     """What a cut lets pass before."""

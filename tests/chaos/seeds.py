@@ -41,9 +41,9 @@ from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.weights.client_weights import make_client_weights
 
 LIMIT_S = 180.0
-"""Of a run; one takes a quarter of a minute where nothing else runs."""
+"""Longest time of a run; one takes a quarter of a minute where nothing else runs."""
 LIMIT_OF_ANOTHER_S = 1200.0
-"""Of a run with another model than the tiny one."""
+"""The same with another model than the tiny one."""
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Result:
     seconds: float
     recoveries: dict[str, list[float]]
     snapshots: int = 0
-    """That devices took to catch up."""
+    """Snapshots that devices took to catch up."""
 
 
 def run_seed(

@@ -23,7 +23,7 @@ class Offer(msgspec.Struct, frozen=True):
     """What the service says of a device whose token is right."""
 
     task: Task | None = None
-    """Of the run that waits for it; None without one."""
+    """The task of the run that waits for it; None without one."""
     data_digest: str = ""
     """Of the training data that it has been in that run with; empty before."""
     eval_digest: str = ""

@@ -110,7 +110,7 @@ class ImageDataset:
     """[N]."""
     image: ImageEntry
     positions: int
-    """Of each image at the cut layer."""
+    """Positions of each image at the cut layer."""
     path: Path
     """Where they come from, for errors."""
     skip_broken: bool = False

@@ -21,7 +21,7 @@ from hosl_protocol.program.installing import install_line
 Pixels = npt.NDArray[np.uint8]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-"""Of the files that are read, in capitals or not."""
+"""Endings of the files that are read, in capitals or not."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Pillow's names of what may be in them: it knows others, whose readers start programs."""
 _OF_DESKTOPS = frozenset(

@@ -35,9 +35,9 @@ class Health:
     """One reading of the hardware."""
 
     temperature_c: float | None
-    """Of the hottest zone."""
+    """Degrees Celsius of the hottest zone; None where there is no sensor."""
     throttled: tuple[str, ...]
-    """What it says that it suffers from."""
+    """What the hardware says that it suffers from, of THROTTLES."""
 
 
 def read_health(root: Path = ROOT) -> Health:

@@ -39,7 +39,7 @@ Weights = dict[str, npt.NDArray[np.float32]]
 Inputs = dict[str, npt.NDArray[Any]]
 
 MAX_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, as the format has it."""
+"""Largest header of a safetensors file that the format allows."""
 
 
 class MappedWeights:

@@ -60,7 +60,7 @@ class Case(Protocol):
         ...
 
     def kept(self, name: str, difference: Tensor) -> Tensor:
-        """Those of an output's differences that count."""
+        """Keep those of an output's differences that count."""
         ...
 
 

@@ -144,7 +144,7 @@ class GaussianSteps:
     """|z| stays below."""
 
     _SCALE = np.float32(1.0 / (2**17 * math.sqrt(12.0 + 1.0 / 12.0)))
-    """Of the sums, in units of 2^-17, to variance 1."""
+    """Scale of the sums, which are in units of 2^-17, to variance 1."""
 
     def __init__(
         self, seed: int, round_: int, direction_: int, index: int, step: float, start: int, g: float | None

@@ -67,7 +67,7 @@ class SnapshotHeader(msgspec.Struct, kw_only=True, frozen=True):
     epoch: int
     round: int
     weights_digest: str
-    """Of the state inside, as in Ready."""
+    """Digest of the state inside, as in Ready."""
     exponents: dict[str, int]
     """Lattice exponent of each trainable tensor, now."""
     steps: int | None = None

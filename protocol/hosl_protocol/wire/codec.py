@@ -47,7 +47,7 @@ class _Kind(msgspec.Struct, frozen=True):
 
 _METADATA_KEY = "__metadata__"
 _LONGEST_SENTENCE = 300
-"""Of an error that quotes the peer."""
+"""Most characters of an error that quotes the peer."""
 
 _KIND = msgspec.json.Decoder(_Kind)
 _ENTRIES = msgspec.json.Decoder(dict[str, msgspec.Raw])
