@@ -43,6 +43,7 @@ def _obey(group: Group, tails: dict[int, RankTrainer], command: commands.Command
         group.send_reply(_load(group, tails, command))
     elif isinstance(command, commands.Train | commands.Evaluate):
         trainer = tails[command.tail]
+        # All of them before the first is computed: rank 0 sends while it computes its own.
         batches = [group.receive_batch(part, trainer.width) for part in command.shares[group.rank]]
         _answer(group, trainer.work(batches, command))
     elif isinstance(command, commands.Step):

@@ -135,6 +135,7 @@ class Group:
             try:
                 while self._freed:
                     self._broadcast(Free(tail=self._freed.pop()))
+
                 self._broadcast(command)
                 yield
             except HoslError:

@@ -43,8 +43,9 @@ class GroupTrainer:
                 reply = group.receive_reply(rank)
                 if reply.error and error is None:
                     error = RankLoadError(rank, reply.error, reply.exit_code)
+
         if error is not None:
-            self.close()
+            self.close()  # some ranks may have loaded it
             raise error
 
     @property
@@ -139,7 +140,7 @@ class GroupTrainer:
         self, order: commands.Train | commands.Evaluate, outcome: commands.BatchOutcome, batch: BatchArrays, rank: int
     ) -> Result:
         value = float(outcome.value)
-        if outcome.error:
+        if outcome.error:  # the same error as on the rank, so that a round treats it as its own
             return (RoundSpoiltError if outcome.error == "spoilt" else NotFiniteError)(outcome.what, value)
         if isinstance(order, commands.Evaluate):
             return EvalScore(value, outcome.correct, outcome.scored)

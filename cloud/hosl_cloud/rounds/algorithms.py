@@ -116,8 +116,11 @@ def hosl_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
     yield from context.start()
     probed = yield from _take_probes(context)
+
     if context.config.strict and len(probed.present) < context.quorum:
         return None
+
+    # Of all probes that came; the tail is trained with those that sent every one.
     estimates = _hosl_estimates(probed, context)
     contributors = yield from _take_anchors(
         context, wants_cut_gradient=False, devices=probed.present, midpoints=probed.midpoints(context.config)
@@ -377,6 +380,7 @@ def _backpropagate(
             yield from upload.leave_out("the gradients that it was added to are not finite")
         else:
             contributors.weights[device], contributors.losses[device] = weight, result.loss
+            # λ goes at once, before the next batch is computed: the device probes meanwhile.
             if wants_cut_gradient:
                 yield _cut_gradient(context, device, result)
 

@@ -70,9 +70,11 @@ class Admission:
 
     async def serve_peer(self, peer: Peer, hello: Hello) -> None:
         """Serve a connection from its Hello to its end."""
+        # What it sent before anybody knew its run counts there, too.
         self.fleet.tally.wire_bytes += peer.tally.wire_bytes
         peer.on_arrival, peer.tally = self.fleet.on_arrival, self.fleet.tally
         reports = asyncio.create_task(self._take_reports(peer))
+
         try:
             if await self._join(peer, hello):
                 await peer.gone.wait()
@@ -82,6 +84,7 @@ class Admission:
             _break_off(peer, error)
         finally:
             reports.cancel()
+            # A newer connection of the same device may have taken the name meanwhile.
             if self.fleet.peers.get(peer.name) is peer:
                 del self.fleet.peers[peer.name]
                 if self.run.ending is None or peer.farewell:  # else it was told to leave
@@ -112,10 +115,12 @@ class Admission:
         connections = await asyncio.to_thread(self.run.store.add_device, self.run.id, peer.name)
         if connections > 1:
             metrics.device_reconnects.labels(self.run.bundle.name).inc()
+        # From here on the Connection checks every length against what this run's messages can have.
         peer.connection.agree(self.run.settings, self.run.manifest.width)
         return await self._bring_up(peer, hello)
 
     def _is_up_to_date(self, hello: Hello) -> bool:
+        """Tell whether a device already holds the run's last weights."""
         run, expected = self.run, self.run.digests.get(self.run.round)
         return (hello.epoch, hello.applied_round, hello.weights_digest) == (run.epoch, run.round, expected)
 
@@ -125,6 +130,7 @@ class Admission:
         peer.end(Complete(run=self.run.id, reason=self.run.ending, round=self.run.round))
 
     def _objection(self, hello: Hello) -> Refusal | None:
+        """Find why a device may not join; None where it may. Asks the store, off the event loop."""
         if hello.protocol != PROTOCOL_VERSION:
             reason = f"protocol {hello.protocol}, this service speaks {PROTOCOL_VERSION}"
             return Refusal(code="protocol", reason=reason, retry=False)
@@ -134,6 +140,7 @@ class Admission:
             )
         if hello.shard_digest != self.run.manifest.shard_digest:
             return Refusal(code="shard", reason="another shard; fetch this service's shard again", retry=False)
+
         known = self.run.store.device(self.run.id, hello.device)
         if known is None:
             return None
@@ -173,8 +180,10 @@ class Admission:
         return False
 
     def _welcome(self, peer: Peer, plan: Plan, applied: int, snapshot: Snapshot | None) -> None:
+        """Send the Welcome: the run's settings, and the plan by which the device reaches its state."""
         if snapshot is not None:
             self.say(f"device {peer.name} takes a snapshot of round {snapshot.round} instead of replaying")
+
         welcome = Welcome(
             run=self.run.id,
             epoch=self.run.epoch,
@@ -239,6 +248,7 @@ class Admission:
         return target
 
     async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:
+        """Let a device take part from here on, and bind it to its data."""
         # No await before it is ready: an update that is settled meanwhile would miss it.
         peer.is_ready = True
         peer.eval_examples, peer.eval_digest = ready.eval_examples, hello.eval_digest
@@ -249,6 +259,7 @@ class Admission:
         await asyncio.to_thread(self.run.store.set_data, self.run.id, peer.name, *counts, *digests)
 
     async def _take_reports(self, peer: Peer) -> None:
+        """Take a device's reports until its connection ends; one whose weights differ is sent to rebuild them."""
         while True:
             report: Report = await peer.reports.get()
             try:
@@ -260,9 +271,11 @@ class Admission:
             self._unsaved[peer.name] = report
             self._largest_rss = max(self._largest_rss, report.peak_rss_bytes)
             metrics.edge_peak_rss.labels(self.run.bundle.name).set(self._largest_rss)
+            # One task saves; what comes during its transaction waits for its next one.
             if self._saving is None or self._saving.done():
                 self._saving = asyncio.create_task(self._save_reports())
 
+            # Rounds without a digest are not checked: it is made every `report_every` rounds, as devices report.
             expected = self.run.digests.get(report.applied_round)
             if expected is not None and report.weights_digest != expected:
                 differs = _difference(report, expected)
@@ -320,11 +333,14 @@ def _plan(run: Run, hello: Hello, rewound_to: int | None) -> tuple[Plan, int]:
     `rewound_to` is the lowest round to which the run was rewound since the device's epoch; None where it was not.
     Updates up to that round are the device's and the run's alike, and those after it were made again.
     """
-    if hello.run is None:
+    if hello.run is None:  # a new device, at the base shard
         return "continue", 0
+
     latest = run.round if rewound_to is None else rewound_to
     if hello.run != run.id or hello.epoch > run.epoch or (rewound_to is None and hello.applied_round > latest):
-        return "rebuild", 0
+        return "rebuild", 0  # its weights are of another history
+
     if hello.applied_round <= latest:
         return "continue", hello.applied_round
+    # Its journal reaches back to its base round: up to there it can take updates back.
     return ("rewind", latest) if latest >= hello.base_round else ("rebuild", 0)

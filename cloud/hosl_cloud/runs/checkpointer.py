@@ -85,6 +85,7 @@ class Checkpointer:
             return
 
         await self.durably(lambda: save_checkpoint(run.folder, run.round, run.epoch, trainer, config, scores))
+        # Pruned only once the new one is whole.
         await self._compute(lambda: prune_checkpoints(run.folder, config.checkpoints.keep))
         self._saved_round, self._saved_at = run.round, time.monotonic()
         metrics.checkpoint_time.labels(run.bundle.name).set_to_current_time()

@@ -76,6 +76,7 @@ class Coordinator:
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self.checkpointer = Checkpointer(run, self.fleet, self._compute, say)
         self._selection = DeviceSelection(run, self.fleet, lambda: self._is_stopping, say)
+
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._leaving = contextlib.ExitStack()
         self._round = round_ or ROUNDS[run.config.algorithm]
@@ -95,6 +96,7 @@ class Coordinator:
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
         await self._compute(run.load)
+
         self._tensorboard = TensorBoardWriter(run.folder / TENSORBOARD_FOLDER, run.round + 1)
         for evaluation in await asyncio.to_thread(self.store.evaluations, run.id):
             self.checkpointer.note(evaluation)
@@ -107,10 +109,12 @@ class Coordinator:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the one thread that owns the tail and the mirror."""
+        # In a copy of this task's context, so that log lines of that thread name the run and the round, too.
         return await asyncio.get_running_loop().run_in_executor(self._executor, copy_context().run, work)
 
     def close(self) -> None:
         """Stop the compute thread after what it does now, and let the tail go."""
+        # On its own thread, behind all work: a step that was cut off may still be under way there.
         self._executor.submit(self._leaving.close)
         self._executor.shutdown(wait=False)
 
@@ -156,6 +160,8 @@ class Coordinator:
         selection, devices = self._selection, self.config.devices
         enough = max(devices.start_with, devices.quorum, len(selection.roster))
         await selection.wait_for_devices(enough, timeout_s=None)
+
+        # Stored before the first round: a service that goes on with a strict run must wait for the same devices.
         if not selection.roster and not self._is_stopping:
             selection.roster = self.fleet.ready_names()
             await self.checkpointer.durably(lambda: self.store.set_roster(self.run.id, selection.roster))
@@ -276,7 +282,8 @@ class Coordinator:
         return CloudRound(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
 
     async def _drive(self, exchange: Exchange[T], deadline_s: float = math.inf) -> T:
-        if self.config.strict:
+        """Run a round or an evaluation with the run's deadlines."""
+        if self.config.strict:  # its bits must not depend on how fast a device is
             return await self.fleet.drive(exchange, math.inf)
         return await self.fleet.drive(exchange, self.config.devices.round_deadline_s, deadline_s)
 
@@ -343,6 +350,7 @@ class Coordinator:
 
     async def end(self, ending: Ending) -> None:
         """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
+        # First, so that a device that joins from here on is told the end by admission.
         self.run.ending = ending
         await asyncio.to_thread(self._tensorboard.close)
         await self._await_reports()

@@ -142,7 +142,7 @@ class Fleet:
             while told:
                 _deliver(told.popleft(), peers)
 
-        def tell(action: Tell) -> None:
+        def tell(action: Tell) -> None:  # called on the compute thread
             told.append(action)
             loop.call_soon_threadsafe(deliver)
 
@@ -158,6 +158,7 @@ class Fleet:
                 else:
                     await self.on_fault(action)
         finally:
+            # However it ends, devices get what was told, and their answers are late from here on.
             deliver()
             self.waiting = None
             for peer in peers.values():
@@ -183,7 +184,7 @@ class Fleet:
                     return Answer(ask, None)
                 frame = peer.take(ask) if peer is not None else None
                 if frame is not None:
-                    del asked[ask]
+                    del asked[ask]  # the same ask in a later batch of an evaluation has a deadline of its own
                     return Answer(ask, frame)
                 if peer is None or peer.gone.is_set() or asked[ask] + deadlines.stage_s <= now():
                     _give_up(ask, peer, "in time")
@@ -191,6 +192,7 @@ class Fleet:
             if not wanted.waits:
                 return None
 
+            # Sleep until something arrives, or the first deadline passes, and look again.
             oldest = min(asked[ask] for ask in asks)
             devices = tuple(ask.device for ask in asks)
             self.waiting = Waiting(name_of(asks[0].kind), devices, time.time() - (now() - oldest))
@@ -208,7 +210,7 @@ def _deliver(action: Tell, peers: Mapping[str, Participant]) -> None:
     if peer is None:
         return
     if isinstance(action.message, Refusal):
-        peer.is_ready = False
+        peer.is_ready = False  # at once: the next round must not count on it
         peer.end(action.message)
     else:
         peer.tell(action.message, action.tensors)
@@ -233,7 +235,7 @@ def _advance(
     What it tells is on its way at once. The action is None at its end, with the generator's result beside it.
     """
     try:
-        action = exchange.send(answer)
+        action = exchange.send(answer)  # the first one is None, which starts it
         while isinstance(action, Tell):
             tell(action)
             action = next(exchange)

@@ -90,6 +90,7 @@ class Peer:
         self.connection = Connection(Role.CLOUD)
         self.gone = asyncio.Event()
         self._socket = socket
+
         self.on_arrival: Callable[[], None] = lambda: None
         """Hears of every answer, and of the connection's end."""
         self._inbox: asyncio.Queue[Frame | None] = asyncio.Queue()
@@ -104,6 +105,7 @@ class Peer:
         """Whether the round's CutGradient was told, without which no projections can be made."""
         self._answered: set[tuple[type, int]] = set()
         """Kinds and ids of the answers that have come in it."""
+
         self._outbox: asyncio.Queue[tuple[Message, Mapping[str, Any]] | None] = asyncio.Queue()
         self._waiting_bytes = 0
         self._emptied = asyncio.Event()
@@ -169,6 +171,7 @@ class Peer:
         message = frame.message
         if isinstance(message, Report):
             self.reports.put_nowait(message)
+
         elif isinstance(message, _ANSWERS):
             if (fault := self._lateness(message)) is not None:
                 self._refuse_late(message, *fault)
@@ -176,10 +179,13 @@ class Peer:
             if (type(message), message.id) in self._answered:
                 log.info("device %s: a repeated %s is dropped", self.name, name_of(message))
                 return
+
+            # A device is asked for one answer at a time, and may be some ahead; more would fill our memory.
             _check_room(message, len(self._answers))
             self._answered.add((type(message), message.id))
             self._answers.append(frame)
             self.on_arrival()
+
         else:
             _check_room(message, self._inbox.qsize())
             self._inbox.put_nowait(frame)
@@ -217,10 +223,11 @@ class Peer:
                 self._waiting_bytes -= _size(item[1])
                 if self._outbox.empty():
                     self._emptied.set()
+
             await self._socket.close()
         except (WebSocketDisconnect, RuntimeError, OSError) as error:
             log.info("device %s: the connection broke while writing: %s", self.name, error)
-        except Exception:
+        except Exception:  # nobody awaits this task's result
             log.exception("device %s: writing failed", self.name)
         finally:
             self._emptied.set()

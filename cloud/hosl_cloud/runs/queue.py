@@ -59,6 +59,7 @@ class RunQueue:
         self.retries = RetrySchedule()
         self.current = CurrentRuns()
         self._tell = say
+
         self._failed_to_load: set[str] = set()
         """Runs that stay as they are until they are resumed by hand, or the service starts again."""
         self._halting: set[str] = set()
@@ -146,6 +147,7 @@ class RunQueue:
         """Make a run its bundle's current one. Raises BundleError, ForeignSettings."""
         row.settings.config(row.id)
         manifest = await asyncio.to_thread(load_manifest, row.bundle)
+        # Kept until now, though it is over: late devices of it were still told how it ended.
         former = self.current.of_shard(row.shard_digest)
         if former is not None:
             self._retire(former)
@@ -333,7 +335,7 @@ class RunQueue:
             most_s = 2 * coordinator.run.config.devices.round_deadline_s if limit_s is None else limit_s
             # One that waits for room is given another try.
             await asyncio.wait({task}, timeout=min(most_s, 2 * DISK_PAUSE_S) if current.is_without_room else most_s)
-        task.cancel()
+        task.cancel()  # nothing where it is done
         await asyncio.wait({task})
         return task.cancelled()
 
@@ -349,6 +351,8 @@ class RunQueue:
         except (StoreError, asyncio.TimeoutError) as error:
             if isinstance(error, StoreError) and not is_disk_full(error):
                 raise
+
+            # Its stored state still says running: `work` would begin it again in this service.
             self._failed_to_load.add(current.run)
             sentence = f"run {current.run} goes on with the next service, for the full disk takes no word of its end"
             self.say(sentence, current.run)
@@ -372,6 +376,7 @@ class RunQueue:
             for task in late:
                 task.cancel()
 
+        # Reports that came until now are part of the runs' records.
         for coordinator in coordinators:
             await coordinator.admission.flush()
             coordinator.close()

@@ -157,6 +157,7 @@ async def _until(runs: RunQueue, run: str | None, leave: asyncio.Event) -> None:
 
 
 def _uvicorn_config(app: Starlette, listen: ListenSettings) -> uvicorn.Config:
+    """Configure uvicorn so that each of our limits holds, and nothing of a token gets into its log."""
     return uvicorn.Config(
         app,
         http=limits.HttpProtocol,

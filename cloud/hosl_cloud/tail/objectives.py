@@ -89,12 +89,7 @@ def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor,
     if len(labels_N) != expected:
         raise BatchError("labels of a batch", expected, len(labels_N))
 
-    classes = _classes(tail)
+    classes = int(tail.class_count or tail.model.get_output_embeddings().out_features)  # rows of the head
     if int(labels_N.min()) < 0 or int(labels_N.max()) >= classes:
         out_of_range = [label for label in labels_N.tolist() if not 0 <= label < classes]
         raise BatchError("labels of a batch", f"0 to {classes - 1}", out_of_range[0])
-
-
-def _classes(tail: Tail) -> int:
-    """Count the rows of the head: classes, or the vocabulary."""
-    return int(tail.class_count or tail.model.get_output_embeddings().out_features)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +168,7 @@ class TailTrainer:
         parts = self._micro_batches(activations_TD, lengths_B, labels_N)
         scores: list[objectives.Score] = []
         for part in parts:
-            part.h_TD.requires_grad_(wants_cut_gradient)
+            part.h_TD.requires_grad_(wants_cut_gradient)  # without, the backward ends at the tail's first weights
             try:
                 scores.append(self._train_part(part, weight))
             except NotFiniteError as error:
@@ -245,11 +244,10 @@ class TailTrainer:
         return parts
 
     def _score(self, part: MicroBatch, *, is_exact: bool = False) -> objectives.Score:
-        with self._autocast(is_half=self.config.tail.precision == "bfloat16" and not is_exact):
+        """Do the forward to the loss, in the run's precision, or in float32 where it is to be exact."""
+        is_half = self.config.tail.precision == "bfloat16" and not is_exact
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half):
             return objectives.score(self.kind, self.tail, part.h_TD, part.lengths_B, part.labels_N)
-
-    def _autocast(self, *, is_half: bool) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
 
     def step(self, round_: int, total_weight: float) -> StepStatistics:
         """Average the round's gradients over `total_weight`, clip, and step at the rate of round `round_` (from 1).
@@ -268,17 +266,14 @@ class TailTrainer:
             gradient.mul_(clipping / total_weight)
 
         factor = schedule_factor(settings.schedule, settings.warmup_rounds, round_, self.config.rounds)
-        self._set_rate(settings.learning_rate * factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.discard()
         return StepStatistics(norm, settings.learning_rate * factor)
 
     def _total_norm(self, gradients: list[Tensor]) -> float:
         return float(torch.nn.utils.get_total_norm(gradients))
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
 
     def discard(self) -> None:
         """Drop the round's gradients."""
