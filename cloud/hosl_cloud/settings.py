@@ -229,6 +229,7 @@ def _is_table(type_: Any) -> bool:
 def _parse_override(text: str) -> dict[str, Any]:
     """Parse `tail.learning_rate=1e-4` to a nested mapping; a value that is no TOML is taken for a string."""
     key, separator, value = text.partition("=")
+    # As TOML, and where that fails quoted: a shell has taken the quotes of a string.
     for written in (value, msgspec.json.encode(value).decode()) if separator else ():
         with contextlib.suppress(msgspec.DecodeError):
             data: dict[str, Any] = msgspec.toml.decode(f"{key}={written}")
@@ -271,6 +272,7 @@ def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.tom
 
     Raises SettingsError.
     """
+    # Defaults before the check of types, and the check against the bundle at the end, when all is filled in.
     config = convert_config(_with_defaults(data, manifest), where)
     if manifest.image is not None:
         # An image has as many positions as it has; nothing is cut to a length.

@@ -53,6 +53,7 @@ class ApiClient:
         """Fetch a file; `target` appears when it is whole. Raises RequestError."""
         part = target.with_name(target.name + ".part")
 
+        # A connection that breaks ends a body early without an error; only the length tells.
         def save(response: Any) -> None:
             with part.open("wb") as file:
                 shutil.copyfileobj(response, file)
@@ -132,6 +133,8 @@ def client_of(options: argparse.Namespace) -> ApiClient:
     address = _named_server(options) or service_file(options.data_dir)["address"]
     if not address.startswith(("ws://", "wss://", "http://", "https://")):
         raise ServiceError(f"--server {address}: use wss://host:port, as hosl-cloud serve prints it")
+
+    # The data folder's CA also where the service is named: it may be this machine's by another name.
     ca = options.ca or options.data_dir / "tls" / "ca.pem"
     if options.ca is not None and not ca.is_file():
         raise ServiceError(f"--ca {ca} does not exist")

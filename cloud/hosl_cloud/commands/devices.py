@@ -80,6 +80,7 @@ def _init(options: argparse.Namespace) -> int:
 def _add(options: argparse.Namespace) -> int:
     client = client_of(options)
     path = None if options.out == "-" else Path(options.out or f"{options.name}.token")
+    # The file before the token: one that could not be written would be lost, and its name taken.
     with _reserved(path) if path is not None else contextlib.nullcontext(sys.stdout) as file:
         made = client.request("POST", "/v1/devices", {"name": options.name, "bundle": options.bundle})
         if made["warning"]:
@@ -120,7 +121,7 @@ def _reserved(path: Path) -> Iterator[TextIO]:
     try:
         with file:
             yield file
-    except BaseException:
+    except BaseException:  # Ctrl-C while the service is asked, too
         path.unlink(missing_ok=True)
         raise
 

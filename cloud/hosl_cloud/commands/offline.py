@@ -61,5 +61,6 @@ def find_offline(options: argparse.Namespace) -> DataFolder | None:
     data_dir: Path = options.data_dir
     if not is_local(options) or not (data_dir / DATABASE).exists():
         return None
+    # Both: a lock without the file is a simulation's, or a service's that does not listen yet.
     is_served = (data_dir / SERVICE_FILE).exists() and is_locked(data_dir)
     return None if is_served else DataFolder(data_dir)

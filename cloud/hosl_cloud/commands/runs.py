@@ -196,6 +196,7 @@ def _log(options: argparse.Namespace) -> int:
         return events
 
     while True:
+        # Asked before the log: what is said at the run's end is then printed before this leaves.
         is_over = client.request("GET", _path(options.run))["state"] not in UNENDED
         last = _print_log(more, last, options)
         if is_over or not options.follow:

@@ -48,11 +48,13 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--bundles", type=Path, metavar="DIR", help="folder of the bundles of later runs (default: that of --data-dir)"
     )
     add_data_dir(parser)
+
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8765, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
+
     parser.add_argument("--once", action="store_true", help="leave when the run of --config has ended")
     parser.add_argument("--new", action="store_true", help="begin a new run, even where an unfinished one could go on")
     parser.add_argument(
@@ -89,7 +91,7 @@ def serve_command(options: argparse.Namespace) -> int:
         raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
 
     first = _read_first(options) if options.bundle is not None else None
-    make_data_dir(options.data_dir)
+    make_data_dir(options.data_dir)  # nothing is written before all that can be refused has been
     _say(f"starts with {options.data_dir}; to load everything takes some seconds")
     with contextlib.ExitStack() as leaving:
         ending = _serve(options, listen, first, leaving)
@@ -143,6 +145,7 @@ def _serve(
     from hosl_cloud.service.access import Authenticator, DeviceTokens
     from hosl_cloud.service.server import Service
 
+    # Freed in the reverse order: the log is written, the ranks leave, and the store is closed while the lock is held.
     store = Store(data_dir / DATABASE)
     leaving.callback(store.close)
     leaving.callback((data_dir / SERVICE_FILE).unlink, missing_ok=True)
@@ -157,11 +160,13 @@ def _serve(
         _say(f"run {run_ahead} goes on first, and run {run} after it")
 
     authenticator = Authenticator(DeviceTokens(store, fingerprint), token, admin_token, metrics_token=metrics_token)
+
     bundles: Path = options.bundles or data_dir / BUNDLES
     bundles.mkdir(parents=True, exist_ok=True)
     service = Service(runs, authenticator, listen, bundles, run if options.once else None, run, options.drain_s)
 
     def on_listening(address: str) -> None:
+        # Only now: who reads it finds the service listening.
         write_service_file(data_dir, listen, address)
         begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
         port = urlsplit(address).port or 0
@@ -175,6 +180,8 @@ def _serve(
     ending = asyncio.run(_train(service, run if not ahead else None, on_listening))
     if run is None:
         return ending
+
+    # One that waited in line all the time has no ending here.
     row = store.run(run)
     if row.state in ("pending", "paused"):
         _say(f"run {run} pauses at round {row.round}; the same command goes on with it")

@@ -27,6 +27,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="training data, dealt out to devices")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out data")
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
+
     parser.add_argument("--devices", type=int, default=10, metavar="M", help="virtual devices (default: %(default)s)")
     parser.add_argument("--per-round", type=int, default=0, metavar="K", help="devices sampled each round (0: all)")
     parser.add_argument(
@@ -38,6 +39,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
     )
+
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a table, one row a round")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
@@ -68,6 +70,7 @@ def _simulate(options: argparse.Namespace) -> int:
     check_files(options.bundle, manifest)
 
     threads = options.threads or len(os.sched_getaffinity(0))
+    # The lock before the store: a service may be writing to it.
     locked, store = lock(options.data_dir), Store(options.data_dir / DATABASE)
     try:
         id_, bundle = new_run_id(config.name, store), options.bundle.resolve()

@@ -110,6 +110,7 @@ class Group:
             raise RankLostError(self.rank, error) from error
 
         self.meshes = {kind: init_device_mesh(kind, (self.size,)) for kind in ("cpu", *(["cuda"] if has_cuda else []))}
+
         self._lock = threading.Lock()
         self._freed: list[int] = []
         self._tails = 0
@@ -123,6 +124,7 @@ class Group:
 
     def free_tail(self, tail: int) -> None:
         """Free a tail on the other ranks, before the next command."""
+        # Not at once: this may be called in the middle of another command.
         self._freed.append(tail)
 
     @contextlib.contextmanager
@@ -172,6 +174,7 @@ class Group:
 
     def send_batch(self, batch: BatchArrays, rank: int) -> list[tuple[dist.Work | None, Tensor]]:
         """Begin to send a batch; what must be waited for, with the tensor that must live until then."""
+        # Copies: a frame's arrays are read-only, and must not be freed while gloo reads them.
         tensors = [torch.tensor(batch[0], dtype=torch.float32), *(torch.tensor(each) for each in batch[1:])]
         return [(dist.isend(tensor, rank), tensor) for tensor in tensors]
 
@@ -219,6 +222,7 @@ class Group:
 
     def shut_down(self) -> None:
         """Let every rank end its process."""
+        # The heartbeat ends first, for after ShutDown nobody would answer it.
         self._has_left.set()
         if self._heartbeat.is_alive():
             self._heartbeat.join()

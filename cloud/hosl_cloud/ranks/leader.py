@@ -83,6 +83,7 @@ class GroupTrainer:
 
     def _spread(self, batches: Sequence[BatchArrays], weights: Sequence[float], make_order: Any) -> list[Any]:
         """Check batches here, share the good ones out over the ranks, and put their results in the batches' order."""
+        # Checked before anything is sent: an error that only one rank finds would put the ranks out of step.
         results: list[Any] = [self._check(batch) for batch in batches]
         fit = [place for place, error in enumerate(results) if error is None]
         if not fit:
@@ -95,6 +96,7 @@ class GroupTrainer:
         ]
         parts = tuple(tuple(_describe(batches[place], weights[place]) for place in share) for share in shares)
 
+        # Ranks in step run as many passes as the one with the most micro-batches.
         order = make_order(parts, max(self._passes(batches[place] for place in share) for share in shares))
         with self._group.command(order):
             for share, outcomes in zip(shares, self._run(order, batches, shares), strict=True):
@@ -117,6 +119,7 @@ class GroupTrainer:
         self, order: commands.Train | commands.Evaluate, batches: Sequence[BatchArrays], shares: list[list[int]]
     ) -> Iterator[list[Any]]:
         """Send each rank its share, do our own meanwhile, and yield the results rank by rank."""
+        # Begun, not awaited: gloo's threads send while this rank computes.
         sent = [
             each
             for rank in range(1, self._group.size)
@@ -130,6 +133,7 @@ class GroupTrainer:
             work.wait()
 
         for rank in range(1, self._group.size):
+            # Rank by rank, outcomes first and then λ of each: the order in which ranks/follower.py sends.
             outcomes = self._group.receive_reply(rank).outcomes
             yield [
                 self._result(order, outcome, batches[place], rank)

@@ -213,6 +213,7 @@ class ShardedTrainer(RankTrainer):
 
     def _put(self, target: Tensor, whole: Tensor) -> None:
         if isinstance(target, DTensor):
+            # As FSDP2 shards: along the first dimension, in as many chunks, of which the last may be missing.
             chunks = torch.chunk(whole, self.group.size)
             whole = chunks[self.group.rank] if self.group.rank < len(chunks) else whole[:0]
         _local(target).copy_(whole)

@@ -103,6 +103,7 @@ def _take_projections(context: CloudRound, contributors: _Contributors) -> Excha
             )
             continue
 
+        # Written so that NaN fails it, too.
         values = frame.tensors["projections"].astype(np.float64)
         if not np.abs(values).max() < LARGEST_PROJECTION:
             yield Fault(ask.device, "projections that are not finite, or absurd")
@@ -148,6 +149,7 @@ class _Probed:
 
 def _take_probes(context: CloudRound) -> Exchange[_Probed]:
     """Evaluate every device's probes as they come; each device goes on at its own pace."""
+    # A device sends its points in this order, and is asked for the next as soon as it was told a loss.
     points = [(direction, sign) for direction in range(context.config.directions) for sign in (+1, -1)]
     probed = _Probed()
     done = dict.fromkeys(context.devices, 0)
@@ -279,6 +281,7 @@ def make_update(context: CloudRound, estimates: Doubles) -> UpdateRecord:
     With AdamW the devices apply the rate themselves. A number beyond float32 becomes infinite, and nobody is told it
     (Coordinator._bounded).
     """
+    # SGD's step is in the coefficients; float32, for that is what is stored, sent and added by every device.
     optimizer = context.config.client
     rate = scheduled_rate(optimizer, context.round, context.config.rounds)
     with np.errstate(over="ignore"):

@@ -76,6 +76,7 @@ def evaluate(
     """
     for device in context.devices:
         yield Tell(device, EvalStart(**context.name(0)))
+    # `asks` has one entry for each device that is still to send; a device is asked again once its batch is scored.
     progress_of = {device: _Progress(examples[device]) for device in context.devices}
     asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
 
@@ -104,6 +105,7 @@ def _count(
             continue
         progress = progress_of[ask.device]
         assert isinstance(frame.message, EvalBatch)
+        # Its own word from Ready binds it: with fewer or more examples its score would be of other data.
         progress.sent += len(frame.tensors["lengths"])
         is_short = frame.message.last and progress.sent < progress.promised
         if not is_short and progress.sent <= progress.promised:
@@ -143,6 +145,7 @@ def _pool(
     digests: Mapping[str, str] | None,
 ) -> Evaluation | None:
     """Pool the scores of the devices that sent all; None where nothing was scored."""
+    # One mean over all predictions, whoever made them; fsum, for it does not depend on the devices' order.
     complete = {device: progress for device, progress in progress_of.items() if progress.is_complete}
     scores = [score for progress in complete.values() for score in progress.scores]
     correct, scored = (sum(each) for each in zip(*scores, strict=True)) if scores else (0, 0)

@@ -171,12 +171,14 @@ class CloudRound:
 
     def start(self) -> Generator[Tell, None, None]:
         """Open the round for every participant."""
+        # 0 tells the device that nobody leaves it behind, however long it takes.
         limit_s = 0.0 if self.config.strict else self.config.devices.round_deadline_s
         for device in self.devices:
             yield Tell(device, RoundStart(**self.name(0), deadline_s=limit_s))
 
     def combine(self, values: Mapping[str, Doubles], weights: Mapping[str, float]) -> Doubles:
         """Average numbers [P] over devices as the run's settings say; zeros where no device has any."""
+        # The same average for every algorithm: projections of HO-SFL, estimates of HOSL.
         devices = self.config.devices
         if not values:
             return np.zeros(self.config.directions)
@@ -193,6 +195,7 @@ def first(asks: list[Ask]) -> Exchange[tuple[Ask, Frame | None]]:
 
 def first_few(asks: list[Ask], most: int) -> Exchange[list[tuple[Ask, Frame | None]]]:
     """Wait for the first answer to any of `asks`, and take up to `most` that are there by then; off the list."""
+    # As many as the trainer takes at once, but never waiting for more than the first: a slow device holds up nobody.
     taken = [(yield from first(asks))]
     while asks and len(taken) < most:
         answer = yield Await(tuple(asks), waits=False)

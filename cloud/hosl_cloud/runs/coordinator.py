@@ -278,6 +278,7 @@ class Coordinator:
         await self._compute(lambda: self._tensorboard.add(result.update.round, figures))
 
     def _context(self, round_: int, devices: list[str]) -> CloudRound:
+        """Number another attempt: answers to a former one are told apart by it, and are late."""
         attempt = next(self._attempts)
         return CloudRound(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
 
@@ -361,6 +362,7 @@ class Coordinator:
 
     async def _await_reports(self) -> None:
         """Give devices a moment to report on the last round; their figures are the run's record."""
+        # At most five seconds: a device that is gone, or does not report, must not hold the end up.
         ready = set(self.fleet.ready_names())
         for _ in range(50):
             behind = [
@@ -368,6 +370,7 @@ class Coordinator:
                 for row in await asyncio.to_thread(self.store.devices, self.run.id)
                 if row["name"] in ready and row["applied_round"] < self.run.round
             ]
+
             if not behind or self.run.ending != "completed":
                 return
             await asyncio.sleep(0.1)

@@ -119,6 +119,7 @@ class Fleet:
 
     def broadcast(self, message: Message, tensors: Mapping[str, Any]) -> None:
         """Tell every ready device."""
+        # One mapping for all, in which the first peer that sends it leaves the encoded frame.
         shared = Shared(tensors)
         for name in self.ready_names():
             self.peers[name].tell(message, shared)
@@ -134,6 +135,7 @@ class Fleet:
         deadlines = Deadlines(stage_deadline_s, asyncio.get_running_loop().time() + deadline_s)
         asked: dict[Ask, float] = {}
         answer: Answer | None = None
+
         told: deque[Tell] = deque()
         loop = asyncio.get_running_loop()
 
@@ -186,6 +188,7 @@ class Fleet:
                 if frame is not None:
                     del asked[ask]  # the same ask in a later batch of an evaluation has a deadline of its own
                     return Answer(ask, frame)
+                # After the look at what is there: an answer that came before its device left, or late, still counts.
                 if peer is None or peer.gone.is_set() or asked[ask] + deadlines.stage_s <= now():
                     _give_up(ask, peer, "in time")
                     return Answer(ask, None)

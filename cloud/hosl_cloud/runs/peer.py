@@ -115,6 +115,7 @@ class Peer:
 
     async def serve(self) -> None:
         """Read and write until the connection ends."""
+        # The connection lives as long as the reader; the writer outlives it by what is still to be said.
         reader, writer = self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
             await asyncio.wait({reader})
@@ -122,7 +123,7 @@ class Peer:
                 reader.result()
         except ProtocolError as error:
             log.warning("device %s: %s", self.name, error)
-            self.tell(break_off(str(error)))
+            self.tell(break_off(str(error)))  # the writer still runs, and sends it
         finally:
             reader.cancel()
             self._set_gone()
@@ -153,6 +154,7 @@ class Peer:
                 raise ProtocolError("a text message, expected binary ones")
             if self.connection.phase is Phase.CLOSED:
                 continue  # said goodbye; what was under way is drained
+            # A frame of activations comes in many pieces; it is None until the last of them.
             frame_bytes += len(piece)
             frame = self.connection.receive(piece)
             if frame is None:
@@ -192,6 +194,7 @@ class Peer:
 
     def _lateness(self, answer: Any) -> tuple[str, str] | None:
         """Tell why an answer is not taken, as Late's code and reason; None where it is."""
+        # The answer names its run, epoch, round and attempt. One by one they tell the device what it missed.
         started = self._started
         if started is None:
             return "round", "no round has begun for this device on this connection"
@@ -234,6 +237,7 @@ class Peer:
             self._set_gone()
 
     async def _put(self, message: Message, tensors: Mapping[str, Any]) -> None:
+        # Encoded only now, piece by piece: what waits in the queue takes the tensors' memory, not a frame's beside it.
         pieces: Iterable[Piece] = self.connection.send(message, tensors)
         if isinstance(tensors, Shared):  # the first peer encodes what goes to all
             tensors.pieces = pieces = tensors.pieces or tuple(pieces)
@@ -269,6 +273,7 @@ class Peer:
         elif isinstance(message, CutGradient):
             self._has_gradient = True
 
+        # Taken off again by `_write`, with the same figure.
         self._waiting_bytes += _size(tensors)
         self._emptied.clear()
         self._outbox.put_nowait((message, tensors or {}))
@@ -306,6 +311,7 @@ class Peer:
 
     def take(self, ask: Ask) -> Frame | None:
         """Take the answer to `ask`, if it is in; what came instead is refused by name."""
+        # Answers come in the order of the asking, so that what stands before the right one is not wanted.
         while self._answers:
             frame = self._answers.popleft()
             if _matches(frame.message, ask):
@@ -315,6 +321,7 @@ class Peer:
 
     def leave_round(self) -> None:
         """Refuse this round's answers as late from here on."""
+        # What came in time but was not taken: the device waits for a reply to it.
         self._is_in_round = False
         while self._answers:
             self._refuse_late(self._answers.popleft().message, "stage", "its stage is over")

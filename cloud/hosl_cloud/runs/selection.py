@@ -35,6 +35,7 @@ class DeviceSelection:
             chosen = sample_devices(self._config.seed, round_, self.roster, devices.per_round)
             await self._wait_for_these(chosen)
             return chosen
+        # Sampled from all that are ready, after the wait: the draw depends on the seed and who is there, nothing else.
         await self.wait_for_quorum()
         return sample_devices(self._config.seed, round_, self._fleet.ready_names(), devices.per_round)
 

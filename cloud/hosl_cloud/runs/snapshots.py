@@ -94,10 +94,12 @@ class Snapshots:
             # The mirror moves first: nobody may have an update that is not in the store yet.
             await asyncio.sleep(0.01)
 
+        # The epoch as it was before the first await: a run that is loaded anew has other Snapshots, and another epoch.
         if (epoch, state.round) not in self._kept:
             path = self._file(epoch, state.round)
             shapes = {entry.name: entry.shape for entry in run.manifest.trainable}
             self._kept[epoch, state.round] = await asyncio.to_thread(write_snapshot, path, run.id, epoch, state, shapes)
+            # More than one stays: a device may be about to fetch the one that it was offered.
             for key in sorted(self._kept)[:-KEPT]:
                 del self._kept[key]
             await asyncio.to_thread(self._prune, {self._file(*key) for key in self._kept})

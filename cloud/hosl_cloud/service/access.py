@@ -186,6 +186,8 @@ class Authenticator:
             raise self._count(connection, "origin", 403)
         if caller.role == "admin":
             raise self._count(connection, "role", 403)
+
+        # Last, so that only connections that may join count: what is refused counts as a failure.
         if wait_s := self.limits.joins.take(address_of(connection)):
             metrics.auth_failures.labels("rate").inc()
             raise Denied(429, wait_s)
@@ -206,6 +208,7 @@ class Authenticator:
         """Whether the device that says this name is who its token says, now."""
         if caller.token is not None:
             return caller.token.name == name and self.access.is_valid(caller.token)
+        # The join token is shared by this machine's devices: it is good for any name that has no token of its own.
         return caller.role == "local" and not self.access.has(name)
 
     def _recognize(self, connection: HTTPConnection) -> tuple[Caller | None, str]:
@@ -214,6 +217,7 @@ class Authenticator:
         if scheme.lower() != "bearer" or not bearer:
             return None, "missing"
 
+        # Digests have one length, and tell nothing of the token by how soon they differ.
         digest = _digest(bearer)
         if hmac.compare_digest(digest, self._admin_digest):
             return Caller("admin"), ""

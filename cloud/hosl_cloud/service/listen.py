@@ -62,7 +62,7 @@ class ListenSettings:
             raise ServiceError(f"--port {self.port}: use a number from 0 (any free one) to 65535")
 
         if self.tls_cert is not None:
-            try:
+            try:  # uvicorn would say so only once everything is loaded
                 ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)
             except (ssl.SSLError, OSError) as error:
                 raise ServiceError(f"--tls-cert {self.tls_cert} and --tls-key cannot be used: {error}") from error
@@ -99,6 +99,7 @@ def write_service_file(data_dir: Path, listen: ListenSettings, address: str) -> 
     """Tell the commands on this machine where the service is."""
     port = urlsplit(address).port or 0
     found = {"address": listen.local_address(port), "public_address": listen.public_address(port)}
+    # Whole or not at all: commands may read it just now.
     part = data_dir / (SERVICE_FILE + ".part")
     part.write_text(json.dumps(found) + "\n", encoding="utf-8")
     part.replace(data_dir / SERVICE_FILE)

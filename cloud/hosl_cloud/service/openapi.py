@@ -100,6 +100,7 @@ def _endpoint(operations: Sequence[Operation], authenticator: Authenticator) -> 
     }
 
     async def endpoint(request: Request) -> Response:
+        # Who may not ask is refused before a body is read, or anything is looked up.
         operation = by_method["GET" if request.method == "HEAD" else request.method]
         try:
             authenticator.check_admin(request)
@@ -120,7 +121,7 @@ def _respond(operation: Operation, answer: Any) -> Response:
         return Response(status_code=204)
     if operation.answer is None:
         return FileResponse(answer, media_type=BYTES, filename=answer.name)
-    headers = {"Cache-Control": "no-store"}
+    headers = {"Cache-Control": "no-store"}  # a device's token may be in it
     return Response(msgspec.json.encode(answer), operation.status, headers=headers, media_type=JSON)
 
 

@@ -165,6 +165,7 @@ class RunsApi:
 
     async def _start(self, call: Call) -> RunStatus:
         new: NewRun = call.body
+        # Resolved before it is compared: `..` and links must not lead out of the folder.
         bundle = (self._bundles / new.bundle).resolve()
         if not bundle.is_relative_to(self._bundles.resolve()) or not (bundle / MANIFEST).is_file():
             raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in {self._bundles}")
@@ -209,8 +210,8 @@ class RunsApi:
 
     async def _log(self, call: Call) -> Log:
         run = call.path["run"]
-        await asyncio.to_thread(self._store.run, run)
-        await asyncio.to_thread(self._runs.events.flush)
+        await asyncio.to_thread(self._store.run, run)  # raises RunNotFound
+        await asyncio.to_thread(self._runs.events.flush)  # what was said is in the answer
         events = await asyncio.to_thread(self._store.events, run, call.query["after"], call.query["most"])
         return Log([Event(e.id, e.at, e.level, e.text) for e in events])
 
@@ -219,6 +220,7 @@ class RunsApi:
 
     async def _checkpoint(self, call: Call) -> Path:
         round_, found = call.path["round"], await asyncio.to_thread(list_checkpoints, await self._folder(call))
+        # The newest epoch's: an older one of the same round may be of rounds that were dropped.
         for checkpoint in reversed(found):
             if str(checkpoint.info.round) == round_:
                 return checkpoint.path

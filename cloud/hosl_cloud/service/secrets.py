@@ -30,6 +30,7 @@ def load_or_make_token(data_dir: Path, fingerprint: str = "") -> tuple[str, Path
     path = data_dir / TOKEN_FILE
     token = load_or_make_secret(path)
     text = token_text("", token, fingerprint) if fingerprint else token
+    # The same secret stays, with another fingerprint where the service has got a CA, or lost it.
     if path.read_text(encoding="utf-8-sig", errors="replace").strip() != text:
         _write(path, text, replace=True)
     return token, path

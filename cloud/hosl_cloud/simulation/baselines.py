@@ -159,6 +159,7 @@ def zeroth_order_round(context: CloudRound) -> Exchange[RoundResult | None]:
 @contextmanager
 def _perturbed(trainer: TailTrainer, context: CloudRound, direction: int, scale: float) -> Iterator[None]:
     """Hold the tail at θ_s + scale · z; afterwards it is at θ_s, bit for bit."""
+    # Copied, not subtracted again: floats do not come back to the same bits.
     kept = [parameter.detach().clone() for parameter in trainer.parameters.values()]
     for parameter, z in _directions(trainer, context, direction):
         parameter.data.add_(z, alpha=scale)
@@ -171,6 +172,7 @@ def _perturbed(trainer: TailTrainer, context: CloudRound, direction: int, scale:
 
 def _directions(trainer: TailTrainer, context: CloudRound, direction: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield each trainable tensor of the tail and its part of the direction: signs, or normals as the run says."""
+    # The devices' seed and directions; an index beyond their tensors gives the tail a stream of its own.
     words = philox(context.config.seed, context.round, direction, Stream.SIGNS, index=2**32).random_raw()
     generator = torch.Generator(device=trainer.device).manual_seed(int(words) >> 1)
     for parameter in trainer.parameters.values():

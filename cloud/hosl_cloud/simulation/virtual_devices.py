@@ -70,12 +70,13 @@ async def simulate(
     Raises DataError, SettingsError, and what a run raises.
     """
     shared = await asyncio.to_thread(load_shared_state, run, data, held_out, threads, skip_broken=skip_broken)
+
     coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
     try:
         await coordinator.prepare()
-        coordinator.fleet.tally = shared.tally
+        coordinator.fleet.tally = shared.tally  # the codec's bytes count as the wire's
         for device in make_devices(shared, partition, run.config.devices.start_with):
-            coordinator.fleet.peers[device.name] = device
+            coordinator.fleet.peers[device.name] = device  # no admission: they hold the base shard's weights
         ending = await coordinator.train()
         shared.check()
         assert ending != "paused"  # nobody asks a simulation to
@@ -162,6 +163,7 @@ class SharedState:
 
     def apply(self, update: UpdateRecord) -> None:
         """Take a round's step, once for all devices."""
+        # Every device is told; the first one moves the weights that all share.
         if update.round > self.round:
             self.round = update.round
             self.update(update)
@@ -225,7 +227,7 @@ class VirtualDevice:
         return self._train.training_batch(chosen, settings, message.round, self.name)
 
     def _begin(self, steps: step.Step) -> None:
-        self._steps = steps
+        self._steps = steps  # begun only when an answer is taken
         self._replies.clear()
 
     def take(self, ask: Ask) -> Frame | None:
@@ -245,6 +247,7 @@ class VirtualDevice:
 
         if action is None:
             return None
+        # A device's generator sends in the order in which the cloud asks.
         assert isinstance(action.message, ask.kind)
         return self._carry("received", self._up, action.message, action.tensors)
 

@@ -86,6 +86,7 @@ def is_locked(data_dir: Path) -> bool:
 
 def lock(data_dir: Path) -> TextIO:
     """Take the folder for this process, as long as the file that is returned stays open. Raises ServiceError."""
+    # Never deleted: another process could hold the lock of a file that has no name any more.
     file = (data_dir / "lock").open("w", encoding="ascii")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

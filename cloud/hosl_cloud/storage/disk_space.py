@@ -30,7 +30,7 @@ async def when_there_is_room(
             except (OSError, StoreError) as error:
                 if not is_disk_full(error):
                     raise
-                if not is_full:
+                if not is_full:  # once, however often it is tried
                     say(f"the disk is full ({error}); the run goes on when there is room")
                     notice(True)
                 is_full = True

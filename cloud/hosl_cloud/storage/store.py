@@ -107,6 +107,7 @@ class Store(Database):
     def remove_run(self, run: str) -> None:
         """Delete a run and all that is known of it."""
         with self._transaction() as database:
+            # The run last: the others refer to it.
             for table in ("events", "cuts", "evaluations", "rounds", "devices"):
                 database.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
             database.execute("DELETE FROM runs WHERE id = ?", (run,))
@@ -202,6 +203,7 @@ class Store(Database):
         wire_bytes: int = 0,
     ) -> None:
         """Add a finished round, its update, and what it took on the wire; durable when this returns."""
+        # One row holds the update and its figures, and the run's round moves with it, in one transaction.
         coefficients = update.coefficients.astype("<f4").tobytes()
         names = msgspec.json.encode(list(devices)).decode()
 
@@ -247,9 +249,11 @@ class Store(Database):
 
         Raises StoreError for what is not there or has changed on disk: a replay with a gap would end in other weights.
         """
+        # A portion at a time, so that memory does not grow with the run.
         for first in range(1, last + 1, PORTION):
             wanted = range(first, min(first + PORTION, last + 1))
             updates = self.updates(run, wanted[0], wanted[-1])
+
             for round_, update in itertools.zip_longest(wanted, updates):
                 if update is None or update.round != round_:
                     raise self._damaged(f"the update of round {round_} is missing")
@@ -267,6 +271,7 @@ class Store(Database):
     def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
         """Add the result of an evaluation; a repeat at the same round replaces it."""
         with self._transaction() as database:
+            # The same round may have been scored before a resume; one score of a round is in force.
             database.execute(
                 "UPDATE evaluations SET superseded = 1 WHERE run = ? AND round = ? AND epoch < ?",
                 (run, evaluation.round, epoch),
@@ -297,6 +302,7 @@ class Store(Database):
                 "DO UPDATE SET connections = connections + 1, last_seen = :now",
                 {"run": run, "name": name, "now": time.time()},
             )
+            # In the same transaction: two connections of one device at once count apart.
             row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["connections"])
 

@@ -70,6 +70,8 @@ def _settle_head(tail: Tail, bundle: Path, manifest: Manifest, task: Task) -> No
         return
 
     log.info("the classification head of %s is kept", manifest.model)
+
+    # The bundle's head may know the same labels in another order; a device sends the task's numbers.
     names, wanted = ([label.casefold() for label in labels] for labels in (own_labels(own), task.labels))
     if names != wanted and sorted(names) == sorted(wanted):
         order = [names.index(label) for label in wanted]
@@ -158,10 +160,12 @@ def narrow_head(tail: Tail, rows: tuple[int, ...]) -> None:
     """
     head = language_head(tail)
     assert head is not None
+    # On no device first: its weights are the old one's rows, and drawing others would take time and random numbers.
     narrow = nn.Linear(head.in_features, len(rows), bias=head.bias is not None, device="meta")
     narrow.weight = nn.Parameter(head.weight.detach()[list(rows)])
     if head.bias is not None:
         narrow.bias = nn.Parameter(head.bias.detach()[list(rows)])
+
     tail.model.set_output_embeddings(narrow)
 
 

@@ -320,6 +320,8 @@ def comparable_scores(evaluations: Sequence[tuple[T, CheckpointScore]]) -> list[
     newest = next((metrics for _, metrics in reversed(evaluations) if metrics.examples == most), None)
     if newest is None:
         return []
+
+    # The newest of the most: of equal amounts of different data the one that devices hold now.
     same = (newest.examples, newest.held_out)
     return [entry for entry in evaluations if (entry[1].examples, entry[1].held_out) == same]
 

@@ -84,6 +84,7 @@ def merge_run(
     tail = tail_state(bundle, manifest, info, trained)
     facts = _facts(bundle, manifest, info, run)
 
+    # Both are staged before either takes its name, so that an error in the second leaves neither.
     with contextlib.ExitStack() as stack:
         if adapter is not None:
             _write_adapter(stack.enter_context(staging(adapter, "--adapter")), facts, client, tail)
@@ -106,6 +107,7 @@ def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: 
     tail = load_tail(bundle, manifest, num_labels=class_count(info.config.task), seed=info.config.seed)
     state = plain_state(tail.model)
     for name, value in trained.items():
+        # A head that was narrowed to the verbalizers: its rows go back to their places, the others stay the bundle's.
         if info.head_rows and name.rpartition(".")[0] == tail.family.head:
             state[name] = state[name].index_copy(0, torch.tensor(info.head_rows), value)
         else:
@@ -176,6 +178,7 @@ def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
     with torch.device("meta"):
         skeleton = _CLASSES.get(info.config.task.kind, AutoModelForCausalLM).from_config(config)
     types = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+
     try:
         skeleton.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

@@ -4,7 +4,7 @@ A round's generator calls it (rounds/algorithms.py), on the run's compute thread
 steps each parameter's `grad` is the round's Σ w_m grad_m so far: `forward_backward` adds to it, `step` divides it by
 the sum of the weights, and `discard` drops it. A batch that is left out must have added nothing, or the sum is spoilt.
 
-The learning rate follows `schedule_factor` (hosl_protocol/run/settings.py), which `step` applies; its settings are in
+The learning rate follows `schedule_factor` (hosl_protocol/run/schedule.py), which `step` applies; its settings are in
 `[tail]` (settings.py). For several processes ranks/trainers.py overrides the methods that say so.
 
 Shapes: B examples, T tokens of the batch without padding, D width, N labels.
@@ -131,6 +131,8 @@ class TailTrainer:
     ) -> list[StepResult | BatchError | NotFiniteError]:
         """Do `forward_backward` of each: its result, or the error that left it out."""
         self._prefetcher.start(batches)
+
+        # An error leaves one batch out; the others are still good, and their devices wait for λ.
         results: list[StepResult | BatchError | NotFiniteError] = []
         for batch, weight in zip(batches, weights, strict=True):
             try:
@@ -193,6 +195,7 @@ class TailTrainer:
         if not gradients:
             return None
         gradient_TD = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        # The backward was of the weighted loss; λ is the gradient of the device's own mean loss.
         lambda_TD = gradient_TD if weight == 1.0 else gradient_TD / weight
         if not torch.isfinite(lambda_TD).all():
             self.discard()
@@ -254,6 +257,7 @@ class TailTrainer:
 
         Raises RoundSpoiltError, with the gradients dropped and no weight changed.
         """
+        # The norm is of the average, so that clipping does not depend on how many devices there are.
         settings = self.config.tail
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         norm = self._total_norm(gradients) / total_weight
@@ -311,11 +315,13 @@ class TailTrainer:
                 if entry.startswith(_WEIGHT):
                     self._put(self.parameters[entry.removeprefix(_WEIGHT)], tensor)
                 else:
+                    # A scalar is the count of steps; all else has the shape, and on ranks the parts, of its weight.
                     name, _, key = entry.removeprefix(_OPTIMIZER).rpartition("/")
                     value = torch.zeros_like(self.parameters[name]) if tensor.ndim else torch.zeros(())
                     self._put(value, tensor)
                     moments.setdefault(places[name], {})[key] = value
 
+        # The groups hold the settings, which are this run's; the state alone is the checkpoint's.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.discard()
