@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hosl_edge.exceptions import LowMemoryError
@@ -64,8 +66,12 @@ def test_a_low_voltage_alarm_is_throttling_too(tmp_path: Path) -> None:
     assert read_health(tmp_path).throttled == ("under-voltage",)
 
 
-def test_available_memory_is_that_of_the_narrowest_control_group(tmp_path: Path) -> None:
-    write(tmp_path, {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:  4000000 kB"})
+def test_available_memory_is_that_of_the_narrowest_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii").strip()
+    write(tmp_path, {"proc/meminfo": re.sub(r"(MemAvailable: *)\d+", r"\g<1>4000000", meminfo)})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
     assert read_available(tmp_path) == 4_096_000_000
     group = "sys/fs/cgroup/a/b"
     stat = "anon 90000000\ninactive_file 7000000\nactive_file 3000000"
