@@ -244,7 +244,7 @@ def test_the_cloud_sends_a_device_nowhere_else(site: Site, start: Callable[[str]
 
 
 def test_a_redirect_of_the_websocket_is_not_followed(site: Site, start: Callable[[str], Site], tmp_path: Path) -> None:
-    victim, nothing = start("ours"), SimpleNamespace()
+    victim, nothing = start("ours"), SimpleNamespace(say=print)
     cloud = connect_securely(site.address, site.token, tmp_path)
     site.location = victim.address + "/v1/device"
     device: Any = nothing
