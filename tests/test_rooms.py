@@ -27,8 +27,8 @@ ROOMS = {
         *("step", "driver", "device", "session", "agent", "preflight", "__main__"),
     ],
     "hosl_export": [
-        *("exceptions", "weights", "model", "sources", "bundle"),
-        *("summary", "inputs", "exporter", "__main__"),
+        *("exceptions", "tensor_files", "model", "sources", "bundle"),
+        *("summary", "settings", "inputs", "exporter", "__main__"),
     ],
     "hosl_cloud": [
         *("exceptions", "settings", "metrics", "sentences", "storage", "rounds", "tail", "ranks", "runs"),

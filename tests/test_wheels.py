@@ -36,6 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     command = [sys.executable, "-m", "hatchling", "build", "-d", folder, "-t", "sdist"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     unpacked = next(path.parent for path in folder.glob("*/pyproject.toml"))
@@ -44,6 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(source: Path, folder: Path, machine: str, compiler: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel for any Linux on `machine` into `folder`, with `compiler` as CC."""
     command = [sys.executable, "-m", "hatchling", "build", "-d", folder, "-t", "wheel"]
     variables = {**os.environ, "HOSL_WHEEL_FOR": machine, "CC": compiler, "PIP_NO_INDEX": "1"}
     return subprocess.run(command, cwd=source, capture_output=True, text=True, env=variables, timeout=120)
@@ -58,13 +60,16 @@ def test_the_source_archive_has_what_a_build_needs_and_no_tests(source: Path) ->
 def test_a_wheel_for_any_linux_says_so_and_has_a_library_of_its_own(source: Path, tmp_path: Path) -> None:
     made = build(source, tmp_path, HERE, "cc")
     assert made.returncode == 0, made.stderr
+
     (path,) = tmp_path.iterdir()
     name = re.fullmatch(rf"(hosl-[\d.]+)-(py3-none-manylinux_2_17_{HERE})\.whl", path.name)
     assert name, path.name
+
     with zipfile.ZipFile(path) as wheel:
         assert wheel.namelist().count(LIBRARY) == 1
         facts = wheel.read(f"{name[1]}.dist-info/WHEEL").decode().splitlines()
         library = Path(wheel.extract(LIBRARY, tmp_path))
+
     assert {"Root-Is-Purelib: false", f"Tag: {name[2]}"} <= set(facts)
     assert ctypes.CDLL(str(library)).hosl_add_terms
     assert (source / "protocol" / LIBRARY).read_bytes() == b"of another install", "an install in place keeps its own"
@@ -97,6 +102,7 @@ def test_a_library_that_wants_a_newer_libc_than_the_tag_says_is_refused(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     build_kernel = importlib.import_module("build_kernel")
+
     monkeypatch.setenv("CC", "cc")
     assert build_kernel.compile_kernel(source, HERE) == ""
     monkeypatch.setattr(build_kernel, "GLIBC", (2, 3))
@@ -112,13 +118,16 @@ def test_without_ziglang_the_remedy_is_told(source: Path, tmp_path: Path) -> Non
 
 
 def test_what_may_publish_runs_nothing_of_the_repository() -> None:
+    """A job with the permission to publish only takes what another job, which has none, has built."""
     release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
     build, publish = release["jobs"]["build"], release["jobs"]["publish"]
+
     assert release["permissions"] == {"contents": "read"}
     assert "permissions" not in build
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["needs"] == "build"
     assert not [step for step in publish["steps"] if "run" in step or "checkout" in step["uses"]]
+
     commands = [step["run"] for step in build["steps"] if "run" in step]
     assert commands[:2] == [".ci/run", "make wheels"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

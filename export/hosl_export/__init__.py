@@ -12,18 +12,19 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from hosl_export.bundle.reading import full_config, load_tail
     from hosl_export.exceptions import ExportError, ModelError, ParityError, SpaceError, UnknownFamily
-    from hosl_export.exporter import ExportSettings, export_bundle
+    from hosl_export.exporter import export_bundle
     from hosl_export.model.families import FAMILIES, Family, find_family
     from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
     from hosl_export.model.joining import join_state
     from hosl_export.model.lora import fold_lora, inject_lora, load_plain_state, plain_state
     from hosl_export.model.peft_files import peft_adapter
+    from hosl_export.settings import ExportSettings
     from hosl_export.sources.loading import load_model
     from hosl_export.summary import Summary
 
 _HOMES = {
     "exceptions": ("ExportError", "ModelError", "ParityError", "SpaceError", "UnknownFamily"),
-    "exporter": ("ExportSettings", "export_bundle"),
+    "exporter": ("export_bundle",),
     "model.families": ("FAMILIES", "Family", "find_family"),
     "bundle.reading": ("full_config", "load_tail"),
     "model.halves": ("ClientHalf", "Tail", "client_half", "tail_half"),
@@ -31,6 +32,7 @@ _HOMES = {
     "model.peft_files": ("peft_adapter",),
     "sources.loading": ("load_model",),
     "model.lora": ("fold_lora", "inject_lora", "load_plain_state", "plain_state"),
+    "settings": ("ExportSettings",),
     "summary": ("Summary",),
 }
 

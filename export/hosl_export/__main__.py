@@ -35,7 +35,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="hub id, local folder, or .gguf file")
     parser.add_argument("--split", required=True, type=int, help="blocks on the device; the rest goes to the cloud")
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")
-
     parser.add_argument(
         "--train",
         default="norm",
@@ -62,7 +61,8 @@ def _export(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import: --help and usage errors do without them.
     with show_step("starting"):
-        from hosl_export.exporter import ExportSettings, export_bundle
+        from hosl_export.exporter import export_bundle
+        from hosl_export.settings import ExportSettings
         from hosl_export.summary import describe
 
     settings = ExportSettings(
@@ -77,6 +77,7 @@ def _export(options: argparse.Namespace) -> int:
         seed=options.seed,
         image_size=options.image_size,
     )
+
     summary = export_bundle(settings, show_step)
     print(msgspec.json.encode(summary).decode() if options.json else describe(summary))
     return ExitCode.OK
@@ -84,13 +85,18 @@ def _export(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def show_step(name: str) -> Iterator[None]:
-    """Show a step on one line of stderr: its name as it starts, its seconds as it ends; anew after lines of the log."""
-    # Held, because libraries are kept quiet by another stream in its place.
+    """Write a line to stderr: the step's name when it starts, its seconds when it ends.
+
+    Lines of the log that come between stand on lines of their own, and the step's name then stands anew before its
+    seconds.
+    """
+    # This stream, not whatever sys.stderr is later: libraries are kept quiet by another stream in its place.
     stream, begun = sys.stderr, f"{name} ..."
     print(begun, end="", file=stream, flush=True)
+
     start, ending, is_open = time.monotonic(), "stopped", True
 
-    def end_line(record: logging.LogRecord) -> bool:
+    def end_line(record: logging.LogRecord) -> bool:  # a filter, because handlers call it before they write
         nonlocal is_open
         if is_open:
             print(file=stream, flush=True)
@@ -100,6 +106,7 @@ def show_step(name: str) -> Iterator[None]:
     handlers = logging.getLogger().handlers
     for handler in handlers:
         handler.addFilter(end_line)
+
     try:
         yield
         ending = f"{time.monotonic() - start:.1f} s"

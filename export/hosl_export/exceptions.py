@@ -51,21 +51,23 @@ class TraceError(ExportError):
 def as_trace_error(model_type: str, step: str) -> Iterator[None]:
     """Turn whatever torch, its exporter or ONNX Runtime raise, which is any type and may be pages, into a TraceError.
 
-    What is ours, or the machine's, passes through.
+    Errors of hosl, of memory and of files pass through: they have their own line and exit code.
     """
     try:
         yield
     except (HoslError, MemoryError, OSError):
         raise
     except Exception as error:
-        raise TraceError(model_type, step, _sentence(error)) from error
+        raise TraceError(model_type, step, _first_cause(error)) from error
 
 
 _LONGEST = 300
+"""Characters of a foreign error in our line."""
 
 
-def _sentence(error: BaseException) -> str:
-    """What the first cause of an error says, in one line."""
+def _first_cause(error: BaseException) -> str:
+    """What the first cause of an error says, in one line of at most 300 characters."""
+    # Errors can be each other's context, in a circle.
     seen = [error]
     while (cause := seen[-1].__cause__ or seen[-1].__context__) is not None and cause not in seen:
         seen.append(cause)

@@ -14,7 +14,7 @@ from hosl_export.bundle import writing
 from hosl_export.bundle.parity import SAMPLE, Case, make_image_cases, make_text_cases
 from hosl_export.exceptions import ModelError
 from hosl_export.model.families import find_family
-from hosl_export.model.halves import ClientHalf, divide
+from hosl_export.model.halves import ClientHalf, split_prefix
 from hosl_export.model.rope import check_rope, rope_limit
 from hosl_export.sources.images import read_image_entry, write_preprocessor
 from hosl_export.sources.loading import Source, load_preprocessor, load_tokenizer
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 512
 
 
-class Input(Protocol):
-    """Text or images, as an export meets them."""
+class ModelInput(Protocol):
+    """What an export does with the kind of input that the model takes."""
 
     @property
     def image(self) -> ImageEntry | None:
@@ -39,30 +39,37 @@ class Input(Protocol):
         """Longest text in tokens; None for images."""
         ...
 
-    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
-        """Batches for the parity check, of texts that are longer than a soft prompt."""
+    def make_cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
+        """Make the batches of the parity check, of texts that are longer than a soft prompt."""
         ...
 
-    def write(self, bundle: Path, model: Any) -> None:
-        """What turns raw examples into the model's input, on the device and beside the tail."""
+    def write_files(self, bundle: Path, model: Any) -> None:
+        """Write what turns raw examples into the model's input, for the device and beside the tail."""
         ...
 
-    def facts(self, client: ClientHalf) -> dict[str, Any]:
+    def manifest_fields(self, client: ClientHalf) -> dict[str, Any]:
         """The manifest's fields about inputs and activations."""
         ...
 
-    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
-        """What the first `blocks` of the device's half come to, and its grid where that is a feature map."""
+    def describe_prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
+        """The manifest's entry of the first `blocks` of the device's half as a graph of their own.
+
+        Beside it rows and columns of their output where that is a feature map.
+        """
         ...
 
 
-def choose_input(source: Source, config: Any, max_length: int | None, image_size: int | None) -> Input:
-    """Choose the model's input by its config. Raises SettingsError for a wrong length or size, and ModelError."""
+def choose_input(source: Source, config: Any, max_length: int | None, image_size: int | None) -> ModelInput:
+    """Choose the input by the model's config. Raises SettingsError where a length or a size cannot be, and ModelError.
+
+    Texts load the tokenizer, images the preprocessor.
+    """
     family = find_family(config.model_type)
     if family.takes_images:
         if max_length is not None:
             raise SettingsError("max-length", max_length, "the size of its images decides; see --image-size")
         return ImageInput(read_image_entry(load_preprocessor(source), config, family, source.name, image_size))
+
     if image_size is not None:
         raise SettingsError("image-size", image_size, f"{config.model_type} reads text: see --max-length")
     tokenizer = load_tokenizer(source)
@@ -72,62 +79,62 @@ def choose_input(source: Source, config: Any, max_length: int | None, image_size
 
 @dataclass(frozen=True)
 class TextInput:
-    """Texts, which a model takes as token ids."""
+    """Token ids [B, T] with padding on the right, and their mask for an encoder."""
 
     tokenizer: Any
     max_length: int
     config: Any
     image: None = None
 
-    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
-        """Make batches for the parity check."""
+    def make_cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
+        """Make padded batches of real tokens, up to the longest length."""
         return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length, prompt_tokens)
 
-    def write(self, bundle: Path, model: Any) -> None:
-        """Write what turns raw examples into the model's input."""
+    def write_files(self, bundle: Path, model: Any) -> None:
+        """Write the device's tokenizer, and tokenizer and config beside the tail."""
         writing.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config))
 
-    def facts(self, client: ClientHalf) -> dict[str, Any]:
-        """Find the manifest's fields about inputs and activations."""
+    def manifest_fields(self, client: ClientHalf) -> dict[str, Any]:
+        """Width, longest length and padding, all of which the config and the tokenizer say."""
         padding = _choose_padding(self.tokenizer, self.config)
         return {"width": self.config.hidden_size, "max_length": self.max_length, "pad_token_id": padding}
 
-    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, None]:
-        """Measure what the first `blocks` of the device's half come to."""
+    def describe_prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, None]:
+        """The prefix's entry: between blocks of a text model the width is that at the cut."""
         return PrefixEntry(blocks=blocks, width=self.config.hidden_size), None
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Images, which a model takes as pixels of one size."""
+    """Images [B, C, H, W] of one size, which the graph fixes."""
 
     image: ImageEntry
     max_length: None = None
 
-    def cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
-        """Make batches for the parity check."""
+    def make_cases(self, config: Any, prompt_tokens: int = 0) -> list[Case]:
+        """Make batches of random images."""
         return make_image_cases(self.image)
 
-    def write(self, bundle: Path, model: Any) -> None:
-        """Write what turns raw examples into the model's input."""
+    def write_files(self, bundle: Path, model: Any) -> None:
+        """Write config and preprocessor beside the tail: the device reads the manifest alone."""
         writing.write_config(bundle, model)
         write_preprocessor(bundle, self.image)
 
-    def facts(self, client: ClientHalf) -> dict[str, Any]:
-        """Find the manifest's fields about inputs and activations."""
+    def manifest_fields(self, client: ClientHalf) -> dict[str, Any]:
+        """Width, positions and feature map at the cut, as one image shows them."""
         positions, width, grid = self._measure(client)
         image = msgspec.structs.replace(self.image, grid=grid)
         return {"width": width, "max_length": positions, "pad_token_id": 0, "image": image}
 
-    def prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
-        """Measure what the first `blocks` of the device's half come to."""
-        first, _ = divide(client, blocks)
+    def describe_prefix(self, client: ClientHalf, blocks: int) -> tuple[PrefixEntry, tuple[int, int] | None]:
+        """The prefix's entry: stages of a ResNet differ in width and in positions, so that one image is run."""
+        first, _ = split_prefix(client, blocks)
         positions, width, grid = self._measure(first)
         return PrefixEntry(blocks=blocks, width=width, positions=positions), grid
 
     @torch.no_grad()
     def _measure(self, client: ClientHalf) -> tuple[int, int, tuple[int, int] | None]:
-        """Positions, width, and rows and columns of a feature map, that one image comes to."""
+        """Run one image. Returns positions and width of its activations, and rows and columns of a feature map."""
         # Asked of the model itself: strides and paddings would be guesses.
         features = client.features(torch.zeros(1, self.image.channels, self.image.height, self.image.width))
         if features.ndim == 3:
@@ -152,25 +159,26 @@ def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
     Special tokens come of texts only where somebody writes them out: models are published with some, for padding or
     for images, that they have no row for. Those are told, and a device refuses a text that has one.
     """
-    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= config.vocab_size}
-    if not beyond:
+    without_row = {token: number for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
+    if not without_row:
         return
 
-    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    made = set(tokenizer(SAMPLE)["input_ids"])
-
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Some tokenizers put special tokens around every text: those come of texts, too.
+    in_every_text = set(tokenizer(SAMPLE)["input_ids"])
     rows = f"the embedding has {config.vocab_size} rows"
     remedy = "resize it with model.resize_token_embeddings(len(tokenizer)) and save the model, or remove the token"
-    for token, place in sorted(beyond.items(), key=lambda entry: entry[1]):
-        if place in made or place not in special:
-            raise ModelError("tokenizer", name, f"its token {token!r} is number {place}, and {rows}: {remedy}")
+    for token, number in sorted(without_row.items(), key=lambda entry: entry[1]):
+        if number in in_every_text or number not in special:
+            raise ModelError("tokenizer", name, f"its token {token!r} is number {number}, and {rows}: {remedy}")
 
-    some = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:4]) + (", ..." if len(beyond) > 4 else "")
-    logger.warning("%s has no embedding for its special tokens %s: no text may have them", name, some)
+    few = ", ".join(sorted(without_row, key=lambda token: without_row[token])[:4])
+    few += ", ..." if len(without_row) > 4 else ""
+    logger.warning("%s has no embedding for its special tokens %s: no text may have them", name, few)
 
 
 def _choose_padding(tokenizer: Any, config: Any) -> int:
-    """Choose the id that fills batches; models without one get the end of text, which no real token sees."""
+    """The id that fills batches; models without one of their own get the end of text, which no real token sees."""
     eos = tokenizer.eos_token_id
     for candidate in (tokenizer.pad_token_id, config.pad_token_id, eos, 0):
         if candidate is not None and 0 <= candidate < config.vocab_size:

@@ -1,4 +1,4 @@
-"""What an export made: as a struct for `--json`, and as lines for people."""
+"""What an export made, as a struct for `--json` and as lines for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from hosl_export.bundle.parity import LONGEST
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import is_classifier, own_labels
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, Manifest, TrainMode
 
 
@@ -56,8 +56,8 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
     """Sum up a bundle that was just written from a model with `config`."""
     client = sum(math.prod(entry.shape) for entry in manifest.tensors)
     tail = sum(tensor.numel() for tensor in read_tensors(bundle / TAIL_WEIGHTS).values())
-
     has_classes = find_family(manifest.family).takes_images or is_classifier(config)
+
     return Summary(
         bundle=str(bundle),
         bundle_bytes=sum(entry.size_bytes for entry in manifest.files),
@@ -87,6 +87,7 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
 
 
 def _sliding_window(config: Any) -> int | None:
+    """Tokens that a sliding-window block sees; a config may name a window although no block has one."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types and "sliding_attention" not in layer_types:
         return None
@@ -94,37 +95,40 @@ def _sliding_window(config: Any) -> int | None:
 
 
 def describe(summary: Summary) -> str:
-    """Put the summary into lines for people."""
+    """Write the summary as lines for people."""
     on_tail = summary.blocks - summary.split
     cut = f"cut after block {summary.split} of {summary.blocks}"
+    device = _describe_half(summary.split, summary.client_parameters, summary.client_bytes)
+    cloud = _describe_half(on_tail, summary.tail_parameters, summary.tail_bytes)
     lines = [
         f"{summary.bundle}: {summary.model} ({summary.architecture}) {cut}",
-        f"  device  {_side(summary.split, summary.client_parameters, summary.client_bytes)}, and the embeddings",
-        f"  cloud   {_side(on_tail, summary.tail_parameters, summary.tail_bytes)}, and the head",
-        f"  trains  {_trains(summary)}",
-        f"  parity  {_parity(summary)}",
+        f"  device  {device}, and the embeddings",
+        f"  cloud   {cloud}, and the head",
+        *_describe_head(summary),
+        f"  trains  {_describe_training(summary)}",
+        f"  parity  {_describe_parity(summary)}",
     ]
-
-    if summary.classes is not None:
-        names = f" ({_few(summary.class_names)})" if summary.class_names else ""
-        lines.insert(
-            3, f"  head    of {summary.classes} labels{names}; a task of as many keeps it, another gets a new one"
-        )
     return "\n".join(lines)
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+def _describe_head(summary: Summary) -> list[str]:
+    """The line of the classification head; none where there is no such head."""
+    if summary.classes is None:
+        return []
+    few = ", ".join(summary.class_names[:4]) + (", ..." if len(summary.class_names) > 4 else "")
+    names = f" ({few})" if few else ""
+    return [f"  head    of {summary.classes} labels{names}; a task of as many keeps it, another gets a new one"]
 
 
-def _side(blocks: int, parameters: int, size_bytes: int) -> str:
+def _describe_half(blocks: int, parameters: int, size_bytes: int) -> str:
     name = "block" if blocks == 1 else "blocks"
     return f"{blocks:3d} {name}, {parameters / 1e6:.1f} M parameters, {size_bytes / 2**20:.0f} MiB"
 
 
-def _trains(summary: Summary) -> str:
+def _describe_training(summary: Summary) -> str:
     if summary.train == "none":
         return "nothing on the device (--train none)"
+
     tensors = "tensor" if summary.trainable_tensors == 1 else "tensors"
     text = (
         f"{summary.trainable_parameters:,} parameters in {summary.trainable_tensors} {tensors} on the device "
@@ -135,11 +139,12 @@ def _trains(summary: Summary) -> str:
     return text
 
 
-def _parity(summary: Summary) -> str:
+def _describe_parity(summary: Summary) -> str:
     text = f"differs from the uncut model by at most {summary.parity_error:.1g} of an output's range, "
     if summary.image_size is not None:
         height, width = summary.image_size
         return text + f"checked on images of {height} x {width}, {summary.max_length} positions each at the cut"
+
     text += f"checked to {summary.checked_length} tokens"
     if summary.checked_length < summary.max_length:
         text += f" of the {summary.max_length} allowed"

@@ -423,7 +423,7 @@ class TorchClient:
 
         from hosl_export.model.lora import plain_name
         from hosl_export.model.trainable import is_trainable, trained_blocks
-        from hosl_export.weights import read_tensors
+        from hosl_export.tensor_files import read_tensors
         from hosl_protocol.run.manifest import SHARD_WEIGHTS
 
         torch.manual_seed(0)
@@ -512,7 +512,7 @@ def export(case: Case, folder: Path) -> None:
 
     from hosl_export.bundle import writing as bundle
     from hosl_export.model.trainable import plain_parameters, put_on_lattice, trained_blocks
-    from hosl_export.weights import write_tensors
+    from hosl_export.tensor_files import write_tensors
     from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
 
     torch.manual_seed(0)

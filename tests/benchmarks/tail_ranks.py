@@ -39,7 +39,7 @@ def write_bundle(folder: Path, geometry: str, blocks: int, tokens: int) -> int:
     from transformers import OPTConfig, OPTForCausalLM
 
     from hosl_export.model.halves import tail_half
-    from hosl_export.weights import stream_tensors
+    from hosl_export.tensor_files import stream_tensors
     from hosl_protocol.run.manifest import MANIFEST, TAIL_CONFIG, TAIL_WEIGHTS, Manifest, encode_manifest
 
     config = OPTConfig(num_hidden_layers=blocks + 1, architectures=["OPTForCausalLM"], **GEOMETRIES[geometry])

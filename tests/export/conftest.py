@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from hosl_export.exporter import ExportSettings, export_bundle
-from hosl_export.weights import read_tensors
+from hosl_export import ExportSettings, export_bundle
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, load_manifest
 from tiny import SPLITS, make_model, make_tokenizer
 
@@ -37,7 +37,7 @@ def model_folder(made_once: Callable[..., Path]) -> Callable[[str], Path]:
     return get
 
 
-class Exported:
+class ExportedTextModel:
     """A tiny model, its bundle, and the bundle's weights."""
 
     def __init__(self, kind: str, source: Path, bundle: Path) -> None:
@@ -57,15 +57,15 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(made_once: Callable[..., Path], model_folder: Callable[[str], Path]) -> Callable[..., Exported]:
+def exported(made_once: Callable[..., Path], model_folder: Callable[[str], Path]) -> Callable[..., ExportedTextModel]:
     """The bundle of a tiny model, exported on first use."""
 
-    def get(kind: str, train: Any = "lora") -> Exported:
+    def get(kind: str, train: Any = "lora") -> ExportedTextModel:
         source = model_folder(kind)
 
         def export(bundle: Path) -> None:
             export_bundle(ExportSettings(model=str(source), split=SPLITS[kind], out=bundle, train=train))
 
-        return Exported(kind, source, made_once(f"exported-{kind}-{train}", export))
+        return ExportedTextModel(kind, source, made_once(f"exported-{kind}-{train}", export))
 
     return get

@@ -30,7 +30,7 @@ from hosl_export.bundle.staging import staging
 from hosl_export.inputs import choose_input
 from hosl_export.model.families import FAMILIES
 from hosl_export.sources.loading import find_source, load_source_config
-from hosl_export.weights import read_tensors, write_tensors
+from hosl_export.tensor_files import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, load_manifest
 from tiny import CONFIGS, make_model, make_tokenizer, save_scaled, save_with_sentencepiece
@@ -162,7 +162,7 @@ def test_special_token_without_a_row_that_only_a_text_can_have_is_told(tmp_path,
     ]
     for side in ("shard", "tail"):
         (tmp_path / "bundle" / side).mkdir(parents=True)
-    given.write(tmp_path / "bundle", make_model("llama"))
+    given.write_files(tmp_path / "bundle", make_model("llama"))
     merged = hf.AutoTokenizer.from_pretrained(tmp_path / "bundle" / "tail")
     assert merged.pad_token_id == 0, "batches of the merged model are padded with a token that it has"
 

@@ -14,13 +14,12 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from hosl_export import exporter
+from hosl_export import ExportSettings, export_bundle, exporter
 from hosl_export.__main__ import main
 from hosl_export.bundle import parity as check
 from hosl_export.bundle.reading import load_client, load_tail
-from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.model.halves import client_half, tail_half
-from hosl_export.weights import read_tensors, write_tensors
+from hosl_export.tensor_files import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import SHARD_GRAPH, SHARD_WEIGHTS, TAIL_WEIGHTS, Manifest, load_manifest
 from pictures import BLOCKS, SIZES, make_image_model, save_image_model
@@ -37,7 +36,7 @@ def make_images(kind: str, rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, 1 if kind == "resnet-grey" else 3, *SIZES[kind], generator=generator)
 
 
-class Exported:
+class ExportedImageModel:
     """A tiny model and its bundle."""
 
     def __init__(self, kind: str, folder: Path, train: Any) -> None:
@@ -58,13 +57,13 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    made: dict[tuple[str, str], Exported] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportedImageModel]:
+    made: dict[tuple[str, str], ExportedImageModel] = {}
 
-    def get(kind: str, train: str | None = None) -> Exported:
+    def get(kind: str, train: str | None = None) -> ExportedImageModel:
         key = kind, train or TRAINS[kind]
         if key not in made:
-            made[key] = Exported(kind, tmp_path_factory.mktemp("-".join(key)), key[1])
+            made[key] = ExportedImageModel(kind, tmp_path_factory.mktemp("-".join(key)), key[1])
         return made[key]
 
     return get

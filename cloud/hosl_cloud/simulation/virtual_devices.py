@@ -35,7 +35,7 @@ from hosl_edge.data.texts import load_texts
 from hosl_edge.model.memory import preferred_rows, useful_sets
 from hosl_edge.model.shard import Shard
 from hosl_export.bundle.reading import load_client
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.exceptions import HoslError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
 from hosl_protocol.run.ordering import batch_indices

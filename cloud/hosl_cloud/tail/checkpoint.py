@@ -27,7 +27,7 @@ from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, Checkpo
 from hosl_cloud.rounds.exchange import StatefulTrainer
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.stored_settings import read_known
-from hosl_export import weights
+from hosl_export import tensor_files
 from hosl_protocol.exceptions import MalformedSettings
 from hosl_protocol.run.manifest import sha256_of_file
 from hosl_protocol.run.settings import convert
@@ -105,7 +105,7 @@ def save_checkpoint(
     part = path.with_name(path.name + _PART)
     shapes = {name: tensor.shape for name, tensor in trainer.state().items()}
     with _whole_or_none(part), contextlib.closing(trainer.gather()) as tensors:
-        weights.stream_tensors(part, shapes, tensors)
+        tensor_files.stream_tensors(part, shapes, tensors)
         _sync(part)
 
     info = CheckpointInfo(
@@ -234,7 +234,7 @@ def read_tensors(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Read all tensors of a checkpoint, as memory maps, after its digest was checked. Raises CheckpointMissing and
     CheckpointDamaged."""
     info = verify(path)
-    return info, weights.read_tensors(path)
+    return info, tensor_files.read_tensors(path)
 
 
 def read_weights(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:

@@ -33,8 +33,7 @@ from hosl_export.model.joining import join_state
 from hosl_export.model.lora import fold_lora, plain_state
 from hosl_export.model.peft_files import peft_adapter, peft_prompt
 from hosl_export.model.prompt import is_prompt
-from hosl_export.sources.origin import FILE as ORIGIN_FILE
-from hosl_export.sources.origin import read_origin
+from hosl_export.sources.origin import ORIGIN_FILE, read_origin
 from hosl_protocol.run.manifest import TAIL_CONFIG, TAIL_WEIGHTS, BundleError, Manifest
 from hosl_protocol.run.tasks import Task
 

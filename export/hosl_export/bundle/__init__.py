@@ -1,1 +1,1 @@
-"""A bundle's files: written, and checked against the uncut model."""
+"""A bundle's files: written, read, and checked against the uncut model. The cloud shares `reading` and `staging`."""

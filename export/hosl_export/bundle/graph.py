@@ -28,9 +28,10 @@ OUTPUT = "activations"
 
 
 def graph_inputs(half: ClientHalf) -> tuple[str, ...]:
-    """Name the inputs that are not weights."""
+    """Names of the graph's inputs that are not weights."""
     given = BOUNDARY if half.first_block else "pixel_values" if half.family.takes_images else "input_ids"
-    return (given, "attention_mask") if half.family.is_encoder and not half.family.takes_images else (given,)
+    needs_mask = half.family.is_encoder and not half.family.takes_images
+    return (given, "attention_mask") if needs_mask else (given,)
 
 
 def write_graph(
@@ -39,7 +40,7 @@ def write_graph(
     """Trace the half with dynamic batch and length, lift its parameters to inputs, and write `path`.
 
     Parameters whose plain names are among `constants` stay inside. The size of images is fixed. `prefix` says what a
-    half is given that goes on from others.
+    half is given that goes on from a prefix. Raises ExportError where the graph is none that a device can run.
     """
     # The fused attention would trace to a pass over all scores for rows that see nothing, and no row is such a row.
     half.model.set_attn_implementation("eager")
@@ -49,31 +50,22 @@ def write_graph(
     if half.family.keeps_constants:
         # Only now, when what trains is an input that nothing can fold away.
         optimizer.optimize(model)
-
-    # What is written names no folder and no function of this machine.
     _check_self_contained(model)
-    model.ir_version = IR_VERSION
+
+    # Without paths of this machine and other facts of the trace, which a device has no use for.
     model.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
+    model.ir_version = IR_VERSION
     ir.save(model, path)
 
 
 def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
     names = graph_inputs(half)
-    # One tensor each: given the same tensor twice, the exporter takes both inputs for one.
-    length = half.prompt_tokens + 8
-    if half.prompt_tokens:
-        length = min(length, half.model.config.max_position_embeddings)
-    examples = {name: torch.ones(2, length, dtype=torch.long) for name in names}
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    if half.image is not None:
-        examples = {"pixel_values": torch.ones(2, half.image.channels, half.image.height, half.image.width)}
-        del axes[1]
-    if half.first_block:
-        assert prefix is not None
-        examples = {name: examples[name] for name in names if name != BOUNDARY}
-        examples[BOUNDARY] = torch.ones(2, prefix.positions or 8, prefix.width)
+    axes = {0: torch.export.Dim.DYNAMIC}
+    if half.image is None:
+        axes[1] = torch.export.Dim.DYNAMIC
+    examples = _make_examples(half, prefix)
 
     with _quiet_exporter():
         # optimize=True would fold transposed weights into constants, which cannot be lifted.
@@ -92,6 +84,26 @@ def _trace(half: ClientHalf, prefix: PrefixEntry | None) -> ir.Model:
     if program is None:
         raise ExportError("the exporter of torch gave no graph")
     return program.model
+
+
+def _make_examples(half: ClientHalf, prefix: PrefixEntry | None) -> dict[str, torch.Tensor]:
+    """Make an input of each name to trace the half with: 2 rows, since the exporter would take 1 for a constant."""
+    # Room for the soft prompt and some text, within the model's positions.
+    length = half.prompt_tokens + 8
+    if half.prompt_tokens:
+        length = min(length, half.model.config.max_position_embeddings)
+
+    examples = {}
+    for name in graph_inputs(half):
+        if name == BOUNDARY:
+            assert prefix is not None
+            examples[name] = torch.ones(2, prefix.positions or 8, prefix.width)
+        elif half.image is not None:
+            examples[name] = torch.ones(2, half.image.channels, half.image.height, half.image.width)
+        else:
+            # A new tensor for each: given the same one twice, the exporter takes both inputs for one.
+            examples[name] = torch.ones(2, length, dtype=torch.long)
+    return examples
 
 
 @contextlib.contextmanager
@@ -119,13 +131,14 @@ def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[st
         if plain in constants:
             continue
 
+        # The trace names what belongs to the half itself, whose module `model` is.
         value = graph.initializers.pop(f"model.{name}", None)
         if value is None:
             raise ExportError(f"the exporter of torch folded {name} away; it can be no graph input")
 
         value.const_value = None
         value.name = plain
-        # A device may bind the rows of a batch's tokens alone, as many as there are.
+        # A device may bind no more of the table than the rows of a batch's tokens.
         is_table = parameter is half.token_table
         value.shape = ir.Shape(["rows", *parameter.shape[1:]] if is_table else parameter.shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -133,6 +146,7 @@ def _lift_parameters(model: ir.Model, half: ClientHalf, constants: Collection[st
 
 
 def _check_self_contained(model: ir.Model) -> None:
+    """Raise ExportError for operators that are not ONNX's own: a device's runtime need not have them."""
     foreign = {node.domain for node in model.graph.all_nodes()} - STANDARD_DOMAINS
     if foreign or len(model.functions):
         raise ExportError(f"the graph uses operators outside the standard domains: {sorted(foreign)}")

@@ -1,6 +1,10 @@
-"""Parity: what shard and tail compute from the bundle's files, against what the uncut model computed before the cut.
+"""Parity: what shard and tail compute from the bundle's files, against what the uncut model computes.
 
-Shapes: B batch, T tokens or positions of an image, D width, S positions compared, C channels, H rows, W columns.
+`compute_references` runs while the uncut model is in memory, `check_bundle` when it is gone: from the files alone, the
+shard in ONNX Runtime as on a device, the tail in torch as on the cloud. What both must agree on is a list of `Case`.
+
+Shapes: B batch, T tokens or positions of an image, D width, S positions compared, V vocabulary, L labels, C channels, H
+rows, W columns.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from hosl_export.exceptions import ParityError
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import Tail
 from hosl_export.model.heads import class_head
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
 
 TOLERANCE = 1e-4
@@ -40,27 +44,27 @@ SAMPLE = (
 
 
 class Case(Protocol):
-    """A batch for the check: what both halves are given of it, and what is compared."""
+    """One batch of the check: how each side runs it, and what of the outputs is compared."""
 
     @property
     def name(self) -> str:
         """The batch's size, in words."""
         ...
 
-    def feed(self) -> dict[str, Tensor]:
+    def graph_feed(self) -> dict[str, Tensor]:
         """The client graph's inputs that are not weights."""
         ...
 
-    def whole(self, model: Any) -> dict[str, Tensor]:
-        """What the uncut model makes of the batch, by name of the output."""
+    def run_uncut(self, model: Any) -> dict[str, Tensor]:
+        """Run the uncut model on the batch. Returns its outputs by name."""
         ...
 
-    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
-        """What the tail makes of the batch's activations."""
+    def run_tail(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """Run the tail on the batch's activations. Returns outputs of the same names."""
         ...
 
-    def kept(self, name: str, difference: Tensor) -> Tensor:
-        """Keep those of an output's differences that count."""
+    def select_real(self, name: str, difference: Tensor) -> Tensor:
+        """Select from the output's differences those that are not of padding."""
         ...
 
 
@@ -74,12 +78,12 @@ class TextCase:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """B and T."""
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
     def name(self) -> str:
-        """Tell the batch's size, in words."""
+        """The batch's size, in words."""
         return f"{self.shape[0]} x {self.shape[1]} tokens"
 
     @property
@@ -87,31 +91,36 @@ class TextCase:
         """1 on real tokens, 0 on the padding at the right [B, T]."""
         return (torch.arange(self.shape[1]) < self.lengths[:, None]).long()
 
-    def feed(self) -> dict[str, Tensor]:
-        """Make the client graph's inputs that are not weights."""
+    def graph_feed(self) -> dict[str, Tensor]:
+        """Ids and mask; a graph takes those that it has inputs for."""
         return {"input_ids": self.input_ids, "attention_mask": self.mask}
 
-    def whole(self, model: Any) -> dict[str, Tensor]:
-        """Compute what the uncut model makes of the batch, by name of the output."""
+    def run_uncut(self, model: Any) -> dict[str, Tensor]:
+        """Run the uncut model: hidden states [B, T, D], pooler [B, D] and classes [B, L] of an encoder; else logits.
+
+        Those are [B, S, V], or [B, S, L] of a classifier, at `positions`.
+        """
         head = class_head(model)
         if find_family(model.config.model_type).is_encoder:
-            outputs = _name_outputs(model.base_model(**self.feed()))
-            return outputs if head is None else {**outputs, "classes": model(**self.feed()).logits}
+            outputs = _name_outputs(model.base_model(**self.graph_feed()))
+            return outputs if head is None else {**outputs, "classes": model(**self.graph_feed()).logits}
+
         if head is None:
-            return {"logits": model(**self.feed(), logits_to_keep=self.positions).logits}
-        # At every position that is compared, wherever the classifier would look for the end of a text.
-        h_BTD = model.base_model(**self.feed()).last_hidden_state
+            return {"logits": model(**self.graph_feed(), logits_to_keep=self.positions).logits}
+        # A causal classifier gives logits at the end of each text alone, which it looks for by the ids. Its head is
+        # compared at every position instead.
+        h_BTD = model.base_model(**self.graph_feed()).last_hidden_state
         return {"logits": head(h_BTD[:, self.positions])}
 
-    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
-        """Compute what the tail makes of the batch's activations."""
+    def run_tail(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """Run the tail on activations [B, T, D]. Returns outputs of the same names and shapes."""
         if not tail.family.is_encoder:
             return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
         outputs = _name_outputs(tail.model.base_model(inputs_embeds=h_BTD, attention_mask=self.mask))
         return outputs if tail.classifier is None else {**outputs, "classes": tail(h_BTD, self.mask)}
 
-    def kept(self, name: str, difference: Tensor) -> Tensor:
-        """Keep the differences of real tokens."""
+    def select_real(self, name: str, difference: Tensor) -> Tensor:
+        """Select the differences at real tokens; outputs with one row a text count whole."""
         if name in ("pooler_output", "classes"):
             return difference
         positions = self.positions if name == "logits" else torch.arange(self.shape[1])
@@ -126,24 +135,24 @@ class ImageCase:
 
     @property
     def name(self) -> str:
-        """Tell the batch's size, in words."""
+        """The batch's size, in words."""
         rows, _, height, width = self.pixel_values.shape
         return f"{rows} x {height} x {width} pixels"
 
-    def feed(self) -> dict[str, Tensor]:
-        """Make the client graph's inputs that are not weights."""
+    def graph_feed(self) -> dict[str, Tensor]:
+        """The images."""
         return {"pixel_values": self.pixel_values}
 
-    def whole(self, model: Any) -> dict[str, Tensor]:
-        """Compute what the uncut model makes of the batch, by name of the output."""
+    def run_uncut(self, model: Any) -> dict[str, Tensor]:
+        """Run the uncut model. Returns logits [B, L]."""
         return {"logits": model(self.pixel_values).logits}
 
-    def cut(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
-        """Compute what the tail makes of the batch's activations."""
+    def run_tail(self, tail: Tail, h_BTD: Tensor) -> dict[str, Tensor]:
+        """Run the tail on activations [B, T, D]. Returns logits [B, L]."""
         return {"logits": tail(h_BTD)}
 
-    def kept(self, name: str, difference: Tensor) -> Tensor:
-        """Keep all differences."""
+    def select_real(self, name: str, difference: Tensor) -> Tensor:
+        """Select all of them: images have no padding."""
         return difference
 
 
@@ -156,7 +165,7 @@ class Reference:
 
 
 def make_image_cases(image: ImageEntry) -> list[Case]:
-    """Make batches of one image and of more: the size of images is fixed."""
+    """Make batches of one image and of more, for the batch is dynamic in the graph and the size of images is not."""
     generator = torch.Generator().manual_seed(0)
     shape = (image.channels, image.height, image.width)
     return [ImageCase(torch.randn(rows, *shape, generator=generator)) for rows in (1, 3)]
@@ -171,41 +180,46 @@ def make_text_cases(tokenizer: Any, pad_token_id: int, max_length: int, prompt_t
 
 
 def _make_case(tokens: list[int], pad_token_id: int, rows: int, length: int, prompt_tokens: int) -> TextCase:
+    """Make a batch of `length` tokens after the prompt's in the first row, and of a third less in each row after it."""
     lengths = prompt_tokens + torch.tensor([max(1, length - row * length // 3) for row in range(rows)])
     length += prompt_tokens
+
     # Each row starts elsewhere in the sample, which repeats as often as the length needs.
     stream = torch.tensor(tokens * (2 + (length + rows) // len(tokens)))
     input_ids = torch.stack([stream[row : row + length] for row in range(rows)])
+
     case = TextCase(input_ids, lengths, torch.linspace(0, length - 1, min(length, COMPARED)).long())
     return TextCase(input_ids.masked_fill(case.mask == 0, pad_token_id), lengths, case.positions)
 
 
 @torch.no_grad()
 def compute_references(model: Any, cases: list[Case]) -> list[Reference]:
-    """Run the uncut model on each batch."""
-    return [Reference(case, case.whole(model)) for case in cases]
+    """Run the uncut model on each batch. What trains must be on its lattice before, as it is in the files."""
+    return [Reference(case, case.run_uncut(model)) for case in cases]
 
 
 def _name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Name an encoder's outputs."""
+    """Name those outputs of an encoder that the halves must agree on: not all have a pooler."""
     names = ("last_hidden_state", "pooler_output")
     return {name: outputs[name] for name in names if outputs.get(name) is not None}
 
 
 def check_bundle(bundle: Path, manifest: Manifest, references: list[Reference]) -> float:
-    """Run the bundle's halves on each batch. Returns the largest relative difference; raises ParityError."""
+    """Run the bundle's halves on each batch. Returns the largest difference, relative; raises ParityError."""
     shard, tail = ShardRuntime(bundle, manifest), load_tail(bundle, manifest)
     return max(_check_case(shard, tail, reference) for reference in references)
 
 
 class ShardRuntime:
-    """The client half in ONNX Runtime, its weights given as inputs from a memory map of the file."""
+    """The shard's graphs in ONNX Runtime, its weights given as inputs from a memory map of the file."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         options = ort.SessionOptions()
+        # An arena would keep what the longest batch took, while the tail needs memory.
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+
         graphs = (SHARD_GRAPH,) if manifest.prefix is None else (SHARD_PREFIX, SHARD_GRAPH)
         self._sessions = [
             ort.InferenceSession(str(bundle / graph), options, providers=["CPUExecutionProvider"]) for graph in graphs
@@ -214,12 +228,12 @@ class ShardRuntime:
         self._output = manifest.output
 
     def run(self, case: Case) -> Tensor:
-        """Compute the activations [B, T, D] of a batch."""
-        feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.feed().items()}
-        # The prefix's output has the name of the other graph's input; the last one's is what the tail takes.
+        """Run the batch through all graphs, in order. Returns activations [B, T, D]."""
+        feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.graph_feed().items()}
         for session in self._sessions:
             given = {**feed, **self._weights}
             inputs = {value.name: given[value.name] for value in session.get_inputs()}
+            # A second graph goes on from what the first one computed, under this name.
             (feed[BOUNDARY],) = session.run([self._output], inputs)
         return torch.from_numpy(np.asarray(feed[BOUNDARY]))
 
@@ -227,13 +241,13 @@ class ShardRuntime:
 @torch.no_grad()
 def _check_case(shard: ShardRuntime, tail: Tail, reference: Reference) -> float:
     case = reference.case
-    outputs = case.cut(tail, shard.run(case))
+    outputs = case.run_tail(tail, shard.run(case))
     return max(_compare(case, name, outputs[name], expected) for name, expected in reference.outputs.items())
 
 
 def _compare(case: Case, name: str, got: Tensor, expected: Tensor) -> float:
-    """Find the largest difference that counts, as a share of the largest expected magnitude."""
-    difference = case.kept(name, (got - expected).abs())
+    """Return the largest difference at real tokens, as a share of the largest expected magnitude."""
+    difference = case.select_real(name, (got - expected).abs())
     error = float(difference.max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
     if not error <= TOLERANCE:  # a difference that is not a number fails too
         raise ParityError(name, case.name, error, TOLERANCE)

@@ -1,4 +1,9 @@
-"""Read a bundle as torch modules: the tail, the device's half, and the config of the uncut model."""
+"""Read a bundle as torch modules: the tail, the device's half, and the config of the uncut model.
+
+The exporter's own check reads bundles so, and then the cloud: the tail for training, the device's half for baselines
+that backpropagate through it, and the config for a merge. A model is built whole without memory ("meta"), cut, and only
+then filled, so that the other half's weights never take any.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +15,34 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hosl_export.model.families import find_family
-from hosl_export.model.halves import ClientHalf, Tail, base_prefix, client_half, cut_tail, replace_module
-from hosl_export.model.heads import has_class_head, is_head, keeps_head, new_head, uncut_class
+from hosl_export.model.halves import ClientHalf, Tail, base_prefix, client_half, drop_device_part, replace_module
+from hosl_export.model.heads import auto_class, draw_head, has_class_head, is_head, keeps_head
 from hosl_export.model.lora import inject_lora, plain_name
 from hosl_export.model.prompt import add_prompt
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, BundleError, Manifest
 
 
 def load_client(bundle: Path, manifest: Manifest, state: dict[str, Tensor]) -> ClientHalf:
-    """Load the device's half of a bundle as a torch module in eval mode, with adapters where the manifest has them.
+    """Load the device's half as a torch module in eval mode, with a prompt or adapters where the manifest has them.
 
     `state` holds its weights and buffers under plain names. Raises BundleError.
     """
     family = find_family(manifest.family)
-    model = _skeleton(load_model_config(bundle), manifest, None)
-
-    # In the order of the export, so that the names of the parameters are the same.
+    model = _build_without_memory(load_model_config(bundle), manifest, None)
+    # As the export did it: a prompt before the cut, adapters after it.
     if manifest.prompt_tokens:
         add_prompt(model, manifest.prompt_tokens)
     half = client_half(model, manifest.split, manifest.image)
     if manifest.lora is not None:
         inject_lora(half, manifest.lora, family, seed=0)
+
     fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
     return half.eval()
 
 
 def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None, seed: int = 0) -> Tail:
-    """Load the server half of a bundle, float32 on the CPU, in eval mode.
+    """Load the cloud's half, float32 on the CPU, in eval mode.
 
     With `num_labels` it is the architecture's classifier, its head drawn from `seed`; a bundle of a classifier keeps
     the head that it has for as many labels. Weights are private memory maps of the bundle's file: untouched pages cost
@@ -45,13 +50,15 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
     """
     family = find_family(manifest.family)
     config = load_model_config(bundle)
+    # Asked first: to build a classifier writes its number of labels into the config.
     keeps = num_labels is None or keeps_head(manifest, config, num_labels)
-    model = _skeleton(config, manifest, num_labels)
-    cut_tail(model, family, manifest.split)
+    model = _build_without_memory(config, manifest, num_labels)
+    drop_device_part(model, family, manifest.split)
 
     state = _read_tail(bundle)
     if not keeps:
-        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | new_head(model, seed)
+        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | draw_head(model, seed)
+    # The file has the uncut model's names; those of an encoder with a task head have a prefix.
     prefix = base_prefix(model, family)
     fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
 
@@ -60,12 +67,12 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
 
 
 def load_model_config(bundle: Path) -> Any:
-    """Load the uncut model's configuration."""
+    """Load the uncut model's config, a new one at each call."""
     return AutoConfig.from_pretrained(bundle / "tail")
 
 
 def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = None) -> Any:
-    """Make the config of the joined model, embeddings untied; of its classifier with `num_labels`."""
+    """Make the config of the joined model, its embeddings untied; that of its classifier with `num_labels`."""
     config = load_model_config(bundle)
     config.tie_word_embeddings = False
     config.architectures = [manifest.architecture]
@@ -82,16 +89,17 @@ def full_config(bundle: Path, manifest: Manifest, *, num_labels: int | None = No
     return config
 
 
-def _skeleton(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
-    """Make the uncut model, or its classifier, without memory for its weights."""
+def _build_without_memory(config: Any, manifest: Manifest, num_labels: int | None) -> Any:
+    """Build the uncut model, or its classifier, whose tensors have shapes but no values."""
     if num_labels is not None:
         config.num_labels, config.problem_type = num_labels, "single_label_classification"
-    auto = uncut_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
+    auto = auto_class(find_family(manifest.family), is_classifier=num_labels is not None or has_class_head(manifest))
     with torch.device("meta"):
         return auto.from_config(config, dtype=torch.float32)
 
 
 def _read_tail(bundle: Path) -> dict[str, Tensor]:
+    """Read the tail's weights. Raises BundleError, whatever is wrong with the file."""
     path = bundle / TAIL_WEIGHTS
     try:
         return read_tensors(path)
@@ -105,6 +113,7 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
+
     # A list, for rotary modules are replaced on the way.
     for path, module in list(model.named_modules()):
         missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -115,13 +124,12 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
 def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
     """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
     if isinstance(module, nn.Embedding):
-        # Gemma's multiplies what it looks up.
+        # Gemma's embedding multiplies what it looks up.
         module.embed_scale = torch.tensor(module.scalar_embed_scale)
         return
-
     fresh = type(module)(config=model.config)
     if next(module.parameters(), None) is None:
-        # Rotary frequencies.
+        # A module of rotary frequencies alone.
         replace_module(model, path, fresh)
         return
     for name in names:

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all. The export makes a bundle so, and a merge on the cloud its model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ def check_output(out: Path, option: str = "out") -> None:
 
 
 def nearest_folder(out: Path) -> Path:
-    """Find the closest parent of `out` that exists."""
+    """The closest parent of `out` that exists."""
     return next(parent for parent in out.absolute().parents if parent.exists())
 
 
 @contextlib.contextmanager
 def staging(out: Path, option: str = "out") -> Iterator[Path]:
-    """Make a folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
+    """A folder beside `out` that becomes `out` if the block ends well, and disappears if it does not."""
     out = out.absolute()
     check_output(out, option)
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    # Named before it is made: a signal may come between any two steps, and what has a name can be removed.
+    # Beside `out`, so that the rename stays on one disk. Named before it is made: a signal may come between any two
+    # steps, and what has a name can be removed.
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         folder.mkdir()
         folder.chmod(0o755)
         yield folder
-        check_output(out, option)  # an export takes minutes, in which somebody else may have made it
+        # Somebody may have made it meanwhile, and a rename would take the place of an empty folder.
+        check_output(out, option)
         folder.rename(out)
-    except BaseException:
+    except BaseException:  # also signals, which come as KeyboardInterrupt or SystemExit
         shutil.rmtree(folder, ignore_errors=True)
         raise

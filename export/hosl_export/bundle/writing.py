@@ -1,4 +1,7 @@
-"""Write a bundle: into a sibling folder first, renamed when it is complete and checked, removed when it is not."""
+"""Write the files of a bundle into a folder that becomes the bundle when it is complete and checked (`staging`).
+
+The manifest is the last file: it says the size and digest of all others.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from tokenizers import Tokenizer
 from hosl_export.bundle.graph import write_graph
 from hosl_export.bundle.staging import nearest_folder
 from hosl_export.exceptions import SpaceError
-from hosl_export.model.halves import ClientHalf, Tail, base_prefix, divide
+from hosl_export.model.halves import ClientHalf, Tail, base_prefix, split_prefix
 from hosl_export.model.trainable import plain_tensors
-from hosl_export.weights import write_tensors
+from hosl_export.tensor_files import write_tensors
 from hosl_protocol.run.manifest import (
     MANIFEST,
     SHARD_GRAPH,
@@ -41,7 +44,6 @@ TOOLS = ("hosl", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript
 
 def check_space(out: Path, weight_bytes: int) -> None:
     """Raise SpaceError where the disk cannot hold weights of this size."""
-    # Before minutes of tracing, though another program may fill the disk meanwhile.
     folder = nearest_folder(out)
     needed, free = weight_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
@@ -63,7 +65,7 @@ def write_shard_graphs(
     constants = {entry.name for entry in tensors if entry.constant}
 
     if prefix is not None:
-        first, client = divide(client, prefix.blocks, grid)
+        first, client = split_prefix(client, prefix.blocks, grid)
         write_graph(first, bundle / SHARD_PREFIX, constants)
     write_graph(client, bundle / SHARD_GRAPH, constants, prefix)
 
@@ -75,6 +77,7 @@ def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
     """
     for name in (SHARD_WEIGHTS, TAIL_WEIGHTS):
         (bundle / name).parent.mkdir(exist_ok=True)
+
     write_tensors(bundle / SHARD_WEIGHTS, plain_tensors(client))
     prefix = base_prefix(tail.model, tail.family)
     state = {name.removeprefix(prefix): tensor for name, tensor in tail.model.state_dict().items()}
@@ -82,7 +85,7 @@ def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
 
 
 def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> None:
-    """Write the device's tokenizer; the uncut model's config, generation config and tokenizer files beside the tail."""
+    """Write the device's tokenizer, and the uncut model's config, generation config and tokenizer beside the tail."""
     # Padding and truncation stored in the file would change every text's tokens; hosl pads and cuts by itself.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_padding()
@@ -99,7 +102,7 @@ def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> 
 
 
 def write_config(bundle: Path, model: Any) -> None:
-    """Write the uncut model's config, and how a language model generates."""
+    """Write the uncut model's config beside the tail, and how a language model generates."""
     config = bundle / TAIL_CONFIG
     model.config.to_json_file(config)
     if getattr(model, "generation_config", None) is not None:
@@ -107,7 +110,7 @@ def write_config(bundle: Path, model: Any) -> None:
 
 
 def describe_files(bundle: Path) -> tuple[FileEntry, ...]:
-    """Describe every file of the bundle but the manifest, by path."""
+    """Describe every file of the bundle but the manifest, in the order of their paths."""
     paths = (path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
     return tuple(describe_file(bundle, path) for path in sorted(paths) if path != MANIFEST)
 
@@ -118,7 +121,7 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
 
 
 def tool_versions() -> dict[str, str]:
-    """Find the versions of the tools that write the bundle, where they are installed."""
+    """Versions of the tools that write the bundle, where they are installed."""
     versions = {}
     for tool in TOOLS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,7 +1,12 @@
-"""Cut a Hugging Face model in two: `client_half` and `tail_half` share the model's tensors.
+"""Cut a Hugging Face model in two: a `ClientHalf` for the device, and a `Tail` for the cloud, as torch modules.
 
-Cutting copies the tree of modules and drops parts of the copy; every tensor stays the uncut model's own, so that a half
-costs no memory and a weight that is changed in one place is changed in all.
+A half is the Hugging Face model itself with modules taken away: a copy of the tree of modules and of the config, around
+the same tensors. So a change of a weight in place shows in both halves and in the uncut model, which the export relies
+on when it rounds weights. Parameters keep the uncut model's names, but the blocks of each half count from 0;
+`renumber` and `join_state` lead back. Which module belongs where is told by the family's entry in `families.py`.
+
+The exporter cuts loaded models; `bundle.reading`, for the cloud, cuts models without memory and fills them from files.
+
 Shapes: B batch, T tokens or positions of an image, D width of the activations, V vocabulary, L labels, S positions
 asked for, C channels, H rows, W columns.
 """
@@ -22,9 +27,9 @@ from hosl_protocol.run.manifest import ImageEntry
 
 
 class ClientHalf(nn.Module):
-    """The first blocks, or those of them from `first_block` on.
+    """Embeddings and first blocks, whose graph is the shard; or those blocks from `first_block` on, after a prefix.
 
-    `model` is the cut Hugging Face model. Its parameters have the uncut model's names, but blocks count from 0.
+    `model` is the cut Hugging Face model, `image` what a model of images is given.
     """
 
     def __init__(
@@ -36,7 +41,6 @@ class ClientHalf(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-
         self.model = model
         self.family = family
         self.image = image
@@ -46,13 +50,14 @@ class ClientHalf(nn.Module):
 
     @property
     def token_table(self) -> nn.Parameter | None:
-        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None where there is none."""
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None for images and after a
+        prefix."""
         has_none = self.family.takes_images or self.first_block
         return None if has_none else self.model.get_input_embeddings().weight
 
     @property
     def prompt_tokens(self) -> int:
-        """N of a soft prompt; 0 where there is none."""
+        """Vectors of a soft prompt; 0 where there is none."""
         return 0 if self.token_table is None else len(getattr(self.model.get_input_embeddings(), "prompt", ()))
 
     def forward(
@@ -67,7 +72,7 @@ class ClientHalf(nn.Module):
         From a `first_block` on, what is before it computed, `boundary` [B, T, D], takes the place of ids and images.
         """
         if self.family.takes_images:
-            h = self._continue(boundary) if boundary is not None else self.features(pixel_values)
+            h = self.features(pixel_values) if boundary is None else self._run_blocks(_unpack(boundary, self.grid))
             return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
 
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
@@ -76,17 +81,17 @@ class ClientHalf(nn.Module):
         h_BTD: Tensor = self.model.base_model(**given, use_cache=False, **mask).last_hidden_state
         return h_BTD
 
-    def _continue(self, boundary: Tensor) -> Tensor:
-        return _run(self.model.get_submodule(self.family.blocks), _unpack(boundary, self.grid))
-
     def features(self, pixel_values: Tensor | None) -> Tensor:
         """Images [B, C, H, W] to tokens [B, T, D], or to a feature map [B, D, rows, columns]."""
-        parts = [self.model.get_submodule(path) for path in self.family.embeddings]
-        return _run((*parts, *self.model.get_submodule(self.family.blocks)), pixel_values)
+        embeddings = [self.model.get_submodule(path) for path in self.family.embeddings]
+        return self._run_blocks(_run(embeddings, pixel_values))
+
+    def _run_blocks(self, h: Tensor) -> Tensor:
+        return _run(self.model.get_submodule(self.family.blocks), h)
 
 
 class Tail(nn.Module):
-    """The later blocks and the head. `model` is the cut Hugging Face model; its blocks count from 0."""
+    """The later blocks and the head. `model` is the cut Hugging Face model."""
 
     def __init__(self, model: Any, family: Family, grid: tuple[int, int] | None = None, prompt_tokens: int = 0) -> None:
         super().__init__()
@@ -122,6 +127,7 @@ class Tail(nn.Module):
             outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
             return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
 
+        # Not the whole model, whose head would make logits of every position: for a large vocabulary, gigabytes.
         h_BTD = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         if self.classifier is not None and positions is None:
             positions = _last_tokens(h_BTD, attention_mask)
@@ -129,7 +135,7 @@ class Tail(nn.Module):
         return self._head(h)
 
     def _classify_image(self, h_BTD: Tensor) -> Tensor:
-        """Compute logits [B, L] from the positions of each image."""
+        """Logits [B, L] from the positions of each image."""
         h = _run(self.model.get_submodule(self.family.blocks), _unpack(h_BTD, self.grid))
         if self.family.final_norm is not None:
             h = self.model.get_submodule(self.family.final_norm)(h)
@@ -137,6 +143,7 @@ class Tail(nn.Module):
         return self.model.classifier(pooled)  # type: ignore[no-any-return]
 
     def _head(self, h: Tensor) -> Tensor:
+        """Logits from hidden states [B, D] or [B, S, D], as the model's own `forward` ends."""
         if self.classifier is not None:
             return self.classifier(h)  # type: ignore[no-any-return]
         logits: Tensor = self.model.get_output_embeddings()(h)
@@ -145,13 +152,14 @@ class Tail(nn.Module):
 
 
 def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
+    """Run modules one after the other."""
     for part in parts:
         h = part(h)
     return h  # type: ignore[no-any-return]
 
 
 def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Shape positions [B, T, D] into the feature map [B, D, rows, columns] that they are of, if any."""
+    """Give positions [B, T, D] the shape of their feature map [B, D, rows, columns], if `grid` says that of one."""
     if grid is None:
         return h_BTD
     h_BDRC = h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
@@ -161,14 +169,14 @@ def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
 
 
 def _last_tokens(h_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Find the index of each row's last real token [B]."""
+    """Index of each row's last real token [B]."""
     if attention_mask is None:
         return torch.full(h_BTD.shape[:1], h_BTD.shape[1] - 1, device=h_BTD.device)
     return attention_mask.sum(dim=1).long() - 1
 
 
 def _select(h_BTD: Tensor, positions: Tensor) -> Tensor:
-    """Take positions of [B, T, D]: at [B] it gives [B, D], at [B, S] it gives [B, S, D]."""
+    """Pick positions [B] or [B, S] of each row, which gives [B, D] or [B, S, D]."""
     rows = torch.arange(len(h_BTD), device=h_BTD.device)
     return h_BTD[rows.view(-1, *[1] * (positions.ndim - 1)), positions]
 
@@ -177,7 +185,7 @@ class _ZeroPositions(nn.Module):
     """Stands for a position embedding on the tail: the activations already hold the positions."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
-        """Return a scalar 0, which added changes nothing."""
+        """Return a scalar 0, which the model adds to its activations."""
         return torch.zeros(())
 
 
@@ -189,21 +197,21 @@ class _PassBy(nn.Module):
         return inputs_embeds
 
 
-def share(model: Any) -> Any:
-    """Copy the module tree and its config; every tensor is shared with `model`."""
+def _copy_around_tensors(model: Any) -> Any:
+    """Copy the tree of modules and its config, but share every tensor with `model`."""
+    # What the memo has, deepcopy takes for copied.
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def client_half(model: Any, split: int, image: ImageEntry | None = None) -> ClientHalf:
-    """Cut off the first `split` blocks of the uncut `model`, sharing its tensors; `model` stays whole.
+    """Make the device's half: what is before the blocks, and the first `split` of the uncut `model`, which stays whole.
 
     `image` says what a model of images is given.
     """
     family = find_family(model.config.model_type)
     # What an encoder's task head is put on is a whole model by itself, and all that a device needs of it.
-    half = share(model.base_model if base_prefix(model, family) else model)
-
+    half = _copy_around_tensors(model.base_model if base_prefix(model, family) else model)
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
         replace_module(half, path, None)
@@ -212,14 +220,14 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
     return ClientHalf(half, family, image).eval()
 
 
-def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None) -> tuple[ClientHalf, ClientHalf]:
-    """Divide a client half into its first `blocks` and the others, sharing its tensors; the client half stays whole.
+def split_prefix(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None) -> tuple[ClientHalf, ClientHalf]:
+    """Make two of a client half, which stays whole: its first `blocks`, and those that go on from them.
 
     `grid` is the shape of the activations between them where they are a feature map.
     """
-    family, first, rest = client.family, share(client.model), share(client.model)
+    family, first, rest = client.family, _copy_around_tensors(client.model), _copy_around_tensors(client.model)
     _keep_blocks(first, family, slice(None, blocks))
-    cut_tail(rest, family, blocks)
+    drop_device_part(rest, family, blocks)
     return (
         ClientHalf(first, family, client.image).eval(),
         ClientHalf(rest, family, client.image, first_block=blocks, grid=grid).eval(),
@@ -227,21 +235,23 @@ def divide(client: ClientHalf, blocks: int, grid: tuple[int, int] | None = None)
 
 
 def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:
-    """Cut off the blocks of the uncut `model` after the first `split`, with its head, sharing its tensors.
+    """Make the cloud's half: the blocks of the uncut `model`, which stays whole, after the first `split`, and its head.
 
     `grid` is the shape of the activations where they are a feature map.
     """
-    family, half = find_family(model.config.model_type), share(model)
-    cut_tail(half, family, split)
+    family, half = find_family(model.config.model_type), _copy_around_tensors(model)
+    drop_device_part(half, family, split)
     return Tail(half, family, grid).eval()
 
 
-def cut_tail(model: Any, family: Family, split: int) -> None:
-    """Take from a whole model what is the device's: the first `split` blocks and what comes before them."""
+def drop_device_part(model: Any, family: Family, split: int) -> None:
+    """Take from a whole model, in place, the first `split` blocks and what comes before them."""
     prefix = base_prefix(model, family)
     _keep_blocks(model, family, slice(split, None))
     for path in family.embeddings:
         replace_module(model, prefix + path, None)
+
+    # What `forward` still passes through on the way to the blocks must leave the activations as they are.
     if family.positions is not None:
         replace_module(model, prefix + family.positions, _ZeroPositions())
     if family.bypass is not None:
@@ -249,20 +259,22 @@ def cut_tail(model: Any, family: Family, split: int) -> None:
 
 
 def base_prefix(model: Any, family: Family) -> str:
-    """What `model` puts before the uncut model's names: `bert.` where an encoder carries a task head."""
+    """The prefix of parameters' names in `model` over those of the uncut model: `bert.` where it has a task head."""
     return family.base_prefix if hasattr(model, family.base_prefix.rstrip(".") or " ") else ""
 
 
 def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
-    """Cut the block list, and with it what the config says of each block, which some models read as they run."""
+    """Cut the list of blocks in place, and with it what the config says of each, which some models read as they run."""
     path = base_prefix(model, family) + family.blocks
     blocks = nn.ModuleList(list(model.get_submodule(path))[kept])
     replace_module(model, path, blocks)
+
     config = model.config
     if family.counted_by == "num_hidden_layers":
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[kept]
         config.num_hidden_layers = len(blocks)
+
     # The embedding and the head are on different machines from here on, and PEFT looks for what they share.
     config.tie_word_embeddings = False
 

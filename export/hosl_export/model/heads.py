@@ -1,4 +1,7 @@
-"""The head on a model: a language model's, a classification's that a checkpoint brings, or a new one for a task."""
+"""The head on a model: a language model's, a classifier's that a checkpoint brings, or a new one for a task.
+
+The exporter chooses by it how a model is loaded; the cloud, whether a task goes on with the head of the bundle.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from hosl_export.model.families import Family, find_family
 from hosl_protocol.run.manifest import Manifest
 
 HEADS = ("lm_head", "score", "classifier")
-"""What a new head takes the place of."""
+"""Names of heads in Hugging Face models, of which a classifier has another."""
 
 _CLASSIFIER = "ForSequenceClassification"
 
 
-def uncut_class(family: Family, *, is_classifier: bool) -> Any:
-    """Choose the Hugging Face class to load the uncut model with, or the classifier of texts that it is or becomes."""
+def auto_class(family: Family, *, is_classifier: bool) -> Any:
+    """Choose the class of transformers for the uncut model, or for the classifier of texts that it is or becomes."""
     if family.takes_images:
         return AutoModelForImageClassification
     if is_classifier:
@@ -42,12 +45,15 @@ def has_class_head(manifest: Manifest) -> bool:
 
 
 def keeps_head(manifest: Manifest, config: Any, num_labels: int) -> bool:
-    """Whether a task of so many labels goes on with the head of a bundle whose uncut model had `config`."""
+    """Whether a task of `num_labels` goes on with the head of a bundle whose uncut model had `config`."""
     return has_class_head(manifest) and bool(config.num_labels == num_labels)
 
 
-def new_head(model: Any, seed: int) -> dict[str, Tensor]:
-    """Draw a classification head as Hugging Face initialises it, from a generator of its own."""
+def draw_head(model: Any, seed: int) -> dict[str, Tensor]:
+    """Draw a classification head for `model`, as Hugging Face initialises it, from a generator of its own.
+
+    Returns its weight [L, D] and, where it has one, its bias [L], under their names in the model.
+    """
     generator = torch.Generator().manual_seed(seed)
     name = "classifier" if hasattr(model, "classifier") else "score"
     inner, head = linear_of(getattr(model, name))
@@ -67,18 +73,18 @@ def new_head(model: Any, seed: int) -> dict[str, Tensor]:
 
 
 def class_head(model: Any) -> nn.Module | None:
-    """Find the head of a classification; None for a language model or a bare encoder."""
+    """The head of a classifier; None for a language model or a bare encoder."""
     head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None
 
 
 def linear_of(head: nn.Module) -> tuple[str, nn.Linear]:
-    """Find the linear layer of a head, and its name within: a ResNet's is a sequence that ends with it."""
+    """The linear layer of a head, after its name within the head: a ResNet's is a sequence that ends with it."""
     return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
 
 
 def own_labels(config: Any) -> tuple[str, ...]:
-    """Name the classes of a head, in the order of its rows; empty where a config has only numbers for them."""
+    """Names of a head's labels, in the order of its rows; empty where a config has only numbers for them."""
     names = tuple(str(config.id2label.get(place, "")) for place in range(config.num_labels))
     is_numbered = all(name in ("", str(place), f"LABEL_{place}") for place, name in enumerate(names))
     return () if is_numbered else names

@@ -1,4 +1,4 @@
-"""Put the halves' states together again, under the uncut model's names."""
+"""Put the halves' states together again, under the uncut model's names: at a merge on the cloud."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from hosl_protocol.run.manifest import Manifest
 
 
 def join_state(manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join two states under the uncut model's names: the tail's block j becomes block split + j.
+    """Join both states under the uncut model's names: the tail's block j becomes block split + j.
 
-    Folds nothing: adapters keep their plain names. A soft prompt, which is no part of the uncut model, is left out. A
-    tail built as a classifier gives the classifier's names to both.
-    The state loads strictly with the config that `bundle.reading.full_config` makes, which unties the embeddings.
+    Adapters are not folded and keep their plain names. A soft prompt, which is no part of the uncut model, is left out.
+    A tail built as a classifier gives the classifier's names to both. The state loads strictly with the config that
+    `bundle.reading.full_config` makes, which unties the embeddings. Raises ValueError where both halves hold a name.
     """
     family = find_family(manifest.family)
+    # A classifier on an encoder has a prefix before the encoder's names, which the device's half never has.
     has_task_head = bool(family.base_prefix) and any(name.startswith(family.base_prefix) for name in tail)
     prefix = family.base_prefix if has_task_head else ""
 

@@ -1,7 +1,7 @@
-"""LoRA as PEFT does it: put adapters in, name them as a checkpoint does, and fold them.
+"""LoRA as PEFT does it: put adapters in, name them as a checkpoint does, and fold them. Exporter and cloud share it.
 
 A module inside a model that PEFT changed is `q_proj.base_layer.weight` and `q_proj.lora_A.default.weight`; in shards,
-checkpoints and everywhere outside this module it is `q_proj.weight` and `q_proj.lora_A.weight`.
+checkpoints and everywhere outside this module it is `q_proj.weight` and `q_proj.lora_A.weight`, the plain names.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def inject_lora(model: nn.Module, lora: LoraEntry, family: Family, seed: int) -> None:
-    """Adapt the target modules in place: A drawn from `seed`, B zero, so that the model still computes the same.
+    """Put adapters on the target modules in place: A [r, in] drawn from `seed`, B [out, r] zero.
 
-    Every other parameter stops training. The global generator is left as it was.
+    So the model still computes the same. Every other parameter stops training. The global generator is left as it was.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -36,7 +36,7 @@ def inject_lora(model: nn.Module, lora: LoraEntry, family: Family, seed: int) ->
 
 
 def plain_name(name: str) -> str:
-    """PEFT's name of a parameter inside a model, as shards and checkpoints have it."""
+    """Turn PEFT's name of a parameter inside a model into that of shards and checkpoints."""
     return re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.replace(".base_layer.", "."))
 
 
@@ -51,7 +51,7 @@ def is_lora_b(name: str) -> bool:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state under plain names, with or without adapters; tensors are shared, not copied."""
+    """Get the model's state under plain names, with or without adapters; tensors are shared, not copied."""
     return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
@@ -63,14 +63,19 @@ def load_plain_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def fold_lora(state: dict[str, Tensor], lora: LoraEntry, family: Family) -> dict[str, Tensor]:
-    """A state without adapters that computes the same: W + (alpha / r) B A, summed in float64; other tensors shared."""
+    """Add adapters to the weights under them: W + (alpha / r) B A (Hu et al., arXiv 2106.09685), summed in float64.
+
+    Takes plain names. Returns a state without adapters that computes the same and shares all other tensors.
+    """
     folded = {name: tensor for name, tensor in state.items() if not is_lora(name)}
     for name in state:
-        if name.endswith(_A):
-            module = name.removesuffix(_A)
-            a, b = state[name].double(), state[module + _B].double()
-            change = (lora.alpha / lora.r) * (b @ a)  # [out, in]
-            weight = folded[f"{module}.weight"]
-            change = change.T if family.has_transposed_weights else change
-            folded[f"{module}.weight"] = (weight.double() + change).to(weight.dtype)
+        if not name.endswith(_A):
+            continue
+        module = name.removesuffix(_A)
+        a, b = state[name].double(), state[module + _B].double()
+        change = (lora.alpha / lora.r) * (b @ a)  # [out, in]
+        change = change.T if family.has_transposed_weights else change
+
+        weight = folded[f"{module}.weight"]
+        folded[f"{module}.weight"] = (weight.double() + change).to(weight.dtype)
     return folded

@@ -1,4 +1,7 @@
-"""What PEFT loads: the files of an adapter, of LoRA on both halves or of a soft prompt."""
+"""What the files of an adapter hold that PEFT loads: of LoRA on both halves, or of a soft prompt.
+
+The cloud calls these at a merge and writes what they return, tensors and config.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,23 @@ from hosl_protocol.run.manifest import Manifest
 def peft_adapter(
     manifest: Manifest, client: dict[str, Tensor], tail: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` loads both halves' adapters.
+    """Make `adapter_model.safetensors` and `adapter_config.json` of both halves' adapters.
 
     `client` and `tail` are the halves' states under plain names, both with adapters of `manifest.lora`. A
-    classification head trained on the tail goes along as PEFT's `modules_to_save`.
+    classification head trained on the tail goes along as PEFT's `modules_to_save`. Raises ValueError where a half has
+    no adapters.
     """
     from peft import LoraConfig
 
     if manifest.lora is None:
         raise ValueError("the bundle's client half has no adapters")
+    if not any(is_lora(name) for name in tail):
+        raise ValueError("the tail has no adapters: only a tail trained as `lora` makes an adapter that loads alone")
+
     whole = join_state(manifest, client, tail)
     heads = sorted({name.partition(".")[0] for name in whole} & {"score", "classifier"})
     kept = {name: tensor for name, tensor in whole.items() if is_lora(name) or name.partition(".")[0] in heads}
-    if not any(is_lora(name) for name in tail):
-        raise ValueError("the tail has no adapters: only a tail trained as `lora` makes an adapter that loads alone")
+
     family = find_family(manifest.family)
     config = LoraConfig(
         r=manifest.lora.r,
@@ -45,8 +51,7 @@ def peft_adapter(
 
 
 def peft_prompt(prompt: Tensor, merged: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `adapter_model.safetensors` and `adapter_config.json` hold, so that `peft` puts the prompt [N, D] before
-    the texts of a model whose state is `merged`.
+    """Make `adapter_model.safetensors` and `adapter_config.json` of a prompt [N, D] for the model with state `merged`.
 
     PEFT takes a classification head for its own, so that goes along.
     """
@@ -64,14 +69,14 @@ def peft_prompt(prompt: Tensor, merged: dict[str, Tensor]) -> tuple[dict[str, Te
 
 
 def _task_type(family: Family, *, has_head: bool) -> str | None:
-    """PEFT's name for what the whole model does; it has none for classifying images."""
+    """Choose PEFT's name for what the whole model does; it has none for classifying images."""
     if family.takes_images:
         return None
     return "SEQ_CLS" if has_head else "FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM"
 
 
 def _as_json(value: Any) -> Any:
-    """Sets as sorted lists, enumerations as their values."""
+    """Turn sets into sorted lists and enumerations into their values, at any depth."""
     if isinstance(value, dict):
         return {key: _as_json(entry) for key, entry in value.items()}
     if isinstance(value, set | frozenset):

@@ -1,4 +1,7 @@
-"""Rotary embeddings whose angles depend on how long an input is: within some length they are always the same."""
+"""Rotary embeddings whose angles depend on how long an input is: within some length they are always the same.
+
+A graph has the angles of one length, so that an export keeps `max_length` within that one.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from hosl_protocol.exceptions import SettingsError
 
 def rope_limit(config: Any) -> tuple[str, int] | None:
     """The kind of rotary embedding that changes first, and the tokens up to which it does not; None where none does."""
-    return min(_changing(config), key=lambda found: found[1], default=None)
+    return min(_find_limits(config), key=lambda found: found[1], default=None)
 
 
-def _changing(config: Any) -> Iterator[tuple[str, int]]:
-    """Kinds of rotary embeddings that choose their angles by the length, and up to which they keep the first."""
+def _find_limits(config: Any) -> Iterator[tuple[str, int]]:
+    """Find the kinds of rotary embeddings that choose their angles by the length, and to which they keep the first."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = str(entry.get("rope_type", ""))
@@ -34,7 +37,10 @@ def check_rope(config: Any, max_length: int) -> None:
 
 
 def settle_rope(model: Any) -> None:
-    """Let the model keep the angles that `check_rope` found to be those of every input: a graph has no others."""
+    """Let the model keep the angles that it has, which `check_rope` found to be those of every input.
+
+    Otherwise the model compares the length at each run, and a graph can have no such branch.
+    """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, dict):

@@ -1,4 +1,7 @@
-"""What the device trains, and putting it on the lattice before anything is computed or written."""
+"""What the device trains, and putting it on the lattice before anything is computed or written.
+
+On the lattice (protocol/README.md, "Lattice") each value is a multiple of a power of two, one for each tensor.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from hosl_protocol.run.manifest import TensorEntry, TrainMode
 
 
 def plain_parameters(half: ClientHalf) -> dict[str, nn.Parameter]:
-    """List the client half's parameters under plain names, in graph order."""
+    """Get the client half's parameters under plain names, in the order of the graph's inputs."""
     return {plain_name(name): parameter for name, parameter in half.model.named_parameters()}
 
 
 def plain_tensors(half: ClientHalf) -> dict[str, Tensor]:
-    """List what the shard's file holds: the parameters and, where the graph keeps constants, the buffers after them."""
+    """Get what the shard's file holds: the parameters and, where the graph keeps constants, the buffers after them."""
     parameters: dict[str, Tensor] = dict(plain_parameters(half))
     if not half.family.keeps_constants:
         return parameters
+    # A merge reads the half's whole state from this file: in the graph, constants may be folded into one another.
     return parameters | {name: tensor for name, tensor in plain_state(half.model).items() if name not in parameters}
 
 
@@ -32,7 +36,10 @@ def uses_lora(mode: TrainMode) -> bool:
 
 
 def trained_blocks(split: int, count: int | None) -> range:
-    """Choose the blocks that `--train-blocks count` lets train, of `split`; -1 is what comes before the first."""
+    """The blocks that `--train-blocks count` lets train, of the `split` on the device.
+
+    Block -1 is the embeddings. A `count` below zero means the last blocks, of which those are none.
+    """
     if count is None:
         return range(-1, split)
     return range(-1, count) if count > 0 else range(split + count, split)
@@ -43,7 +50,6 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
     block = _block_of(name, family)
     if blocks is not None and block not in blocks:
         return False
-
     if mode == "lora":
         return is_lora(name)
     if mode == "lora-b":
@@ -59,9 +65,10 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
 
 
 def _block_of(name: str, family: Family) -> int:
-    """Find the block's number, -1 for what comes before the first."""
-    place, _, _ = name.removeprefix(f"{family.blocks}.").partition(".")
-    return int(place) if name.startswith(f"{family.blocks}.") else -1
+    """The number of the block that a parameter is in; -1 for what comes before the first."""
+    path = f"{family.blocks}."
+    number, _, _ = name.removeprefix(path).partition(".")
+    return int(number) if name.startswith(path) else -1
 
 
 def put_on_lattice(
@@ -69,7 +76,7 @@ def put_on_lattice(
 ) -> tuple[tuple[TensorEntry, ...], float]:
     """Round what trains to its lattice, in place. Returns the manifest's entries and the largest change of a weight.
 
-    The tensors are the uncut model's own, so its outputs after this call are those of the rounded weights.
+    The tensors are the uncut model's own, so that its outputs after this call are those of the rounded weights.
     """
     entries, largest_change = [], 0.0
     for name, tensor in plain_tensors(half).items():
@@ -79,7 +86,7 @@ def put_on_lattice(
             exponent = exponent_for(float(np.abs(values).max()))
             rounded = round_to_lattice(values, exponent)
             largest_change = max(largest_change, float(np.abs(rounded - values).max()))
-            values[...] = rounded
+            values[...] = rounded  # through numpy's view into the model's own tensor
 
         entries.append(
             TensorEntry(

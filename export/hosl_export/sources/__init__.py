@@ -1,1 +1,1 @@
-"""Models as they lie in folders, hubs and files: opened, with what belongs to them."""
+"""Models as they lie in folders, hubs and files: opened, with what belongs to them. Only here files are downloaded."""

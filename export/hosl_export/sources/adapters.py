@@ -13,25 +13,29 @@ from transformers import AutoModelForSequenceClassification
 
 from hosl_export.exceptions import ModelError
 from hosl_export.model.heads import HEADS
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names of an adapter's files."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether PEFT wrote this folder; it may hold the base, too."""
+    """Whether PEFT wrote this folder; it may hold the base, too."""
     return (folder / CONFIG).is_file()
 
 
 def find_base(folder: Path) -> str:
-    """Find the folder or hub id of the adapter's base. Raises ModelError where it is not there, or no base is named."""
+    """Find the folder or hub id of the adapter's base. Raises ModelError where it is not there, or no base is named.
+
+    It is in the adapter's own folder, or where the adapter says, or beside the adapter under that name.
+    """
     if (folder / "config.json").is_file():
         return str(folder)
 
     name = _read_config(folder).get("base_model_name_or_path") or ""
-    for place in (Path(name).expanduser(), folder.absolute().parent / name):
-        if name and (place / "config.json").is_file():
-            return str(place)
+    for base in (Path(name).expanduser(), folder.absolute().parent / name):
+        if name and (base / "config.json").is_file():
+            return str(base)
 
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_id:
@@ -42,6 +46,7 @@ def find_base(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Read the adapter's config. Raises ModelError."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -50,11 +55,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def base_without_adapter(place: str, adapter: Path | None) -> Iterator[str]:
-    """Give `place`, or a folder with all of it but the adapter: transformers puts on what it finds beside a model."""
-    if adapter is None or Path(place) != adapter:
-        yield place
+def base_without_adapter(name_or_path: str, adapter: Path | None) -> Iterator[str]:
+    """Yield where the base can be loaded from alone: transformers puts an adapter on that it finds beside a model.
+
+    Where both lie in one folder, that is a temporary folder of links to the base's files.
+    """
+    if adapter is None or Path(name_or_path) != adapter:
+        yield name_or_path
         return
+
     # Links, for weights may be large.
     with tempfile.TemporaryDirectory() as folder:
         for path in adapter.absolute().iterdir():
@@ -64,9 +73,10 @@ def base_without_adapter(place: str, adapter: Path | None) -> Iterator[str]:
 
 
 def adopt_head(config: Any, adapter: Path) -> None:
-    """Let the base's config be that of a classifier where the adapter brings a classification head."""
+    """Make the base's config that of a classifier, in place, where the adapter brings a classification head."""
     if _read_config(adapter).get("task_type") != "SEQ_CLS" or not (adapter / WEIGHTS).is_file():
         return
+
     tensors = read_tensors(adapter / WEIGHTS)
     rows = [len(tensor) for name, tensor in tensors.items() if name.split(".")[-2] in HEADS and name.endswith("weight")]
     if rows:
@@ -75,7 +85,7 @@ def adopt_head(config: Any, adapter: Path) -> None:
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:
-    """Merge the adapter's weights into the base's own. Raises ModelError for one that is no part of the weights."""
+    """Merge the adapter into the base's weights. Raises ModelError for one that is none of them, as a soft prompt."""
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(model, adapter)

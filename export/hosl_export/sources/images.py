@@ -23,7 +23,7 @@ _RESAMPLE = get_args(get_type_hints(ImageEntry)["resample"])
 
 
 def read_image_entry(facts: dict[str, Any], config: Any, family: Family, name: str, asked: int | None) -> ImageEntry:
-    """Read what images become, by the preprocessor's `facts`, the model's config and the size that was asked for.
+    """Read what images become from the preprocessor's `facts`, the config and the size that was `asked` for, if any.
 
     Raises ModelError where they contradict each other, SettingsError where the size that was asked for cannot be.
     """
@@ -47,7 +47,7 @@ def read_image_entry(facts: dict[str, Any], config: Any, family: Family, name: s
 
 
 def _choose_size(facts: dict[str, Any], config: Any, family: Family, asked: int | None) -> tuple[int, int]:
-    """Choose height and width. Raises ModelError and SettingsError as `read_image_entry`."""
+    """Choose height and width: of fixed positions, or asked for, or the preprocessor's, or the config's, or 224."""
     own = _pair(getattr(config, "image_size", None))
     if family.has_fixed_size:
         if own is None:
@@ -61,13 +61,13 @@ def _choose_size(facts: dict[str, Any], config: Any, family: Family, asked: int 
             raise SettingsError("image-size", asked, "use 8 to 4096 pixels")
         return asked, asked
 
-    # The crop comes last in a preprocessor, so that it says what the model saw.
+    # Where the preprocessor cuts a center out of a larger image, the model sees the size of that.
     said = facts.get("crop_size") if facts.get("do_center_crop") else None
     return _pair(said) or _pair(facts.get("size")) or own or (DEFAULT_SIZE, DEFAULT_SIZE)
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """Read height and width from the many ways that configs write them."""
+    """Read height and width in any of the ways that configs write them; None where it is none of them."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, (list, tuple)) and len(size) == 2:
@@ -82,7 +82,7 @@ def _pair(size: Any) -> tuple[int, int] | None:
 def _per_channel(
     facts: dict[str, Any], field: str, default: float | None, neutral: float, channels: int
 ) -> tuple[float, ...]:
-    """The preprocessor's numbers, one a channel; all `neutral` where it does not normalize (`default` is None)."""
+    """Get the preprocessor's numbers, one a channel; all `neutral` where it does not normalize (`default` is None)."""
     if default is None:
         return (neutral,) * channels
     said = facts.get(field)
@@ -93,7 +93,7 @@ def _per_channel(
 
 
 def write_preprocessor(bundle: Path, image: ImageEntry) -> None:
-    """Write a preprocessor beside the tail's config that does as the device, so that a merged model sees the same."""
+    """Write a preprocessor beside the tail's config that does what the device does, for whoever uses a merged model."""
     facts = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -105,6 +105,5 @@ def write_preprocessor(bundle: Path, image: ImageEntry) -> None:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
-
     path = (bundle / TAIL_CONFIG).with_name(PREPROCESSOR)
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""Open a model wherever it is: a hub id, a local folder, or a .gguf file. Everything is loaded as float32."""
+"""Open a model wherever it is: a hub id, a local folder, or a .gguf file. Everything is loaded as float32.
+
+`find_source` looks at names and files alone. What loads (config, tokenizer, preprocessor, weights) does so inside
+`_opening`, which keeps the libraries quiet and turns their errors into a ModelError.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from hosl_export.exceptions import ModelError, first_line
 from hosl_export.model.families import find_family
-from hosl_export.model.heads import HEADS, is_classifier, uncut_class
+from hosl_export.model.heads import HEADS, auto_class, is_classifier
 from hosl_export.sources.adapters import adopt_head, base_without_adapter, find_base, is_adapter, merge_adapter
 
 logger = logging.getLogger(__name__)
@@ -34,18 +38,20 @@ class Source:
     """Where a model lies, in the words of `from_pretrained`."""
 
     name: str
-    """Hub id, or the name of the local folder or file."""
-    place: str
+    """Hub id, or the name of the local folder or file: what devices are told."""
+    name_or_path: str
+    """Hub id, or the path of the folder."""
     gguf_file: str | None = None
+    """A file's name in the folder."""
     revision: str | None = None
     adapter: Path | None = None
-    """A folder of PEFT, whose weights are merged into what lies at `place`."""
+    """A folder of PEFT, whose weights are merged into those at `name_or_path`."""
 
     @property
-    def tokens_place(self) -> str:
-        """Where the tokenizer lies: an adapter may have one of its own."""
+    def tokenizer_name_or_path(self) -> str:
+        """Where the tokenizer is: an adapter may have one of its own."""
         has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
-        return str(self.adapter) if has_own else self.place
+        return str(self.adapter) if has_own else self.name_or_path
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -64,6 +70,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
         if not path.is_file():
             raise ModelError("model", model, "there is no such file")
         return Source(path.name, str(path.parent), gguf_file=path.name)
+
     if path.is_dir():
         if is_adapter(path):
             return Source(path.resolve().name, find_base(path), adapter=path)
@@ -73,6 +80,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
             )
         return Source(path.resolve().name, str(path))
 
+    # A path with nothing there is told here: the hub, asked for it, would say something else.
     if path.exists() or not _HUB_ID.fullmatch(model):
         raise ModelError("model", model, "use a folder, a .gguf file, or a hub id such as facebook/opt-125m")
     return Source(model, model, revision=revision)
@@ -85,6 +93,7 @@ def quiet_transformers() -> Iterator[None]:
     verbosity, has_bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()
+
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
     hub.setLevel(logging.ERROR)
@@ -110,15 +119,18 @@ def _one_gguf_parse(source: Source) -> Iterator[None]:
     if source.gguf_file is None:
         yield
         return
+
     import gguf
 
-    # transformers looks both up in the module each time, and has no other way in.
-    former = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = _read_gguf, lru_cache(gguf.get_tensor_name_map)
+    # transformers imports both names anew at each use.
+    package = vars(gguf)
+    shared = {"GGUFReader": _read_gguf, "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    originals = {name: package[name] for name in shared}
+    package.update(shared)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = former
+        package.update(originals)
 
 
 @lru_cache(maxsize=1)
@@ -130,9 +142,9 @@ def _read_gguf(path: str) -> Any:
 
 @contextlib.contextmanager
 def _opening(source: Source, what: str) -> Iterator[None]:
-    """Turn the many errors of `from_pretrained` into one line."""
-    has_base = source.adapter not in (None, Path(source.place))
-    missing = f"the {what} of its base {source.place}" if has_base else f"its {what}"
+    """Turn the many errors of `from_pretrained` into a ModelError of one line, and keep the libraries quiet."""
+    has_base = source.adapter not in (None, Path(source.name_or_path))
+    missing = f"the {what} of its base {source.name_or_path}" if has_base else f"its {what}"
 
     try:
         with quiet_transformers(), _one_gguf_parse(source):
@@ -146,10 +158,10 @@ def _opening(source: Source, what: str) -> Iterator[None]:
 
 
 def load_source_config(source: Source) -> Any:
-    """Load the model's configuration. Raises ModelError."""
+    """Load the model's config; with an adapter that brings a head, a classifier's. Raises ModelError, UnknownFamily."""
     with _opening(source, "configuration"):
-        config = AutoConfig.from_pretrained(source.place, **source.arguments)
-        find_family(config.model_type)
+        config = AutoConfig.from_pretrained(source.name_or_path, **source.arguments)
+        find_family(config.model_type)  # an error of its own, rather than of what follows
         if source.adapter is not None:
             adopt_head(config, source.adapter)
     _check_quantized(source, config)
@@ -162,10 +174,11 @@ package."""
 
 
 def _check_quantized(source: Source, config: Any) -> None:
-    """Raise ModelError for a checkpoint whose numbers cannot be had; ask for those of others."""
+    """Raise ModelError for a quantized checkpoint that cannot become float32; let the config of others ask for it."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
+
     facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
     if method not in DEQUANTIZED:
@@ -177,9 +190,9 @@ def _check_quantized(source: Source, config: Any) -> None:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the model's tokenizer. Raises ModelError where it has none that the `tokenizers` library runs."""
+    """Load the model's tokenizer. Raises ModelError where it has none that the device's `tokenizers` library runs."""
     with _opening(source, "tokenizer"), _naming_sentencepiece(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.tokens_place, **source.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_name_or_path, **source.arguments)
     if not getattr(tokenizer, "is_fast", False) or not tokenizer.get_vocab():
         raise ModelError("model", source.name, "it has no tokenizer.json, nor a tokenizer that converts to one")
     return tokenizer
@@ -198,38 +211,37 @@ def _naming_sentencepiece(source: Source) -> Iterator[None]:
 
 
 def load_preprocessor(source: Source) -> dict[str, Any]:
-    """Read what the model's image preprocessor says; empty where it has none."""
+    """Load what the model's image preprocessor says; empty where it has none."""
     with quiet_transformers(), contextlib.suppress(OSError):
-        facts, _ = ImageProcessingMixin.get_image_processor_dict(source.place, **source.arguments)
+        facts, _ = ImageProcessingMixin.get_image_processor_dict(source.name_or_path, **source.arguments)
         return dict(facts)
     return {}
 
 
 def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> Any:
-    """Load the whole Hugging Face model, float32, in eval mode.
+    """Load the whole Hugging Face model, float32, in eval mode. Raises ModelError.
 
     It is a causal language model, an encoder with its pooler, or a classifier of images or, where the checkpoint is
-    one, of texts.
-
-    Weights that the checkpoint lacks are an error, but for an encoder's pooler and head and an image classifier's,
-    which are initialised from `seed`. Other heads that it has are left out, with a warning.
+    one, of texts. Weights that the checkpoint lacks are an error, but for an encoder's pooler and head and an image
+    classifier's, which are initialised from `seed`. Other heads that it has are left out, with a warning.
     """
     if isinstance(source, str):
         source = find_source(source)
     config = load_source_config(source) if config is None else config
     family = find_family(config.model_type)
-    auto = uncut_class(family, is_classifier=is_classifier(config))
+    auto = auto_class(family, is_classifier=is_classifier(config))
 
     # Heads that the checkpoint lacks are drawn from torch's global generator, which is left as it was.
     with (
         _opening(source, "weights"),
-        base_without_adapter(source.place, source.adapter) as place,
+        base_without_adapter(source.name_or_path, source.adapter) as name_or_path,
         torch.random.fork_rng(devices=[]),
     ):
         torch.manual_seed(seed)
+        # The head that an adapter brings, of another size than the base's, comes when it is merged.
         options = {"ignore_mismatched_sizes": True} if source.adapter is not None else {}
         model, report = auto.from_pretrained(
-            place, config=config, dtype=torch.float32, output_loading_info=True, **options, **source.arguments
+            name_or_path, config=config, dtype=torch.float32, output_loading_info=True, **options, **source.arguments
         )
         _check_complete(source, config, report)
         if source.adapter is not None:
@@ -242,13 +254,13 @@ def load_model(source: Source | str, *, config: Any = None, seed: int = 0) -> An
 
 
 def _check_complete(source: Source, config: Any, report: dict[str, Any]) -> None:
-    """Raise ModelError where the checkpoint lacks weights that nothing may draw; tell what of it is left out."""
+    """Raise ModelError where the checkpoint lacks weights, by the loading report of transformers. Warns of the rest."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
-
     if source.adapter is not None:
         # The adapter of a classifier brings its head, of its own size.
         missing = [name for name in missing if name.partition(".")[0] not in HEADS]
         mismatched = [name for name in mismatched if not any(f"{head}." in name for head in HEADS)]
+
     if find_family(config.model_type).is_encoder:
         for part in ("pooler", "classifier"):
             absent = [name for name in missing if part in name.split(".")[:2]]

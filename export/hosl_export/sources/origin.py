@@ -1,6 +1,7 @@
 """Where a bundle's model came from: for the cards of what is made of it, and for adapters, which name their base.
 
-It stays beside the tail: devices are told the model's name and nothing of the folders of this machine.
+An export writes it and a merge reads it. It stays beside the tail, which devices do not get: they are told the model's
+name and nothing of the folders of this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers.utils import cached_file
 from hosl_export.sources.loading import Source, quiet_transformers
 from hosl_protocol.run.manifest import TAIL_CONFIG, Manifest
 
-FILE = "origin.json"
+ORIGIN_FILE = "origin.json"
 
 
 class Origin(msgspec.Struct, kw_only=True, frozen=True):
@@ -33,46 +34,46 @@ class Origin(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def loading_options(self) -> str:
-        """Python, as further arguments of `from_pretrained`."""
+        """Further arguments of `from_pretrained`, as Python code for a card."""
         options = {"gguf_file": self.gguf_file, "revision": self.revision}
         return "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
 
 
 def find_origin(source: Source) -> Origin:
-    """Find the origin of a model that is being exported."""
-    place = source.place if source.adapter is None else str(source.adapter)
-    is_local = Path(place).is_dir()
+    """Describe where a model that is being exported came from."""
+    name_or_path = source.name_or_path if source.adapter is None else str(source.adapter)
+    is_local = Path(name_or_path).is_dir()
     return Origin(
-        model=str(Path(place).resolve()) if is_local else place,
+        model=str(Path(name_or_path).resolve()) if is_local else name_or_path,
         is_hub_id=not is_local,
         is_adapter=source.adapter is not None,
         revision=source.revision,
         gguf_file=source.gguf_file,
-        license=_license_of(source),
+        license=_find_license(source),
     )
 
 
-def _license_of(source: Source) -> str | None:
-    """Read the license that the card beside the model names."""
+def _find_license(source: Source) -> str | None:
+    """Look up the license in the card beside the model; None where there is none."""
     from huggingface_hub import metadata_load
 
     # A card is nothing that an export could fail for: there may be none, no network, or no YAML in it.
     with quiet_transformers(), contextlib.suppress(Exception):
-        card = cached_file(source.place, "README.md", revision=source.revision)
+        card = cached_file(source.name_or_path, "README.md", revision=source.revision)
         named = (metadata_load(card) or {}).get("license")
         return named if isinstance(named, str) else None
     return None
 
 
 def write_origin(bundle: Path, origin: Origin) -> None:
-    """Write the origin beside the tail's config."""
-    path = (bundle / TAIL_CONFIG).with_name(FILE)
+    """Write `tail/origin.json`."""
+    path = (bundle / TAIL_CONFIG).with_name(ORIGIN_FILE)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(origin), indent=2) + b"\n")
 
 
 def read_origin(bundle: Path, manifest: Manifest) -> Origin:
-    """Read the origin of a bundle; one that does not say has its model's name."""
-    path = (bundle / TAIL_CONFIG).with_name(FILE)
+    """Read `tail/origin.json`; a bundle without one is taken to be of the hub id or name in its manifest."""
+    path = (bundle / TAIL_CONFIG).with_name(ORIGIN_FILE)
     if not path.exists():
         return Origin(model=manifest.model, revision=manifest.revision)
     return msgspec.json.decode(path.read_bytes(), type=Origin)

@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 
+from hosl_export import ExportSettings, export_bundle
 from hosl_export.__main__ import main
 from hosl_export.bundle.parity import TOLERANCE
 from hosl_export.bundle.reading import load_client, load_tail
-from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.model.prompt import add_prompt, draw_prompt
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, load_manifest
 from pictures import save_image_model

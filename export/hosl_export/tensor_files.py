@@ -1,4 +1,7 @@
-"""Weights in safetensors files, without a second copy in memory: written tensor by tensor, read as memory maps."""
+"""Tensors in safetensors files, without a second copy in memory: written one by one, read as memory maps.
+
+Bundles are written so, and the cloud's checkpoints, whose tensors may come from other processes one at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 _ALIGNMENT = 8
+"""Bytes: the header is filled up with spaces to a multiple, as the safetensors library does."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -19,7 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]) -> None:
-    """Write tensors of these names and shapes as float32; one is held at a time."""
+    """Write tensors, given one by one in the order of `shapes`, as float32; only one is held at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -27,8 +31,8 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the file: float32 must begin at a multiple of its size.
     text += b" " * (-len(text) % _ALIGNMENT)
+
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -37,6 +41,6 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file's tensors as private memory maps: untouched pages cost nothing, writing leaves the file as it is."""
+    """Map all tensors of a file, privately: untouched pages cost nothing, and writing leaves the file as it is."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

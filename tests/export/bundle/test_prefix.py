@@ -11,8 +11,8 @@ import pytest
 from hosl_edge.data.datasets import TextBatch
 from hosl_edge.data.images import blank_images
 from hosl_edge.model.shard import Shard
+from hosl_export import ExportSettings, export_bundle
 from hosl_export.bundle.parity import TOLERANCE
-from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_protocol.run.manifest import SHARD_PREFIX, load_manifest
 from pictures import save_image_model
 from tiny import BLOCKS, make_batch

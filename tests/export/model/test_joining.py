@@ -16,7 +16,7 @@ from hosl_export.model.families import find_family
 from hosl_export.model.joining import join_state
 from hosl_export.model.lora import fold_lora, inject_lora, is_lora, load_plain_state, plain_state
 from hosl_export.model.peft_files import peft_adapter
-from hosl_export.weights import write_tensors
+from hosl_export.tensor_files import write_tensors
 from tiny import CONFIGS, largest_difference, make_batch, run_shard
 
 LABELS = 3

@@ -9,7 +9,7 @@ from hosl_export.model.families import find_family
 from hosl_export.model.halves import client_half
 from hosl_export.model.lora import inject_lora
 from hosl_export.model.trainable import plain_parameters, put_on_lattice, trained_blocks, uses_lora
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.arithmetic.lattice import exponent_for, is_on_lattice, spacing
 from hosl_protocol.run.manifest import LoraEntry
 from tiny import make_model

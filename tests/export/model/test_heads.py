@@ -12,11 +12,10 @@ import transformers as hf
 
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.building import build_tail
-from hosl_export import load_tail
-from hosl_export.exporter import ExportSettings, export_bundle
+from hosl_export import ExportSettings, export_bundle, load_tail
 from hosl_export.sources.loading import find_source, load_model
 from hosl_export.summary import describe
-from hosl_export.weights import read_tensors
+from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, load_manifest
 from tiny import CONFIGS, make_batch, make_tokenizer, run_shard
 

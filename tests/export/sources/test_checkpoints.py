@@ -14,8 +14,8 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from hosl_export import ExportSettings, export_bundle
 from hosl_export.exceptions import ModelError
-from hosl_export.exporter import ExportSettings, export_bundle
 from hosl_export.sources.loading import find_source, load_model, load_source_config, load_tokenizer
 from hosl_protocol.run.manifest import load_manifest
 from tiny import SCALINGS, make_batch, make_model, save_scaled, save_with_sentencepiece
