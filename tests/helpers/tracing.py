@@ -52,6 +52,7 @@ def _digest(half: ClientHalf, constants: Collection[str], prefix: PrefixEntry | 
         msgspec.json.encode((half.image, prefix)).decode(),
         [(name, list(value.shape)) for name, value in model.named_parameters()],
         [(path, str(vars(module).get("scaling"))) for path, module in model.named_modules()],
+        [(path, str(vars(module)["_forward_pre_hooks"])) for path, module in model.named_modules()],
         sorted(constants),
         [(name, hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()) for name, value in inside],
     ]
