@@ -19,7 +19,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def in_line(behind: Sequence[str]) -> str:
-    """Why a run does not have its turn yet."""
+    """Say why a run does not have its turn yet."""
     others = f", and after {counted(len(behind) - 1, 'more run')}" if len(behind) > 1 else ""
     return (
         f"in line behind run {behind[0]}{others}: of runs whose bundles hold the same, under whatever name, one trains"

@@ -115,7 +115,7 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def add_client_options(parser: argparse.ArgumentParser) -> None:
-    """Where the service is; beside `--data-dir`."""
+    """Add the options that say where the service is, beside `--data-dir`."""
     parser.add_argument(
         "--server", metavar="URL", help="the service's address (default: $HOSL_SERVER, or that of --data-dir)"
     )
@@ -147,7 +147,7 @@ def _named_server(options: argparse.Namespace) -> str:
 
 
 def is_local(options: argparse.Namespace) -> bool:
-    """Whether the service is that of the data folder."""
+    """Tell whether the service is that of the data folder."""
     return not _named_server(options)
 
 
@@ -175,7 +175,7 @@ def _admin_token(options: argparse.Namespace) -> str:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the service says, or what the status means."""
+    """Read the service's own reason, or else say what the status means."""
     try:
         said = _REASONS[error.code] if error.code in (401, 403) else json.loads(error.read(MAX_ANSWER_BYTES))["error"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -98,7 +98,7 @@ def _add(options: argparse.Namespace) -> int:
 
 
 def device_command(address: str, token_path: Path, task: Task | None = None) -> str:
-    """What a person types on a device, with the consent that `task` needs beyond what devices allow by themselves."""
+    """Write what a person types on a device, with the consent that `task` needs beyond what devices allow."""
     words = ["hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE"]
     if task is not None:
         if not set(task.fields) <= set(preset_fields(task.name) or ()):
@@ -135,7 +135,7 @@ def _write_token(file: TextIO, token: str, name: str) -> None:
 
 
 def _public_address(options: argparse.Namespace) -> str:
-    """What a device elsewhere calls the service."""
+    """Find what a device elsewhere calls the service."""
     if server := options.server or os.environ.get("HOSL_SERVER"):
         return str(server)
     return service_file(options.data_dir)["public_address"]

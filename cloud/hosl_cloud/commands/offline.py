@@ -37,7 +37,7 @@ class DataFolder:
         return _plain(run_status(self._store, run, LiveState()))
 
     def log(self, run: str, after: int) -> list[dict[str, Any]]:
-        """What was said about a run after an event."""
+        """Read what was said about a run after an event."""
         events: list[dict[str, Any]] = _plain(self._store.events(run, after))
         return events
 

@@ -247,7 +247,7 @@ def _line(run: dict[str, Any]) -> str:
 
 
 def _devices(run: dict[str, Any]) -> str:
-    """How many devices are ready, and what the run waits for where it does not train."""
+    """Say how many devices are ready, and what the run waits for where it does not train."""
     waits = run["waits_for"]
     if run["behind"]:
         return f"in line behind {run['behind'][0]}"
@@ -264,7 +264,7 @@ def _score(entry: dict[str, Any]) -> str:
 
 
 def _waits(run: dict[str, Any]) -> str:
-    """What a run waits for, in a sentence; empty where it does not."""
+    """Say what a run waits for, in a sentence; empty where it does not."""
     waits = run["waits_for"]
     if run["behind"]:
         return in_line(run["behind"])

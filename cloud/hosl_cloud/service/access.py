@@ -91,7 +91,7 @@ class DeviceTokens:
         return row if is_right else None
 
     def is_valid(self, row: TokenRow) -> bool:
-        """Whether a token is still what its device has to show."""
+        """Tell whether a token is still the one that its device has to show."""
         return row.revoked_at is None and self._tokens.get(row.name) is row
 
     def has(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class DeviceTokens:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks."""
+    """Who asks, as a token proves it."""
 
     role: Literal["device", "local", "metrics", "admin"]
     token: TokenRow | None = None
@@ -135,12 +135,12 @@ class Denied(Exception):
 
     @property
     def response(self) -> Response:
-        """The answer."""
+        """The refusal as an HTTP answer."""
         return PlainTextResponse(f"{self.reason}\n", self.status, self.headers)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the answer."""
+        """The headers of that answer."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(int(self.retry_after_s) + 1)} if self.retry_after_s else {}

@@ -134,7 +134,7 @@ _handshakes: dict[int, asyncio.TimerHandle] = {}
 
 
 def settle(descriptor: int) -> None:
-    """The handshake is over."""
+    """End the deadline of a TLS handshake, which is over or has failed."""
     if (deadline := _handshakes.pop(descriptor, None)) is not None:
         deadline.cancel()
 
@@ -165,34 +165,34 @@ class HttpProtocol(H11Protocol):
     _stall_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """TLS stands, where there is any."""
+        """Begin with a connection, whose TLS stands where there is any."""
         super().connection_made(transport)
         settle(transport.get_extra_info("socket").fileno())
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request."""
+        """Take a part of a request."""
         super().data_received(data)
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
+        """Drop the deadlines with the connection."""
         super().connection_lost(exc)
         self._unwatch()
         self._unstall()
 
     def pause_writing(self) -> None:
-        """The client does not keep up."""
+        """Begin to watch a client that does not keep up."""
         super().pause_writing()
         self._watch_stall()
 
     def resume_writing(self) -> None:
-        """It has taken something."""
+        """The client has taken something of its answer."""
         super().resume_writing()
         self._unstall()
 
     def on_response_complete(self) -> None:
-        """What is answered before its body came is over: nobody waits for the rest."""
+        """Close where the answer was sent before the request's body came: nobody waits for the rest."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self.transport.close()

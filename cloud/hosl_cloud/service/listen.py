@@ -73,22 +73,22 @@ class ListenSettings:
             )
 
     def public_address(self, port: int) -> str:
-        """What devices on other machines call the service."""
+        """Name the service as devices on other machines reach it."""
         if self.authority is None or self.is_loopback():
             return self.local_address(port)
         return f"{self.scheme}://{_bracketed(self.authority.names()[0])}:{port}"
 
     def bound_address(self, port: int) -> str:
-        """What it listens on, as it was told."""
+        """Name what it listens on, as it was told."""
         return f"{self.scheme}://{_bracketed(self.host)}:{port}"
 
     def local_address(self, port: int) -> str:
-        """How this machine reaches it."""
+        """Name it as this machine reaches it."""
         anywhere = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
         return f"{self.scheme}://{_bracketed(anywhere.get(self.host, self.host))}:{port}"
 
     def is_loopback(self) -> bool:
-        """Whether this machine alone can reach it."""
+        """Tell whether this machine alone can reach it."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and how."""
+    """What the service serves, where, and when it leaves."""
 
     runs: RunQueue
     authenticator: Authenticator
