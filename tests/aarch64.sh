@@ -139,6 +139,6 @@ copy_tree
 once_for install_wheels pyproject.toml constraints.txt
 once_for install_hosl "${sources[@]}"
 mapfile -t needing_bundles < <(grep --files-with-matches make_bundle --recursive --include='test_*.py' tests/edge tests/protocol)
-once_for make_bundles "${sources[@]}" tests/conftest.py tests/helpers/tiny_models.py "${needing_bundles[@]}"
+once_for make_bundles "${sources[@]}" tests/conftest.py tests/helpers/saved_models.py "${needing_bundles[@]}"
 say "running the tests"
 inside python -m pytest -p no:cacheprovider "${workers[@]}" --timeout 3000 --durations 25 tests/edge tests/protocol "$@"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pictures import save_image_model
-from tiny_models import save_tiny_bert, save_tiny_llama
+from saved_models import save_tiny_bert, save_tiny_llama
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

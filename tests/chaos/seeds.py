@@ -267,7 +267,7 @@ def main() -> int:
 
 def _make_bundle(work: Path) -> Path:
     from hosl_export.__main__ import main as export
-    from tiny_models import save_tiny_llama
+    from saved_models import save_tiny_llama
 
     bundle = work / "bundle"
     if not bundle.exists():

@@ -300,7 +300,7 @@ def _cut(path: Path, name: str, train: str) -> Bundle:
 
 
 def _random_model(name: str) -> Any:
-    auto = AutoModel if name == "bert" else AutoModelForCausalLM
+    auto = AutoModel if find_family(CONFIGS[name].model_type).is_encoder else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = auto.from_config(CONFIGS[name]).eval()

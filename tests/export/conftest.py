@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor
 
 from hosl_export import ExportSettings, export_bundle
 from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, load_manifest
-from tiny import SPLITS, make_model, make_tokenizer
+from tiny import SPLITS, make_model, make_tokenizer, uncut_class
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,8 +46,7 @@ class ExportedTextModel:
     @property
     def model(self) -> Any:
         """The uncut model."""
-        auto = hf.AutoModel if self.kind == "bert" else hf.AutoModelForCausalLM
-        return auto.from_pretrained(self.source, dtype=torch.float32).eval()
+        return uncut_class(self.kind).from_pretrained(self.source, dtype=torch.float32).eval()
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from hosl_export.bundle.parity import SAMPLE
+from hosl_export.model.families import find_family
 from hosl_protocol.run.manifest import SHARD_GRAPH
 
 VOCABULARY = 64
@@ -53,15 +54,19 @@ SPLITS = {kind: 1 + 2 * (index % 2) for index, kind in enumerate(CONFIGS)}
 """Where each model's bundle is cut: after block 1 or 3, so that half of the cuts leave one kind of block on a side."""
 
 WINDOWED = ("mistral", "qwen2", "qwen3", "gemma3_text")
-DECODERS = tuple(kind for kind in CONFIGS if kind != "bert")
+DECODERS = tuple(kind for kind, make_config in CONFIGS.items() if not find_family(make_config().model_type).is_encoder)
+
+
+def uncut_class(kind: str) -> Any:
+    """The Hugging Face class of the uncut model."""
+    return hf.AutoModelForCausalLM if kind in DECODERS else hf.AutoModel
 
 
 def make_model(kind: str, seed: int = 0) -> Any:
     """A tiny uncut model whose every weight is random, biases and norms too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = hf.AutoModel if kind == "bert" else hf.AutoModelForCausalLM
-        model = auto.from_config(CONFIGS[kind]()).eval()
+        model = uncut_class(kind).from_config(CONFIGS[kind]()).eval()
         for parameter in model.parameters():
             parameter.data.normal_(0.0, 0.3)
     return model

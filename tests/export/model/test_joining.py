@@ -17,7 +17,7 @@ from hosl_export.model.joining import join_state
 from hosl_export.model.lora import fold_lora, inject_lora, is_lora, load_plain_state, plain_state
 from hosl_export.model.peft_files import peft_adapter
 from hosl_export.tensor_files import write_tensors
-from tiny import CONFIGS, largest_difference, make_batch, run_shard
+from tiny import CONFIGS, largest_difference, make_batch, run_shard, uncut_class
 
 LABELS = 3
 
@@ -47,17 +47,15 @@ def _load_strictly(auto: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _auto(kind: str) -> Any:
-    return hf.AutoModel if kind == "bert" else hf.AutoModelForCausalLM
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_joined_halves_are_the_uncut_model(exported, tmp_path: Path, kind: str) -> None:
     case = exported(kind)
     client = fold_lora(case.weights, case.manifest.lora, find_family(case.manifest.family))
     tail = plain_state(load_tail(case.bundle, case.manifest).model)
-    joined = _load_strictly(_auto(kind), _write_model(case, join_state(case.manifest, client, tail), tmp_path / "out"))
+    joined = _load_strictly(
+        uncut_class(kind), _write_model(case, join_state(case.manifest, client, tail), tmp_path / "out")
+    )
     assert joined.config.tie_word_embeddings is False
     expected = case.model.state_dict()
     for name, tensor in joined.state_dict().items():
@@ -76,7 +74,7 @@ def test_folded_adapters_compute_what_the_halves_compute(exported, tmp_path: Pat
     halves = tail(run_shard(case.bundle, client, ids, mask), mask)
 
     folded = [fold_lora(state, case.manifest.lora, family) for state in (client, plain_state(tail.model))]
-    joined = _load_strictly(_auto(kind), _write_model(case, join_state(case.manifest, *folded), tmp_path / "out"))
+    joined = _load_strictly(uncut_class(kind), _write_model(case, join_state(case.manifest, *folded), tmp_path / "out"))
     got = joined(input_ids=ids, attention_mask=mask)[0]
     assert largest_difference(got, halves, mask) < 2e-5
     assert largest_difference(case.model(input_ids=ids, attention_mask=mask)[0], halves, mask) > 1e-2

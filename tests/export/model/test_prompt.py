@@ -14,6 +14,7 @@ from hosl_export import ExportSettings, export_bundle
 from hosl_export.__main__ import main
 from hosl_export.bundle.parity import TOLERANCE
 from hosl_export.bundle.reading import load_client, load_tail
+from hosl_export.model.families import find_family
 from hosl_export.model.prompt import add_prompt, draw_prompt
 from hosl_export.tensor_files import read_tensors
 from hosl_protocol.exceptions import ExitCode, SettingsError
@@ -60,7 +61,7 @@ def test_a_prompt_may_take_all_positions_but_two(tmp_path: Path, model_folder) -
 
 
 def run_peft(model: Any, prompt: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    is_encoder = model.config.model_type == "bert"
+    is_encoder = find_family(model.config.model_type).is_encoder
     task = peft.TaskType.FEATURE_EXTRACTION if is_encoder else peft.TaskType.CAUSAL_LM
     config = peft.PromptTuningConfig(
         task_type=task, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1], num_transformer_submodules=1
