@@ -1,7 +1,7 @@
 """Figures for Prometheus, served at /metrics. The label `bundle` has as many values as the service has bundles.
 
-To add one, define it here, and set it where the thing happens. Any thread may. A label's values must be few and our
-own: every value that was ever set is kept as a series, so nothing that a device says may become one.
+One is set where the thing happens; any thread may. CONTRIBUTING.md says where to add one. A label's values must be few
+and our own: every value that was ever set is kept as a series, so nothing that a device says may become one.
 """
 
 from __future__ import annotations

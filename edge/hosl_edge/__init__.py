@@ -1,4 +1,7 @@
-"""The agent on the device: numpy and ONNX Runtime, forward passes only."""
+"""The agent on the device: numpy and ONNX Runtime, forward passes only.
+
+"Inside" in edge/README.md leads from the command to ONNX Runtime, and says what is in which folder.
+"""
 
 import importlib
 import os

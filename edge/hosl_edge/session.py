@@ -123,7 +123,7 @@ class Session:
         return frame
 
     def _handler_of(self, message: Message) -> Handler | None:
-        """Choose what deals with a message outside a step; None drops it. A new message gets its line here."""
+        """Choose what deals with a message outside a step; None drops it."""
         handlers: dict[type, Handler] = {
             Welcome: self._join,
             CatchUp: self._catch_up,

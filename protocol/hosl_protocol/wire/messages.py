@@ -3,8 +3,7 @@
 Specification: protocol/README.md, section "Messages". `run`, `epoch`, `round`, `attempt` and `id` name a message of a
 type once and for all: a repeat carries the same five and is dropped.
 
-A new message is a struct here, in FromEdge or FromCloud below, in the phases of connection.py where it may be said, and
-in protocol/README.md, which a test compares; the other side deals with it in session.py (edge) or in rounds/ (cloud).
+A new message is a struct here, in FromEdge or FromCloud below; CONTRIBUTING.md lists all the other places.
 """
 
 from __future__ import annotations
