@@ -25,6 +25,7 @@ from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely
 from hosl_edge.data.records import check_readable
 from hosl_edge.device import Device
+from hosl_edge.driver import in_thread
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, WrongDigestError
 from hosl_edge.host.display import Display, Progress
 from hosl_edge.host.health import HealthMonitor, read_available, read_health
@@ -90,7 +91,7 @@ async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> 
                     # What no other try would mend is none of these, and ends the agent.
                     try:
                         session = await agent.open_session()
-                        return agent.conclude(await session.take_part())
+                        return await agent.conclude(await session.take_part())
                     except (ConnectionLost, ProtocolError, RefusedError, WrongDigestError) as error:
                         await agent.pause_after(error, sent_bytes)
             finally:
@@ -186,7 +187,7 @@ class Agent:
                 await decline(cloud, hello, error)
             raise
 
-    def conclude(self, complete: Complete) -> Summary:
+    async def conclude(self, complete: Complete) -> Summary:
         """Sum up a run that has ended with this device in it.
 
         With `stay` it raises NoRun instead, to wait for the next one. Raises RefusedError where the run has ended
@@ -194,7 +195,7 @@ class Agent:
         """
         header = self._device.header if self._device is not None else None
         if complete.run in (self.progress.run, header.run if header is not None else None):
-            summary = self._summarize(complete)
+            summary = await self._summarize(complete)
             if not self.settings.stay:
                 return summary
         else:
@@ -311,7 +312,7 @@ class Agent:
             "next_try_s": None if self._next_try_at is None else max(0.0, self._next_try_at - time.time()),
         }
 
-    def _summarize(self, complete: Complete) -> Summary:
+    async def _summarize(self, complete: Complete) -> Summary:
         assert self._device is not None
         memory, progress = read_memory(), self.progress
         self.display.say(
@@ -325,7 +326,7 @@ class Agent:
             outcome=complete.reason,
             rounds=complete.round,
             accuracy=progress.accuracy,
-            weights_digest=self._device.digest(),
+            weights_digest=await in_thread(self._device.digest),
             peak_rss_bytes=memory.peak,
             anonymous_bytes=memory.anonymous,
             step_seconds=progress.step_seconds,

@@ -1,7 +1,8 @@
 """What the device is between connections: its shard, its history, its data.
 
 One session at a time uses it, from worker threads: what computes or reads files must stay off the event loop. Two calls
-never overlap, because a session handles one message after the other. A lock on the state folder keeps other agents
+never overlap, because a session handles one message after the other. Only `close` is called on the event loop, when no
+session is left that could wait for it. A lock on the state folder keeps other agents
 out for as long as the device is open; without it two would write one journal.
 """
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class Device:
-    """State that outlives a connection. Its methods compute and read files: call them in a worker thread."""
+    """State that outlives a connection. Its methods compute and read files: all but `close` want a worker thread."""
 
     def __init__(self, settings: EdgeSettings, folder: Path, manifest: Manifest) -> None:
         self.settings = settings

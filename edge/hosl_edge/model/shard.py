@@ -1,8 +1,8 @@
 """The client half on ONNX Runtime: weights are graph inputs, bound once to memory-mapped numpy arrays.
 
-A zeroth-order step writes that memory in place and the next run sees it. Constants are the graph's own. A step's worker
-thread is the only one here; the memory that an input is bound to must live, and stay where it is, as long as the
-binding.
+A zeroth-order step writes that memory in place and the next run sees it. Constants are the graph's own. One
+thread at a time is here, of the worker threads (device.py). The memory that an input is bound to must live, and stay
+where it is, as long as the binding.
 Shapes: B examples, L padded length, T tokens without padding or positions of images, D width of the cut layer.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hosl_edge.agent import run_agent
 from hosl_edge.connection.offer import fetch_offer
 from hosl_edge.connection.token import Token
 from hosl_edge.connection.trust import Cloud
+from hosl_edge.device import Device
 from hosl_edge.exceptions import ConsentError, DataError, RefusedError
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings
@@ -162,3 +164,25 @@ def test_an_agent_that_joined_a_run_and_does_not_stay_ends_with_it(
         serve_bundle(answers, make_bundle("lora", 2))
         with pytest.raises(RefusedError, match="another shard"):
             attend(settings, answers)
+
+
+def test_the_weights_are_digested_for_the_summary_while_the_event_loop_goes_on(
+    make_bundle: Callable[..., Path], settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    async def run(session: Session) -> Complete:
+        session.progress.run = COMPLETE.run
+        return COMPLETE
+
+    def digest(device: Device) -> str:
+        threads.append(threading.current_thread())
+        return "0" * 64
+
+    monkeypatch.setattr(Session, "take_part", run)
+    monkeypatch.setattr(Device, "digest", digest)
+    with answering() as answers:
+        serve_bundle(answers, make_bundle("lora", 2))
+        attend(settings, answers)
+    assert len(threads) == 1
+    assert threads != [threading.main_thread()]
