@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data.texts import load_texts, without_end_padding
 from hosl_protocol.arithmetic.directions import Stream
+from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import ImageEntry, Manifest, TensorEntry
 from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task, label_of, text_of_value
@@ -222,3 +223,12 @@ def test_shell_lines_quote_their_variables(page):
     """A folder's name may have a space."""
     blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert [found for block in blocks for found in re.findall(r"[^\"]\$[A-Z]\w*.*", block)] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "never"), [("README.md", set()), ("protocol/exit-codes.md", set()), ("edge/README.md", {ExitCode.RANKS})]
+)
+def test_every_exit_code_has_its_row_on_each_page_that_lists_them(page, never):
+    table = (ROOT / page).read_text(encoding="utf-8").split("\n| code | meaning |", 1)[1].split("\n\n", 1)[0]
+    codes = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
+    assert [int(code) for row in codes for code in row.split(",")] == sorted(set(ExitCode) - never)
