@@ -1,7 +1,10 @@
 """The device's part of a round, as generators without I/O: they yield what to send and receive the replies.
 
-HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, step by step as the papers give them.
-Whatever ends a generator, the weights stand at θ again. Shapes: T tokens of the batch, D width of the cut layer.
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, as the papers give them; the cloud's part is
+in hosl_cloud/rounds/algorithms.py. StepDriver.drive in driver.py leads a generator, in a simulation VirtualDevice in
+hosl_cloud/simulation/virtual_devices.py. A device only probes: the estimate is the cloud's, and moves the weights when
+its Update comes (Session._update). Whatever ends a generator, the weights stand at θ again.
+Shapes: T tokens of the batch, D width of the cut layer.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ class DeviceRound:
 
 
 def ho_sfl_round(context: DeviceRound, batch: Batch) -> Step:
-    """HO-SFL steps 1 and 3: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
+    """HO-SFL: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
 
     Δ_p is f(θ + μu_p) − f(θ); with the midpoint anchor (f(θ + μu_p) − f(θ − μu_p)) / 2, and the activations that go up
     are the mean of the first pair.
@@ -175,7 +178,7 @@ def _inner(a: Activations, b: Activations) -> float:
 
 
 def hosl_round(context: DeviceRound, batch: Batch) -> Step:
-    """HOSL steps 1 and 2: activations of θ ± εz_q up, 2Q of them, then the clean ones.
+    """HOSL: activations of θ ± εz_q up, 2Q of them, then the clean ones.
 
     With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
     """

@@ -1,8 +1,8 @@
 """A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
 
 HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, in the table `ROUNDS`; their device's side is
-in hosl_edge/step.py. Fleet.drive runs a generator on the compute thread. Devices are dealt with as they answer. In a
-strict run gradients accumulate in the order of `CloudRound.devices`.
+in hosl_edge/step.py. Fleet.drive in runs/fleet.py leads a generator, on the compute thread, in a simulation too.
+Devices are dealt with as they answer. In a strict run gradients accumulate in the order of `CloudRound.devices`.
 
 A round is void, and its generator returns None, where
 
@@ -10,7 +10,9 @@ A round is void, and its generator returns None, where
 - the gradient that they add up to is not finite (`_step`);
 - in a strict run, where the quorum is all of them, one device lacks its projections (HO-SFL) or a probe (HOSL).
 
-Then no weight has changed anywhere, and the Coordinator starts the round again as another attempt.
+Then no weight has changed anywhere, and the Coordinator starts the round again as another attempt. A round of HO-SFL
+that is not strict, and to which no device sends projections, is not void: the tail has made its step, and the update is
+of zeros.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class RoundResult:
 
 
 def ho_sfl_round(context: CloudRound) -> Exchange[RoundResult | None]:
-    """HO-SFL steps 1 to 4: train the tail on every Anchor, hand λ_m back, average the projections."""
+    """HO-SFL: train the tail on every Anchor, hand λ_m back, average the projections."""
     yield from context.start()
     contributors = yield from _take_anchors(context, wants_cut_gradient=True)
     if contributors is None:
@@ -114,7 +116,7 @@ def _take_projections(context: CloudRound, contributors: _Contributors) -> Excha
 
 
 def hosl_round(context: CloudRound) -> Exchange[RoundResult | None]:
-    """HOSL steps 1 and 2: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
+    """HOSL: evaluate 2Q probes, then train the tail on the clean activations, or on the probes' mean."""
     yield from context.start()
     probed = yield from _take_probes(context)
 

@@ -50,7 +50,7 @@ from hosl_protocol.wire.messages import Refusal, Update
 log = logging.getLogger(__name__)
 
 MAX_VOID_ROUNDS = 5
-"""Tries of one round after which the run fails."""
+"""Void tries of one round after which the run fails; those during which a device left do not count."""
 
 MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], StatefulTrainer]
 """Loads a bundle's tail."""

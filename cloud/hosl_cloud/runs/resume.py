@@ -10,8 +10,11 @@
    rebuild, or to take a snapshot (`_plan` there, and runs/snapshots.py).
 5. The next round. Coordinator.train first makes up for an evaluation that was due.
 
-It holds because an update is in the store before any device is sent it (Coordinator._commit_round), and a checkpoint
-counts only once its files are whole (tail/checkpoint.py).
+It holds because of an order. A round's step of the tail is in memory alone; then its update is added to the mirror, is
+stored, and is sent (Coordinator._commit_round: no device has what the store lacks). Then come an evaluation that is
+due, and the checkpoint, which alone keeps the tail (Coordinator.train). So rounds after the last checkpoint, though
+stored and sent, lack their tail, and are made again. A checkpoint counts only once its files are whole
+(tail/checkpoint.py).
 """
 
 from __future__ import annotations

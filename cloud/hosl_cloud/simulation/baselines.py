@@ -60,7 +60,7 @@ class FirstOrderClient:
         self.tally = Tally()
 
     def round(self, context: step.DeviceRound, batch: Batch) -> step.Step:
-        """Do HO-SFL step 3 with the true gradient: activations up, λ down, and numbers that move nothing up."""
+        """Do a round of HO-SFL with the true gradient: activations up, λ down, and numbers that move nothing up."""
         set_TD = context.shard.activations(batch, context.empty_set(batch))
         tensors = {"activations": set_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}
         yield step.Send(Anchor(**context.name(0)), tensors)

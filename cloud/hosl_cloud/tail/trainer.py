@@ -163,7 +163,7 @@ class TailTrainer:
     ) -> StepResult:
         """Add `weight` times the gradient of this device's own mean loss to the round's; return its λ [T, D].
 
-        λ is neither scaled by `weight` or by the number of devices, nor clipped (HO-SFL step 2). Raises BatchError,
+        λ is neither scaled by `weight` or by the number of devices, nor clipped, as HO-SFL has it. Raises BatchError,
         NotFiniteError where the loss is not finite (other devices' gradients stay), and RoundSpoiltError where only λ
         is not, or the loss of a later micro-batch (the round's gradients are dropped).
         """

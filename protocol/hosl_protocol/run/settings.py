@@ -35,7 +35,7 @@ AdamW's steps has for them; nearer to 1 they would not, and above 1 there is no 
 
 
 class ClientOptimizer(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How the device turns estimates into steps (papers.md: HOSL step 3, HO-SFL step 5)."""
+    """How the device turns estimates into steps (protocol/README.md, section "Updates")."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` is reversible and its updates commute; `adamw` replays in order and costs two more copies of d_c."""

@@ -187,7 +187,7 @@ class ClientWeights:
                 raise HoslError(f"update of round {update.round} holds a number that is not finite")
 
     def _apply_sgd(self, updates: Sequence[UpdateRecord], sign: int) -> None:
-        """θ ← θ + sign · Σ coefficient·z, the device's SGD (HO-SFL step 5, HOSL step 3); sign -1 takes updates back.
+        """θ ← θ + sign · Σ coefficient·z, the device's SGD in both algorithms; sign -1 takes updates back.
 
         What one pass might not hold exactly goes in halves, down to single rounds.
         """
