@@ -24,7 +24,7 @@ ROOMS = {
     "hosl_protocol": ["exceptions", "program", "arithmetic", "run", "weights", "wire"],
     "hosl_edge": [
         *("exceptions", "settings", "options", "data", "model", "host", "connection", "history"),
-        *("step", "driver", "device", "session", "agent", "preflight", "__main__"),
+        *("rounds", "driver", "device", "session", "agent", "preflight", "__main__"),
     ],
     "hosl_export": [
         *("exceptions", "tensor_files", "model", "sources", "bundle"),
@@ -112,3 +112,13 @@ def test_contributors_are_told_of_every_room() -> None:
         row = next(line for line in text.splitlines() if line.startswith(f"| `{folder}/{package}` |"))
         rooms = [room for room in ROOMS[package] if (ROOT / folder / package / room).is_dir()]
         assert re.findall(r"`(\w+)`", row.split("|")[2]) == rooms
+
+
+def test_a_round_goes_through_functions_that_there_are() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## A round, there and back\n")[2].partition("\n## ")[0]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in modules().values())
+    defined = set(re.findall(r"^ *(?:async )?(?:def|class) (\w+)", source, re.MULTILINE))
+    named = {part for name in re.findall(r"`([\w.]+)`", section) for part in name.split(".")}
+    assert len(named) > 25
+    assert named - defined == set()

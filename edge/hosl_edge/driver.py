@@ -1,8 +1,9 @@
 """Drives a step: its generator computes in a worker thread, what it yields is sent, and replies are fed back to it.
 
-The step (step.py) knows neither sockets nor threads. Its session awaits `StepDriver.drive` on the event loop. At most
-one thread is inside the generator at a time, and it is closed before `drive` comes back, whatever ended it: closing
-takes the weights back to θ, and until then nothing else may touch them.
+A step is the device's part of a round or of an evaluation (rounds.py), and knows neither sockets nor threads. Its
+session awaits `StepDriver.drive` on the event loop. At most one thread is inside the generator at a time, and it is
+closed before `drive` comes back, whatever ended it: closing takes the weights back to θ, and until then nothing else
+may touch them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hosl_edge.step import Receive, Send, Step
+from hosl_edge.rounds import Receive, Send, Step
 from hosl_protocol.program.waiting import within
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (

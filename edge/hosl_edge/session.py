@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hosl_edge import step
+from hosl_edge import rounds
 from hosl_edge.connection.fetch import fetch_snapshot
 from hosl_edge.connection.goodbye import goodbye_reason
 from hosl_edge.connection.link import Link
@@ -247,7 +247,7 @@ class Session:
         )
 
     async def _train(self, start: RoundStart, frame: Frame) -> Frame | None:
-        """Take the device's part in a round, as the run's algorithm has it (step.py)."""
+        """Take the device's part in a round, as the run's algorithm has it (rounds.py)."""
         device, settings, train = self.device, self._joined.settings, self.device.train
         if start.round != device.applied_round + 1:
             raise ConnectionLost(f"round {start.round} began after round {device.applied_round}")
@@ -264,7 +264,7 @@ class Session:
         began = time.monotonic()
         # λ may wait for the slowest Anchor and for all that the tail computes before it.
         patience_s = PATIENCE * start.deadline_s or None
-        interruption = await self._driver.drive(step.ROUNDS[settings.algorithm](context, batch), start, patience_s)
+        interruption = await self._driver.drive(rounds.PARTS[settings.algorithm](context, batch), start, patience_s)
         self.progress.step_seconds = time.monotonic() - began
         return interruption
 
@@ -281,20 +281,20 @@ class Session:
         def on_result(loss: float, correct: int, scored: int) -> None:
             totals[:] += (correct, scored)
 
-        steps = step.evaluate(self._begin(start), self.device.eval, on_result)
+        steps = rounds.evaluate(self._begin(start), self.device.eval, on_result)
         interruption = await self._driver.drive(steps, start)
         if interruption is None and totals[1]:
             self.progress.accuracy, self.progress.accuracy_round = float(totals[0] / totals[1]), start.round
             self.display.show(self.progress)
         return interruption
 
-    def _begin(self, start: RoundStart | EvalStart) -> step.DeviceRound:
+    def _begin(self, start: RoundStart | EvalStart) -> rounds.DeviceRound:
         """Note that a round or evaluation has begun, so that a repeat of its start is dropped."""
         self._started = start
         device, welcome = self.device, self._joined
         assert device.weights is not None
 
-        return step.DeviceRound(
+        return rounds.DeviceRound(
             run=welcome.run,
             epoch=welcome.epoch,
             round=start.round,

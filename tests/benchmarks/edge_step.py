@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a worker imports nothing that its method does not need
     import numpy.typing as npt
     import torch
 
-    from hosl_edge.step import Receive, Send, Step
+    from hosl_edge.rounds import Receive, Send, Step
     from hosl_export.model.halves import ClientHalf
     from hosl_protocol.run.manifest import Manifest
     from hosl_protocol.run.settings import RunSettings
@@ -328,13 +328,13 @@ class EdgeClient:
         """A round and its update."""
         import numpy as np
 
-        from hosl_edge import step
+        from hosl_edge import rounds
         from hosl_protocol.weights.client_weights import UpdateRecord
 
         device = self._device
         assert device.weights is not None
         round_ = device.applied_round + 1
-        context = step.DeviceRound(
+        context = rounds.DeviceRound(
             run="r",
             epoch=0,
             round=round_,
@@ -343,7 +343,7 @@ class EdgeClient:
             weights=device.weights,
             held_sets=device.held_sets,
         )
-        self._drive(step.ROUNDS[self._settings.algorithm](context, self._batch), round_, watch)
+        self._drive(rounds.PARTS[self._settings.algorithm](context, self._batch), round_, watch)
         # Large enough to be no 0 on the lattice, small enough to move nothing much.
         coefficients = self._generator.choice(np.array([-1e-5, 1e-5], np.float32), self._settings.directions)
         update = UpdateRecord(round_, coefficients, 0.0)
@@ -363,11 +363,11 @@ class EdgeClient:
     def _reply(self, action: Send | Receive, round_: int) -> Frame | None:
         import numpy as np
 
-        from hosl_edge import step
+        from hosl_edge import rounds
         from hosl_protocol.wire.codec import Frame, encode
         from hosl_protocol.wire.messages import CutGradient, ProbeLoss
 
-        if isinstance(action, step.Send):
+        if isinstance(action, rounds.Send):
             # As a session does: piece by piece, so that no second copy of a set exists.
             for piece in encode(action.message, action.tensors, self._settings.wire_dtype):
                 assert len(piece) > 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hosl_edge.driver import StepDriver
-from hosl_edge.step import Receive, Step
+from hosl_edge.rounds import Receive, Step
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import CutGradient, EvalResult, EvalStart, Late, Message
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from safetensors.numpy import load_file, save_file
 
-from hosl_edge import step
+from hosl_edge import rounds
 from hosl_edge.agent import Summary, run_agent
 from hosl_edge.data.datasets import TextBatch
 from hosl_edge.model.shard import Shard
@@ -126,13 +126,13 @@ class Device:
         self.shard.max_length = settings.max_length
         self.weights: ClientWeights = make_client_weights(manifest, self.shard.weights, settings)
         self.settings, self.batch, self.held_sets = settings, batch, held_sets
-        self._steps: step.Step | None = None
+        self._steps: rounds.Step | None = None
         self._sent: deque[Frame] = deque()
         self._replies: deque[Frame] = deque()
 
     def tell(self, frame: Frame) -> None:
         if isinstance(frame.message, RoundStart):
-            context = step.DeviceRound(
+            context = rounds.DeviceRound(
                 run=frame.message.run,
                 epoch=frame.message.epoch,
                 round=frame.message.round,
@@ -141,7 +141,7 @@ class Device:
                 weights=self.weights,
                 held_sets=self.held_sets,
             )
-            self._steps = step.ROUNDS[self.settings.algorithm](context, self.batch)
+            self._steps = rounds.PARTS[self.settings.algorithm](context, self.batch)
             self._advance(None)
         else:
             self._replies.append(frame)
@@ -159,7 +159,7 @@ class Device:
         try:
             action = self._steps.send(reply)
             while True:
-                if isinstance(action, step.Send):
+                if isinstance(action, rounds.Send):
                     self._sent.append(Frame(action.message, action.tensors))
                     action = next(self._steps)
                 elif self._replies:

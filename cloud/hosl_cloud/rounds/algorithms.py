@@ -1,7 +1,7 @@
 """A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
 
 HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, in the table `ROUNDS`; their device's side is
-in hosl_edge/step.py. Fleet.drive in runs/fleet.py leads a generator, on the compute thread, in a simulation too.
+in hosl_edge/rounds.py. Fleet.drive in runs/fleet.py leads a generator, on the compute thread, in a simulation too.
 Devices are dealt with as they answer. In a strict run gradients accumulate in the order of `CloudRound.devices`.
 
 A round is void, and its generator returns None, where
@@ -255,7 +255,7 @@ ROUNDS: dict[str, RoundFunction] = {
     "hosl": hosl_round,
     "frozen": frozen_round,
 }
-"""By `algorithm` in run.toml; hosl_edge/step.py has the table of the same names for devices."""
+"""By `algorithm` in run.toml; `PARTS` in hosl_edge/rounds.py has the devices' part under the same names."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def _backpropagate(
             contributors.weights[device], contributors.losses[device] = weight, result.loss
             # λ goes at once, before the next batch is computed: the device probes meanwhile.
             if wants_cut_gradient:
-                yield _cut_gradient(context, device, result)
+                yield _tell_cut_gradient(context, device, result)
 
     if spoilt:
         # What the devices before, and with, this one added goes too; those after it can still make the step.
@@ -396,7 +396,7 @@ def _backpropagate(
         contributors.losses.clear()
 
 
-def _cut_gradient(context: CloudRound, device: str, result: Any) -> Tell:
+def _tell_cut_gradient(context: CloudRound, device: str, result: Any) -> Tell:
     """Put λ [T, D] and the loss of a device's batch on their way back to it."""
     lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
     tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}

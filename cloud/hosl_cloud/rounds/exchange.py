@@ -141,7 +141,7 @@ class StatefulTrainer(Trainer, Protocol):
 
 @dataclass(frozen=True)
 class CloudRound:
-    """What a round's generator on the cloud needs to know; a device's is hosl_edge/step.py's."""
+    """What a round's generator on the cloud needs to know; a device's is hosl_edge/rounds.py's."""
 
     run: str
     epoch: int

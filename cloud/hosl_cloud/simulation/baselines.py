@@ -21,7 +21,7 @@ from hosl_cloud.rounds.evaluation import evaluate_batches
 from hosl_cloud.rounds.exchange import Ask, CloudRound, Doubles, Exchange, Tally, Tell, batch_of, first
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_edge import step
+from hosl_edge import rounds
 from hosl_edge.data.datasets import Batch
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import plain_name
@@ -59,17 +59,17 @@ class FirstOrderClient:
         self._total = 0.0
         self.tally = Tally()
 
-    def round(self, context: step.DeviceRound, batch: Batch) -> step.Step:
+    def round(self, context: rounds.DeviceRound, batch: Batch) -> rounds.Step:
         """Do a round of HO-SFL with the true gradient: activations up, λ down, and numbers that move nothing up."""
         set_TD = context.shard.activations(batch, context.empty_set(batch))
         tensors = {"activations": set_TD, "lengths": batch.lengths_B, "labels": batch.labels_N}
-        yield step.Send(Anchor(**context.name(0)), tensors)
-        reply = yield step.Receive(CutGradient)
+        yield rounds.Send(Anchor(**context.name(0)), tensors)
+        reply = yield rounds.Receive(CutGradient)
         assert reply is not None
         assert isinstance(reply.message, CutGradient)
         self.backward(batch, np.ldexp(reply.tensors["lambda"], reply.message.exponent))
         self._count_aggregation()
-        yield step.Send(Projections(**context.name(1)), {"projections": np.zeros(1, np.float32)})
+        yield rounds.Send(Projections(**context.name(1)), {"projections": np.zeros(1, np.float32)})
 
     def backward(self, batch: Batch, lambda_TD: Floats) -> None:
         """Add this batch's gradient, by λ [T, D], to what `apply` averages."""

@@ -28,7 +28,7 @@ from hosl_cloud.runs.run import Ending, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.simulation.baselines import FirstOrderClient, share_weights, zeroth_order_round
 from hosl_cloud.simulation.partition import Indices, Partition
-from hosl_edge import step
+from hosl_edge import rounds
 from hosl_edge.data.datasets import Batch, Dataset
 from hosl_edge.data.images import load_images
 from hosl_edge.data.texts import load_texts
@@ -107,7 +107,7 @@ def load_shared_state(
     if run.config.baseline == "first-order":
         client = load_first_order(run.bundle, run.config, shard)
         return SharedState(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
-    take_step = step.ROUNDS[settings.algorithm]
+    take_step = rounds.PARTS[settings.algorithm]
     return SharedState(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
 
 
@@ -147,7 +147,7 @@ class SharedState:
     weights: ClientWeights
     train: Dataset
     held_out: Dataset | None
-    take_step: Callable[[step.DeviceRound, Batch], step.Step]
+    take_step: Callable[[rounds.DeviceRound, Batch], rounds.Step]
     """A device's part of a round."""
     update: Callable[[UpdateRecord], None]
     """A round's step of the client's weights."""
@@ -168,9 +168,9 @@ class SharedState:
             self.round = update.round
             self.update(update)
 
-    def context(self, message: RoundStart | EvalStart) -> step.DeviceRound:
+    def context(self, message: RoundStart | EvalStart) -> rounds.DeviceRound:
         """Make what a device's generator needs to know; sets are held as by a device without a memory budget."""
-        return step.DeviceRound(
+        return rounds.DeviceRound(
             run=message.run,
             epoch=message.epoch,
             round=message.round,
@@ -195,7 +195,7 @@ class VirtualDevice:
         self._shared = shared
         bounds = bounds_for(shared.settings, shared.shard.manifest.width)
         self._up, self._down = FrameReader(FromEdge, bounds), FrameReader(FromCloud, bounds)
-        self._steps: step.Step | None = None
+        self._steps: rounds.Step | None = None
         self._replies: deque[Frame] = deque()
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
@@ -212,7 +212,7 @@ class VirtualDevice:
             self._begin(self._shared.take_step(self._shared.context(message), self._draw(message)))
         elif isinstance(message, EvalStart):
             assert self._shared.held_out is not None
-            self._begin(step.evaluate(self._shared.context(message), self._shared.held_out, lambda *result: None))
+            self._begin(rounds.evaluate(self._shared.context(message), self._shared.held_out, lambda *result: None))
         elif isinstance(message, Update):
             record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
             self._shared.apply(record)
@@ -226,7 +226,7 @@ class VirtualDevice:
         chosen = batch_indices(settings.seed, message.round, self.name, len(self._train), settings.batch_size)
         return self._train.training_batch(chosen, settings, message.round, self.name)
 
-    def _begin(self, steps: step.Step) -> None:
+    def _begin(self, steps: rounds.Step) -> None:
         self._steps = steps  # begun only when an answer is taken
         self._replies.clear()
 
@@ -237,7 +237,7 @@ class VirtualDevice:
             return None
 
         action = next(self._steps, None)
-        while isinstance(action, step.Receive):
+        while isinstance(action, rounds.Receive):
             if not self._replies:  # it was left out of the round
                 return None
             try:

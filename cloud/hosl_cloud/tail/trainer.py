@@ -182,7 +182,7 @@ class TailTrainer:
 
         score = _join(parts, scores)
         gradients = [part.h_TD.grad for part in parts if part.h_TD.grad is not None]
-        return StepResult(score.loss, self._cut_gradient(gradients, weight), score.correct, score.scored)
+        return StepResult(score.loss, self._join_cut_gradient(gradients, weight), score.correct, score.scored)
 
     def _train_part(self, part: MicroBatch, weight: float) -> objectives.Score:
         """Do one forward and backward. Raises NotFiniteError, with no gradient added."""
@@ -190,7 +190,7 @@ class TailTrainer:
         torch.autograd.backward(require_finite(score).loss * (weight * part.share))
         return score
 
-    def _cut_gradient(self, gradients: list[Tensor], weight: float) -> Floats | None:
+    def _join_cut_gradient(self, gradients: list[Tensor], weight: float) -> Floats | None:
         """Put λ [T, D] together from its parts, without the weight; None where none was asked for."""
         if not gradients:
             return None

@@ -6,9 +6,9 @@ calls it from one thread at a time; the threads of its own share a pass over the
 What must always hold: every weight is a multiple of its tensor's g inside the exact range (`lattice.limit`), at θ and
 at any probe. Then sums are exact, a probe leaves no trace, and two machines have the same bits. To know it without
 reading the weights, a bound on each tensor's largest magnitude goes along (`_bounds`): before an update is added,
-`_fits` asks whether bound, update and probe stay inside; where they might not, the true maximum is taken, and where
-even that would leave the range `_coarsen` moves the tensor to a coarser lattice (protocol/README.md, sections "Lattice"
-and "Updates").
+`_tighten_to_fit` asks whether bound, update and probe stay inside; where they might not, the bound becomes the true
+maximum, and where even that would leave the range `_coarsen` moves the tensor to a coarser lattice (protocol/README.md,
+sections "Lattice" and "Updates").
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class ClientWeights:
         What one pass might not hold exactly goes in halves, down to single rounds.
         """
         terms = self._sgd_terms(updates, sign)
-        if not self._fits(self._growths(terms)):
+        if not self._tighten_to_fit(self._growths(terms)):
             if len(updates) > 1:
                 self._apply_sgd(updates[: len(updates) // 2], sign)
                 self._apply_sgd(updates[len(updates) // 2 :], sign)
@@ -217,7 +217,7 @@ class ClientWeights:
             return adamw.growths(self._bounds, self.tensors, rate)
 
         # Decay moves a weight in proportion to its size: with the true maxima the growth is smaller, too.
-        if not self._fits(growths()) and not self._fits(growths()):
+        if not self._tighten_to_fit(growths()) and not self._tighten_to_fit(growths()):
             self._coarsen(growths(), update.round)
         growth = growths()
         adamw.step(self.tensors, self._estimate_terms(update), self._recipe, rate)
@@ -259,8 +259,8 @@ class ClientWeights:
         """Bound the largest magnitude that a probe can meet after the tensor has grown."""
         return self._bounds[index] + growth + self._largest_entry * self._probe_steps[index]
 
-    def _fits(self, growths: Sequence[float]) -> bool:
-        """Tell whether every tensor stays inside its exact range; where the bound is too loose the maximum decides."""
+    def _tighten_to_fit(self, growths: Sequence[float]) -> bool:
+        """Tell whether every tensor stays inside its exact range; a bound that is too loose is set to the maximum."""
         is_inside = True
         for tensor, growth in zip(self.tensors, growths, strict=True):
             limit = lattice.limit(tensor.exponent)

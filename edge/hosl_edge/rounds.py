@@ -54,6 +54,7 @@ class Receive:
 
 
 Step: TypeAlias = Generator["Send | Receive", "Frame | None", None]
+"""The device's part of a round, or of an evaluation, as StepDriver leads it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class DeviceRound:
         return np.empty((batch.tokens, self.shard.manifest.width), np.float32)
 
 
-def ho_sfl_round(context: DeviceRound, batch: Batch) -> Step:
+def ho_sfl_part(context: DeviceRound, batch: Batch) -> Step:
     """HO-SFL: activations up, λ down, P projections v_p = ⟨λ, Δ_p⟩ up.
 
     Δ_p is f(θ + μu_p) − f(θ); with the midpoint anchor (f(θ + μu_p) − f(θ − μu_p)) / 2, and the activations that go up
@@ -177,7 +178,7 @@ def _inner(a: Activations, b: Activations) -> float:
     return float(np.vdot(a, b))
 
 
-def hosl_round(context: DeviceRound, batch: Batch) -> Step:
+def hosl_part(context: DeviceRound, batch: Batch) -> Step:
     """HOSL: activations of θ ± εz_q up, 2Q of them, then the clean ones.
 
     With the midpoint anchor nothing follows the probes: the cloud takes their mean for the clean activations.
@@ -212,16 +213,16 @@ def _hosl_message(context: DeviceRound, id_: int, point: ProbePoint | None) -> P
     return Probe(**context.name(id_), direction=point.direction, sign=+1 if point.sign > 0 else -1)
 
 
-def frozen_round(context: DeviceRound, batch: Batch) -> Step:
+def frozen_part(context: DeviceRound, batch: Batch) -> Step:
     """The control that both papers lack: only the tail trains, one upload a round."""
     clean_TD = context.shard.activations(batch, context.empty_set(batch))
     yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
 
 
-ROUNDS: dict[str, Callable[[DeviceRound, Batch], Step]] = {
-    "ho-sfl": ho_sfl_round,
-    "hosl": hosl_round,
-    "frozen": frozen_round,
+PARTS: dict[str, Callable[[DeviceRound, Batch], Step]] = {
+    "ho-sfl": ho_sfl_part,
+    "hosl": hosl_part,
+    "frozen": frozen_part,
 }
 
 

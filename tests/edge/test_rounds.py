@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_edge import step
+from hosl_edge import rounds
 from hosl_edge.data.datasets import TextBatch, TextDataset
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.manifest import load_manifest
@@ -38,8 +38,8 @@ def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
     return make
 
 
-def context(device: Device, round_: int = 1) -> step.DeviceRound:
-    return step.DeviceRound(
+def context(device: Device, round_: int = 1) -> rounds.DeviceRound:
+    return rounds.DeviceRound(
         run="r",
         epoch=0,
         round=round_,
@@ -50,14 +50,14 @@ def context(device: Device, round_: int = 1) -> step.DeviceRound:
     )
 
 
-def steps_of(device: Device) -> step.Step:
-    return step.ROUNDS[device.settings.algorithm](context(device), device.batch)
+def steps_of(device: Device) -> rounds.Step:
+    return rounds.PARTS[device.settings.algorithm](context(device), device.batch)
 
 
-def reply_to(action: step.Send | step.Receive) -> Frame | None:
+def reply_to(action: rounds.Send | rounds.Receive) -> Frame | None:
     """What the cloud would answer."""
     name: dict[str, Any] = {"run": "r", "epoch": 0, "round": 1}
-    if isinstance(action, step.Send):
+    if isinstance(action, rounds.Send):
         return None
     if action.kind is ProbeLoss:
         return Frame(ProbeLoss(**name, direction=0, sign=1), {"loss": LOSS})
@@ -65,9 +65,9 @@ def reply_to(action: step.Send | step.Receive) -> Frame | None:
     return Frame(CutGradient(**name), {"lambda": lambda_TD, "loss": LOSS})
 
 
-def run(steps: step.Step, most: int = 1000) -> list[step.Send | step.Receive]:
+def run(steps: rounds.Step, most: int = 1000) -> list[rounds.Send | rounds.Receive]:
     """Advance a generator by at most `most` yields; what it yielded."""
-    actions: list[step.Send | step.Receive] = []
+    actions: list[rounds.Send | rounds.Receive] = []
     reply = None
     while len(actions) < most:
         try:
@@ -78,9 +78,9 @@ def run(steps: step.Step, most: int = 1000) -> list[step.Send | step.Receive]:
     return actions
 
 
-def words(actions: list[step.Send | step.Receive]) -> list[str]:
+def words(actions: list[rounds.Send | rounds.Receive]) -> list[str]:
     return [
-        f"> {name_of(action.message)}" if isinstance(action, step.Send) else f"< {name_of(action.kind)}"
+        f"> {name_of(action.message)}" if isinstance(action, rounds.Send) else f"< {name_of(action.kind)}"
         for action in actions
     ]
 
@@ -106,7 +106,7 @@ def test_messages_come_in_the_order_of_the_algorithm(
 ) -> None:
     actions = run(steps_of(make_device(algorithm, held_sets, anchor)))
     assert words(actions) == expected
-    sent = [action.message for action in actions if isinstance(action, step.Send)]
+    sent = [action.message for action in actions if isinstance(action, rounds.Send)]
     assert [message.id for message in sent] == list(range(len(sent)))
     if algorithm == "hosl":
         assert [(message.direction, message.sign) for message in sent[:4]] == [(0, 1), (0, -1), (1, 1), (1, -1)]
@@ -115,7 +115,7 @@ def test_messages_come_in_the_order_of_the_algorithm(
 def test_a_batch_travels_whole_and_without_padding(make_device: Callable[..., Device]) -> None:
     device = make_device("frozen")
     (send,) = run(steps_of(device))
-    assert isinstance(send, step.Send)
+    assert isinstance(send, rounds.Send)
     assert send.tensors["activations"].shape == (sum(LENGTHS), 32)
     assert send.tensors["lengths"].tolist() == list(LENGTHS)
     assert send.tensors["labels"].tolist() == [0, 1, 1, 0]
@@ -123,7 +123,7 @@ def test_a_batch_travels_whole_and_without_padding(make_device: Callable[..., De
 
 def test_probes_differ_from_the_anchor_and_from_each_other(make_device: Callable[..., Device]) -> None:
     actions = run(steps_of(make_device("hosl")))
-    sets = [action.tensors["activations"].tobytes() for action in actions if isinstance(action, step.Send)]
+    sets = [action.tensors["activations"].tobytes() for action in actions if isinstance(action, rounds.Send)]
     assert len(set(sets)) == 5
 
 
@@ -153,7 +153,7 @@ def test_the_projections_do_not_depend_on_what_is_held(
 ) -> None:
     def projections(held: int) -> np.ndarray:
         last = run(steps_of(make_device("ho-sfl", held, anchor)))[-1]
-        assert isinstance(last, step.Send)
+        assert isinstance(last, rounds.Send)
         return last.tensors["projections"]
 
     assert np.abs(projections(0)).min() > 0.0
@@ -179,10 +179,12 @@ def test_the_midpoint_is_the_mean_of_the_first_pair_and_near_the_clean_activatio
     make_device: Callable[..., Device],
 ) -> None:
     plus, minus, _, _, clean = (
-        action.tensors["activations"] for action in run(steps_of(make_device("hosl"))) if isinstance(action, step.Send)
+        action.tensors["activations"]
+        for action in run(steps_of(make_device("hosl")))
+        if isinstance(action, rounds.Send)
     )
     anchor = run(steps_of(make_device("ho-sfl", anchor="midpoint")), 1)[0]
-    assert isinstance(anchor, step.Send)
+    assert isinstance(anchor, rounds.Send)
     midpoint = anchor.tensors["activations"]
     np.testing.assert_allclose(midpoint, (plus + minus) / 2, rtol=1e-6, atol=1e-7)
     # Second order against first order of the probe step.
@@ -202,16 +204,16 @@ def test_every_held_out_example_is_sent_once_and_the_last_batch_says_so(
 ) -> None:
     device = make_device("ho-sfl")
     heard: list[tuple[float, int, int]] = []
-    steps = step.evaluate(context(device), held_out(count), lambda *result: heard.append(result))
+    steps = rounds.evaluate(context(device), held_out(count), lambda *result: heard.append(result))
     labels: list[int] = []
     is_last: list[bool] = []
     action: Any = next(steps)
     try:
         while True:
-            assert isinstance(action, step.Send)
+            assert isinstance(action, rounds.Send)
             labels += action.tensors["labels"].tolist()
             is_last.append(action.message.last)
-            assert isinstance(next(steps), step.Receive)
+            assert isinstance(next(steps), rounds.Receive)
             result = EvalResult(run="r", epoch=0, round=1, id=len(is_last) - 1, correct=1, scored=len(labels))
             action = steps.send(Frame(result, {"loss": LOSS}))
     except StopIteration:
