@@ -20,6 +20,7 @@ from hosl_protocol.arithmetic.directions import Distribution
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import (
+    TRAITS,
     Algorithm,
     AnchorPoint,
     Augmentation,
@@ -156,7 +157,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     @property
     def subtracts_losses(self) -> bool:
         """Whether the device's step comes from differences of losses, which need every digit of float32."""
-        return self.algorithm == "hosl"
+        return TRAITS[self.algorithm].subtracts_losses
 
     def wire_settings(self) -> RunSettings:
         """The part that devices are told."""

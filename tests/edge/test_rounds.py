@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ from hosl_edge import rounds
 from hosl_edge.data.datasets import TextBatch, TextDataset
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.manifest import load_manifest
-from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.settings import Algorithm, RunSettings
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import CutGradient, EvalResult, ProbeLoss, name_of
 from support import TASK, Device
@@ -222,3 +222,7 @@ def test_every_held_out_example_is_sent_once_and_the_last_batch_says_so(
     assert is_last == [False] * (len(is_last) - 1) + [True]
     assert len(is_last) == -(-count // device.settings.batch_size)
     assert [loss for loss, _, _ in heard] == [0.5] * len(is_last)
+
+
+def test_every_algorithm_has_its_part() -> None:
+    assert set(rounds.PARTS) == set(get_args(Algorithm))

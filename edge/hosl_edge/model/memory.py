@@ -107,7 +107,8 @@ def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
 
 def useful_sets(settings: RunSettings) -> int:
     """Count the activation sets worth holding besides those that a round must, where memory is no concern."""
-    return 1 if settings.algorithm == "hosl" else min(settings.directions, MOST_HELD_SETS)
+    # Of HOSL one probe is computed while the cloud evaluates the last.
+    return 1 if settings.traits.subtracts_losses else min(settings.directions, MOST_HELD_SETS)
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ def plan_memory(
     they are first written. Without a budget a run takes what serves it.
     """
     set_bytes = settings.max_tokens * manifest.width * 4
-    is_central = settings.anchor == "midpoint" and settings.algorithm == "ho-sfl"
+    is_central = settings.anchor == "midpoint" and settings.traits.projects
     # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being sent
     # (HOSL); one more is in transit.
-    held = (3 if settings.anchor == "midpoint" else 2) if settings.algorithm == "ho-sfl" else 1
+    held = (3 if settings.anchor == "midpoint" else 2) if settings.traits.projects else 1
     reserved_bytes = (held + 1) * set_bytes + untouched_bytes
     if manifest.prefix is not None:
         reserved_bytes += manifest.prefix.set_bytes(settings.batch_size, settings.max_length)

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,25 @@ Algorithm = Literal["ho-sfl", "hosl", "frozen"]
 AnchorPoint = Literal["clean", "midpoint"]
 WireDtype = Literal["float32", "float16", "bfloat16"]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What code outside the rounds themselves must know of an algorithm."""
+
+    trains_client: bool
+    """Whether the device's weights move, so that updates carry coefficients."""
+    projects: bool
+    """Whether the device waits for λ, and holds the Anchor's activations until it comes."""
+    subtracts_losses: bool
+    """Whether the estimate comes from differences of losses, which need every digit of float32."""
+
+
+TRAITS: dict[Algorithm, Traits] = {
+    "ho-sfl": Traits(trains_client=True, projects=True, subtracts_losses=False),
+    "hosl": Traits(trains_client=True, projects=False, subtracts_losses=True),
+    "frozen": Traits(trains_client=False, projects=False, subtracts_losses=False),
+}
+"""Of every algorithm: one without an entry ends with a KeyError, not with what suits another."""
 
 MAX_STEP = 1e9
 """Largest learning rate, of either half, and probe step; what one of more comes to would soon leave float32."""
@@ -105,9 +125,14 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
         return self.batch_size * self.max_length
 
     @property
+    def traits(self) -> Traits:
+        """What the run's algorithm is like."""
+        return TRAITS[self.algorithm]
+
+    @property
     def coefficients(self) -> int:
         """Numbers in an update: the directions, or none where the client is frozen."""
-        return 0 if self.algorithm == "frozen" else self.directions
+        return self.directions if self.traits.trains_client else 0
 
 
 def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None = None) -> None:
@@ -125,9 +150,9 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     _check_range("report_every", settings.report_every, 1, 10**9)
     check_step("probe_step", settings.probe_step)
     _check_client(settings.client, settings.rounds)
-    if settings.algorithm == "frozen" and settings.anchor == "midpoint":
+    if not settings.traits.trains_client and settings.anchor == "midpoint":
         raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
-    if settings.algorithm == "hosl" and settings.wire_dtype != "float32":
+    if settings.traits.subtracts_losses and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
 
 
@@ -151,7 +176,7 @@ def _check_client(client: ClientOptimizer, rounds: int) -> None:
 def check_run(settings: RunSettings, manifest: Manifest) -> None:
     """Raise SettingsError for the first setting that cannot be used with the bundle."""
     check_run_settings(settings, bundle_max_length=manifest.max_length)
-    if manifest.train == "none" and settings.algorithm != "frozen":
+    if manifest.train == "none" and settings.traits.trains_client:
         raise SettingsError("algorithm", settings.algorithm, "the bundle trains nothing on the device: use 'frozen'")
 
     if settings.task.is_image != (manifest.image is not None):

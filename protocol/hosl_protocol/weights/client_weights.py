@@ -406,7 +406,7 @@ def make_client_weights(
     manifest: Manifest, tensors: dict[str, npt.NDArray[np.float32]], settings: RunSettings, threads: int = 1
 ) -> ClientWeights:
     """Make the client's weights over `tensors` (by name, changed in place); empty where the run freezes the client."""
-    entries = () if settings.algorithm == "frozen" else manifest.trainable
+    entries = manifest.trainable if settings.traits.trains_client else ()
     flat = []
 
     for index, entry in enumerate(entries):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from hosl_cloud.rounds.exchange import Action, Answer, Ask, Await, CloudRound, E
 from hosl_cloud.settings import DeviceSettings, RunConfig
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_protocol.run.settings import ClientOptimizer
+from hosl_protocol.run.settings import Algorithm, ClientOptimizer
 from hosl_protocol.run.tasks import Task
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (
@@ -797,3 +797,7 @@ def test_an_estimate_that_leaves_float32_is_infinite_without_a_word(kind: str, e
     context: Any = SimpleNamespace(config=config, round=1)
     (coefficient,) = rounds.make_update(context, np.array([1e30])).coefficients.tolist()
     assert coefficient == pytest.approx(expected)
+
+
+def test_every_algorithm_has_its_round() -> None:
+    assert set(rounds.ROUNDS) == set(get_args(Algorithm))

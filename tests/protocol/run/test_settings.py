@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import ImageEntry, Manifest
 from hosl_protocol.run.schedule import schedule_factor, scheduled_rate
 from hosl_protocol.run.settings import (
+    TRAITS,
+    Algorithm,
     Augmentation,
     ClientOptimizer,
     RunSettings,
@@ -25,6 +28,10 @@ from hosl_protocol.run.tasks import Task, load_preset
 
 def make_settings(**changes):
     return convert({"task": load_preset("sst2"), **changes}, RunSettings, "run")
+
+
+def test_every_algorithm_has_its_traits():
+    assert set(TRAITS) == set(get_args(Algorithm))
 
 
 def test_defaults_check_out():
