@@ -30,7 +30,7 @@ from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import load_manifest
 from support import TASK, Crew, free_port, write_reviews
 
-DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 20
+DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 12
 SERVICE = Path(__file__).with_name("ranked_service.py")
 WAIT_S = 120.0
 CONFIG = f"""
