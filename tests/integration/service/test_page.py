@@ -152,7 +152,7 @@ def test_the_page_parses_no_text_as_html() -> None:
 
 def test_the_build_brought_the_charts_of_their_own_release() -> None:
     charts = build_module("build_charts")
-    assert charts.missing(ROOT / charts.VENDOR) == [], "pip install -e . brings them"
+    assert charts.find_missing(ROOT / charts.VENDOR) == [], "pip install -e . brings them"
     assert {f"vendor/{name}" for name in charts.FILES} == set(page_routes.VENDOR)
     script = (page_routes.FOLDER / page_routes.VENDOR[0]).read_text(encoding="utf-8")
     assert len(re.findall(r"\w+://", script)) == 1, "its first line names where it comes from"
