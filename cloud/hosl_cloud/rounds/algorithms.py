@@ -12,7 +12,7 @@ A round is void, and its generator returns None, where
 
 Then no weight has changed anywhere, and the Coordinator starts the round again as another attempt. A round of HO-SFL
 that is not strict, and to which no device sends projections, is not void: the tail has made its step, and the update is
-of zeros.
+of zeros. An update that is not finite is sent as zeros, too (`Coordinator._bounded`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Tasks: what an example's text or image and its label are. Presets are the TOML files beside this module.
 
-A preset is added as a file, another kind of task in `TaskKind`, here and where the tail scores it.
-
 A template holds field names in braces: `{premise}`, dotted `{target.span1_text}`, or `{answer|reply}` for the first of
 them that an example has. Fields are looked up strictly.
 """
