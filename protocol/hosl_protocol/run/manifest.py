@@ -25,7 +25,15 @@ TAIL_CONFIG = "tail/config.json"
 TAIL_WEIGHTS = "tail/tail.safetensors"
 
 BOUNDARY = "boundary"
-"""What `shard.onnx` takes of `prefix.onnx`, where there is one: float32 [batch, position, width]."""
+"""What `shard.onnx` takes of `prefix.onnx`, where there is one: float32 [batch, position, width]. Of a block's gradient
+what that block is given, of the same kind, or a feature map [batch, channel, row, column]."""
+
+COTANGENT, INPUT_GRADIENT = "cotangent", "input_gradient"
+"""Of a block's gradient: what its graph takes, the gradient of the block's output, and what it gives to the block
+before, the gradient of its `boundary`."""
+
+RESERVED = frozenset({BOUNDARY, COTANGENT, INPUT_GRADIENT, "input_ids", "pixel_values", "attention_mask"})
+"""Names in a graph of a gradient that no weight has."""
 
 SHORTEST_TEXT = 2
 """Tokens that a soft prompt leaves a text room for, at least."""
@@ -34,6 +42,11 @@ MAX_WIDTH, MAX_LENGTH, MAX_ELEMENTS = 2**24, 2**24, 2**40
 """Of what a manifest says of a model: far above any, and small enough to compute with."""
 
 TrainMode = Literal["none", "lora", "lora-b", "norm", "prompt", "blocks", "all"]
+
+
+def input_output(block: int) -> str:
+    """Name of the output of `shard.onnx` that is what a block of the uncut model is given."""
+    return f"input.{block}"
 
 
 class BundleError(HoslError):
@@ -102,6 +115,19 @@ class PrefixEntry(msgspec.Struct, kw_only=True, frozen=True):
         return 4 * rows * (self.positions or length) * self.width
 
 
+class BlockGradient(msgspec.Struct, kw_only=True, frozen=True):
+    """A graph that computes the gradient of what trains in one block: its vector-Jacobian product with a cotangent."""
+
+    block: int
+    """Number in the uncut model; -1: what comes before the first block."""
+    graph: str
+    """File of the graph below `shard/`; equal blocks share one."""
+    parameters: dict[str, str]
+    """The graph's inputs that are weights, and for each the name of the tensor bound to it."""
+    gradients: dict[str, str]
+    """The graph's outputs that are gradients, float32, and for each the name of the trainable tensor whose it is."""
+
+
 class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
     """One file of the bundle."""
 
@@ -153,6 +179,9 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     """Tokens before every text whose embeddings the graph replaces by vectors that train; `max_length` counts them."""
     prefix: PrefixEntry | None = None
     """What `shard/prefix.onnx` computes; None where `shard.onnx` is the whole of the device's half."""
+    gradients: tuple[BlockGradient, ...] = ()
+    """One for each block in which something trains, in the order of the forward. A trainable tensor that none of them
+    names has gradient zero. Empty where the bundle has no such graphs."""
 
     @property
     def trainable(self) -> tuple[TensorEntry, ...]:
@@ -224,6 +253,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST) -> Manifest:
     _check_prompt(manifest, where)
     if manifest.prefix is not None:
         _check_prefix(manifest, manifest.prefix, where)
+    _check_gradients(manifest, where)
 
     for what, names in (("tensor", [t.name for t in manifest.tensors]), ("file", [f.path for f in manifest.files])):
         repeated = next((name for name, times in Counter(names).items() if times > 1), None)
@@ -288,6 +318,34 @@ def _check_prefix(manifest: Manifest, prefix: PrefixEntry, where: str) -> None:
     )
     if not fits:
         raise BundleError(f"{where}: the prefix entry contradicts the rest: {prefix}")
+
+
+def _check_gradients(manifest: Manifest, where: str) -> None:
+    """Raise BundleError where the graphs of gradients do not fit the files, the tensors or each other."""
+    first = -1 if manifest.prefix is None else manifest.prefix.blocks
+    blocks = [entry.block for entry in manifest.gradients]
+    if blocks != sorted(set(blocks)) or not all(first <= block < manifest.split for block in blocks):
+        limits = f"expected numbers from {first} to {manifest.split - 1} that rise"
+        raise BundleError(f"{where}: the gradients are of the blocks {blocks[:8]}, {limits}")
+
+    files, tensors = {entry.path for entry in manifest.shard_files}, {entry.name for entry in manifest.tensors}
+    trainable, named = {entry.name for entry in manifest.trainable}, Counter[str]()
+    for entry in manifest.gradients:
+        what = f"{where}: the gradient of block {entry.block}"
+        if entry.graph not in files:
+            raise BundleError(f"{what} has the graph {entry.graph!r}, which is none of the shard's files")
+        for bound, known, kind in ((entry.parameters, tensors, "a tensor"), (entry.gradients, trainable, "trainable")):
+            unknown = next((name for name in bound.values() if name not in known), None)
+            if unknown is not None:
+                raise BundleError(f"{what} names {unknown!r}, which is not {kind} of the shard")
+        if reserved := RESERVED.intersection([*entry.parameters, *entry.gradients]):
+            raise BundleError(f"{what} calls a weight or its gradient {min(reserved)!r}, which is another's name")
+        if not entry.gradients:
+            raise BundleError(f"{what} names no trainable tensor")
+        named.update(entry.gradients.values())
+    repeated = next((name for name, times in named.items() if times > 1), None)
+    if repeated is not None:
+        raise BundleError(f"{where}: the gradient of {repeated} has two places")
 
 
 def load_manifest(bundle: Path) -> Manifest:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from hosl_protocol.run.manifest import (
+    BlockGradient,
     BundleError,
     FileEntry,
     ImageEntry,
@@ -108,6 +109,57 @@ def test_a_prefix_is_read() -> None:
 def test_a_manifest_that_contradicts_itself_is_refused(changes, sentence):
     with pytest.raises(BundleError, match=sentence):
         decode_manifest(changed_json(**changes))
+
+
+def gradient(block, tensor="q.lora_A.weight", **changes):
+    fields = {"graph": "shard/shard.onnx", "parameters": {"a": "embed.weight"}, "gradients": {"gradient.a": tensor}}
+    return {"block": block, **fields, **changes}
+
+
+def test_gradients_of_blocks_are_read() -> None:
+    manifest = decode_manifest(changed_json(gradients=[gradient(-1), gradient(3, "q.lora_B.weight")]))
+    assert [entry.block for entry in manifest.gradients] == [-1, 3]
+    assert manifest.gradients[1] == BlockGradient(
+        block=3,
+        graph="shard/shard.onnx",
+        parameters={"a": "embed.weight"},
+        gradients={"gradient.a": "q.lora_B.weight"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        (
+            [gradient(3), gradient(2, "q.lora_B.weight")],
+            r"the blocks \[3, 2\], expected numbers from -1 to 5 that rise",
+        ),
+        ([gradient(3), gradient(3, "q.lora_B.weight")], r"of the blocks \[3, 3\], expected numbers"),
+        ([gradient(6)], r"of the blocks \[6\], expected numbers"),
+        ([gradient(-2)], r"of the blocks \[-2\], expected numbers"),
+        ([gradient(0, graph="shard/x.onnx")], "block 0 has the graph 'shard/x.onnx', which is none of the shard's"),
+        ([gradient(0, graph="tail/tail.safetensors")], "which is none of the shard's files"),
+        ([gradient(0, parameters={"a": "b"})], "block 0 names 'b', which is not a tensor of the shard"),
+        ([gradient(0, "embed.weight")], "block 0 names 'embed.weight', which is not trainable of the shard"),
+        ([gradient(0, gradients={})], "block 0 names no trainable tensor"),
+        ([gradient(0, parameters={"cotangent": "embed.weight"})], "or its gradient 'cotangent', which is another's"),
+        ([gradient(0), gradient(1)], r"the gradient of q\.lora_A\.weight has two places"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused(entries, sentence) -> None:
+    with pytest.raises(BundleError, match=sentence):
+        decode_manifest(changed_json(gradients=entries))
+
+
+def test_no_gradient_is_of_a_block_of_the_prefix() -> None:
+    files = [*map(msgspec.to_builtins, FILES), *WITH_PREFIX["files"]]
+    for block, fits in ((2, True), (1, False), (-1, False)):
+        data = changed_json(prefix={"blocks": 2, "width": 4}, files=files, gradients=[gradient(block)])
+        if fits:
+            decode_manifest(data)
+        else:
+            with pytest.raises(BundleError, match="expected numbers from 2 to 5 that rise"):
+                decode_manifest(data)
 
 
 def test_shard_digest_is_that_of_the_shards_files_by_path_and_of_what_trains():
