@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,19 @@ from saved_models import save_tiny_bert, save_tiny_llama
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs first: they take longest, and no worker should be left alone with one at the end."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+_frozen_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Take what libraries keep for ever from the garbage collector: with torch it is a million objects and more, and a
+    device that starts has all of them looked at several times, which took longer than most tests."""
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 # Tiny tensors gain nothing from threads, and lose much where cores are few. Read by torch and numpy as they load, here
