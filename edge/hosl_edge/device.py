@@ -39,7 +39,8 @@ from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, Manifest
 from hosl_protocol.run.settings import RunSettings, check_run
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Snapshot, Welcome
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Device:
             data_digest=self.data_digest,
             settings=welcome.settings,
             width=welcome.width,
+            update=welcome.update,
         )
 
         is_loaded = self._loaded_for == welcome.settings

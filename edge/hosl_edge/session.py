@@ -32,7 +32,8 @@ from hosl_edge.host.health import read_health
 from hosl_edge.model.memory import read_memory
 from hosl_protocol.exceptions import HoslError, ProtocolError
 from hosl_protocol.run.ordering import batch_indices
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.run.updates import update_shape
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (
     CatchUp,
@@ -50,6 +51,7 @@ from hosl_protocol.wire.messages import (
     Welcome,
     name_of,
 )
+from hosl_protocol.wire.updates import read_catch_up, read_update
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +180,9 @@ class Session:
     async def _join(self, welcome: Welcome, frame: Frame) -> Frame | None:
         if welcome.width != self.device.manifest.width:
             raise ProtocolError(f"welcome with width {welcome.width}, the shard's is {self.device.manifest.width}")
+        expected = update_shape(welcome.settings, self.device.manifest)
+        if welcome.update != expected:
+            raise ProtocolError(f"welcome with {welcome.update}, by the shard's manifest it is {expected}")
         # From here on, whatever becomes of the plan: messages of another run or epoch are dropped.
         self._welcome = welcome
         if welcome.run != self.progress.run:
@@ -220,15 +225,12 @@ class Session:
 
     async def _catch_up(self, message: CatchUp, frame: Frame) -> None:
         """Apply the updates of missed rounds; after the last of them the device is ready."""
-        coefficients = frame.tensors["coefficients"]
-        rates = frame.tensors["learning_rates"].tolist()
         expected = self.device.applied_round + 1
         if message.first_round > expected:
             raise ProtocolError(f"catch-up from round {message.first_round}, expected round {expected}")
 
         # Rounds that the weights have already are passed over.
-        updates = [UpdateRecord(message.first_round + row, coefficients[row], rates[row]) for row in range(len(rates))]
-        missing = [update for update in updates if update.round > self.device.applied_round]
+        missing = [update for update in read_catch_up(frame) if update.round > self.device.applied_round]
         await in_thread(lambda: self.device.apply(missing))
         if message.last:
             await self._say_ready()
@@ -313,7 +315,7 @@ class Session:
         # A gap is no fault of the protocol: a new connection catches up.
         if message.round > device.applied_round + 1:
             raise ConnectionLost(f"update of round {message.round} came after round {device.applied_round}")
-        record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
+        record = read_update(frame)
         await in_thread(lambda: device.apply([record]))
         self._warn_if_below_lattice(record)
 

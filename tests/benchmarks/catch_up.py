@@ -34,7 +34,8 @@ from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, Manifest, TensorEntry, load_manifest, sha256_of_file
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 WIDTH, BLOCKS, LORA_RANK = 768, 6, 8
 RECORD_BYTES = 8

@@ -329,7 +329,7 @@ class EdgeClient:
         import numpy as np
 
         from hosl_edge import rounds
-        from hosl_protocol.weights.client_weights import UpdateRecord
+        from hosl_protocol.weights.estimates import UpdateRecord
 
         device = self._device
         assert device.weights is not None

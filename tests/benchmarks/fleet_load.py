@@ -46,7 +46,8 @@ from hosl_protocol.run.manifest import (
 )
 from hosl_protocol.run.ordering import sample_devices
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
+from hosl_protocol.weights.client_weights import make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.connection import Connection, Role
 from hosl_protocol.wire.messages import (

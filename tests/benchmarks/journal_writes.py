@@ -20,7 +20,7 @@ import numpy as np
 from hosl_edge.history.journal import JournalHeader, create_journal
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 
 INTERVALS_S = (10.0, 30.0, 60.0, 120.0)
 

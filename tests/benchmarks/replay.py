@@ -26,7 +26,8 @@ from hosl_protocol.arithmetic.kernel import load
 from hosl_protocol.arithmetic.lattice import exponent_for, round_to_lattice
 from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 DIRECTIONS = 2
 RECORD_BYTES = 4 * DIRECTIONS + 8

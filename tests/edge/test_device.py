@@ -27,7 +27,7 @@ from hosl_protocol.run.manifest import BundleError, load_manifest
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings, convert
 from hosl_protocol.run.tasks import Task, load_preset
 from hosl_protocol.weights import client_weights as client
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Snapshot, Welcome
 from support import mirror_of, write_reviews, write_snapshot
 

@@ -46,7 +46,7 @@ from hosl_cloud.rounds.exchange import (
 )
 from hosl_cloud.settings import RunConfig
 from hosl_protocol.run.schedule import scheduled_rate
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import Anchor, CutGradient, Message, Probe, ProbeLoss, Projections
 

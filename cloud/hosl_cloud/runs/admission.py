@@ -15,8 +15,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.rounds.exchange import break_off
@@ -41,6 +39,7 @@ from hosl_protocol.wire.messages import (
     is_device_name,
     name_of,
 )
+from hosl_protocol.wire.updates import catch_up_tensors
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class Admission:
         if connections > 1:
             metrics.device_reconnects.labels(self.run.bundle.name).inc()
         # From here on the Connection checks every length against what this run's messages can have.
-        peer.connection.agree(self.run.settings, self.run.manifest.width)
+        peer.connection.agree(self.run.settings, self.run.manifest.width, self.run.update_shape)
         return await self._bring_up(peer, hello)
 
     def _is_up_to_date(self, hello: Hello) -> bool:
@@ -189,6 +188,7 @@ class Admission:
             epoch=self.run.epoch,
             round=self.run.round,
             width=self.run.manifest.width,
+            update=self.run.update_shape,
             settings=self.run.settings,
             plan=plan,
             snapshot=snapshot,
@@ -198,7 +198,7 @@ class Admission:
 
     def _expected_s(self, hello: Hello, applied: int, snapshot: Snapshot | None) -> float:
         """Double the time that catching up should take by the device's own figures."""
-        replay_s = (self.run.round - applied) * self.run.settings.coefficients * hello.replay_s
+        replay_s = (self.run.round - applied) * self.run.update_shape.coefficients * hello.replay_s
         download_s = snapshot.size_bytes / hello.link_bytes_per_s if snapshot is not None else 0.0
         return min(2.0 * (replay_s + download_s), LONGEST_CATCH_UP_S)
 
@@ -238,13 +238,9 @@ class Admission:
         for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
             last = min(first + CATCH_UP_ROUNDS - 1, target)
             updates = await asyncio.to_thread(self.run.store.updates, self.run.id, first, last)
-            shape = (len(updates), self.run.settings.coefficients)
-            coefficients = np.array([update.coefficients for update in updates], np.float32).reshape(shape)
-            rates = np.array([update.learning_rate for update in updates], np.float64)
-
             message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
             await peer.emptied(JOIN_DEADLINE_S)  # one message at a time is in memory, however far behind it is
-            peer.tell(message, {"coefficients": coefficients, "learning_rates": rates})
+            peer.tell(message, catch_up_tensors(updates, self.run.update_shape))
         return target
 
     async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:

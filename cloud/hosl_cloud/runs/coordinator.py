@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -44,8 +45,9 @@ from hosl_cloud.tail.checkpoint import load_checkpoint
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_protocol.program.logs import note_place
 from hosl_protocol.run.manifest import Manifest
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Refusal, Update
+from hosl_protocol.wire.updates import update_tensors
 
 log = logging.getLogger(__name__)
 
@@ -237,8 +239,7 @@ class Coordinator:
         if self.run.round % self.config.report_every == 0 or self.run.round == self.config.rounds:
             await self._compute(self.run.note_digest)
         message = Update(run=self.run.id, epoch=self.run.epoch, round=update.round, learning_rate=update.learning_rate)
-        tensors = {"coefficients": update.coefficients, "loss": np.float32(result.loss).reshape(())}
-        self.fleet.broadcast(message, tensors)
+        self.fleet.broadcast(message, update_tensors(update, result.loss))
 
         await self._report_round(result, seconds, wire_bytes)
         for event in self.run.mirror.coarsenings[known:]:
@@ -256,7 +257,7 @@ class Coordinator:
         if np.isfinite(update.coefficients).all():
             return update
         log.error("round %d: the update is not finite; the devices' weights stay as they are", update.round)
-        return UpdateRecord(update.round, np.zeros_like(update.coefficients), update.learning_rate)
+        return dataclasses.replace(update, coefficients=np.zeros_like(update.coefficients))
 
     async def _report_round(self, result: RoundResult, seconds: float, wire_bytes: int) -> None:
         """Tell Prometheus, a person and TensorBoard of a finished round."""

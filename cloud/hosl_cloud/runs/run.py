@@ -17,7 +17,9 @@ from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord, make_client_weights
+from hosl_protocol.run.updates import UpdateShape, update_shape
+from hosl_protocol.weights.client_weights import ClientWeights, make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 Ending = Literal["completed", "stopped-early", "stopped", "failed"]
 """How a run ends; a paused one does not."""
@@ -49,9 +51,11 @@ class Run:
     digests: dict[int, str] = field(default_factory=dict)
     """Digest of the devices' weights by round."""
     settings: RunSettings = field(init=False)
+    update_shape: UpdateShape = field(init=False)
 
     def __post_init__(self) -> None:
         self.settings = self.config.wire_settings()
+        self.update_shape = update_shape(self.settings, self.manifest)
 
     def load(self) -> None:
         """Read the mirror of the client's weights up to `round`. Raises BundleError and StoreError."""

@@ -69,7 +69,7 @@ class Snapshots:
 
     def _saves(self, hello: Hello, rounds: int) -> bool:
         """Whether a download beats the replay of so many rounds on this device."""
-        coefficients = rounds * self.run.settings.coefficients
+        coefficients = rounds * self.run.update_shape.coefficients
         return is_snapshot_faster(coefficients, self._size_bytes, hello.replay_s, hello.link_bytes_per_s)
 
     def _is_good_enough(self, snapshot: Snapshot, hello: Hello, applied: int) -> bool:

@@ -28,7 +28,7 @@ from hosl_export.model.lora import plain_name
 from hosl_protocol.arithmetic.directions import Stream, philox
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.schedule import schedule_factor, scheduled_rate
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Anchor, CutGradient, Probe, ProbeLoss, Projections
 
 Floats = npt.NDArray[np.float32]

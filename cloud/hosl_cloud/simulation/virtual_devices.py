@@ -40,10 +40,13 @@ from hosl_protocol.exceptions import HoslError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
 from hosl_protocol.run.ordering import batch_indices
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord, make_client_weights
+from hosl_protocol.run.updates import update_shape
+from hosl_protocol.weights.client_weights import ClientWeights, make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame, FrameReader, encode
 from hosl_protocol.wire.connection import bounds_for
 from hosl_protocol.wire.messages import EvalStart, FromCloud, FromEdge, Late, Message, RoundStart, Update, name_of
+from hosl_protocol.wire.updates import read_update
 
 Say: TypeAlias = Callable[[str], None]
 
@@ -193,7 +196,8 @@ class VirtualDevice:
         self.heard_at = time.time()
         self.gone = asyncio.Event()
         self._shared = shared
-        bounds = bounds_for(shared.settings, shared.shard.manifest.width)
+        manifest = shared.shard.manifest
+        bounds = bounds_for(shared.settings, manifest.width, update_shape(shared.settings, manifest))
         self._up, self._down = FrameReader(FromEdge, bounds), FrameReader(FromCloud, bounds)
         self._steps: rounds.Step | None = None
         self._replies: deque[Frame] = deque()
@@ -214,8 +218,7 @@ class VirtualDevice:
             assert self._shared.held_out is not None
             self._begin(rounds.evaluate(self._shared.context(message), self._shared.held_out, lambda *result: None))
         elif isinstance(message, Update):
-            record = UpdateRecord(message.round, frame.tensors["coefficients"], message.learning_rate)
-            self._shared.apply(record)
+            self._shared.apply(read_update(frame))
         elif isinstance(message, Late):
             self.leave_round()
         else:

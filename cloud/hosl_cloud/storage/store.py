@@ -39,7 +39,7 @@ from hosl_cloud.storage.records import (
     TokenRow,
 )
 from hosl_cloud.storage.stored_settings import read_stored
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Report
 
 MOST_EVENTS = 10_000

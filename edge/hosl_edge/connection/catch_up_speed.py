@@ -13,8 +13,11 @@ import msgspec
 import numpy as np
 
 from hosl_protocol.arithmetic.perturbation import SEGMENT, TERMS_PER_PASS, LatticeTensor
+from hosl_protocol.arithmetic.rotation import GradientLayout
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.run.updates import UpdateShape
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 FILE = "pace.json"
 
@@ -55,27 +58,42 @@ def measure_replay_s(sizes: Sequence[int], settings: RunSettings | None, threads
     Returns 0 where nothing trains. Before the first Welcome the run is unknown: plain SGD with signs stands in for it.
     """
     optimizer = settings.client if settings is not None else ClientOptimizer()
-    directions = settings.coefficients if settings is not None else 2
     sample = list(_first_of(sizes, SEGMENT * threads))
-    if not sample or not directions:
+    if not sample or (settings is not None and not settings.traits.trains_client):
         return 0.0
 
     tensors = [LatticeTensor(f"t{index}", index, np.zeros(size, np.float32), -24) for index, size in enumerate(sample)]
-    distribution = settings.distribution if settings is not None else "rademacher"
+    bits = settings.gradient_bits if settings is not None and settings.traits.sends_gradient else None
     weights = ClientWeights(
-        tensors, seed=1, probe_step=1e-3, optimizer=optimizer, distribution=distribution, threads=threads
+        tensors,
+        seed=1,
+        probe_step=1e-3 if bits is None else None,
+        optimizer=optimizer,
+        distribution=settings.distribution if settings is not None else "rademacher",
+        gradient_bits=bits,
+        threads=threads,
     )
+    if bits is None:
+        shape = UpdateShape(coefficients=settings.directions if settings is not None else 2)
+        # A direction goes through all tensors, of which the sample is a part.
+        share = sum(sizes) / sum(sample)
+    else:
+        layout = GradientLayout(sample, bits)
+        shape = UpdateShape(coefficients=layout.scales, codes=layout.codes)
+        share = 1.0
 
-    # AdamW's rounds share no pass, so that a few tell as much.
-    rounds = max(1, RATED_COEFFICIENTS // directions) if optimizer.optimizer == "sgd" else 4
-    seconds = min(_time(weights, rounds, directions) for _ in range(2))
+    # Where rounds share no pass a few tell as much.
+    shares_passes = optimizer.optimizer == "sgd" and bits is None
+    rounds = max(1, RATED_COEFFICIENTS // shape.coefficients) if shares_passes else 4
+    seconds = min(_time(weights, rounds, shape) for _ in range(2))
     weights.close()
-    return seconds / (rounds * directions) * sum(sizes) / sum(sample)
+    return seconds / (rounds * shape.coefficients) * share
 
 
-def _time(weights: ClientWeights, rounds: int, directions: int) -> float:
-    first, coefficients = weights.applied_round + 1, np.full(directions, 2.0**-20, np.float32)
-    updates = [UpdateRecord(round_, coefficients, 2.0**-20) for round_ in range(first, first + rounds)]
+def _time(weights: ClientWeights, rounds: int, shape: UpdateShape) -> float:
+    first, coefficients = weights.applied_round + 1, np.full(shape.coefficients, 2.0**-20, np.float32)
+    codes = np.zeros(shape.codes, np.uint8)
+    updates = [UpdateRecord(round_, coefficients, 2.0**-20, codes) for round_ in range(first, first + rounds)]
     began = time.monotonic()
     weights.apply(updates)
     return time.monotonic() - began

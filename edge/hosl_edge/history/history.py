@@ -24,7 +24,8 @@ from hosl_edge.model.shard import Shard
 from hosl_protocol.exceptions import HoslError, IrreversibleError, ProtocolError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord, make_client_weights
+from hosl_protocol.weights.client_weights import ClientWeights, make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.weights.state import ClientState
 from hosl_protocol.wire.messages import Snapshot
 
@@ -162,7 +163,7 @@ class History:
         assert self._journal is not None
         began, first = time.monotonic(), self.weights.applied_round
         self.weights.apply(updates)
-        coefficients = (self.weights.applied_round - first) * self._journal.header.settings.coefficients
+        coefficients = (self.weights.applied_round - first) * self._journal.header.update_shape.coefficients
         if coefficients >= RATED_COEFFICIENTS:
             self.replay_s = (time.monotonic() - began) / coefficients
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from hosl_edge.exceptions import JournalError
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.run.updates import UpdateShape
+from hosl_protocol.weights.estimates import UpdateRecord
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
     data_digest: str
     settings: RunSettings
     width: int
+    update: UpdateShape | None = None
+    """Sizes of an update; None in journals that were written when each had its directions alone."""
     base_round: int = 0
     """The round that the first update follows; 0 is the shard."""
     base_sha256: str = ""
@@ -56,8 +59,19 @@ class JournalHeader(msgspec.Struct, kw_only=True, frozen=True):
     def rebased(self, other: JournalHeader) -> JournalHeader:
         """This header with the base and the epoch of another."""
         return msgspec.structs.replace(
-            self, epoch=other.epoch, base_round=other.base_round, base_sha256=other.base_sha256
+            self,
+            epoch=other.epoch,
+            base_round=other.base_round,
+            base_sha256=other.base_sha256,
+            update=other.update,
         )
+
+    @property
+    def update_shape(self) -> UpdateShape:
+        """Sizes of an update."""
+        if self.update is not None:
+            return self.update
+        return UpdateShape(coefficients=self.settings.directions if self.settings.traits.trains_client else 0)
 
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.
@@ -92,7 +106,7 @@ class Journal:
         skipped = max(0, first - self.header.base_round - 1)
         start = self._header_bytes + skipped * (_FRAME.size + _update_bytes(self.header))
         for _, payload in _records(self._pieces(start)):
-            update = _decode_update(payload)
+            update = _decode_update(payload, self.header.update_shape)
             if last is not None and update.round > last:
                 return
             yield update
@@ -203,7 +217,7 @@ def _open(path: Path) -> Journal | None:
 
 
 def _update_bytes(header: JournalHeader) -> int:
-    return _UPDATE.size + 4 * header.settings.coefficients
+    return _UPDATE.size + header.update_shape.size_bytes
 
 
 def _end_of_data(path: Path, start: int) -> int:
@@ -267,9 +281,12 @@ def _records(pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _encode_update(update: UpdateRecord) -> bytes:
-    return _UPDATE.pack(update.round, update.learning_rate) + update.coefficients.astype("<f4").tobytes()
+    numbers = update.coefficients.astype("<f4").tobytes() + update.codes.tobytes()
+    return _UPDATE.pack(update.round, update.learning_rate) + numbers
 
 
-def _decode_update(payload: bytes) -> UpdateRecord:
+def _decode_update(payload: bytes, shape: UpdateShape) -> UpdateRecord:
     round_, learning_rate = _UPDATE.unpack_from(payload)
-    return UpdateRecord(round_, np.frombuffer(payload, "<f4", offset=_UPDATE.size), learning_rate)
+    coefficients = np.frombuffer(payload, "<f4", shape.coefficients, _UPDATE.size)
+    codes = np.frombuffer(payload, np.uint8, offset=_UPDATE.size + 4 * shape.coefficients)
+    return UpdateRecord(round_, coefficients, learning_rate, codes)

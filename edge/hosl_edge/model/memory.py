@@ -134,10 +134,10 @@ def plan_memory(
     they are first written. Without a budget a run takes what serves it.
     """
     set_bytes = settings.max_tokens * manifest.width * 4
-    is_central = settings.anchor == "midpoint" and settings.traits.projects
+    is_central = settings.anchor == "midpoint" and settings.traits.waits_for_lambda
     # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being sent
     # (HOSL); one more is in transit.
-    held = (3 if settings.anchor == "midpoint" else 2) if settings.traits.projects else 1
+    held = (3 if settings.anchor == "midpoint" else 2) if settings.traits.waits_for_lambda else 1
     reserved_bytes = (held + 1) * set_bytes + untouched_bytes
     if manifest.prefix is not None:
         reserved_bytes += manifest.prefix.set_bytes(settings.batch_size, settings.max_length)

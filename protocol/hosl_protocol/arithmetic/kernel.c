@@ -88,6 +88,35 @@ static inline __attribute__((always_inline)) void add_block(float *values, int64
     }
 }
 
+/* Sums and differences of entries 1 apart, then 2, 4 and so on, of each row: the order of hadamard in rotation.py. */
+static inline __attribute__((always_inline)) void transform_rows(float *values, int64_t rows, int64_t length) {
+    for (float *row = values; row < values + rows * length; row += length) {
+        int64_t distance = 1;
+        for (; distance < 8 && distance < length; distance *= 2) {
+            for (int64_t start = 0; start < length; start += 2 * distance) {
+                for (int64_t i = start; i < start + distance; i++) {
+                    float a = row[i], b = row[i + distance];
+                    row[i] = a + b;
+                    row[i + distance] = a - b;
+                }
+            }
+        }
+        for (; distance < length; distance *= 2) {
+            for (int64_t start = 0; start < length; start += 2 * distance) {
+                for (int64_t i = start; i < start + distance; i += 8) {
+                    floats a, b, sum, difference;
+                    memcpy(&a, row + i, sizeof a);
+                    memcpy(&b, row + i + distance, sizeof b);
+                    sum = a + b;
+                    difference = a - b;
+                    memcpy(row + i, &sum, sizeof sum);
+                    memcpy(row + i + distance, &difference, sizeof difference);
+                }
+            }
+        }
+    }
+}
+
 typedef void adder(float *values, int64_t count, const uint32_t (*bits)[BLOCK / LANE], const float *steps,
                    int64_t terms);
 
@@ -98,6 +127,14 @@ static void add_anywhere(float *values, int64_t count, const uint32_t (*bits)[BL
 
 static adder *add = add_anywhere;
 
+typedef void transformer(float *values, int64_t rows, int64_t length);
+
+static void transform_anywhere(float *values, int64_t rows, int64_t length) {
+    transform_rows(values, rows, length);
+}
+
+static transformer *transform = transform_anywhere;
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
@@ -105,6 +142,10 @@ __attribute__((target("avx2"))) static void add_with_avx2(float *values, int64_t
                                                           const uint32_t (*bits)[BLOCK / LANE], const float *steps,
                                                           int64_t terms) {
     add_block(values, count, bits, steps, terms);
+}
+
+__attribute__((target("avx2"))) static void transform_with_avx2(float *values, int64_t rows, int64_t length) {
+    transform_rows(values, rows, length);
 }
 
 /* By hand, since target_clones and __builtin_cpu_supports need a C library and a compiler's runtime that know of it. */
@@ -117,6 +158,7 @@ __attribute__((constructor)) static void choose(void) {
     int saves_registers = (state & 6) == 6;
     if (saves_registers && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2)) {
         add = add_with_avx2;
+        transform = transform_with_avx2;
     }
 }
 #endif
@@ -140,4 +182,9 @@ void hosl_add_terms(float *values, int64_t start, int64_t count, const hosl_term
         int64_t left = count - done;
         add(values + done, left < BLOCK ? left : BLOCK, (const uint32_t(*)[BLOCK / LANE]) bits, steps, terms);
     }
+}
+
+/* Multiplies each row by the Hadamard matrix of `length`, a power of two of at least 8. */
+void hosl_hadamard(float *values, int64_t rows, int64_t length) {
+    transform(values, rows, length);
 }

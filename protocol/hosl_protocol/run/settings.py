@@ -14,11 +14,12 @@ import msgspec
 import msgspec.inspect
 
 from hosl_protocol.arithmetic.directions import MAX_DIRECTION, MAX_SEED, Distribution
+from hosl_protocol.arithmetic.rotation import GradientBits
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import SHORTEST_TEXT, Manifest
 from hosl_protocol.run.tasks import Task, check_task
 
-Algorithm = Literal["ho-sfl", "hosl", "frozen"]
+Algorithm = Literal["ho-sfl", "hosl", "first-order", "frozen"]
 AnchorPoint = Literal["clean", "midpoint"]
 WireDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -28,17 +29,30 @@ class Traits:
     """What code outside the rounds themselves must know of an algorithm."""
 
     trains_client: bool
-    """Whether the device's weights move, so that updates carry coefficients."""
-    projects: bool
+    """Whether the device's weights move, so that updates carry something."""
+    waits_for_lambda: bool
     """Whether the device waits for λ, and holds the Anchor's activations until it comes."""
+    probes: bool
+    """Whether the device computes forwards at weights around θ, along random directions."""
     subtracts_losses: bool
     """Whether the estimate comes from differences of losses, which need every digit of float32."""
+    sends_gradient: bool
+    """Whether devices send the gradient itself, compressed, and updates carry the average of theirs."""
 
 
 TRAITS: dict[Algorithm, Traits] = {
-    "ho-sfl": Traits(trains_client=True, projects=True, subtracts_losses=False),
-    "hosl": Traits(trains_client=True, projects=False, subtracts_losses=True),
-    "frozen": Traits(trains_client=False, projects=False, subtracts_losses=False),
+    "ho-sfl": Traits(
+        trains_client=True, waits_for_lambda=True, probes=True, subtracts_losses=False, sends_gradient=False
+    ),
+    "hosl": Traits(
+        trains_client=True, waits_for_lambda=False, probes=True, subtracts_losses=True, sends_gradient=False
+    ),
+    "first-order": Traits(
+        trains_client=True, waits_for_lambda=True, probes=False, subtracts_losses=False, sends_gradient=True
+    ),
+    "frozen": Traits(
+        trains_client=False, waits_for_lambda=False, probes=False, subtracts_losses=False, sends_gradient=False
+    ),
 }
 """Of every algorithm: one without an entry ends with a KeyError, not with what suits another."""
 
@@ -114,6 +128,8 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """Tokens an example is cut to; for images exactly the bundle's positions per image."""
     wire_dtype: WireDtype = "float32"
     """Type of activations and of their gradients on the wire; HOSL's loss differences need float32."""
+    gradient_bits: GradientBits = 1
+    """First-order: bits of each number of a gradient on the wire, 1, 2, 4, 8 or 32 (not compressed)."""
     client: ClientOptimizer = ClientOptimizer()
     report_every: int = 10
     """Rounds between a device's reports (weights digest, memory, bytes)."""
@@ -128,11 +144,6 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     def traits(self) -> Traits:
         """What the run's algorithm is like."""
         return TRAITS[self.algorithm]
-
-    @property
-    def coefficients(self) -> int:
-        """Numbers in an update: the directions, or none where the client is frozen."""
-        return self.directions if self.traits.trains_client else 0
 
 
 def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None = None) -> None:
@@ -150,8 +161,9 @@ def check_run_settings(settings: RunSettings, *, bundle_max_length: int | None =
     _check_range("report_every", settings.report_every, 1, 10**9)
     check_step("probe_step", settings.probe_step)
     _check_client(settings.client, settings.rounds)
-    if not settings.traits.trains_client and settings.anchor == "midpoint":
-        raise SettingsError("anchor", settings.anchor, "a frozen client makes no probes to take the mean of: use clean")
+    if not settings.traits.probes and settings.anchor == "midpoint":
+        remedy = f"a device makes no probes with {settings.algorithm} to take the mean of: use clean"
+        raise SettingsError("anchor", settings.anchor, remedy)
     if settings.traits.subtracts_losses and settings.wire_dtype != "float32":
         raise SettingsError("wire_dtype", settings.wire_dtype, "HOSL subtracts losses, which needs float32")
 
@@ -178,6 +190,8 @@ def check_run(settings: RunSettings, manifest: Manifest) -> None:
     check_run_settings(settings, bundle_max_length=manifest.max_length)
     if manifest.train == "none" and settings.traits.trains_client:
         raise SettingsError("algorithm", settings.algorithm, "the bundle trains nothing on the device: use 'frozen'")
+    if settings.traits.sends_gradient and not manifest.gradients:
+        raise SettingsError("algorithm", settings.algorithm, "the bundle has no gradient graphs: export it again")
 
     if settings.task.is_image != (manifest.image is not None):
         takes = "images: use 'image-classification'" if manifest.image is not None else "text: use a task of texts"

@@ -13,8 +13,9 @@ import numpy as np
 
 from hosl_protocol.arithmetic import lattice
 from hosl_protocol.arithmetic.directions import CHUNK, Vector
-from hosl_protocol.arithmetic.perturbation import LatticeTensor, Recipe, Term, estimate
+from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer
+from hosl_protocol.weights.estimates import Estimate
 from hosl_protocol.weights.state import Moments
 
 LARGEST_ESTIMATE = 1e15
@@ -73,14 +74,14 @@ class AdamW:
             for bound, tensor in zip(bounds, tensors, strict=True)
         ]
 
-    def step(self, tensors: Sequence[LatticeTensor], terms: Sequence[Term], recipe: Recipe, rate: float) -> None:
+    def step(self, tensors: Sequence[LatticeTensor], estimate: Estimate, rate: float) -> None:
         """θ ← θ - rate · (m̂ / (√v̂ + epsilon) + weight_decay · θ). The caller keeps θ inside the exact range."""
         self._corrections = self._corrections.advance(self._settings)
         for tensor in tensors:
             for start in range(0, tensor.values.size, CHUNK):
                 stop = min(start + CHUNK, tensor.values.size)
                 gradient = self._gradient[: stop - start]
-                estimate(tensor, start, stop, terms, recipe, gradient)
+                estimate.fill(tensor, start, gradient)
                 self._step_chunk(tensor, slice(start, stop), gradient, rate)
 
     def _step_chunk(self, tensor: LatticeTensor, chunk: slice, gradient: Vector, rate: float) -> None:

@@ -3,12 +3,10 @@
 The device holds one over its memory-mapped shard; the cloud holds a mirror; merge replays one from the base. Its owner
 calls it from one thread at a time; the threads of its own share a pass over the weights and are done when it returns.
 
-What must always hold: every weight is a multiple of its tensor's g inside the exact range (`lattice.limit`), at θ and
-at any probe. Then sums are exact, a probe leaves no trace, and two machines have the same bits. To know it without
-reading the weights, a bound on each tensor's largest magnitude goes along (`_bounds`): before an update is added,
-`_tighten_to_fit` asks whether bound, update and probe stay inside; where they might not, the bound becomes the true
-maximum, and where even that would leave the range `_coarsen` moves the tensor to a coarser lattice (protocol/README.md,
-sections "Lattice" and "Updates").
+An update is a sum of directions, or in first-order training the gradient itself (estimates.py). What must always hold:
+every weight is a multiple of its tensor's g inside the exact range, at θ and at any probe; exact_range.py knows whether
+an update keeps it. Then sums are exact, a probe leaves no trace, and two machines have the same bits
+(protocol/README.md, sections "Lattice" and "Updates").
 """
 
 from __future__ import annotations
@@ -22,12 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hosl_protocol.arithmetic import lattice
-from hosl_protocol.arithmetic.directions import CHUNK, LARGEST_ENTRY, Distribution, Stream, Vector, uniforms
+from hosl_protocol.arithmetic.directions import LARGEST_ENTRY, Distribution, Stream, uniforms
 from hosl_protocol.arithmetic.perturbation import TERMS_PER_PASS, LatticeTensor, Recipe, Term, add_directions
-from hosl_protocol.exceptions import HoslError, IrreversibleError, LatticeError, SettingsError
+from hosl_protocol.arithmetic.rotation import GradientLayout
+from hosl_protocol.exceptions import HoslError, IrreversibleError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.weights.adamw import LARGEST_ESTIMATE, AdamW
+from hosl_protocol.weights.estimates import DirectionEstimate, Estimate, GradientEstimate, UpdateRecord
+from hosl_protocol.weights.exact_range import Coarsening, ExactRange
 from hosl_protocol.weights.state import ClientState
 
 THREADED_ABOVE = 1 << 20
@@ -35,20 +36,6 @@ THREADED_ABOVE = 1 << 20
 
 PORTION = 1 << 16
 """Steps, one for each coefficient and tensor, that a replay holds in memory: so few that a device has room for them."""
-
-MAX_COARSENING = 8
-"""Bits by which a run may make a tensor's lattice coarser; weights that outgrow even that have diverged."""
-
-
-@dataclass(frozen=True)
-class UpdateRecord:
-    """What one round does to the client's weights."""
-
-    round: int
-    coefficients: npt.NDArray[np.float32]
-    """[P]; SGD: θ ← θ + Σ coefficient·z; AdamW: the gradient estimate is Σ coefficient·z."""
-    learning_rate: float
-    """AdamW's rate this round; SGD's is already in the coefficients."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +47,6 @@ class ProbePoint:
     sign: int
 
 
-@dataclass(frozen=True)
-class Coarsening:
-    """A re-lattice event: the tensor moved to a coarser lattice just before the update of `round`."""
-
-    round: int
-    tensor: str
-    exponent: int
-    """The new one."""
-
-    @property
-    def spacing(self) -> float:
-        """The new g."""
-        return lattice.spacing(self.exponent)
-
-
 class ClientWeights:
     """Trainable tensors with their optimizer state at `applied_round`."""
 
@@ -83,38 +55,38 @@ class ClientWeights:
         tensors: Sequence[LatticeTensor],
         *,
         seed: int,
-        probe_step: float,
+        probe_step: float | None,
         optimizer: ClientOptimizer,
         distribution: Distribution = "rademacher",
+        gradient_bits: int | None = None,
         threads: int = 1,
     ) -> None:
-        self.tensors = list(tensors)
+        """`probe_step` is None where the run makes no probes, `gradient_bits` where updates are sums of directions."""
         self.optimizer = optimizer
         self.applied_round = 0
-        self.coarsenings: list[Coarsening] = []
-        """Re-lattice events so far, in order."""
 
         self._recipe = Recipe(seed, distribution)
-        self._probe_step = probe_step
         self._largest_entry = LARGEST_ENTRY[distribution]
-        # From here a lattice may become MAX_COARSENING bits coarser.
-        self._finest = [tensor.exponent for tensor in self.tensors]
+        self._range = ExactRange(tensors, probe_step, self._largest_entry)
+        self._layout: GradientLayout | None = None
+        if gradient_bits is not None:
+            self._layout = GradientLayout([tensor.values.size for tensor in tensors], gradient_bits)
         self._base_round = 0
-
-        self._probe_steps = [lattice.round_probe_step(probe_step, t.exponent, t.name) for t in self.tensors]
-        for tensor, step in zip(self.tensors, self._probe_steps, strict=True):
-            longest = lattice.limit(tensor.exponent) / 2 / self._largest_entry
-            if step > longest:
-                remedy = f"weights of {tensor.name} are exact only for steps up to {longest:.3g}"
-                raise SettingsError("probe_step", probe_step, remedy)
-
-        # The exporter keeps 2·max|θ| inside the range, so the weights need not be read to know a bound.
-        self._bounds = [lattice.limit(t.exponent) / 2 for t in self.tensors]
         self._point: ProbePoint | None = None
 
         self._adamw = AdamW(self.tensors, optimizer) if optimizer.optimizer == "adamw" else None
         is_large = self.elements > THREADED_ABOVE and threads > 1
         self._executor = ThreadPoolExecutor(threads, "directions") if is_large else None
+
+    @property
+    def tensors(self) -> Sequence[LatticeTensor]:
+        """The trainable tensors, on their lattices as these are now."""
+        return self._range.tensors
+
+    @property
+    def coarsenings(self) -> Sequence[Coarsening]:
+        """Re-lattice events so far, in order."""
+        return self._range.coarsenings
 
     @property
     def elements(self) -> int:
@@ -139,7 +111,7 @@ class ClientWeights:
         self._point = point
 
     def _probe_term(self, point: ProbePoint, factor: int) -> Term:
-        steps = [factor * point.sign * step for step in self._probe_steps]
+        steps = [factor * point.sign * step for step in self._range.probe_steps]
         return Term(point.round, point.direction, steps)
 
     def _add(self, terms: Sequence[Term]) -> None:
@@ -155,11 +127,11 @@ class ClientWeights:
 
         for portion in self._portions(updates):
             self._check_updates(portion)
-            if self._adamw is None:
-                self._apply_sgd(portion, +1)
-            else:
+            if self._adamw is not None:
                 for update in portion:
                     self._apply_adamw(self._adamw, update)
+            else:
+                self._apply_sgd(portion, +1)
 
     def _portions(self, updates: Iterable[UpdateRecord]) -> Iterator[list[UpdateRecord]]:
         """Yield rounds of PORTION steps at most, in whole passes where they fill some; but one round at least."""
@@ -185,44 +157,79 @@ class ClientWeights:
                 raise HoslError(f"update of round {update.round}, expected round {expected}")
             if not (np.isfinite(update.coefficients).all() and math.isfinite(update.learning_rate)):
                 raise HoslError(f"update of round {update.round} holds a number that is not finite")
+            found = update.coefficients.size, update.codes.size
+            if self._layout is not None and found != (self._layout.scales, self._layout.codes):
+                wanted = f"expected {self._layout.scales} and {self._layout.codes}"
+                raise HoslError(f"update of round {update.round} has {found[0]} scales and {found[1]} codes, {wanted}")
 
     def _apply_sgd(self, updates: Sequence[UpdateRecord], sign: int) -> None:
-        """θ ← θ + sign · Σ coefficient·z, the device's SGD in both algorithms; sign -1 takes updates back.
+        """θ ← θ + sign · Σ coefficient·z, the device's SGD; sign -1 takes updates back.
 
         What one pass might not hold exactly goes in halves, down to single rounds.
         """
+        if self._layout is not None:
+            for update in updates:
+                self._add_gradient(self._gradient(update, self._layout), sign)
+            return
+
         terms = self._sgd_terms(updates, sign)
-        if not self._tighten_to_fit(self._growths(terms)):
+        if not self._range.tighten_to_fit(self._growths(terms)):
             if len(updates) > 1:
                 self._apply_sgd(updates[: len(updates) // 2], sign)
                 self._apply_sgd(updates[len(updates) // 2 :], sign)
                 return
             if sign > 0:
-                self._coarsen(self._growths(terms), updates[0].round)
+                self._range.coarsen(self._growths(terms), updates[0].round)
                 terms = self._sgd_terms(updates, sign)
             # Taking one round back passes only sums that were inside the range when it was applied.
 
         self._add(terms)
-        self._grow(self._growths(terms))
+        self._range.grow(self._growths(terms))
         self.applied_round += sign * len(updates)
 
-    def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
-        """One round's step of AdamW, with Σ coefficient·z for its gradient."""
-        rate = update.learning_rate
-        estimates = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
-        if not estimates <= LARGEST_ESTIMATE:
-            raise HoslError(f"update of round {update.round} is an estimate of {estimates:.3g}: AdamW cannot square it")
+    def _add_gradient(self, estimate: GradientEstimate, sign: int) -> None:
+        """SGD of one round whose update carries the gradient itself, times minus the rate."""
+        largest, round_ = estimate.largest(self.tensors), estimate.update.round
 
         def growths() -> list[float]:
-            return adamw.growths(self._bounds, self.tensors, rate)
+            # Rounding moves a step by half of g at most.
+            return [step + lattice.spacing(t.exponent) for step, t in zip(largest, self.tensors, strict=True)]
+
+        if not self._range.tighten_to_fit(growths()) and sign > 0:
+            self._range.coarsen(growths(), round_)
+        for tensor in self.tensors:
+            estimate.add_to(tensor, sign)
+        self._range.grow(growths())
+        self.applied_round += sign
+
+    def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
+        """One round's step of AdamW, with the update's estimate for its gradient."""
+        rate = update.learning_rate
+        estimate, largest = self._estimate(update)
+        if not largest <= LARGEST_ESTIMATE:
+            raise HoslError(f"update of round {update.round} is an estimate of {largest:.3g}: AdamW cannot square it")
+
+        def growths() -> list[float]:
+            return adamw.growths(self._range.bounds, self.tensors, rate)
 
         # Decay moves a weight in proportion to its size: with the true maxima the growth is smaller, too.
-        if not self._tighten_to_fit(growths()) and not self._tighten_to_fit(growths()):
-            self._coarsen(growths(), update.round)
+        if not self._range.tighten_to_fit(growths()) and not self._range.tighten_to_fit(growths()):
+            self._range.coarsen(growths(), update.round)
         growth = growths()
-        adamw.step(self.tensors, self._estimate_terms(update), self._recipe, rate)
-        self._grow(growth)
+        adamw.step(self.tensors, estimate, rate)
+        self._range.grow(growth)
         self.applied_round = update.round
+
+    def _estimate(self, update: UpdateRecord) -> tuple[Estimate, float]:
+        """The update's estimate of the gradient, and a bound on its magnitudes."""
+        if self._layout is not None:
+            gradient = self._gradient(update, self._layout)
+            return gradient, max(gradient.largest(self.tensors), default=0.0)
+        largest = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
+        return DirectionEstimate(self._estimate_terms(update), self._recipe), largest
+
+    def _gradient(self, update: UpdateRecord, layout: GradientLayout) -> GradientEstimate:
+        return GradientEstimate(update, layout, self._recipe.seed)
 
     def revert(self, updates: Sequence[UpdateRecord]) -> None:
         """Take back the newest updates (SGD), given in ascending order: the same bits as before them.
@@ -255,59 +262,6 @@ class ClientWeights:
         growths: list[float] = (self._largest_entry * np.abs(steps_CT).sum(axis=0)).tolist()
         return growths
 
-    def _reach(self, index: int, growth: float) -> float:
-        """Bound the largest magnitude that a probe can meet after the tensor has grown."""
-        return self._bounds[index] + growth + self._largest_entry * self._probe_steps[index]
-
-    def _tighten_to_fit(self, growths: Sequence[float]) -> bool:
-        """Tell whether every tensor stays inside its exact range; a bound that is too loose is set to the maximum."""
-        is_inside = True
-        for tensor, growth in zip(self.tensors, growths, strict=True):
-            limit = lattice.limit(tensor.exponent)
-            if not self._reach(tensor.index, growth) <= limit:
-                self._bounds[tensor.index] = largest(tensor.values)
-                is_inside &= self._reach(tensor.index, growth) <= limit
-        return is_inside
-
-    def _grow(self, growths: Sequence[float]) -> None:
-        self._bounds = [bound + growth for bound, growth in zip(self._bounds, growths, strict=True)]
-
-    def _coarsen(self, growths: Sequence[float], round_: int) -> None:
-        """Move tensors that would leave their range to a lattice on which they fit: the re-lattice event.
-
-        It depends on the weights and on the update of `round_` alone, so that every machine does the same unasked.
-        Raises LatticeError, and changes nothing, where a tensor has diverged.
-        """
-        # First all that may fail, then all that changes.
-        exponents = {}
-        for tensor, growth in zip(self.tensors, growths, strict=True):
-            reach = self._reach(tensor.index, growth)
-            if not reach <= lattice.limit(tensor.exponent):
-                last = min(self._finest[tensor.index] + MAX_COARSENING, lattice.MAX_EXPONENT)
-                if not reach <= lattice.limit(last) / 2:
-                    raise LatticeError(tensor.name, reach, lattice.limit(last) / 2)
-                exponents[tensor.index] = lattice.exponent_for(reach)
-        steps = {
-            index: lattice.round_probe_step(self._probe_step, exponent, self.tensors[index].name)
-            for index, exponent in exponents.items()
-        }
-
-        for index, exponent in exponents.items():
-            tensor = self.tensors[index]
-            # In chunks: a copy of a whole tensor may be more than a device has.
-            for start in range(0, tensor.values.size, CHUNK):
-                part = tensor.values[start : start + CHUNK]
-                part[:] = lattice.round_to_lattice(part, exponent)
-            self.tensors[index] = replace(tensor, exponent=exponent)
-            self._probe_steps[index] = steps[index]
-            # Rounding may have raised the largest by half a step.
-            self._bounds[index] = largest(tensor.values)
-            self.coarsenings.append(Coarsening(round_, tensor.name, exponent))
-
-    def _correction(self, index: int) -> float:
-        """Return the factor on a coefficient for a probe that moved by ε_t where ε was meant."""
-        return self._probe_step / self._probe_steps[index]
-
     def _sgd_terms(self, updates: Sequence[UpdateRecord], sign: int) -> list[Term]:
         """One term for each direction of each update, its steps rounded to the lattices with the seed's own chances."""
         places = [(update.round, direction) for update in updates for direction in range(update.coefficients.size)]
@@ -319,23 +273,30 @@ class ClientWeights:
         # A chance for each coefficient and tensor, from the seed: every machine rounds the same way.
         chances_CT = np.array([uniforms(self._recipe.seed, *place, Stream.ROUNDING, count) for place in places])
         exponents_T = np.array([tensor.exponent for tensor in self.tensors], np.intc)
-        corrections_T = np.array([self._correction(tensor.index) for tensor in self.tensors])
+        corrections_T = np.array([self._range.correction(tensor.index) for tensor in self.tensors])
         steps_CT = lattice.round_stochastically(coefficients_C[:, None] * corrections_T, exponents_T, chances_CT)
         rows: list[list[float]] = (sign * steps_CT).tolist()
         return [Term(*place, row) for place, row in zip(places, rows, strict=True)]
 
     def _estimate_terms(self, update: UpdateRecord) -> list[Term]:
         return [
-            Term(update.round, direction, [coefficient * self._correction(tensor.index) for tensor in self.tensors])
+            Term(
+                update.round, direction, [coefficient * self._range.correction(tensor.index) for tensor in self.tensors]
+            )
             for direction, coefficient in enumerate(update.coefficients.tolist())
         ]
 
     def resolution(self, update: UpdateRecord) -> float:
-        """Compute the smallest |c|/g of an SGD update; below 1 a step survives rounding only in expectation."""
+        """Compute the smallest |c|/g of an SGD update; below 1 a step survives rounding only in expectation.
+
+        Of an update that is a gradient it says nothing: infinite.
+        """
         coefficients = [abs(value) for value in update.coefficients.tolist() if value]
-        if self._adamw is not None or not coefficients or not self.tensors:
+        if self._adamw is not None or self._layout is not None or not coefficients or not self.tensors:
             return math.inf
-        coarsest = max(lattice.spacing(tensor.exponent) / self._correction(tensor.index) for tensor in self.tensors)
+        coarsest = max(
+            lattice.spacing(tensor.exponent) / self._range.correction(tensor.index) for tensor in self.tensors
+        )
         return float(min(coefficients) / coarsest)
 
     def digest(self) -> str:
@@ -359,18 +320,12 @@ class ClientWeights:
         """
         self._check_state(state)
 
-        tensors = [replace(tensor, exponent=state.exponents[tensor.name]) for tensor in self.tensors]
-        # The last thing that may fail.
-        steps = [lattice.round_probe_step(self._probe_step, tensor.exponent, tensor.name) for tensor in tensors]
-        self.tensors, self._probe_steps = tensors, steps
-        for tensor in tensors:
-            tensor.values[:] = state.weights[tensor.name]
-        self._bounds = [largest(tensor.values) for tensor in self.tensors]
+        names = [tensor.name for tensor in self.tensors]
+        self._range.load([state.exponents[name] for name in names], [state.weights[name] for name in names])
         if self._adamw is not None and state.moments is not None:
             self._adamw.load_state(self.tensors, state.moments)
 
         self._point = None
-        self.coarsenings = []
         self.applied_round = self._base_round = state.round
 
     def _check_state(self, state: ClientState) -> None:
@@ -385,8 +340,9 @@ class ClientWeights:
 
         if any({name: values.size for name, values in part.items()} != sizes for part in parts):
             raise HoslError("the state is of other tensors than those that train here")
-        for tensor, finest in zip(self.tensors, self._finest, strict=True):
-            if not finest <= state.exponents.get(tensor.name, finest - 1) <= finest + MAX_COARSENING:
+        for tensor in self.tensors:
+            exponent = state.exponents.get(tensor.name)
+            if exponent is None or not self._range.allows(tensor, exponent):
                 raise HoslError(f"the state has no lattice for {tensor.name} that a run may use")
 
 
@@ -395,11 +351,6 @@ def _merge(terms: Sequence[Term]) -> list[Term]:
     if len(terms) == 2 and (terms[0].round, terms[0].direction) == (terms[1].round, terms[1].direction):
         return [replace(terms[0], steps=[a + b for a, b in zip(terms[0].steps, terms[1].steps, strict=True)])]
     return list(terms)
-
-
-def largest(values: Vector) -> float:
-    """Find max|θ| without a second copy."""
-    return max(float(values.max()), -float(values.min())) if values.size else 0.0
 
 
 def make_client_weights(
@@ -418,8 +369,9 @@ def make_client_weights(
     return ClientWeights(
         flat,
         seed=settings.seed,
-        probe_step=settings.probe_step,
+        probe_step=settings.probe_step if settings.traits.probes else None,
         optimizer=settings.client,
         distribution=settings.distribution,
+        gradient_bits=settings.gradient_bits if settings.traits.sends_gradient else None,
         threads=threads,
     )

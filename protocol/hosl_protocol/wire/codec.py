@@ -32,7 +32,7 @@ Piece = bytes | memoryview
 
 _SAFETENSORS_NAME: dict[WireDtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # bfloat16 has no numpy type: its bits travel as uint16.
-_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2"}
+_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
 
 
 class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,10 +65,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Largest size of each named dimension; `D` and `P` must be met exactly. Nothing is allowed at first."""
+    """Largest size of each named dimension; `D`, `P` and `C` must be met exactly. Nothing is allowed at first."""
 
     largest: Mapping[str, int] = field(default_factory=dict)
-    exact: frozenset[str] = frozenset({"D", "P"})
+    exact: frozenset[str] = frozenset({"D", "P", "C"})
     wire_dtypes: tuple[str, ...] = FLOATS
     """Types that activations and their gradients may have."""
 
@@ -91,7 +91,7 @@ def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype
     plan = [
         (name, tensors[name], wire_name(spec, wire_dtype))
         for name, spec in type(message).tensors.items()
-        if spec.required or name in tensors
+        if spec.required or (name in tensors and tensors[name].shape[-1])
     ]
 
     yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
@@ -319,7 +319,7 @@ def check_layout(message: Message, layout: Mapping[str, _TensorInfo], bounds: Bo
     specs = type(message).tensors
     what = name_of(message)
     for name in specs.keys() - layout.keys():
-        if specs[name].required:
+        if specs[name].required or bounds.largest.get(specs[name].shape[-1]):
             raise FrameError(f"{what} lacks tensor {name}")
 
     # Offsets must follow each other without a gap: a byte that no tensor has could say anything.

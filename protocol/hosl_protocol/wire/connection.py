@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from hosl_protocol.exceptions import ProtocolError, SettingsError, UnexpectedMessage
 from hosl_protocol.run.settings import RunSettings, check_run_settings
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire import messages as m
 from hosl_protocol.wire.codec import Array, Bounds, Frame, FrameReader, Piece, encode, wire_name
 from hosl_protocol.wire.messages import Message, name_of
@@ -35,7 +36,7 @@ class Role(enum.Enum):
     CLOUD = "cloud"
 
 
-_ROUND_FROM_EDGE = (m.Probe, m.Anchor, m.Projections, m.EvalBatch, m.Report)
+_ROUND_FROM_EDGE = (m.Probe, m.Anchor, m.Projections, m.Gradient, m.EvalBatch, m.Report)
 _ROUND_FROM_CLOUD = (m.RoundStart, m.ProbeLoss, m.CutGradient, m.Update, m.EvalStart, m.EvalResult, m.Late)
 _END_FROM_CLOUD = (m.Complete, m.Refusal)
 
@@ -49,7 +50,7 @@ _ALLOWED: dict[tuple[Role, Phase], tuple[type, ...]] = {
 }
 
 
-def bounds_for(settings: RunSettings, width: int) -> Bounds:
+def bounds_for(settings: RunSettings, width: int, update: UpdateShape) -> Bounds:
     """Bound the frames that a run may send in either direction."""
     return Bounds(
         {
@@ -57,7 +58,8 @@ def bounds_for(settings: RunSettings, width: int) -> Bounds:
             "N": max(settings.batch_size, settings.max_tokens if settings.task.kind == "lm" else 0),
             "T": settings.max_tokens,
             "D": width,
-            "P": settings.coefficients,
+            "P": update.coefficients,
+            "C": update.codes,
             "R": m.CATCH_UP_ROUNDS,
         },
         wire_dtypes=(wire_name(m.Anchor.tensors["activations"], settings.wire_dtype),),
@@ -84,10 +86,10 @@ class Connection:
         """Whether a connection that ends now ends cleanly."""
         return self._reader.is_between_frames
 
-    def agree(self, settings: RunSettings, width: int) -> None:
+    def agree(self, settings: RunSettings, width: int, update: UpdateShape) -> None:
         """Set the bounds that incoming frames must keep: the cloud's own run, or what the Welcome says."""
         self.settings = settings
-        self._reader.bounds = bounds_for(settings, width)
+        self._reader.bounds = bounds_for(settings, width, update)
 
     def receive(self, piece: bytes | bytearray | memoryview) -> Frame | None:
         """Take one websocket message; a frame when it is whole. Raises ProtocolError: end the connection then.
@@ -122,7 +124,7 @@ class Connection:
             check_run_settings(welcome.settings)
         except SettingsError as error:
             raise ProtocolError(f"welcome with settings that cannot be used: {error}") from error
-        self.agree(welcome.settings, welcome.width)
+        self.agree(welcome.settings, welcome.width, welcome.update)
 
     def send(self, message: Message, tensors: Mapping[str, Array] | None = None) -> Iterator[Piece]:
         """The pieces to send, one websocket message each. Raises UnexpectedMessage on our own mistake."""

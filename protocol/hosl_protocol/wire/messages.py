@@ -16,6 +16,7 @@ import msgspec
 from hosl_protocol.arithmetic.directions import MAX_DIRECTION, MAX_ROUND
 from hosl_protocol.program.plain import plain
 from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.updates import UpdateShape
 
 PROTOCOL_VERSION = 1
 
@@ -46,12 +47,14 @@ Plan: TypeAlias = Literal["continue", "rebuild", "snapshot", "rewind"]
 class TensorSpec(msgspec.Struct, frozen=True):
     """A tensor that a message carries: allowed types, and its shape in named dimensions.
 
-    B examples, T tokens of the batch without padding, D width of the cut layer, N labels, P directions, R rounds.
+    B examples, T tokens of the batch without padding, D width of the cut layer, N labels, P coefficients of an update,
+    C bytes of its codes, R rounds.
     """
 
     dtypes: tuple[str, ...]
     shape: tuple[str, ...]
     required: bool = True
+    """Whether it is there in every run; one that is not is there just where its last dimension is above 0."""
 
 
 _ACTIVATIONS = TensorSpec(FLOATS, ("T", "D"))
@@ -59,6 +62,7 @@ _LENGTHS = TensorSpec(("I32",), ("B",))
 _LABELS = TensorSpec(("I32",), ("N",))
 _LOSS = TensorSpec(("F32",), ())
 _COEFFICIENTS = TensorSpec(("F32",), ("P",))
+_CODES = TensorSpec(("U8",), ("C",))
 
 
 class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -133,6 +137,8 @@ class Welcome(_Message, kw_only=True, frozen=True, tag="welcome"):
     """The cloud's last finished round."""
     width: Count
     """D."""
+    update: UpdateShape
+    """Sizes of the run's updates, as the device's manifest gives them, too."""
     settings: RunSettings
     plan: Plan
     """`continue`: add what CatchUp brings; `rebuild`: drop the journal and start at the base shard; `snapshot`: drop
@@ -149,6 +155,7 @@ class CatchUp(_Message, kw_only=True, frozen=True, tag="catch-up"):
 
     tensors: ClassVar[dict[str, TensorSpec]] = {
         "coefficients": TensorSpec(("F32",), ("R", "P")),
+        "codes": TensorSpec(("U8",), ("R", "C"), required=False),
         "learning_rates": TensorSpec(("F64",), ("R",)),
     }
     run: Name
@@ -212,13 +219,26 @@ class Projections(_RoundMessage, kw_only=True, frozen=True, tag="projections"):
     tensors: ClassVar[dict[str, TensorSpec]] = {"projections": _COEFFICIENTS}
 
 
+class Gradient(_RoundMessage, kw_only=True, frozen=True, tag="gradient"):
+    """edge -> cloud, first-order: the gradient of ⟨λ, f(θ)⟩ for everything that trains, compressed."""
+
+    tensors: ClassVar[dict[str, TensorSpec]] = {"scales": _COEFFICIENTS, "codes": _CODES}
+    rotation: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIRECTION - 1)]
+    """Number of the random signs; each device has its own (`rotation_of`)."""
+
+
 class Update(_RoundMessage, kw_only=True, frozen=True, tag="update"):
     """cloud -> every device: the round's step, durable in the cloud's store before it is sent.
 
-    SGD adds coefficient·z. AdamW takes Σ coefficient·z as its gradient, with `learning_rate`.
+    SGD adds coefficient·z. AdamW takes Σ coefficient·z as its gradient, with `learning_rate`. First-order: coefficients
+    are the scales, and with `codes` the devices' average gradient.
     """
 
-    tensors: ClassVar[dict[str, TensorSpec]] = {"coefficients": _COEFFICIENTS, "loss": _LOSS}
+    tensors: ClassVar[dict[str, TensorSpec]] = {
+        "coefficients": _COEFFICIENTS,
+        "codes": TensorSpec(("U8",), ("C",), required=False),
+        "loss": _LOSS,
+    }
     learning_rate: Rate
 
 
@@ -300,7 +320,7 @@ class Goodbye(_Message, kw_only=True, frozen=True, tag="goodbye"):
     reason: Sentence
 
 
-FromEdge: TypeAlias = Hello | Ready | Probe | Anchor | Projections | EvalBatch | Report | Goodbye
+FromEdge: TypeAlias = Hello | Ready | Probe | Anchor | Projections | Gradient | EvalBatch | Report | Goodbye
 FromCloud: TypeAlias = (
     Welcome
     | CatchUp

@@ -27,7 +27,7 @@ from hosl_cloud.tail.checkpoint import save_checkpoint
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from services import Service, serving
 from support import TASK, Crew, write_reviews
 

@@ -22,7 +22,7 @@ from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import list_checkpoints, save_checkpoint
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Hello
 
 

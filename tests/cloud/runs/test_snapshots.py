@@ -18,7 +18,7 @@ from hosl_cloud.runs.snapshots import KEPT, MARGIN, Snapshots, is_snapshot_faste
 from hosl_cloud.settings import parse_config
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.manifest import load_manifest, sha256_of_file
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.weights.state import SnapshotHeader
 from hosl_protocol.wire.messages import Hello, Snapshot
 from support import ROOT, TASK

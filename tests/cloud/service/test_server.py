@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from hosl_cloud.runs.run import Run
 from hosl_cloud.service import server as service_module
 from hosl_protocol.run.manifest import MANIFEST, SHARD_WEIGHTS, load_manifest
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, encode
 from hosl_protocol.wire.messages import (
     CATCH_UP_ROUNDS,

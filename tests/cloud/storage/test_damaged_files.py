@@ -23,7 +23,7 @@ from hosl_protocol.run.manifest import (
     describe_file,
 )
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hosl_cloud.storage.records import DeviceRow, Evaluation, NewEvent
 from hosl_cloud.storage.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Report
 
 CONFIG = RunConfig(

@@ -20,7 +20,7 @@ from hosl_cloud.storage.store import Store
 from hosl_cloud.storage.stored_settings import read_stored
 from hosl_cloud.tail.checkpoint import find_checkpoint, save_checkpoint
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 
 
 def text_of(bundle: Any, *path: str, **more: Any) -> str:

@@ -12,7 +12,8 @@ from hosl_edge.connection.catch_up_speed import load_link, measure_replay_s, sav
 from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 TASK = Task(name="lm", kind="lm", template="{text}")
 

@@ -21,7 +21,7 @@ from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import MANIFEST, SHARD_GRAPH, SHARD_TOKENIZER, SHARD_WEIGHTS, ImageEntry, load_manifest
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import Task, load_preset
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Complete, Welcome
 
 TOKEN = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEF"

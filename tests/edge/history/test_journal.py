@@ -17,7 +17,7 @@ import pytest
 from hosl_edge.history.journal import JournalHeader, create_journal, journal_path, open_journal
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 
 HEADER = JournalHeader(
     run="r",

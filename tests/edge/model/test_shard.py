@@ -18,7 +18,8 @@ from hosl_edge.model.shard import Shard
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, BundleError, Manifest, TensorEntry, load_manifest, sha256_of_file
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
-from hosl_protocol.weights.client_weights import UpdateRecord, make_client_weights
+from hosl_protocol.weights.client_weights import make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 if TYPE_CHECKING:
     from hosl_export.model.halves import ClientHalf

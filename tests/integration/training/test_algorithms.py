@@ -24,7 +24,7 @@ from hosl_export.sources.loading import load_model
 from hosl_protocol.arithmetic.directions import direction
 from hosl_protocol.arithmetic.lattice import round_probe_step
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, Manifest, load_manifest
-from hosl_protocol.weights.client_weights import UpdateRecord
+from hosl_protocol.weights.estimates import UpdateRecord
 from services import run_round
 from support import TASK, Device, write_reviews
 

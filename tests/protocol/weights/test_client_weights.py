@@ -19,7 +19,8 @@ from hosl_protocol.run.manifest import Manifest, TensorEntry
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings, convert
 from hosl_protocol.weights import adamw
 from hosl_protocol.weights import client_weights as client
-from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, UpdateRecord, make_client_weights
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, make_client_weights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 SEED = 42
 LENGTHS = (300, 17, 256)

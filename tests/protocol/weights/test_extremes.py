@@ -22,7 +22,8 @@ from hosl_protocol.run.settings import (
     check_run_settings,
 )
 from hosl_protocol.run.tasks import Task, load_preset
-from hosl_protocol.weights.client_weights import ClientWeights, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights
+from hosl_protocol.weights.estimates import UpdateRecord
 
 EXPONENTS = (-24, 0, 103)
 TASK = Task(**load_preset("sst2"))

@@ -10,7 +10,8 @@ import pytest
 from hosl_protocol.arithmetic.perturbation import LatticeTensor
 from hosl_protocol.exceptions import HoslError, IrreversibleError, SettingsError
 from hosl_protocol.run.settings import ClientOptimizer
-from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint, UpdateRecord
+from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint
+from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.weights.state import ClientState, Moments
 
 LENGTHS = (300, 17, 256)

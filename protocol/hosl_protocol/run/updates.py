@@ -1,0 +1,38 @@
+"""How many numbers and bytes a round's update has: of a run's algorithm, and of what trains in a bundle."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from hosl_protocol.arithmetic.rotation import GradientLayout
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import RunSettings
+
+
+class UpdateShape(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Sizes of an update's tensors, the same in every round of a run."""
+
+    coefficients: int
+    """P: the directions, or first-order the scales of the gradient's blocks; 0 where the device is frozen."""
+    codes: int = 0
+    """C: bytes of the gradient's levels, first-order; else 0."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of an update's numbers."""
+        return 4 * self.coefficients + self.codes
+
+
+def gradient_layout(settings: RunSettings, manifest: Manifest) -> GradientLayout:
+    """Lay out the gradient of what trains in a bundle."""
+    return GradientLayout([math.prod(entry.shape) for entry in manifest.trainable], settings.gradient_bits)
+
+
+def update_shape(settings: RunSettings, manifest: Manifest) -> UpdateShape:
+    """Find the sizes of a run's updates."""
+    if settings.traits.sends_gradient:
+        layout = gradient_layout(settings, manifest)
+        return UpdateShape(coefficients=layout.scales, codes=layout.codes)
+    return UpdateShape(coefficients=settings.directions if settings.traits.trains_client else 0)
