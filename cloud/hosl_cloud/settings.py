@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from hosl_protocol.arithmetic.directions import Distribution
+from hosl_protocol.arithmetic.rotation import GradientBits
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import (
@@ -136,6 +137,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     rounds: int = 100
     directions: int = 2
     probe_step: float = 1e-3
+    gradient_bits: GradientBits = 1
     distribution: Distribution = "rademacher"
     anchor: AnchorPoint = "clean"
     batch_size: int = 16
@@ -168,6 +170,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             rounds=self.rounds,
             directions=self.directions,
             probe_step=self.probe_step,
+            gradient_bits=self.gradient_bits,
             distribution=self.distribution,
             anchor=self.anchor,
             batch_size=self.batch_size,

@@ -281,6 +281,7 @@ class EdgeClient:
         from hosl_edge.model.memory import choose_micro_batch, keep_heap_small, read_memory
         from hosl_edge.settings import EdgeSettings
         from hosl_protocol.run.manifest import load_manifest
+        from hosl_protocol.run.updates import update_shape
         from hosl_protocol.wire.messages import Welcome
 
         keep_heap_small()
@@ -291,7 +292,10 @@ class EdgeClient:
             server="", token_file="", data=str(folder / "data.jsonl"), name=method, state_dir=str(state), cache_dir=""
         )
         self._device = Device(own, folder, manifest)
-        welcome = Welcome(run="r", epoch=0, round=0, width=manifest.width, settings=self._settings, plan="rebuild")
+        shape = update_shape(self._settings, manifest)
+        welcome = Welcome(
+            run="r", epoch=0, round=0, width=manifest.width, update=shape, settings=self._settings, plan="rebuild"
+        )
         idle = 0
 
         def choose(*arguments: Any) -> int:

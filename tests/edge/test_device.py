@@ -26,6 +26,7 @@ from hosl_protocol.exceptions import IrreversibleError, LatticeError, ProtocolEr
 from hosl_protocol.run.manifest import BundleError, load_manifest
 from hosl_protocol.run.settings import ClientOptimizer, RunSettings, convert
 from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.run.updates import update_shape
 from hosl_protocol.weights import client_weights as client
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Snapshot, Welcome
@@ -71,6 +72,7 @@ class Site:
 
     def welcome(self, plan: str, snapshot: Snapshot | None = None, **more: Any) -> Welcome:
         fields: dict[str, Any] = {"run": "r", "epoch": 0, "round": 0, "width": self.manifest.width} | more
+        fields |= {"update": update_shape(self.run_settings, self.manifest)}
         return Welcome(settings=self.run_settings, plan=plan, snapshot=snapshot, **fields)  # type: ignore[arg-type]
 
     def snapshot(self, run: str = "r", epoch: int = 0) -> Snapshot:

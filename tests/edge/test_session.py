@@ -20,6 +20,7 @@ from hosl_edge.session import Session
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (
     CatchUp,
@@ -63,7 +64,15 @@ def test_what_is_of_another_run_or_epoch_than_the_welcome_changes_nothing(
     task = Task(name="t", kind="lm", template="{text}")
     unused: Any = SimpleNamespace(say=print)
     session = Session(unused, unused, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
-    session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
+    session._welcome = Welcome(
+        run="r",
+        epoch=0,
+        round=0,
+        width=1,
+        update=UpdateShape(coefficients=2),
+        settings=RunSettings(task=task),
+        plan="continue",
+    )
     assert asyncio.run(handle(session, Frame(kind(**named, **more[kind]), tensors))) is None
     assert f"{name_of(kind)} of another run or epoch is ignored" in caplog.text
 
@@ -74,7 +83,15 @@ def join(applied_round: int) -> Session:
     display: Any = SimpleNamespace(say=print)
     session = Session(device, display, Progress(), "test", Cloud("ws://nowhere", Token("", "token")))
     task = Task(name="t", kind="lm", template="{text}")
-    session._welcome = Welcome(run="r", epoch=0, round=0, width=1, settings=RunSettings(task=task), plan="continue")
+    session._welcome = Welcome(
+        run="r",
+        epoch=0,
+        round=0,
+        width=1,
+        update=UpdateShape(coefficients=2),
+        settings=RunSettings(task=task),
+        plan="continue",
+    )
     return session
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, Frame, encode
 from hosl_protocol.wire.connection import Connection, Phase, Role
 from hosl_protocol.wire.messages import (
@@ -30,6 +31,7 @@ from hosl_protocol.wire.messages import (
     EvalResult,
     EvalStart,
     Goodbye,
+    Gradient,
     Hello,
     Late,
     Message,
@@ -46,6 +48,8 @@ from hosl_protocol.wire.messages import (
 )
 
 WIDTH, ROWS, DIRECTIONS = 3, 4, 2
+UPDATE = UpdateShape(coefficients=DIRECTIONS, codes=5)
+"""As in first-order training, so that codes cross the wire; the algorithm says nothing else about frames."""
 DIGEST = "0123456789abcdef" * 4
 PLACE: dict[str, Any] = {"run": "r1", "epoch": 0, "round": 7, "id": 0}
 STANDING: dict[str, Any] = {"run": "r1", "epoch": 0, "applied_round": 6, "weights_digest": DIGEST}
@@ -60,6 +64,7 @@ _BATCH = {
     "labels": np.array([0, 1], np.int32),
 }
 _COEFFICIENTS = np.array([0.5, -2.0], np.float32)
+_CODES = np.arange(5, dtype=np.uint8)
 
 MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
     Role.EDGE: [
@@ -68,6 +73,7 @@ MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
         (Probe(**PLACE, direction=1, sign=-1), _BATCH),
         (Anchor(**PLACE), _BATCH),
         (Projections(**PLACE), {"projections": _COEFFICIENTS}),
+        (Gradient(**PLACE, rotation=7), {"scales": _COEFFICIENTS, "codes": _CODES}),
         (EvalBatch(**PLACE, last=True), _BATCH),
         (
             Report(
@@ -83,13 +89,14 @@ MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
         (Goodbye(reason="bye"), {}),
     ],
     Role.CLOUD: [
-        (Welcome(run="r1", epoch=0, round=6, width=WIDTH, settings=SETTINGS, plan="continue"), {}),
+        (Welcome(run="r1", epoch=0, round=6, width=WIDTH, update=UPDATE, settings=SETTINGS, plan="continue"), {}),
         (
             Welcome(
                 run="r1",
                 epoch=0,
                 round=6,
                 width=WIDTH,
+                update=UPDATE,
                 settings=SETTINGS,
                 plan="snapshot",
                 snapshot=Snapshot(round=5, size_bytes=2**40, sha256=DIGEST),
@@ -98,12 +105,16 @@ MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
         ),
         (
             CatchUp(run="r1", epoch=0, first_round=5, last=True),
-            {"coefficients": np.ones((2, DIRECTIONS), np.float32), "learning_rates": np.ones(2)},
+            {
+                "coefficients": np.ones((2, DIRECTIONS), np.float32),
+                "codes": np.ones((2, 5), np.uint8),
+                "learning_rates": np.ones(2),
+            },
         ),
         (RoundStart(**PLACE, deadline_s=60.0), {}),
         (ProbeLoss(**PLACE, direction=1, sign=1), {"loss": _LOSS}),
         (CutGradient(**PLACE), {"lambda": _BATCH["activations"], "loss": _LOSS}),
-        (Update(**PLACE, learning_rate=1e-3), {"coefficients": _COEFFICIENTS, "loss": _LOSS}),
+        (Update(**PLACE, learning_rate=1e-3), {"coefficients": _COEFFICIENTS, "codes": _CODES, "loss": _LOSS}),
         (EvalStart(**PLACE), {}),
         (EvalResult(**PLACE, correct=1, scored=2), {"loss": _LOSS}),
         (Late(**PLACE, answer="anchor"), {}),
@@ -113,7 +124,7 @@ MESSAGES: dict[Role, list[tuple[Message, Mapping[str, Any]]]] = {
 }
 """Every message of each side, with tensors."""
 
-_ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 4, "BF16": 4, "I32": 4}
+_ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 4, "BF16": 4, "I32": 4, "U8": 1}
 
 
 def other(role: Role) -> Role:
@@ -130,7 +141,7 @@ def connection_in(role: Role, phase: Phase) -> Connection:
     """A connection that has come as far as `phase`, its run agreed once it has left Hello."""
     connection = Connection(role)
     if phase is not Phase.HELLO:
-        connection.agree(SETTINGS, WIDTH)
+        connection.agree(SETTINGS, WIDTH, UPDATE)
     connection.phase = phase
     return connection
 
@@ -143,7 +154,8 @@ def largest_payload(message: Message, settings: RunSettings, width: int) -> int:
         "T": tokens,
         "D": width,
         "N": tokens if settings.task.kind == "lm" else settings.batch_size,
-        "P": settings.directions,
+        "P": UPDATE.coefficients,
+        "C": UPDATE.codes,
         "R": 4096,
     }
     tensors = type(message).tensors.values()

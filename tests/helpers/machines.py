@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fuzzing import (
     MESSAGES,
     SETTINGS,
+    UPDATE,
     VALID,
     WIDTH,
     check_held,
@@ -37,7 +38,7 @@ _ENDS = {"complete", "refusal", "goodbye"}
 _MAY_SAY = {
     (Role.EDGE, Phase.HELLO): {"hello", "goodbye"},
     (Role.EDGE, Phase.JOINING): {"ready", "goodbye"},
-    (Role.EDGE, Phase.ACTIVE): {"goodbye", "report", "probe", "anchor", "projections", "eval-batch"},
+    (Role.EDGE, Phase.ACTIVE): {"goodbye", "report", "probe", "anchor", "projections", "gradient", "eval-batch"},
     (Role.CLOUD, Phase.HELLO): {"welcome", "complete", "refusal"},
     (Role.CLOUD, Phase.JOINING): {"welcome", "catch-up", "complete", "refusal"} | _ROUND_FROM_CLOUD,
     (Role.CLOUD, Phase.ACTIVE): {"complete", "refusal"} | _ROUND_FROM_CLOUD,
@@ -128,7 +129,7 @@ class AnyPeer(RuleBasedStateMachine):
     @precondition(lambda self: self.role is Role.CLOUD and self.course.was_greeted)
     @rule()
     def agrees(self) -> None:
-        self.connection.agree(SETTINGS, WIDTH)
+        self.connection.agree(SETTINGS, WIDTH, UPDATE)
         self.is_agreed = True
 
     @rule(place=places, is_due=mostly)
@@ -220,7 +221,7 @@ class AnyPeer(RuleBasedStateMachine):
         if got is not None:
             self.heard(got)
             if name_of(message) == "welcome":
-                self.connection.agree(SETTINGS, WIDTH)  # its settings may have been what was damaged
+                self.connection.agree(SETTINGS, WIDTH, UPDATE)  # its settings may have been what was damaged
             return
         size = held_bytes(self.connection)
         self.under_way = message
@@ -274,7 +275,7 @@ class ValidPair(RuleBasedStateMachine):
         side = self.sides[role]
         message, tensors = MESSAGES[role][place % len(MESSAGES[role])]
         if name_of(message) == "welcome":
-            side.agree(SETTINGS, WIDTH)
+            side.agree(SETTINGS, WIDTH, UPDATE)
         elif type(message).tensors and side.settings is None:
             return
         if role is Role.CLOUD and side.phase is Phase.HELLO and not side._was_greeted:

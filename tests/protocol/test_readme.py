@@ -19,7 +19,7 @@ from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import BlockGradient, ImageEntry, Manifest, PrefixEntry, TensorEntry
 from hosl_protocol.run.settings import Augmentation, ClientOptimizer, RunSettings
 from hosl_protocol.run.tasks import Task, label_of, text_of_value
-from hosl_protocol.weights.client_weights import MAX_COARSENING
+from hosl_protocol.weights.exact_range import MAX_COARSENING
 from hosl_protocol.weights.state import SnapshotHeader
 from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES
 from hosl_protocol.wire.connection import _ALLOWED, Phase, Role

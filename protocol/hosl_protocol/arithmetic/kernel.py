@@ -28,7 +28,7 @@ Hadamard: TypeAlias = Callable[[npt.NDArray[np.float32]], None]
 
 
 @lru_cache(maxsize=1)
-def _open() -> ctypes.CDLL | None:
+def open_library() -> ctypes.CDLL | None:
     """Open the library; None where the installation has none, or one that this machine cannot use."""
     if sys.byteorder != "little":
         return None
@@ -50,7 +50,7 @@ def load() -> AddDirections | None:
 
     It runs outside the interpreter's lock, so threads share the work.
     """
-    library = _open()
+    library = open_library()
     if library is None:
         return None
     function = library.hosl_add_terms
@@ -75,7 +75,7 @@ def load_hadamard() -> Hadamard | None:
 
     It multiplies each row of contiguous values [R, B] by the Hadamard matrix of B, a power of two, in place.
     """
-    library = _open()
+    library = open_library()
     if library is None:
         return None
     function = library.hosl_hadamard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -10,13 +11,15 @@ from hosl_protocol.arithmetic.rotation import GradientLayout
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
 
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+
 
 class UpdateShape(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Sizes of an update's tensors, the same in every round of a run."""
 
-    coefficients: int
+    coefficients: Size
     """P: the directions, or first-order the scales of the gradient's blocks; 0 where the device is frozen."""
-    codes: int = 0
+    codes: Size = 0
     """C: bytes of the gradient's levels, first-order; else 0."""
 
     @property

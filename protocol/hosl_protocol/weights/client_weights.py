@@ -205,7 +205,7 @@ class ClientWeights:
     def _apply_adamw(self, adamw: AdamW, update: UpdateRecord) -> None:
         """One round's step of AdamW, with the update's estimate for its gradient."""
         rate = update.learning_rate
-        estimate, largest = self._estimate(update)
+        largest = self._largest_estimate(update)
         if not largest <= LARGEST_ESTIMATE:
             raise HoslError(f"update of round {update.round} is an estimate of {largest:.3g}: AdamW cannot square it")
 
@@ -216,17 +216,21 @@ class ClientWeights:
         if not self._range.tighten_to_fit(growths()) and not self._range.tighten_to_fit(growths()):
             self._range.coarsen(growths(), update.round)
         growth = growths()
-        adamw.step(self.tensors, estimate, rate)
+        # Made only now: the terms of directions depend on the lattices.
+        adamw.step(self.tensors, self._estimate(update), rate)
         self._range.grow(growth)
         self.applied_round = update.round
 
-    def _estimate(self, update: UpdateRecord) -> tuple[Estimate, float]:
-        """The update's estimate of the gradient, and a bound on its magnitudes."""
+    def _estimate(self, update: UpdateRecord) -> Estimate:
         if self._layout is not None:
-            gradient = self._gradient(update, self._layout)
-            return gradient, max(gradient.largest(self.tensors), default=0.0)
-        largest = float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
-        return DirectionEstimate(self._estimate_terms(update), self._recipe), largest
+            return self._gradient(update, self._layout)
+        return DirectionEstimate(self._estimate_terms(update), self._recipe)
+
+    def _largest_estimate(self, update: UpdateRecord) -> float:
+        """Bound the magnitudes of the update's estimate."""
+        if self._layout is not None:
+            return max(self._gradient(update, self._layout).largest(self.tensors), default=0.0)
+        return float(np.abs(update.coefficients).sum(dtype=np.float64)) * self._largest_entry
 
     def _gradient(self, update: UpdateRecord, layout: GradientLayout) -> GradientEstimate:
         return GradientEstimate(update, layout, self._recipe.seed)

@@ -36,6 +36,7 @@ from hosl_protocol.run.manifest import (
 )
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.run.updates import update_shape
 from hosl_protocol.weights.client_weights import make_client_weights
 from hosl_protocol.wire.messages import Welcome
 from support import mirror_of, write_reviews, write_snapshot
@@ -210,7 +211,15 @@ def test_a_tokenizer_with_anything_in_it(folder: Path, bundle: Path) -> None:
     settings = EdgeSettings(
         server="", token_file="", data=str(data), name="pi", threads=1, state_dir=str(folder / "state"), cache_dir=""
     )
-    welcome = Welcome(run="r", epoch=0, round=0, width=manifest.width, settings=SETTINGS, plan="continue")
+    welcome = Welcome(
+        run="r",
+        epoch=0,
+        round=0,
+        width=manifest.width,
+        update=update_shape(SETTINGS, manifest),
+        settings=SETTINGS,
+        plan="continue",
+    )
     texts = [b"", b"[]", b"{}", b"\xff", b"[" * 200_000]
     texts += [json.dumps(twisted(document, seed)).encode() for seed in SEEDS[:25]]
     for text in texts:

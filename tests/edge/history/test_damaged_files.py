@@ -21,6 +21,7 @@ from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import MANIFEST, SHARD_GRAPH, SHARD_TOKENIZER, SHARD_WEIGHTS, ImageEntry, load_manifest
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.run.updates import update_shape
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Complete, Welcome
 
@@ -73,7 +74,15 @@ def agent(address: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     manifest = load_manifest(bundle)
 
     async def run(session: Session) -> Complete:
-        welcome = Welcome(run="r1", epoch=0, round=0, width=manifest.width, settings=SETTINGS, plan="continue")
+        welcome = Welcome(
+            run="r1",
+            epoch=0,
+            round=0,
+            width=manifest.width,
+            update=update_shape(SETTINGS, manifest),
+            settings=SETTINGS,
+            plan="continue",
+        )
         device = session.device
         device.join(welcome, lambda snapshot, path: None)
         applied = device.applied_round
@@ -156,7 +165,9 @@ def test_a_damaged_file_of_the_users_is_named(
 def test_a_damaged_manifest_of_the_clouds_is_named(
     agent: Callable[[str], int], folder: Path, bundle: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
-    damage(bundle / MANIFEST, how)
+    # Within a value: what a name becomes may be taken for a field of a later version.
+    place = (bundle / MANIFEST).read_bytes().index(b"llama")
+    damage(bundle / MANIFEST, how, bit=8 * place + 7)
     line = fails(agent, folder, capsys, ExitCode.BUNDLE, "train.jsonl")
     assert f"{MANIFEST} is not a manifest" in line
 

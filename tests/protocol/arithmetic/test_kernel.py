@@ -31,7 +31,7 @@ def test_where_a_wheel_for_this_machine_was_installed_there_is_a_kernel():
 
 def test_without_the_library_numpy_does_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel, "LIBRARY", tmp_path / "absent.so")
-    assert kernel.load.__wrapped__() is None
+    assert kernel.open_library.__wrapped__() is None
 
 
 def make_terms(chance, count):

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as npst
 from hosl_protocol.exceptions import FrameError, LimitError
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.codec import (
     MAX_HEADER_BYTES,
     PIECE_BYTES,
@@ -39,6 +40,7 @@ from hosl_protocol.wire.messages import (
     FromCloud,
     FromEdge,
     Goodbye,
+    Gradient,
     Hello,
     Late,
     Probe,
@@ -204,7 +206,7 @@ FIELDS = {
     },
     Welcome: {
         "run": names, "epoch": counts, "round": rounds, "width": counts, "protocol": counts,
-        "settings": st.builds(make_run_settings),
+        "settings": st.builds(make_run_settings), "update": st.builds(UpdateShape, coefficients=counts, codes=counts),
         "plan": st.sampled_from(["continue", "rebuild", "snapshot", "rewind"]), "rewind_to": rounds,
         "snapshot": st.none() | st.builds(Snapshot, round=rounds, size_bytes=counts, sha256=digests),
     },
@@ -216,6 +218,7 @@ FIELDS = {
     Anchor: round_fields,
     CutGradient: {**round_fields, "exponent": st.integers(-200, 200)},
     Projections: round_fields,
+    Gradient: round_fields | {"rotation": st.integers(1, 65534)},
     Update: {**round_fields, "learning_rate": numbers},
     EvalStart: round_fields,
     EvalBatch: {**round_fields, "last": booleans},
@@ -241,7 +244,9 @@ FIELDS = {
     },
     Goodbye: {"reason": sentences},
 }  # fmt: skip
-TYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32}
+TYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "U8": np.uint8}
+ELEMENTS = {"I32": st.integers(-(2**31), 2**31 - 1), "U8": st.integers(0, 255)}
+CODES = 3
 READ_AS = {"float32": np.float32, "float16": np.float16}
 
 
@@ -252,13 +257,13 @@ def test_every_message_has_a_round_trip_here():
 
 @st.composite
 def frames(draw, kind):
-    sizes = {"D": BOUNDS["D"], "P": BOUNDS["P"]}
+    sizes = {"D": BOUNDS["D"], "P": BOUNDS["P"], "C": CODES}
     tensors = {}
     for name, spec in kind.tensors.items():
         for dimension in spec.shape:
-            sizes.setdefault(dimension, draw(st.integers(0, BOUNDS[dimension])))
+            sizes.setdefault(dimension, draw(st.integers(0, BOUNDS.get(dimension, 0))))
         shape = tuple(sizes[dimension] for dimension in spec.shape)
-        elements = st.integers(-(2**31), 2**31 - 1) if spec.dtypes == ("I32",) else st.floats(width=32)
+        elements = ELEMENTS.get(spec.dtypes[0], st.floats(width=32))
         tensors[name] = draw(npst.arrays(TYPES[spec.dtypes[0]], shape, elements=elements, fill=st.just(1)))
     return draw(st.builds(kind, **FIELDS[kind])), tensors
 
@@ -276,7 +281,7 @@ def as_read(array, spec, wire_dtype):
 @given(data=st.data(), wire_dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_what_is_encoded_is_read_back(kind, data, wire_dtype):
     message, tensors = data.draw(frames(kind))
-    reader = make_reader()
+    reader = make_reader(C=CODES)
     frame = read_all(reader, encode(message, tensors, wire_dtype))
     assert frame.message == message
     assert list(frame.tensors) == list(tensors)
@@ -286,6 +291,20 @@ def test_what_is_encoded_is_read_back(kind, data, wire_dtype):
         assert frame.tensors[name].shape == tensors[name].shape
         np.testing.assert_array_equal(frame.tensors[name], expected)
     assert reader.is_between_frames
+
+
+@pytest.mark.parametrize(
+    ("codes", "sent", "sentence"),
+    [
+        (3, 0, "update lacks tensor codes"),
+        (0, 3, "dimension C of update.codes is 3, the limit is 0"),
+        (3, 2, "is 2, expected 3"),
+    ],
+)
+def test_codes_are_there_just_where_the_run_has_some(codes, sent, sentence):
+    tensors = {"coefficients": np.ones(2, np.float32), "codes": np.zeros(sent, np.uint8), "loss": np.float32(1.5)}
+    with pytest.raises((FrameError, LimitError), match=sentence):
+        read_all(make_reader(C=codes), encode(Update(**PLACE, learning_rate=0.1), tensors))
 
 
 def test_one_reader_reads_frame_after_frame():

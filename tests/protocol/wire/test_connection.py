@@ -11,6 +11,7 @@ from msgspec import structs
 from hosl_protocol.exceptions import FrameError, LimitError, ProtocolError, UnexpectedMessage
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import load_preset
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.codec import encode
 from hosl_protocol.wire.connection import Connection, Phase, Role, bounds_for
 from hosl_protocol.wire.messages import (
@@ -22,6 +23,7 @@ from hosl_protocol.wire.messages import (
     EvalResult,
     EvalStart,
     Goodbye,
+    Gradient,
     Hello,
     Probe,
     ProbeLoss,
@@ -43,6 +45,7 @@ BATCH = {
     "lengths": np.array([2, 3], np.int32),
     "labels": np.array([0, 1], np.int32),
 }
+UPDATE = UpdateShape(coefficients=2)
 NO_UPDATES = {"coefficients": np.empty((0, 2), np.float32), "learning_rates": np.empty(0)}
 TWO_UPDATES = {"coefficients": np.ones((2, 2), np.float32), "learning_rates": np.ones(2)}
 LOSS = np.float32(0.7)
@@ -64,8 +67,20 @@ REFUSAL = Refusal(code="shard", reason="another shard", retry=False)
 GOODBYE = Goodbye(reason="stopped by hand")
 
 
+def update_of(settings):
+    return UpdateShape(coefficients=0) if settings is not None and settings.algorithm == "frozen" else UPDATE
+
+
 def welcome(settings=None, width=WIDTH):
-    return Welcome(run="r1", epoch=0, round=0, width=width, settings=settings or make_settings(), plan="continue")
+    return Welcome(
+        run="r1",
+        epoch=0,
+        round=0,
+        width=width,
+        update=update_of(settings),
+        settings=settings or make_settings(),
+        plan="continue",
+    )
 
 
 def catch_up(last=True):
@@ -78,6 +93,7 @@ FROM_EDGE = [
     (Probe(**ROUND, direction=0, sign=1), BATCH),
     (Anchor(**ROUND), BATCH),
     (Projections(**ROUND), {"projections": np.ones(2, np.float32)}),
+    (Gradient(**ROUND, rotation=1), {"scales": np.ones(2, np.float32), "codes": np.empty(0, np.uint8)}),
     (EvalBatch(**ROUND, last=True), BATCH),
     (REPORT, {}),
     (GOODBYE, {}),
@@ -94,7 +110,7 @@ FROM_CLOUD = [
     (COMPLETE, {}),
     (REFUSAL, {}),
 ]
-IN_A_ROUND_FROM_EDGE = {"probe", "anchor", "projections", "eval-batch", "report"}
+IN_A_ROUND_FROM_EDGE = {"probe", "anchor", "projections", "gradient", "eval-batch", "report"}
 IN_A_ROUND_FROM_CLOUD = {"round-start", "probe-loss", "cut-gradient", "update", "eval-start", "eval-result"}
 # The same table stands in protocol/README.md.
 ALLOWED = {
@@ -126,7 +142,7 @@ def carry(sender, receiver, message, tensors=None):
 
 def make_pair(phase=Phase.HELLO, settings=None):
     edge, cloud = Connection(Role.EDGE), Connection(Role.CLOUD)
-    cloud.agree(settings or make_settings(), WIDTH)
+    cloud.agree(settings or make_settings(), WIDTH, update_of(settings))
     if phase is not Phase.HELLO:
         carry(edge, cloud, HELLO)
         carry(cloud, edge, welcome(settings))
@@ -193,7 +209,7 @@ def test_a_rebuild_may_follow_a_ready_with_the_wrong_digest():
 @pytest.mark.parametrize("phase", [Phase.HELLO, Phase.JOINING])
 def test_a_batch_before_its_time_is_refused_by_its_header_alone(phase):
     _, cloud = make_pair(phase)
-    cloud.agree(make_settings(batch_size=65536, max_length=4096), 4096)
+    cloud.agree(make_settings(batch_size=65536, max_length=4096), 4096, UPDATE)
     header, _ = header_and_size(2**20, 4096)
     tracemalloc.start()
     try:
@@ -255,8 +271,8 @@ def test_a_welcome_of_another_protocol_ends_the_connection():
 
 
 def test_labels_may_be_as_many_as_tokens_only_for_the_language_model():
-    assert bounds_for(make_settings("sst2"), WIDTH).largest["N"] == 4
-    assert bounds_for(make_settings("lm"), WIDTH).largest["N"] == 64
+    assert bounds_for(make_settings("sst2"), WIDTH, UPDATE).largest["N"] == 4
+    assert bounds_for(make_settings("lm"), WIDTH, UPDATE).largest["N"] == 64
 
 
 def test_a_frozen_client_gets_updates_without_coefficients():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from fuzzing import MESSAGES, SETTINGS, VALID, Tally, connection_in, feed, fuzz_frame, pieces_of, with_length
+from fuzzing import MESSAGES, SETTINGS, UPDATE, VALID, Tally, connection_in, feed, fuzz_frame, pieces_of, with_length
 from hosl_protocol.exceptions import FrameError, LimitError, ProtocolError
 from hosl_protocol.wire.connection import Phase, Role
 from hosl_protocol.wire.messages import Welcome
@@ -60,7 +60,7 @@ def test_a_second_hello_is_not_due() -> None:
 def test_a_run_of_absurd_bounds_does_not_make_a_device_take_memory(width: int, batch: int, length: int) -> None:
     edge = connection_in(Role.EDGE, Phase.JOINING)
     changed = msgspec.structs.replace(SETTINGS, batch_size=batch, max_length=length)
-    welcome = Welcome(run="r1", epoch=0, round=6, width=width, settings=changed, plan="continue")
+    welcome = Welcome(run="r1", epoch=0, round=6, width=width, update=UPDATE, settings=changed, plan="continue")
     assert not isinstance(feed(edge, pieces_of(welcome, {})[0]), ProtocolError)
     rows = batch * length
     size = 4 * rows * width
