@@ -55,10 +55,11 @@ def reference_words() -> Callable[[int, int, int, int, int, int], list[int]]:
 
 @pytest.fixture(params=["compiled", "numpy"], scope="module")
 def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test of the module runs with the compiled pass over the weights and with numpy's."""
+    """Every test of the module runs with the compiled passes over weights and gradients and with numpy's."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
             patch.setattr(kernel, "load", lambda: None)
+            patch.setattr(kernel, "load_hadamard", lambda: None)
         elif kernel.load() is None:
             pytest.skip("installed without a C compiler")
         yield

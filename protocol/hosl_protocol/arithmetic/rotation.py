@@ -2,7 +2,7 @@
 
 After DRIVE (arXiv 2105.08339) and EDEN (arXiv 2108.08842). A block of B entries is multiplied by random signs and by a
 Hadamard matrix, which makes its entries alike, nearly normal; each is cut to one of 2^bits levels, odd whole numbers c.
-The scale Σy² / (B · Σ y·c) makes what comes back unbiased over the rotations.
+The scale Σy² / (B · Σ y·c) makes what comes back unbiased over uniform rotations, and nearly so over these.
 
 What is decoded has the same bits on every machine: the transform back is one of whole numbers below 2^24, which float32
 adds exactly in whatever order, and then each is multiplied once by its block's scale. Specification with golden
@@ -175,6 +175,7 @@ class GradientLayout:
             out[place] = k_RB.reshape(-1)[: place.stop - place.start]
             code, scale = code + packed.size, scale + run.rows
         out *= rotation.signs(index, start, out.size)
+        out += np.float32(0.0)  # -0.0 becomes +0.0
 
     def largest(self, codes: Codes, scales: Vector, index: int, rotation: Rotation) -> float:
         """Find the largest magnitude among the tensor's entries, without holding more than a chunk of them."""

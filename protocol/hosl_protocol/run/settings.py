@@ -122,14 +122,14 @@ class RunSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     anchor: AnchorPoint = "clean"
     """Where the tail takes its step: at the activations of θ, or half way between those of θ ± εz, which differ in
     second order of ε only and save a forward: HOSL sends no Anchor, HO-SFL takes central differences."""
+    gradient_bits: GradientBits = 1
+    """First-order: bits of each number of a gradient on the wire, 1, 2, 4, 8 or 32 (not compressed)."""
     batch_size: int = 16
     """Examples a device draws each round."""
     max_length: int = 128
     """Tokens an example is cut to; for images exactly the bundle's positions per image."""
     wire_dtype: WireDtype = "float32"
     """Type of activations and of their gradients on the wire; HOSL's loss differences need float32."""
-    gradient_bits: GradientBits = 1
-    """First-order: bits of each number of a gradient on the wire, 1, 2, 4, 8 or 32 (not compressed)."""
     client: ClientOptimizer = ClientOptimizer()
     report_every: int = 10
     """Rounds between a device's reports (weights digest, memory, bytes)."""
