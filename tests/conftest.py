@@ -35,6 +35,10 @@ def pytest_runtest_setup() -> None:
         _frozen_modules = len(sys.modules)
 
 
+# A tenth of the time of a test that exports goes into collections, at Python's own 700.
+gc.set_threshold(50_000)
+
+
 # Tiny tensors gain nothing from threads, and lose much where cores are few. Read by torch and numpy as they load, here
 # and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -83,4 +84,5 @@ def _run(output: Connection, errors: Path, module: str, arguments: list[str]) ->
         os.dup2(output.fileno(), 1)
         os.dup2(file.fileno(), 2)
     output.close()
+    gc.freeze()  # a device has no torch that the collector would look at
     sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
