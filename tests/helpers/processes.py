@@ -26,11 +26,11 @@ FORKS.set_forkserver_preload(
 class Program:
     """`python -m module arguments`; of subprocess.Popen what tests use."""
 
-    def __init__(self, module: str, *arguments: object, errors: Path) -> None:
-        """Start it. What it says on standard error goes to the file."""
+    def __init__(self, module: str, *arguments: object, errors: Path, **variables: str) -> None:
+        """Start it, with these variables in its environment. What it says on standard error goes to the file."""
         reading, writing = FORKS.Pipe(duplex=False)
         words = [str(argument) for argument in arguments]
-        self._process = FORKS.Process(target=_run, args=(writing, errors, module, words))
+        self._process = FORKS.Process(target=_run, args=(writing, errors, variables, module, words))
         self._process.start()
         writing.close()
         self.stdout = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
@@ -78,8 +78,9 @@ class Program:
                 yield from self.stdout
 
 
-def _run(output: Connection, errors: Path, module: str, arguments: list[str]) -> None:
+def _run(output: Connection, errors: Path, variables: dict[str, str], module: str, arguments: list[str]) -> None:
     """Be the program."""
+    os.environ.update(variables)
     with errors.open("ab") as file:
         os.dup2(output.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -28,6 +28,7 @@ from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import load_manifest
+from processes import Program
 from support import TASK, Crew, free_port, write_reviews
 
 DEVICES, ROUNDS = ("pi-1", "pi-2", "pi-3"), 12
@@ -62,40 +63,56 @@ class Site:
         self.data_dir = folder / "cloud"
         shutil.copytree(bundle, self.data_dir / "bundles" / "tiny")
         self.log = folder / "log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.processes: list[subprocess.Popen[bytes] | Program] = []
         self.crew = Crew()
 
-    def serve(self, ranks: int) -> None:
-        """Start the service, under torchrun where it has several ranks, and wait until it listens."""
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", ranks)
-        program = (SERVICE,) if ranks > 1 else ("-m", "hosl_cloud")
-        service = (*program, "serve", "--data-dir", self.data_dir, "--port", self.port, "--drain-s", 10)
+    def launch(self, ranks: int) -> None:
+        """Start the service under torchrun, and wait until it listens."""
+        launcher = ("torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", ranks)
+        command = [sys.executable, "-m", *map(str, (*launcher, SERVICE, *self.arguments))]
         with self.log.open("ab") as log:
-            command = [sys.executable, *map(str, (*(launcher if ranks > 1 else ()), *service))]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.wait_until(lambda: (self.data_dir / "service.json").exists())
+            self.processes = [subprocess.Popen(command, stdout=log, stderr=log)]
+        self.wait_until(self.is_listening)
+
+    def fork(self, ranks: int) -> None:
+        """Start the service with what torchrun would tell each rank, but without importing torch in all of them."""
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        places = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self.processes = [
+            Program("hosl_cloud", *self.arguments, errors=self.log, **(place if ranks > 1 else {})) for place in places
+        ]
+        self.wait_until(self.is_listening)
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        return ("serve", "--data-dir", self.data_dir, "--port", self.port, "--drain-s", 10)
+
+    def is_listening(self) -> bool:
+        return (self.data_dir / "service.json").exists()
 
     def wait_until(self, is_so: Callable[[], object]) -> None:
         deadline = time.monotonic() + WAIT_S
         while not is_so():
             assert time.monotonic() < deadline, self.said()
-            assert self.process is not None
-            assert self.process.poll() is None, self.said()
-            time.sleep(0.05)
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.1)
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")[-6000:]
 
-    def stop(self) -> int:
-        """SIGTERM to the launcher, or the service; its exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(WAIT_S)
+    def stop(self) -> set[int]:
+        """SIGTERM to the launcher, or each rank; the exit codes."""
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            process.communicate(timeout=WAIT_S)
+        return {int(process.wait()) for process in self.processes}
 
     def rank(self, number: int) -> psutil.Process:
-        assert self.process is not None
+        """One that the launcher started."""
+        (launcher,) = self.processes
         return next(
-            child for child in psutil.Process(self.process.pid).children() if child.environ()["RANK"] == str(number)
+            child for child in psutil.Process(launcher.pid).children() if child.environ()["RANK"] == str(number)
         )
 
     def begin(self, name: str, algorithm: str, ranks: str = "shard") -> str:
@@ -174,17 +191,18 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path], monkeypatch: p
     site = Site(tmp_path, make_bundle("lora", 2))
     yield site
     site.crew.dismiss()
-    if site.process is not None and site.process.poll() is None:
-        for each in (*psutil.Process(site.process.pid).children(), site.process):
-            each.kill()
-        site.process.wait()
+    for process in site.processes:
+        if process.poll() is None:
+            for each in (*psutil.Process(process.pid).children(), process):
+                each.kill()
+            process.communicate()
 
 
-@pytest.mark.timeout(900)  # several torchruns, one after the other
+@pytest.mark.timeout(900)  # several services, one after the other
 def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     kinds = [(algorithm, ranks) for algorithm in ("ho-sfl", "hosl") for ranks in ("shard", "replicate")]
 
-    site.serve(2)
+    site.launch(2)
     two = [site.begin("two", *kind) for kind in kinds]
     from_two = site.begin("from-two", "ho-sfl")
     for name in DEVICES:
@@ -195,21 +213,21 @@ def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     site.wait_for_round(from_two, 9)
     assert len(re.findall("error: rank 0 cannot go on with the others", site.said())) == 1
     assert "resumes after round" in site.said()
-    assert site.stop() != 0  # torchrun's own, for a signal
+    assert site.stop() != {0}  # torchrun's own, for a signal
     assert re.findall("gloo left: (.)", site.said()) == ["0", "0"]
     assert f"run {from_two} paused at round" in site.said()
 
-    site.serve(1)
+    site.fork(1)
     one = {algorithm: site.begin("one", algorithm) for algorithm in ("ho-sfl", "hosl")}
     from_one = site.begin("from-one", "hosl")
     site.wait_for_round(from_two, ROUNDS)
     site.wait_for_round(from_one, 6)
-    assert site.stop() == int(ExitCode.OK)
+    assert site.stop() == {ExitCode.OK}
 
-    site.serve(4)
+    site.fork(4)
     four = site.begin("four", "hosl", "shard")
     site.wait_for_round(four, ROUNDS)
-    site.stop()
+    assert site.stop() == {ExitCode.OK}
 
     expected = {algorithm: site.result(run) for algorithm, run in one.items()}
     algorithms = ("ho-sfl", "ho-sfl", "hosl", "hosl", "hosl", "ho-sfl", "hosl")
