@@ -243,11 +243,13 @@ def hadamard(values_RB: Vector) -> None:
     if compiled is not None:
         compiled(values_RB)
         return
-    distance = 1
-    while distance < length:
-        pairs = values_RB.reshape(rows, length // (2 * distance), 2, distance)
-        a, b = pairs[:, :, 0], pairs[:, :, 1]
-        sums = a + b
-        np.subtract(a, b, out=b)
-        a[...] = sums
-        distance *= 2
+    # What is not finite, or overflows, goes through like any number, as it does in the compiled transform.
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = 1
+        while distance < length:
+            pairs = values_RB.reshape(rows, length // (2 * distance), 2, distance)
+            a, b = pairs[:, :, 0], pairs[:, :, 1]
+            sums = a + b
+            np.subtract(a, b, out=b)
+            a[...] = sums
+            distance *= 2
