@@ -1,31 +1,33 @@
 """A round as the cloud sees it, as generators without I/O: what to tell and ask devices, and what comes of it.
 
-HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, in the table `ROUNDS`; their device's side is
-in hosl_edge/rounds.py. Fleet.drive in runs/fleet.py leads a generator, on the compute thread, in a simulation too.
-Devices are dealt with as they answer. In a strict run gradients accumulate in the order of `CloudRound.devices`.
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940), first-order training (first_order.py) and the frozen client, in the
+table `ROUNDS`; their device's side is in hosl_edge/rounds.py. Fleet.drive in runs/fleet.py leads a generator, on the
+compute thread, in a simulation too. Devices are dealt with as they answer. In a strict run gradients accumulate in the
+order of `CloudRound.devices`.
 
 A round is void, and its generator returns None, where
 
-- fewer devices' batches than the quorum reached the tail (`_take_anchors`): they were late, left, or were refused;
-- the gradient that they add up to is not finite (`_step`);
-- in a strict run, where the quorum is all of them, one device lacks its projections (HO-SFL) or a probe (HOSL).
+- fewer devices' batches than the quorum reached the tail (`take_anchors`): they were late, left, or were refused;
+- the gradient that they add up to is not finite (`step_tail`);
+- in a strict run, where the quorum is all of them, one device lacks its projections (HO-SFL), a probe (HOSL) or its
+  gradient (first-order).
 
 Then no weight has changed anywhere, and the Coordinator starts the round again as another attempt. A round of HO-SFL
 that is not strict, and to which no device sends projections, is not void: the tail has made its step, and the update is
-of zeros. An update that is not finite is sent as zeros, too (`Coordinator._bounded`).
+of zeros; so it is with gradients. An update that is not finite is sent as zeros, too (`Coordinator._bounded`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
+from hosl_cloud.exceptions import BatchError
+from hosl_cloud.rounds.anchors import RoundResult, step_tail, take_anchors, train_and_ask
 from hosl_cloud.rounds.evaluation import evaluate_batches
 from hosl_cloud.rounds.exchange import (
     Action,
@@ -34,85 +36,36 @@ from hosl_cloud.rounds.exchange import (
     CloudRound,
     Doubles,
     Exchange,
-    Fault,
-    Floats,
     Tell,
     batch_of,
-    blame,
-    first,
     first_few,
-    leave_out,
     refuse,
 )
+from hosl_cloud.rounds.first_order import first_order_round
 from hosl_cloud.settings import RunConfig
-from hosl_protocol.run.schedule import scheduled_rate
-from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame
-from hosl_protocol.wire.messages import Anchor, CutGradient, Message, Probe, ProbeLoss, Projections
-
-log = logging.getLogger(__name__)
+from hosl_protocol.wire.messages import Probe, ProbeLoss, Projections
 
 LARGEST_PROJECTION = 1e30
 """Magnitude from which a projection is taken for a fault of its device."""
 
-FLOAT16_EXPONENT = 15
-"""λ goes to float16 with its largest magnitude from 2^14 up to 2^15, half of what the type holds."""
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """A round that counts: what it does to the devices' weights, and its figures."""
-
-    update: UpdateRecord
-    loss: float
-    """Weighted mean of the devices' losses at the clean weights, before the tail's step."""
-    devices: tuple[str, ...]
-    """Who took part in the tail's step."""
-
 
 def ho_sfl_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """HO-SFL: train the tail on every Anchor, hand λ_m back, average the projections."""
-    yield from context.start()
-    contributors = yield from _take_anchors(context, wants_cut_gradient=True)
-    if contributors is None:
+    answered = yield from train_and_ask(context, Projections, _read_projections)
+    if answered is None:
         return None
 
-    # Devices probe while the tail makes its step; a strict round may still be void, and steps when it is whole.
-    if not (context.config.strict or _step(context, contributors)):
-        return None
-
-    projections = yield from _take_projections(context, contributors)
-    if context.config.strict and not (len(projections) == context.quorum and _step(context, contributors)):
-        context.trainer.discard()
-        return None
-
+    contributors, projections = answered
     averages = context.combine(projections, contributors.weights)
     return contributors.outcome(context, averages / (context.config.directions * context.config.probe_step))
 
 
-def _take_projections(context: CloudRound, contributors: _Contributors) -> Exchange[dict[str, Doubles]]:
-    """Take v_m [P] of each contributor; one that sends none, or numbers that cannot be, is left out of the average."""
-    projections = {}
-    asks = [Ask(device, Projections, context.round) for device in contributors.weights]
-    while asks:
-        ask, frame = yield from first(asks)
-        if frame is None:
-            log.warning(
-                "round %d: %s is left out of the average: no projections",
-                context.round,
-                ask.device,
-                extra={"device": ask.device},
-            )
-            continue
-
-        # Written so that NaN fails it, too.
-        values = frame.tensors["projections"].astype(np.float64)
-        if not np.abs(values).max() < LARGEST_PROJECTION:
-            yield Fault(ask.device, "projections that are not finite, or absurd")
-            yield leave_out(ask.device, frame.message, "its projections are not finite, or absurd")
-            continue
-        projections[ask.device] = values
-    return projections
+def _read_projections(frame: Frame) -> Doubles | None:
+    """Take v_m [P] out of a device's answer; None where they cannot be."""
+    # Written so that NaN fails it, too.
+    values = frame.tensors["projections"].astype(np.float64)
+    return values if np.abs(values).max() < LARGEST_PROJECTION else None
 
 
 def hosl_round(context: CloudRound) -> Exchange[RoundResult | None]:
@@ -125,12 +78,12 @@ def hosl_round(context: CloudRound) -> Exchange[RoundResult | None]:
 
     # Of all probes that came; the tail is trained with those that sent every one.
     estimates = _hosl_estimates(probed, context)
-    contributors = yield from _take_anchors(
+    contributors = yield from take_anchors(
         context, wants_cut_gradient=False, devices=probed.present, midpoints=probed.midpoints(context.config)
     )
-    return (
-        contributors.outcome(context, estimates) if contributors is not None and _step(context, contributors) else None
-    )
+    if contributors is None or not step_tail(context, contributors):
+        return None
+    return contributors.outcome(context, estimates)
 
 
 @dataclass
@@ -239,10 +192,10 @@ def _hosl_estimates(probed: _Probed, context: CloudRound) -> Doubles:
 def frozen_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """The control: only the tail trains; nothing but the round's end goes back."""
     yield from context.start()
-    contributors = yield from _take_anchors(context, wants_cut_gradient=False)
+    contributors = yield from take_anchors(context, wants_cut_gradient=False)
     return (
         contributors.outcome(context, np.zeros(0))
-        if contributors is not None and _step(context, contributors)
+        if contributors is not None and step_tail(context, contributors)
         else None
     )
 
@@ -253,162 +206,7 @@ RoundFunction: TypeAlias = Callable[[CloudRound], Exchange[RoundResult | None]]
 ROUNDS: dict[str, RoundFunction] = {
     "ho-sfl": ho_sfl_round,
     "hosl": hosl_round,
+    "first-order": first_order_round,
     "frozen": frozen_round,
 }
 """By `algorithm` in run.toml; `PARTS` in hosl_edge/rounds.py has the devices' part under the same names."""
-
-
-@dataclass(frozen=True)
-class _Contributors:
-    """The devices whose gradients are in the tail's step, with their weights and losses."""
-
-    weights: dict[str, float]
-    losses: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        """Sum of the weights."""
-        return math.fsum(self.weights.values())
-
-    def outcome(self, context: CloudRound, estimates: Doubles) -> RoundResult:
-        """Make the round's result of `estimates` [P], the coefficients of the estimate Σ_p estimate_p · z_p."""
-        update = make_update(context, estimates)
-        loss = math.fsum(weight * self.losses[device] for device, weight in self.weights.items()) / self.total
-        return RoundResult(update, loss, tuple(device for device in context.devices if device in self.weights))
-
-
-def make_update(context: CloudRound, estimates: Doubles) -> UpdateRecord:
-    """Make the update of the estimate Σ_p estimate_p · z_p, of `estimates` [P], at the round's scheduled rate.
-
-    With AdamW the devices apply the rate themselves. A number beyond float32 becomes infinite, and nobody is told it
-    (Coordinator._bounded).
-    """
-    # SGD's step is in the coefficients; float32, for that is what is stored, sent and added by every device.
-    optimizer = context.config.client
-    rate = scheduled_rate(optimizer, context.round, context.config.rounds)
-    with np.errstate(over="ignore"):
-        coefficients = (estimates if optimizer.optimizer == "adamw" else -rate * estimates).astype(np.float32)
-    return UpdateRecord(context.round, coefficients, rate)
-
-
-def _step(context: CloudRound, contributors: _Contributors) -> bool:
-    """Make one first-order step of the tail on Σ w_m grad_m; False, which voids the round, where that is not finite."""
-    try:
-        context.trainer.step(context.round, contributors.total)
-    except RoundSpoiltError as error:
-        log.warning("round %d: the tail makes no step: %s", context.round, error)
-        return False
-    return True
-
-
-def _take_anchors(
-    context: CloudRound,
-    *,
-    wants_cut_gradient: bool,
-    devices: Sequence[str] | None = None,
-    midpoints: Mapping[str, BatchArrays] | None = None,
-) -> Exchange[_Contributors | None]:
-    """Add up Σ w_m grad_m over the devices' Anchors; None, and no gradient, where fewer came than the quorum.
-
-    `midpoints` stand for the devices' Anchors where they send none.
-    """
-    contributors = _Contributors({}, {})
-    asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
-
-    while asks:
-        if midpoints is not None:
-            uploads = [_Upload(ask.device, midpoints[ask.device]) for ask in asks[: context.trainer.at_once]]
-            del asks[: context.trainer.at_once]
-        else:
-            answers = yield from _next_answers(context, asks)
-            uploads = [
-                _Upload(ask.device, batch_of(frame), frame.message) for ask, frame in answers if frame is not None
-            ]
-        yield from _backpropagate(context, uploads, contributors, wants_cut_gradient)
-
-    if not contributors.weights or len(contributors.weights) < context.quorum:
-        if contributors.weights:
-            log.warning(
-                "round %d: %d devices of a quorum of %d", context.round, len(contributors.weights), context.quorum
-            )
-        context.trainer.discard()
-        return None
-    return contributors
-
-
-def _next_answers(context: CloudRound, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
-    """Take as many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
-    if not context.config.strict:
-        return (yield from first_few(asks, context.trainer.at_once))
-    answers = []
-    for ask in asks[: context.trainer.at_once]:
-        answers.append((yield from first([ask])))
-        asks.remove(ask)
-    return answers
-
-
-@dataclass(frozen=True)
-class _Upload:
-    """A device's batch, and the Anchor that brought it; None where its probes' mean stands for one."""
-
-    device: str
-    batch: BatchArrays
-    anchor: Message | None = None
-
-    def leave_out(self, reason: str) -> Generator[Action, None, None]:
-        """Tell the device that no λ will come."""
-        if self.anchor is not None:
-            yield leave_out(self.device, self.anchor, reason)
-
-
-def _backpropagate(
-    context: CloudRound, uploads: Sequence[_Upload], contributors: _Contributors, wants_cut_gradient: bool
-) -> Generator[Action, None, None]:
-    """Add devices' gradients to the round's, and send each its λ."""
-    weights = [context.weight(upload.batch) for upload in uploads]
-    batches = [upload.batch for upload in uploads]
-    results = context.trainer.forward_backward_many(batches, weights, wants_cut_gradient=wants_cut_gradient)
-
-    # Whatever happens to a batch its device is told, for it waits for λ.
-    spoilt = [result for result in results if isinstance(result, RoundSpoiltError)]
-    for upload, weight, result in zip(uploads, weights, results, strict=True):
-        device, extra = upload.device, {"device": upload.device}
-        if isinstance(result, RoundSpoiltError):
-            log.warning("round %d: %s spoilt the gradients so far: %s", context.round, device, result, extra=extra)
-            yield from upload.leave_out(f"{result.what} is not finite")
-        elif isinstance(result, NotFiniteError):
-            log.warning("round %d: %s is left out: %s", context.round, device, result, extra=extra)
-            yield from upload.leave_out((yield from blame(device, upload.batch, result)))
-        elif isinstance(result, BatchError):
-            yield refuse(device, result)
-        elif spoilt:
-            yield from upload.leave_out("the gradients that it was added to are not finite")
-        else:
-            contributors.weights[device], contributors.losses[device] = weight, result.loss
-            # λ goes at once, before the next batch is computed: the device probes meanwhile.
-            if wants_cut_gradient:
-                yield _tell_cut_gradient(context, device, result)
-
-    if spoilt:
-        # What the devices before, and with, this one added goes too; those after it can still make the step.
-        context.trainer.discard()
-        contributors.weights.clear()
-        contributors.losses.clear()
-
-
-def _tell_cut_gradient(context: CloudRound, device: str, result: Any) -> Tell:
-    """Put λ [T, D] and the loss of a device's batch on their way back to it."""
-    lambda_TD, exponent = _scale_for_wire(result.cut_gradient_TD, context.config.wire_dtype)
-    tensors = {"lambda": lambda_TD, "loss": np.float32(result.loss).reshape(())}
-    return Tell(device, CutGradient(**context.name(0), exponent=exponent), tensors)
-
-
-def _scale_for_wire(lambda_TD: Floats, wire_dtype: str) -> tuple[Floats, int]:
-    """Scale λ to λ / 2^e, with e: in float16 a mean loss's gradient would underflow, so its largest goes to the top."""
-    if wire_dtype != "float16":
-        return lambda_TD, 0
-    largest = float(np.abs(lambda_TD).max())
-    if largest == 0.0:
-        return lambda_TD, 0
-    exponent = math.frexp(largest)[1] - FLOAT16_EXPONENT
-    return np.ldexp(lambda_TD, -exponent), exponent

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.rounds.aggregation import aggregate
 from hosl_cloud.settings import RunConfig
+from hosl_protocol.arithmetic.rotation import GradientLayout
 from hosl_protocol.wire.codec import Frame, Piece
 from hosl_protocol.wire.messages import Late, Message, Refusal, RoundStart, name_of
 
@@ -152,6 +153,8 @@ class CloudRound:
     """Who is to take part, in order."""
     attempt: int = 0
     """Grows with every start, so that what is under way of a former one is told from this one's."""
+    layout: GradientLayout | None = None
+    """Of the gradients that devices send, in first-order training."""
 
     def name(self, id_: int) -> dict[str, Any]:
         """Give the fields that name a message of this round (specification: A round's messages)."""

@@ -28,7 +28,8 @@ import numpy as np
 
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import RoundsFailedError
-from hosl_cloud.rounds.algorithms import ROUNDS, RoundFunction, RoundResult
+from hosl_cloud.rounds.algorithms import ROUNDS, RoundFunction
+from hosl_cloud.rounds.anchors import RoundResult
 from hosl_cloud.rounds.evaluation import evaluate
 from hosl_cloud.rounds.exchange import CloudRound, Exchange, Fault, StatefulTrainer
 from hosl_cloud.runs.admission import Admission, refuse_after_strikes
@@ -281,7 +282,8 @@ class Coordinator:
     def _context(self, round_: int, devices: list[str]) -> CloudRound:
         """Number another attempt: answers to a former one are told apart by it, and are late."""
         attempt = next(self._attempts)
-        return CloudRound(self.run.id, self.run.epoch, round_, self.config, self.trainer, devices, attempt)
+        run = self.run
+        return CloudRound(run.id, run.epoch, round_, self.config, self.trainer, devices, attempt, run.layout)
 
     async def _drive(self, exchange: Exchange[T], deadline_s: float = math.inf) -> T:
         """Run a round or an evaluation with the run's deadlines."""

@@ -33,6 +33,7 @@ from hosl_protocol.wire.messages import (
     EvalBatch,
     EvalStart,
     Goodbye,
+    Gradient,
     Message,
     Probe,
     Projections,
@@ -58,7 +59,10 @@ OUTBOX_BYTES = 64 * 1024 * 1024
 _MESSAGE_BYTES = 512
 """About what a message takes beside its tensors."""
 
-_ANSWERS = (Probe, Anchor, Projections, EvalBatch)
+_ANSWERS = (Probe, Anchor, Projections, Gradient, EvalBatch)
+
+_OF_LAMBDA = (Projections, Gradient)
+"""Answers that a device makes of λ."""
 
 
 class PeerGone(Exception):
@@ -102,7 +106,7 @@ class Peer:
         self._is_in_round = False
         """Whether its answers are still expected."""
         self._has_gradient = False
-        """Whether the round's CutGradient was told, without which no projections can be made."""
+        """Whether the round's CutGradient was told, without which neither projections nor a gradient can be made."""
         self._answered: set[tuple[type, int]] = set()
         """Kinds and ids of the answers that have come in it."""
 
@@ -208,8 +212,8 @@ class Peer:
 
         if not self._is_in_round:
             return "stage", "its stage is over"
-        if isinstance(answer, Projections) and not self._has_gradient:
-            return "unasked", "projections are made of a cut-gradient, and none was sent in this round"
+        if isinstance(answer, _OF_LAMBDA) and not self._has_gradient:
+            return "unasked", "it is made of a cut-gradient, and none was sent in this round"
         return None
 
     def _refuse_late(self, message: Any, code: str, reason: str) -> None:

@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
+from hosl_protocol.arithmetic.rotation import GradientLayout
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
-from hosl_protocol.run.updates import UpdateShape, update_shape
+from hosl_protocol.run.updates import UpdateShape, gradient_layout, update_shape
 from hosl_protocol.weights.client_weights import ClientWeights, make_client_weights
 from hosl_protocol.weights.estimates import UpdateRecord
 
@@ -52,10 +53,14 @@ class Run:
     """Digest of the devices' weights by round."""
     settings: RunSettings = field(init=False)
     update_shape: UpdateShape = field(init=False)
+    layout: GradientLayout | None = field(init=False)
+    """Of the gradients that devices send, in first-order training."""
 
     def __post_init__(self) -> None:
         self.settings = self.config.wire_settings()
         self.update_shape = update_shape(self.settings, self.manifest)
+        sends_gradient = self.settings.traits.sends_gradient
+        self.layout = gradient_layout(self.settings, self.manifest) if sends_gradient else None
 
     def load(self) -> None:
         """Read the mirror of the client's weights up to `round`. Raises BundleError and StoreError."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hosl_cloud import metrics
-from hosl_cloud.rounds.algorithms import RoundResult, make_update
+from hosl_cloud.rounds.anchors import RoundResult, make_update
 from hosl_cloud.rounds.evaluation import evaluate_batches
 from hosl_cloud.rounds.exchange import Ask, CloudRound, Doubles, Exchange, Tally, Tell, batch_of, first
 from hosl_cloud.settings import RunConfig

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosl_cloud.rounds.aggregation import aggregate
+from hosl_cloud.rounds.aggregation import aggregate, average_rows
 from hosl_cloud.settings import Aggregation
 
 KINDS: list[Aggregation] = ["mean", "trimmed-mean", "median"]
@@ -67,3 +67,14 @@ def test_one_liar_cannot_leave_the_range_of_the_others(honest: list[float], lie:
     values = {f"d{place}": [value] for place, value in enumerate(honest)} | {"liar": [lie]}
     for kind in ("trimmed-mean", "median"):
         assert min(honest) <= combine(values, kind, trim=0.26)[0] <= max(honest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_equal", [True, False])
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=9))
+def test_rows_are_averaged_as_single_numbers_are(kind: Aggregation, is_equal: bool, rows: list[list[float]]) -> None:
+    names = [f"d{place}" for place in range(len(rows))]
+    weights = {name: 1.0 if is_equal else 1.0 + place % 3 for place, name in enumerate(names)}
+    alone = combine(dict(zip(names, rows, strict=True)), kind, weights, trim=0.2)
+    together = average_rows(np.array(rows, np.float32), np.array(list(weights.values())), kind, 0.2)
+    assert together.tolist() == pytest.approx(alone, rel=1e-12, abs=1e-9)

@@ -321,7 +321,7 @@ def test_answers_of_another_round_or_stage_are_refused_by_name(fleet: Fleet) -> 
         reason = "what is asked for now is: probe of direction 0, sign +1"
         assert device.told[-1] == Late(**NAME, id=1, answer="probe", code="unasked", reason=reason)
         device.answer(Projections(**NAME, id=2))
-        reason = "projections are made of a cut-gradient, and none was sent in this round"
+        reason = "it is made of a cut-gradient, and none was sent in this round"
         assert device.told[-1] == Late(**NAME, id=2, answer="projections", code="unasked", reason=reason)
         device.tell(CutGradient(**NAME))
         device.answer(Projections(**NAME, id=3))
@@ -381,7 +381,7 @@ def test_an_error_in_a_round_leaves_nobody_in_it(fleet: Fleet) -> None:
 
 
 def test_λ_reaches_a_float16_device_with_its_small_entries() -> None:
-    from hosl_cloud.rounds.algorithms import _scale_for_wire
+    from hosl_cloud.rounds.anchors import _scale_for_wire
 
     lambda_TD = np.array([[3e-9, -2e-7, 1e-12]], np.float32)
     scaled, exponent = _scale_for_wire(lambda_TD, "float16")

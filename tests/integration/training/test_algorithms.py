@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from hosl_cloud.rounds import algorithms as rounds
-from hosl_cloud.rounds.algorithms import CloudRound, RoundResult
+from hosl_cloud.rounds.anchors import RoundResult
+from hosl_cloud.rounds.exchange import CloudRound
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.datasets import TextBatch
