@@ -6,6 +6,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ FORKS.set_forkserver_preload(
 
 
 class Program:
-    """`python -m module arguments`; of subprocess.Popen what tests use."""
+    """`python -m module arguments`, or `python script arguments`; of subprocess.Popen what tests use."""
 
-    def __init__(self, module: str, *arguments: object, errors: Path, **variables: str) -> None:
+    def __init__(self, module: str | Path, *arguments: object, errors: Path, **variables: str) -> None:
         """Start it, with these variables in its environment. What it says on standard error goes to the file."""
         reading, writing = FORKS.Pipe(duplex=False)
         words = [str(argument) for argument in arguments]
@@ -78,7 +79,7 @@ class Program:
                 yield from self.stdout
 
 
-def _run(output: Connection, errors: Path, variables: dict[str, str], module: str, arguments: list[str]) -> None:
+def _run(output: Connection, errors: Path, variables: dict[str, str], module: str | Path, arguments: list[str]) -> None:
     """Be the program."""
     os.environ.update(variables)
     with errors.open("ab") as file:
@@ -86,4 +87,7 @@ def _run(output: Connection, errors: Path, variables: dict[str, str], module: st
         os.dup2(file.fileno(), 2)
     output.close()
     gc.freeze()  # a device has no torch that the collector would look at
-    sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
+    if isinstance(module, str):
+        sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))
+    sys.argv, sys.path[0] = [str(module), *arguments], str(module.parent)
+    runpy.run_path(str(module), run_name="__main__")

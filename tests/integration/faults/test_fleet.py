@@ -157,7 +157,7 @@ def schedule(seed: int, groups: int, rounds: int, count: int) -> list[Kill]:
 def test_a_fleet_whose_processes_are_killed_at_random_ends_with_the_same_bits(
     make_bundle: MakeBundle, tmp_path: Path
 ) -> None:
-    rounds = 200
+    rounds = 120
     names = [[f"pi-{group}{number}" for number in range(4)] for group in range(5)]
     kills = schedule(seed=11, groups=len(names), rounds=rounds, count=6)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import Program
 from support import ROOT, write_reviews
 
 STUDY = ROOT / "examples" / "study"
@@ -59,14 +60,21 @@ FROZEN = 'run.algorithm = "frozen"\ntune."tail.learning_rate" = {}'
 
 def study(folder: Path, *options: str) -> str:
     """What the driver prints."""
-    return call("study.py", folder, "--jobs", "1", *options)
+    command = [sys.executable, STUDY / "study.py", *places(folder), "--jobs", "1", *options]
+    return subprocess.run(command, check=True, text=True, capture_output=True).stdout
 
 
-def call(script: str, folder: Path, *options: str) -> str:
-    """What a script of the study prints."""
-    command = [sys.executable, str(STUDY / script), str(folder / "tiny.toml"), "--data", str(folder)]
-    places = ["--work", str(folder / "work"), "--results", str(folder / "results")]
-    return subprocess.run([*command, *places, *options], check=True, text=True, capture_output=True).stdout
+def measure(script: str, folder: Path, *options: str) -> None:
+    """Run a script of the study that itself uses torch."""
+    program = Program(STUDY / script, *places(folder), *options, errors=folder / "errors")
+    program.communicate()
+    assert program.returncode == 0, (folder / "errors").read_text(encoding="utf-8")
+
+
+def places(folder: Path) -> list[str]:
+    """What every script is told."""
+    own = ["--work", str(folder / "work"), "--results", str(folder / "results")]
+    return [str(folder / "tiny.toml"), "--data", str(folder), *own]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -74,9 +82,17 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first script that needs it has exported."""
+    return tmp_path_factory.mktemp("bundles")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, tiny_model: Path) -> Path:
+def folder(tmp_path: Path, tiny_model: Path, bundles: Path) -> Path:
     """Settings and data."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "bundles").symlink_to(bundles)
     write_reviews(tmp_path / "train.jsonl", 24)
     write_reviews(tmp_path / "held-out.jsonl", 10, 400)
     (tmp_path / "tiny.toml").write_text(SETTINGS.format(model=tiny_model), encoding="utf-8")
@@ -121,13 +137,13 @@ def test_a_control_without_a_rate_that_others_may_have_is_named(folder: Path) ->
 
 
 def test_estimates_have_the_cosine_that_their_dimension_allows(folder: Path) -> None:
-    call("estimator.py", folder, "--batch", "8", "--directions", "32")
+    measure("estimator.py", folder, "--batch", "8", "--directions", "32")
     measured = read_table(folder / "results" / "tiny-estimator.csv")
     assert [row["directions"] for row in measured] == ["1", "2", "8", "32"]
     assert all(float(row["correlation"]) > 0.99 for row in measured)
     assert float(measured[2]["cosine"]) == pytest.approx(float(measured[2]["limit"]), rel=0.3)
 
-    call("shapes.py", folder, "--tasks", "words", "--train", "norm:1", "--batch", "4")
+    measure("shapes.py", folder, "--tasks", "words", "--train", "norm:1", "--batch", "4")
     cosines = {
         (row["shape"], row["directions"]): float(row["cosine"])
         for row in read_table(folder / "results" / "tiny-shapes.csv")
