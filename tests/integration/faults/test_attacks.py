@@ -36,6 +36,7 @@ from hosl_protocol.run.manifest import MANIFEST, SHARD_GRAPH, BundleError, descr
 from hosl_protocol.wire.codec import Frame, encode
 from hosl_protocol.wire.connection import Connection, Role
 from hosl_protocol.wire.messages import Hello, Message, Refusal, Welcome
+from processes import Program
 from services import Service, serving
 from support import ROOT, TASK, free_port, write_reviews
 
@@ -522,7 +523,7 @@ def test_no_secret_is_printed_or_logged_by_anybody(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=tmp_path
         )
 
-    def finish(process: subprocess.Popen[str]) -> str:
+    def finish(process: subprocess.Popen[str] | Program) -> str:
         outputs.append(process.communicate(timeout=60.0)[0])
         assert process.returncode == 0, outputs[-1]
         return outputs[-1]
@@ -530,10 +531,11 @@ def test_no_secret_is_printed_or_logged_by_anybody(
     finish(start("hosl_cloud", "init", "--data-dir", data, "--name", "localhost"))
     where = ["--bundle", export_bundle(tiny_model, "lora", 2), "--config", tmp_path / "run.toml", "--data-dir", data]
     port = free_port()
-    cloud = start("hosl_cloud", "serve", *where, "--port", port, "--once")
+    log = tmp_path / "cloud.log"
+    cloud = Program("hosl_cloud", "serve", *where, "--port", port, "--once", "--log-level", "debug", errors=log)
     try:
         while not (data / "service.json").exists():
-            assert cloud.poll() is None, cloud.communicate()[0]
+            assert cloud.poll() is None, log.read_text(encoding="utf-8")
             time.sleep(0.05)
         said = finish(start("hosl_cloud", "device", "add", "pi", "--data-dir", data))
         found = re.search(r"^hosl-edge (--server \S+ --token-file \S+) --data FILE$", said, re.MULTILINE)
@@ -554,8 +556,9 @@ def test_no_secret_is_printed_or_logged_by_anybody(
     secrets = [max(text.strip().split("~")[:2], key=len) for text in texts]
     assert [len(secret) for secret in secrets] == [43, 43, 43]
     keys = [line for path in data.glob("tls/*.key") for line in path.read_text().splitlines()[1:-1]]
-    printed = "".join(outputs)
-    assert "DEBUG" in printed
+    logged = log.read_text(encoding="utf-8")
+    assert "DEBUG" in logged
+    printed = "".join((*outputs, logged))
     assert not [secret for secret in (*secrets, *keys) if secret in printed]
     assert not (data / "service.json").exists(), "it says where a service is that runs"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +26,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from hosl_protocol.exceptions import ExitCode
+from processes import Program
 from support import TASK
 
 CHECKS = [
@@ -48,26 +47,26 @@ class Site:
     def __init__(self, bundle: Path, folder: Path) -> None:
         shutil.copytree(bundle, folder / "bundles" / "tiny")
         self.folder = folder
-        with (folder / "serve.log").open("w") as log:
-            options = ["--port", "0", "--log-format", "json", "--log-level", "debug"]
-            self.process = self.command("serve", *options, stdout=log, stderr=log)
+        self.log = folder / "serve.log"
+        options = ["--port", "0", "--log-format", "json", "--log-level", "debug", "--data-dir", folder]
+        self.process = Program("hosl_cloud", "serve", *options, errors=self.log)
         deadline = time.monotonic() + 60.0
         while not (folder / "service.json").exists():
-            assert time.monotonic() < deadline, (folder / "serve.log").read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
         self.url = json.loads((folder / "service.json").read_text())["address"].replace("ws", "http", 1)
         token = (folder / "admin-token").read_text(encoding="ascii").strip()
         self.headers = {"Authorization": f"Bearer {token}"}
         config = folder / "run.toml"
         config.write_text('rounds = 3\nmax_length = 16\nname = "fuzzed"\n' + TASK, encoding="utf-8")
-        start = self.command(
-            "run", "start", "--bundle", "tiny", "--config", str(config), "--json", stdout=subprocess.PIPE
-        )
+        options = ["--bundle", "tiny", "--config", config, "--json", "--data-dir", folder]
+        start = Program("hosl_cloud", "run", "start", *options, errors=folder / "start.log")
         self.run = json.loads(start.communicate(timeout=60)[0])["id"]
 
-    def command(self, *arguments: str, **streams: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hosl_cloud", *arguments, "--data-dir", str(self.folder)]
-        return subprocess.Popen(command, text=True, **streams)
+    def finish(self) -> int:
+        """Wait for the service's end; its exit code."""
+        self.said = self.process.communicate(timeout=30)[0]
+        return self.process.wait()
 
     def ask(self, method: str, path: str) -> Any:
         request = urllib.request.Request(self.url + path, headers=self.headers, method=method)
@@ -80,7 +79,7 @@ def site(make_bundle: Callable[[str, int], Path], tmp_path_factory: pytest.TempP
     site = Site(make_bundle("lora", 2), tmp_path_factory.mktemp("api"))
     yield site
     site.process.kill()
-    site.process.communicate()
+    site.finish()
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +126,11 @@ def test_a_path_that_is_not_there_is_refused_as_the_document_says(site: Site) ->
 def test_the_service_is_whole_afterwards_and_drains(site: Site) -> None:
     assert [run["id"] for run in site.ask("GET", "/v1/runs")["runs"]] == [site.run]
     site.ask("POST", "/v1/drain")
-    assert site.process.wait(timeout=30) == ExitCode.OK
+    assert site.finish() == ExitCode.OK
 
 
 def test_every_line_of_its_log_is_an_object_and_none_has_a_secret(site: Site) -> None:
-    text = (site.folder / "serve.log").read_text(encoding="utf-8")
+    text = site.log.read_text(encoding="utf-8") + site.said
     lines = [json.loads(line) for line in text.splitlines()]
     assert any(line.get("run") == site.run for line in lines)
     for name in ("admin-token", "join-token", "metrics-token"):
