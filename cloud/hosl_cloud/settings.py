@@ -35,6 +35,7 @@ from hosl_protocol.run.settings import (
     read_toml,
 )
 from hosl_protocol.run.tasks import Task, load_preset
+from hosl_protocol.run.updates import update_shape
 
 Aggregation = Literal["mean", "trimmed-mean", "median"]
 """How the scalars of a round's devices become one."""
@@ -116,7 +117,8 @@ class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     trim: float = 0.1
     """Share of the devices that `trimmed-mean` drops at either end, below 0.5."""
     clip: float = 0.0
-    """Largest number that counts in full, in units of the median magnitude of its direction; 0 does not clip."""
+    """Largest number that counts in full, in units of the median magnitude of its direction; first-order: the longest
+    gradient, in units of the median length of the devices' gradients. 0 does not clip."""
     strikes: int = 3
     """Answers that no working device sends after which a device is put aside; 0 never does."""
     round_deadline_s: float = 120.0
@@ -259,16 +261,37 @@ NORM_CLIENT = {"optimizer": "adamw", "learning_rate": 3e-3}
 """What suits norms, which are so few that AdamW's moments cost nothing (examples/study)."""
 
 
+FIRST_ORDER_RATES = {"norm": 1e-2, "lora": 3e-3, "lora-b": 3e-3}
+"""AdamW's on the device with exact gradients, by what trains; 1e-3 for everything else."""
+
+GRADIENT_SHARE = 1 / 50
+"""Most bytes of a gradient, as a share of those of a round's activations, where the cloud chooses `gradient_bits`."""
+
+
 def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """Fill in what suits the part that the device trains, where `data` leaves it open."""
-    if manifest.train != "norm":
-        return data
+    """Fill in what suits the algorithm and the part that the device trains, where `data` leaves it open."""
+    algorithm, is_norm = data.get("algorithm", "ho-sfl"), manifest.train == "norm"
+    suited: dict[str, Any] = NORM_CLIENT if is_norm else {}
+    if algorithm == "first-order":
+        suited = {"optimizer": "adamw", "learning_rate": FIRST_ORDER_RATES.get(manifest.train, 1e-3)}
+
     client = data.get("client", {})
-    if isinstance(client, dict) and "optimizer" not in client:
-        data = {**data, "client": {**NORM_CLIENT, **client}}
-    if data.get("algorithm", "ho-sfl") == "ho-sfl":
+    if suited and isinstance(client, dict) and "optimizer" not in client:
+        data = {**data, "client": {**suited, **client}}
+    if is_norm and algorithm == "ho-sfl":
         data = {"directions": NORM_DIRECTIONS, **data}
     return data
+
+
+def _gradient_bits(config: RunConfig, manifest: Manifest) -> GradientBits:
+    """Choose the most bits with which a gradient is small beside a round's activations; one bit where none is."""
+    most_bytes = GRADIENT_SHARE * 4 * config.batch_size * config.max_length * manifest.width
+    choices: tuple[GradientBits, ...] = (8, 4, 2)
+    for bits in choices:
+        settings = msgspec.structs.replace(config, gradient_bits=bits).wire_settings()
+        if update_shape(settings, manifest).size_bytes <= most_bytes:
+            return bits
+    return 1
 
 
 def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.toml") -> RunConfig:
@@ -281,6 +304,8 @@ def parse_config(data: dict[str, Any], manifest: Manifest, where: str = "run.tom
     if manifest.image is not None:
         # An image has as many positions as it has; nothing is cut to a length.
         config = msgspec.structs.replace(config, max_length=manifest.max_length)
+    if TRAITS[config.algorithm].sends_gradient and "gradient_bits" not in data:
+        config = msgspec.structs.replace(config, gradient_bits=_gradient_bits(config, manifest))
     _check(config, manifest)
     return config
 

@@ -12,23 +12,24 @@ import pytest
 
 from hosl_cloud.settings import RunConfig, load_config, parse_config, read_config
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.manifest import BlockGradient, Manifest, TensorEntry
 from hosl_protocol.run.tasks import label_of, render
 
 
-def manifest(train: Any = "lora") -> Manifest:
+def manifest(train: Any = "lora", trains: int = 1000, width: int = 4) -> Manifest:
     return Manifest(
         model="m",
         family="llama",
         architecture="LlamaForCausalLM",
         split=1,
         blocks=2,
-        width=4,
+        width=width,
         max_length=64,
         pad_token_id=0,
         train=train,
-        tensors=(),
+        tensors=(TensorEntry(name="w", shape=(trains,), trainable=True, exponent=-20),),
         files=(),
+        gradients=(BlockGradient(block=0, graph="shard/gradient-0.onnx", parameters={}, gradients={"g": "w"}),),
     )
 
 
@@ -61,6 +62,11 @@ def test_a_task_may_be_given_in_full() -> None:
         ("norm", {"client": {"optimizer": "sgd"}, "directions": 3}, (3, "sgd", 1e-3)),
         ("norm", {"algorithm": "hosl"}, (2, "adamw", 3e-3)),
         ("lora", {}, (2, "sgd", 1e-3)),
+        ("norm", {"algorithm": "first-order"}, (2, "adamw", 1e-2)),
+        ("lora", {"algorithm": "first-order"}, (2, "adamw", 3e-3)),
+        ("lora-b", {"algorithm": "first-order", "client": {"schedule": "linear"}}, (2, "adamw", 3e-3)),
+        ("blocks", {"algorithm": "first-order"}, (2, "adamw", 1e-3)),
+        ("lora", {"algorithm": "first-order", "client": {"optimizer": "sgd"}}, (2, "sgd", 1e-3)),
     ],
 )
 def test_what_is_left_open_follows_from_what_the_device_trains(
@@ -68,6 +74,18 @@ def test_what_is_left_open_follows_from_what_the_device_trains(
 ) -> None:
     config = parse(train, **given)
     assert (config.directions, config.client.optimizer, config.client.learning_rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("trains", "bits"),
+    [(600, 8), (1200, 4), (2400, 2), (4096, 1), (10**6, 1)],
+)
+def test_a_gradient_takes_as_many_bits_as_leave_it_small_beside_the_activations(trains: int, bits: int) -> None:
+    """A fiftieth of 16 x 64 activations of width 8 is 655 bytes."""
+    settings = {"task": {"preset": "sst2"}, "algorithm": "first-order", "max_length": 64}
+    for given, expected in ({}, bits), ({"gradient_bits": 32}, 32):
+        config = parse_config({**settings, **given}, manifest(trains=trains, width=8))
+        assert (config.gradient_bits, config.wire_settings().gradient_bits) == (expected, expected)
 
 
 def test_a_file_is_read_with_its_tables(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.routing import Match
 
 from hosl_cloud.rounds.algorithms import LARGEST_PROJECTION
+from hosl_cloud.rounds.first_order import LARGEST_SCALE
 from hosl_cloud.runs.admission import JOIN_DEADLINE_S, LONGEST_CATCH_UP_S
 from hosl_cloud.runs.peer import MAX_WAITING, OUTBOX_BYTES
 from hosl_cloud.service.access import Denied
@@ -51,6 +53,11 @@ def test_times_and_counts_of_the_cloud_are_those_of_the_code() -> None:
     assert f"a ping every {HEARTBEAT_S:.0f} seconds" in text
     assert f"At most {MAX_WAITING} Probes, Anchors" in text
     assert f"After {DeviceSettings().strikes}, or what the cloud's settings say" in text
-    assert f"magnitudes below {LARGEST_PROJECTION:.0e}, else".replace("e+", "e") in text
+    limits = {
+        name: limit
+        for name, *_, limit in table_below("### Projections (`projections`)") + table_below("### Gradient (`gradient`)")
+    }
+    for name, limit in (("projections", LARGEST_PROJECTION), ("scales", LARGEST_SCALE)):
+        assert limits[f"tensor `{name}`"].startswith(f"magnitudes below 1e{math.log10(limit):.0f}, else")
     assert f"more than {PATIENCE} times `deadline_s`" in text
     assert f"min({LONGEST_PAUSE_S:.0f}, 0.5" in text
