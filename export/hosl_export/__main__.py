@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of an adapter's or prompt's first weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--no-gradients",
+        action="store_true",
+        help="leave out the graphs of the exact gradient, which first-order training takes",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_common_options(parser)
     add_version(parser)
@@ -76,6 +81,7 @@ def _export(options: argparse.Namespace) -> int:
         revision=options.revision,
         seed=options.seed,
         image_size=options.image_size,
+        gradients=not options.no_gradients,
     )
 
     summary = export_bundle(settings, show_step)

@@ -16,6 +16,7 @@ class ExportError(HoslError):
     │   └── UnknownFamily    an architecture that the exporter cannot cut
     ├── TraceError           torch or ONNX Runtime cannot run or export the model: choose another, or other versions
     ├── ParityError          shard and tail together do not compute what the uncut model computes: no bundle is left
+    │   └── GradientError    a graph of the gradient does not compute what torch computes: likewise
     └── SpaceError           the disk cannot hold the bundle
     """
 
@@ -91,6 +92,17 @@ class ParityError(ExportError):
         super().__init__(
             f"shard and tail depart from the uncut model: {output} at {batch} differ by "
             f"{error:.3g} of their range, the limit is {tolerance:.3g}; no bundle was written"
+        )
+
+
+class GradientError(ParityError):
+    """A graph of the gradient departs from torch's autograd. Stores the tensor, the batch and both numbers."""
+
+    def __init__(self, output: str, batch: str, error: float, tolerance: float) -> None:
+        super().__init__(output, batch, error, tolerance)
+        self.args = (
+            f"the gradient of {output} at {batch} departs from that of torch by {error:.3g} of its norm, the limit is "
+            f"{tolerance:.3g}; no bundle was written (--no-gradients leaves these graphs out)",
         )
 
 

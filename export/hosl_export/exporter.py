@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hosl_export.bundle import writing
+from hosl_export.bundle.gradient_check import check_gradients
+from hosl_export.bundle.gradients import shown_blocks, write_gradients
 from hosl_export.bundle.graph import OUTPUT, graph_inputs
 from hosl_export.bundle.parity import Reference, check_bundle, compute_references
 from hosl_export.bundle.staging import check_output, staging
@@ -28,7 +30,7 @@ from hosl_export.settings import ExportSettings, check_prompt, check_split, coun
 from hosl_export.sources.loading import Source, find_source, load_model, load_source_config
 from hosl_export.sources.origin import find_origin, write_origin
 from hosl_export.summary import Summary, summarize
-from hosl_protocol.run.manifest import LoraEntry, Manifest
+from hosl_protocol.run.manifest import BlockGradient, LoraEntry, Manifest
 
 ShowStep = Callable[[str], contextlib.AbstractContextManager[object]]
 """What shows progress: called with the step's name, entered while the step runs."""
@@ -53,9 +55,14 @@ def export_bundle(settings: ExportSettings, show_step: ShowStep = contextlib.nul
         checking = "checking the halves against the uncut model"
         with show_step(checking), as_trace_error(config.model_type, checking):
             parity_error = check_bundle(folder, manifest, references)
+        gradient = None
+        if manifest.gradients:
+            checking = "checking the gradients against torch"
+            with show_step(checking), as_trace_error(config.model_type, checking):
+                gradient = check_gradients(folder, manifest, [reference.case for reference in references])
         writing.write_manifest(folder, manifest)
 
-    return summarize(settings.out, manifest, config, parity_error)
+    return summarize(settings.out, manifest, config, parity_error, gradient)
 
 
 def _cut_and_write(
@@ -95,8 +102,13 @@ def _cut_and_write(
 
     # After the references, which the model's own choice of angles computed.
     settle_rope(client.model)
+    shown = shown_blocks(client, tensors, prefix) if settings.gradients else ()
     with show_step("tracing the client half"), as_trace_error(config.model_type, "tracing the client half"):
-        writing.write_shard_graphs(folder, client, tensors, prefix, grid)
+        writing.write_shard_graphs(folder, client, tensors, prefix, grid, shown)
+    gradients: tuple[BlockGradient, ...] = ()
+    if settings.gradients and settings.train != "none":
+        with show_step("tracing the gradients"), as_trace_error(config.model_type, "tracing the gradients"):
+            gradients = write_gradients(folder, client, tensors, prefix)
 
     with show_step("writing the weights"):
         writing.write_weights(folder, client, tail)
@@ -119,6 +131,7 @@ def _cut_and_write(
             lattice_max_change=largest_change,
             prompt_tokens=prompt_tokens,
             prefix=prefix,
+            gradients=gradients,
             # Last of all, when every other file is there: it takes their sizes and digests.
             files=writing.describe_files(folder),
             versions=writing.tool_versions(),

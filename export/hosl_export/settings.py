@@ -41,6 +41,8 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """Seed of the first weights of adapters or of a soft prompt."""
     image_size: int | None = None
     """Height and width of images, where positions do not fix them; None for what the preprocessor says."""
+    gradients: bool = True
+    """Whether the bundle has graphs of the exact gradient, which first-order training takes."""
 
 
 def count_prompt_tokens(settings: ExportSettings) -> int:

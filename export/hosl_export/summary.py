@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from hosl_export.bundle.gradient_check import GradientCheck
 from hosl_export.bundle.parity import LONGEST
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import is_classifier, own_labels
@@ -40,6 +41,12 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     """Largest absolute change of a weight when it was put on the lattice."""
     parity_error: float
     """Largest difference from the uncut model, as a share of the output's largest magnitude."""
+    gradient_error: float | None = None
+    """Largest difference of a tensor's gradient from torch's, as a share of its norm; None without graphs of it."""
+    first_order_forwards: float | None = None
+    """Floating-point operations of a first-order round, in forwards of the device's half; None likewise."""
+    ho_sfl_forwards: float | None = None
+    """The same of a round of HO-SFL with the directions that it takes unasked."""
     checked_length: int
     """Longest input compared with the uncut model, in tokens."""
     sliding_window: int | None
@@ -52,7 +59,9 @@ class Summary(msgspec.Struct, kw_only=True, frozen=True):
     """Its labels in the order of the rows, where they have names."""
 
 
-def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float) -> Summary:
+def summarize(
+    bundle: Path, manifest: Manifest, config: Any, parity_error: float, gradient: GradientCheck | None
+) -> Summary:
     """Sum up a bundle that was just written from a model with `config`."""
     client = sum(math.prod(entry.shape) for entry in manifest.tensors)
     tail = sum(tensor.numel() for tensor in read_tensors(bundle / TAIL_WEIGHTS).values())
@@ -78,12 +87,20 @@ def summarize(bundle: Path, manifest: Manifest, config: Any, parity_error: float
         prefix_blocks=0 if manifest.prefix is None else manifest.prefix.blocks,
         lattice_max_change=manifest.lattice_max_change,
         parity_error=parity_error,
+        gradient_error=None if gradient is None else gradient.error,
+        first_order_forwards=None if gradient is None else 1 + gradient.forwards,
+        ho_sfl_forwards=None if gradient is None else 1 + default_directions(manifest.train) * gradient.probed,
         checked_length=min(manifest.max_length, LONGEST),
         sliding_window=_sliding_window(config),
         image_size=None if manifest.image is None else (manifest.image.height, manifest.image.width),
         classes=config.num_labels if has_classes else None,
         class_names=own_labels(config) if has_classes else (),
     )
+
+
+def default_directions(train: TrainMode) -> int:
+    """The directions of HO-SFL that the service takes where a run does not say."""
+    return 8 if train == "norm" else 2
 
 
 def _sliding_window(config: Any) -> int | None:
@@ -107,6 +124,7 @@ def describe(summary: Summary) -> str:
         *_describe_head(summary),
         f"  trains  {_describe_training(summary)}",
         f"  parity  {_describe_parity(summary)}",
+        *_describe_cost(summary),
     ]
     return "\n".join(lines)
 
@@ -151,3 +169,12 @@ def _describe_parity(summary: Summary) -> str:
     if summary.sliding_window is not None and summary.checked_length <= summary.sliding_window:
         text += f"; that is within the model's sliding window of {summary.sliding_window}, which stays untested"
     return text
+
+
+def _describe_cost(summary: Summary) -> list[str]:
+    """The line of what a round computes; none where first-order training is not possible."""
+    if summary.first_order_forwards is None or summary.ho_sfl_forwards is None:
+        return []
+    probes = f"HO-SFL with its {default_directions(summary.train)} directions {summary.ho_sfl_forwards:.1f}"
+    costs = f"first-order costs {summary.first_order_forwards:.1f} forwards of the device's half, {probes}"
+    return [f"  round   {costs} (floating-point operations)"]

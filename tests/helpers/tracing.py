@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
+from hosl_export.bundle.gradients import describe_part, write_gradient_graph
 from hosl_export.bundle.graph import graph_inputs, write_graph
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import plain_name
@@ -26,6 +27,7 @@ def write_graph_once(
     path: Path,
     constants: Collection[str] = (),
     prefix: PrefixEntry | None = None,
+    shown: Sequence[int] = (),
 ) -> None:
     """`hosl_export.bundle.graph.write_graph`, whose files are kept by everything that a graph is made of.
 
@@ -35,20 +37,39 @@ def write_graph_once(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        write_graph(half, folder / "graph.onnx", constants, prefix)
+        write_graph(half, folder / "graph.onnx", constants, prefix, shown)
 
-    digest = _digest(half, constants, prefix)
+    digest = _digest(half, constants, prefix, shown)
     half.model.set_attn_implementation("eager")  # as write_graph leaves it
     shutil.copyfile(made_once(f"graph-{digest}", write) / "graph.onnx", path)
 
 
-def _digest(half: ClientHalf, constants: Collection[str], prefix: PrefixEntry | None) -> str:
+def write_gradient_graph_once(
+    made_once: MadeOnce, part: ClientHalf, path: Path, trained: Sequence[str], given: Tensor
+) -> None:
+    """`hosl_export.bundle.gradients.write_gradient_graph`, likewise, by what decides whether blocks share one."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_gradient_graph(part, folder / "graph.onnx", trained, given)
+
+    # What transformers reads of the config as it runs, too: blocks of one model have that in common.
+    facts = (describe_part(part, trained), _config(part), tuple(given.shape), part.image)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    shutil.copyfile(made_once(f"gradient-{digest}", write) / "graph.onnx", path)
+
+
+def _config(half: ClientHalf) -> str:
+    return json.dumps(half.model.config.to_dict(), sort_keys=True, default=str)
+
+
+def _digest(half: ClientHalf, constants: Collection[str], prefix: PrefixEntry | None, shown: Sequence[int]) -> str:
     model = half.model
     inside: list[tuple[str, Tensor]] = list(model.named_buffers())
     inside += [(name, value) for name, value in model.named_parameters() if plain_name(name) in constants]
     facts: list[Any] = [
         *(repr(model), repr(half.family), graph_inputs(half), half.first_block, half.grid, half.prompt_tokens),
-        json.dumps(model.config.to_dict(), sort_keys=True, default=str),
+        *(_config(half), list(shown)),
         msgspec.json.encode((half.image, prefix)).decode(),
         [(name, list(value.shape)) for name, value in model.named_parameters()],
         [(path, str(vars(module).get("scaling"))) for path, module in model.named_modules()],

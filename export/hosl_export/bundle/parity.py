@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from hosl_export.bundle.reading import load_tail
+from hosl_export.bundle.runtime import ShardRuntime
 from hosl_export.exceptions import ParityError
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import Tail
 from hosl_export.model.heads import class_head
-from hosl_export.tensor_files import read_tensors
-from hosl_protocol.run.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, ImageEntry, Manifest
+from hosl_protocol.run.manifest import ImageEntry, Manifest
 
 TOLERANCE = 1e-4
 """Largest difference as a share of the output's largest magnitude. Two float32 runtimes that sum in different orders
@@ -55,6 +52,10 @@ class Case(Protocol):
         """The client graph's inputs that are not weights."""
         ...
 
+    def cut(self, length: int) -> Case:
+        """Make the batch of its texts' first tokens; the same where it has no more, or images."""
+        ...
+
     def run_uncut(self, model: Any) -> dict[str, Tensor]:
         """Run the uncut model on the batch. Returns its outputs by name."""
         ...
@@ -65,6 +66,10 @@ class Case(Protocol):
 
     def select_real(self, name: str, difference: Tensor) -> Tensor:
         """Select from the output's differences those that are not of padding."""
+        ...
+
+    def without_padding(self, h_BTD: Tensor) -> Tensor:
+        """Set what stands at padding to zero."""
         ...
 
 
@@ -94,6 +99,11 @@ class TextCase:
     def graph_feed(self) -> dict[str, Tensor]:
         """Ids and mask; a graph takes those that it has inputs for."""
         return {"input_ids": self.input_ids, "attention_mask": self.mask}
+
+    def cut(self, length: int) -> TextCase:
+        """Make the batch of the first tokens of each text."""
+        kept = self.positions[self.positions < length]
+        return TextCase(self.input_ids[:, :length].contiguous(), self.lengths.clamp(max=length), kept)
 
     def run_uncut(self, model: Any) -> dict[str, Tensor]:
         """Run the uncut model: hidden states [B, T, D], pooler [B, D] and classes [B, L] of an encoder; else logits.
@@ -126,6 +136,10 @@ class TextCase:
         positions = self.positions if name == "logits" else torch.arange(self.shape[1])
         return difference[positions < self.lengths[:, None]]
 
+    def without_padding(self, h_BTD: Tensor) -> Tensor:
+        """Set what stands at padding to zero."""
+        return h_BTD * self.mask[..., None]
+
 
 @dataclass(frozen=True)
 class ImageCase:
@@ -143,6 +157,10 @@ class ImageCase:
         """The images."""
         return {"pixel_values": self.pixel_values}
 
+    def cut(self, length: int) -> ImageCase:
+        """Images have one size."""
+        return self
+
     def run_uncut(self, model: Any) -> dict[str, Tensor]:
         """Run the uncut model. Returns logits [B, L]."""
         return {"logits": model(self.pixel_values).logits}
@@ -154,6 +172,10 @@ class ImageCase:
     def select_real(self, name: str, difference: Tensor) -> Tensor:
         """Select all of them: images have no padding."""
         return difference
+
+    def without_padding(self, h_BTD: Tensor) -> Tensor:
+        """There is none."""
+        return h_BTD
 
 
 @dataclass(frozen=True)
@@ -210,38 +232,10 @@ def check_bundle(bundle: Path, manifest: Manifest, references: list[Reference]) 
     return max(_check_case(shard, tail, reference) for reference in references)
 
 
-class ShardRuntime:
-    """The shard's graphs in ONNX Runtime, its weights given as inputs from a memory map of the file."""
-
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        options = ort.SessionOptions()
-        # An arena would keep what the longest batch took, while the tail needs memory.
-        options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-
-        graphs = (SHARD_GRAPH,) if manifest.prefix is None else (SHARD_PREFIX, SHARD_GRAPH)
-        self._sessions = [
-            ort.InferenceSession(str(bundle / graph), options, providers=["CPUExecutionProvider"]) for graph in graphs
-        ]
-        self._weights = {name: tensor.numpy() for name, tensor in read_tensors(bundle / SHARD_WEIGHTS).items()}
-        self._output = manifest.output
-
-    def run(self, case: Case) -> Tensor:
-        """Run the batch through all graphs, in order. Returns activations [B, T, D]."""
-        feed: dict[str, npt.NDArray[Any]] = {name: tensor.numpy() for name, tensor in case.graph_feed().items()}
-        for session in self._sessions:
-            given = {**feed, **self._weights}
-            inputs = {value.name: given[value.name] for value in session.get_inputs()}
-            # A second graph goes on from what the first one computed, under this name.
-            (feed[BOUNDARY],) = session.run([self._output], inputs)
-        return torch.from_numpy(np.asarray(feed[BOUNDARY]))
-
-
 @torch.no_grad()
 def _check_case(shard: ShardRuntime, tail: Tail, reference: Reference) -> float:
     case = reference.case
-    outputs = case.run_tail(tail, shard.run(case))
+    outputs = case.run_tail(tail, shard.run(case.graph_feed()))
     return max(_compare(case, name, outputs[name], expected) for name, expected in reference.outputs.items())
 
 

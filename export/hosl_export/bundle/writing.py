@@ -56,10 +56,12 @@ def write_shard_graphs(
     tensors: Sequence[TensorEntry],
     prefix: PrefixEntry | None = None,
     grid: tuple[int, int] | None = None,
+    shown: Sequence[int] = (),
 ) -> None:
     """Write `shard/shard.onnx`, and `shard/prefix.onnx` where there is one, without weights but for constants.
 
-    `grid` is the shape of the activations between them where they are a feature map.
+    `grid` is the shape of the activations between them where they are a feature map; `shown` are the blocks whose
+    inputs are outputs, too.
     """
     (bundle / SHARD_GRAPH).parent.mkdir(exist_ok=True)
     constants = {entry.name for entry in tensors if entry.constant}
@@ -67,7 +69,7 @@ def write_shard_graphs(
     if prefix is not None:
         first, client = split_prefix(client, prefix.blocks, grid)
         write_graph(first, bundle / SHARD_PREFIX, constants)
-    write_graph(client, bundle / SHARD_GRAPH, constants, prefix)
+    write_graph(client, bundle / SHARD_GRAPH, constants, prefix, shown)
 
 
 def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:

@@ -27,7 +27,7 @@ from hosl_protocol.run.manifest import ImageEntry
 
 
 class ClientHalf(nn.Module):
-    """Embeddings and first blocks, whose graph is the shard; or those blocks from `first_block` on, after a prefix.
+    """Embeddings and first blocks, whose graph is the shard; or a part of them that other parts come before or after.
 
     `model` is the cut Hugging Face model, `image` what a model of images is given.
     """
@@ -39,6 +39,8 @@ class ClientHalf(nn.Module):
         image: ImageEntry | None = None,
         first_block: int = 0,
         grid: tuple[int, int] | None = None,
+        embeds: bool = True,
+        packs: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,13 +48,17 @@ class ClientHalf(nn.Module):
         self.image = image
         self.first_block = first_block
         self.grid = grid
-        """Rows and columns of what `first_block` is given, where that is a feature map."""
+        """Rows and columns of what `first_block` is given, where that is a feature map given as positions."""
+        self.embeds = embeds
+        """Whether it begins with the embeddings, else with what `first_block` is given."""
+        self.packs = packs
+        """Whether a feature map is given back as positions, as the cloud gets it."""
 
     @property
     def token_table(self) -> nn.Parameter | None:
-        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None for images and after a
-        prefix."""
-        has_none = self.family.takes_images or self.first_block
+        """The token embedding [V, D], of which a run only gathers the rows of its tokens; None for images and in a part
+        without embeddings."""
+        has_none = self.family.takes_images or not self.embeds
         return None if has_none else self.model.get_input_embeddings().weight
 
     @property
@@ -69,11 +75,12 @@ class ClientHalf(nn.Module):
     ) -> Tensor:
         """Token ids [B, T] (and the mask [B, T] for an encoder), or images [B, C, H, W], to activations [B, T, D].
 
-        From a `first_block` on, what is before it computed, `boundary` [B, T, D], takes the place of ids and images.
+        In a part without embeddings what those before it computed, `boundary` [B, T, D] or a feature map [B, D, R, C],
+        takes the place of ids and images.
         """
         if self.family.takes_images:
             h = self.features(pixel_values) if boundary is None else self._run_blocks(_unpack(boundary, self.grid))
-            return h if h.ndim == 3 else h.flatten(2).transpose(1, 2)
+            return h.flatten(2).transpose(1, 2) if h.ndim == 4 and self.packs else h
 
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
         mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
@@ -230,8 +237,23 @@ def split_prefix(client: ClientHalf, blocks: int, grid: tuple[int, int] | None =
     drop_device_part(rest, family, blocks)
     return (
         ClientHalf(first, family, client.image).eval(),
-        ClientHalf(rest, family, client.image, first_block=blocks, grid=grid).eval(),
+        ClientHalf(rest, family, client.image, first_block=blocks, grid=grid, embeds=False).eval(),
     )
+
+
+def block_part(client: ClientHalf, block: int, grid: tuple[int, int] | None = None, *, packs: bool) -> ClientHalf:
+    """Make a half of one block of a client half, which stays whole: number `block`, or -1: what is before the first.
+
+    `grid` is the shape of what the block is given, where that is a feature map given as positions; `packs` says whether
+    it gives its own back as positions.
+    """
+    family, model = client.family, _copy_around_tensors(client.model)
+    if block < 0:
+        _keep_blocks(model, family, slice(0))
+        return ClientHalf(model, family, client.image, packs=packs).eval()
+    drop_device_part(model, family, block)
+    _keep_blocks(model, family, slice(1))
+    return ClientHalf(model, family, client.image, block, grid, embeds=False, packs=packs).eval()
 
 
 def tail_half(model: Any, split: int, grid: tuple[int, int] | None = None) -> Tail:

@@ -47,7 +47,7 @@ def trained_blocks(split: int, count: int | None) -> range:
 
 def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blocks: range | None = None) -> bool:
     """Whether `--train mode` moves the parameter with this plain name, where only `blocks` train (None: all)."""
-    block = _block_of(name, family)
+    block = block_of(name, family)
     if blocks is not None and block not in blocks:
         return False
     if mode == "lora":
@@ -64,7 +64,7 @@ def is_trainable(name: str, tensor: Tensor, mode: TrainMode, family: Family, blo
     return mode == "all"
 
 
-def _block_of(name: str, family: Family) -> int:
+def block_of(name: str, family: Family) -> int:
     """The number of the block that a parameter is in; -1 for what comes before the first."""
     path = f"{family.blocks}."
     number, _, _ = name.removeprefix(path).partition(".")

@@ -125,7 +125,8 @@ class BlockGradient(msgspec.Struct, kw_only=True, frozen=True):
     parameters: dict[str, str]
     """The graph's inputs that are weights, and for each the name of the tensor bound to it."""
     gradients: dict[str, str]
-    """The graph's outputs that are gradients, float32, and for each the name of the trainable tensor whose it is."""
+    """The graph's outputs that are gradients, float32, and for each the name of the trainable tensor whose it is; none
+    where the gradient only passes through."""
 
 
 class FileEntry(msgspec.Struct, kw_only=True, frozen=True):
@@ -180,8 +181,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
     prefix: PrefixEntry | None = None
     """What `shard/prefix.onnx` computes; None where `shard.onnx` is the whole of the device's half."""
     gradients: tuple[BlockGradient, ...] = ()
-    """One for each block in which something trains, in the order of the forward. A trainable tensor that none of them
-    names has gradient zero. Empty where the bundle has no such graphs."""
+    """One for each block from the first in which something trains to the last of the device, in this order. A trainable
+    tensor that none of them names has gradient zero. Empty where the bundle has no such graphs."""
 
     @property
     def trainable(self) -> tuple[TensorEntry, ...]:
@@ -324,8 +325,9 @@ def _check_gradients(manifest: Manifest, where: str) -> None:
     """Raise BundleError where the graphs of gradients do not fit the files, the tensors or each other."""
     first = -1 if manifest.prefix is None else manifest.prefix.blocks
     blocks = [entry.block for entry in manifest.gradients]
-    if blocks != sorted(set(blocks)) or not all(first <= block < manifest.split for block in blocks):
-        limits = f"expected numbers from {first} to {manifest.split - 1} that rise"
+    # The gradient goes through every block between what trains and the cut.
+    if blocks and blocks != list(range(max(first, blocks[0]), manifest.split)):
+        limits = f"expected all from one, {first} or later, to {manifest.split - 1}"
         raise BundleError(f"{where}: the gradients are of the blocks {blocks[:8]}, {limits}")
 
     files, tensors = {entry.path for entry in manifest.shard_files}, {entry.name for entry in manifest.tensors}
@@ -340,8 +342,6 @@ def _check_gradients(manifest: Manifest, where: str) -> None:
                 raise BundleError(f"{what} names {unknown!r}, which is not {kind} of the shard")
         if reserved := RESERVED.intersection([*entry.parameters, *entry.gradients]):
             raise BundleError(f"{what} calls a weight or its gradient {min(reserved)!r}, which is another's name")
-        if not entry.gradients:
-            raise BundleError(f"{what} names no trainable tensor")
         named.update(entry.gradients.values())
     repeated = next((name for name, times in named.items() if times > 1), None)
     if repeated is not None:

@@ -117,33 +117,35 @@ def gradient(block, tensor="q.lora_A.weight", **changes):
 
 
 def test_gradients_of_blocks_are_read() -> None:
-    manifest = decode_manifest(changed_json(gradients=[gradient(-1), gradient(3, "q.lora_B.weight")]))
-    assert [entry.block for entry in manifest.gradients] == [-1, 3]
+    manifest = decode_manifest(changed_json(gradients=[gradient(4), gradient(5, "q.lora_B.weight")]))
+    assert [entry.block for entry in manifest.gradients] == [4, 5]
     assert manifest.gradients[1] == BlockGradient(
-        block=3,
+        block=5,
         graph="shard/shard.onnx",
         parameters={"a": "embed.weight"},
         gradients={"gradient.a": "q.lora_B.weight"},
     )
 
 
+def passing(*blocks):
+    return [gradient(block, gradients={}) for block in blocks]
+
+
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
-        (
-            [gradient(3), gradient(2, "q.lora_B.weight")],
-            r"the blocks \[3, 2\], expected numbers from -1 to 5 that rise",
-        ),
-        ([gradient(3), gradient(3, "q.lora_B.weight")], r"of the blocks \[3, 3\], expected numbers"),
-        ([gradient(6)], r"of the blocks \[6\], expected numbers"),
-        ([gradient(-2)], r"of the blocks \[-2\], expected numbers"),
-        ([gradient(0, graph="shard/x.onnx")], "block 0 has the graph 'shard/x.onnx', which is none of the shard's"),
-        ([gradient(0, graph="tail/tail.safetensors")], "which is none of the shard's files"),
-        ([gradient(0, parameters={"a": "b"})], "block 0 names 'b', which is not a tensor of the shard"),
-        ([gradient(0, "embed.weight")], "block 0 names 'embed.weight', which is not trainable of the shard"),
-        ([gradient(0, gradients={})], "block 0 names no trainable tensor"),
-        ([gradient(0, parameters={"cotangent": "embed.weight"})], "or its gradient 'cotangent', which is another's"),
-        ([gradient(0), gradient(1)], r"the gradient of q\.lora_A\.weight has two places"),
+        (passing(5, 4), r"the blocks \[5, 4\], expected all from one, -1 or later, to 5"),
+        (passing(5, 5), r"of the blocks \[5, 5\], expected all"),
+        (passing(3, 5), r"of the blocks \[3, 5\], expected all"),
+        (passing(4), r"of the blocks \[4\], expected all"),
+        (passing(6), r"of the blocks \[6\], expected all"),
+        (passing(*range(-2, 6)), "expected all from one, -1 or later"),
+        ([gradient(5, graph="shard/x.onnx")], "block 5 has the graph 'shard/x.onnx', which is none of the shard's"),
+        ([gradient(5, graph="tail/tail.safetensors")], "which is none of the shard's files"),
+        ([gradient(5, parameters={"a": "b"})], "block 5 names 'b', which is not a tensor of the shard"),
+        ([gradient(5, "embed.weight")], "block 5 names 'embed.weight', which is not trainable of the shard"),
+        ([gradient(5, parameters={"cotangent": "embed.weight"})], "or its gradient 'cotangent', which is another's"),
+        ([gradient(4), gradient(5)], r"the gradient of q\.lora_A\.weight has two places"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(entries, sentence) -> None:
@@ -153,13 +155,10 @@ def test_gradients_that_do_not_fit_are_refused(entries, sentence) -> None:
 
 def test_no_gradient_is_of_a_block_of_the_prefix() -> None:
     files = [*map(msgspec.to_builtins, FILES), *WITH_PREFIX["files"]]
-    for block, fits in ((2, True), (1, False), (-1, False)):
-        data = changed_json(prefix={"blocks": 2, "width": 4}, files=files, gradients=[gradient(block)])
-        if fits:
-            decode_manifest(data)
-        else:
-            with pytest.raises(BundleError, match="expected numbers from 2 to 5 that rise"):
-                decode_manifest(data)
+    changes = {"prefix": {"blocks": 4, "width": 4}, "files": files}
+    assert len(decode_manifest(changed_json(**changes, gradients=passing(4, 5))).gradients) == 2
+    with pytest.raises(BundleError, match="expected all from one, 4 or later, to 5"):
+        decode_manifest(changed_json(**changes, gradients=passing(3, 4, 5)))
 
 
 def test_shard_digest_is_that_of_the_shards_files_by_path_and_of_what_trains():
