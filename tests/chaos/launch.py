@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -66,6 +67,7 @@ def run(order: Path, log: Path, module: str, arguments: list[str]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     faulthandler.register(signal.SIGUSR1)
+    gc.freeze()  # a device has no torch that the collector would look at
 
     for place, value in SHORTER[module].items():
         owner, name = _find(place)
