@@ -41,7 +41,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def _merge(options: argparse.Namespace) -> int:
     from hosl_cloud.storage.mirror import replay_client
     from hosl_cloud.tail.card import CARD
-    from hosl_cloud.tail.checkpoint import find_checkpoint
+    from hosl_cloud.tail.checkpoint import find_checkpoint, read_client
     from hosl_cloud.tail.merge import PROMPT_FOLDER, merge_run
 
     database = options.data_dir / DATABASE
@@ -63,7 +63,8 @@ def _merge(options: argparse.Namespace) -> int:
             raise BundleError(f"{bundle} is not the bundle of run {run.id}: name the right one with --bundle")
         check_files(bundle, manifest)
         checkpoint = find_checkpoint(run_folder(options.data_dir, run.id), options.checkpoint)
-        client = replay_client(store, run, bundle, manifest, checkpoint.info.round)
+        state = read_client(checkpoint.path, manifest)
+        client = replay_client(store, run, bundle, manifest, checkpoint.info.round, state)
         before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
     finally:
         store.close()

@@ -49,7 +49,14 @@ download comes on top, by its own figures."""
 
 LONGEST_CATCH_UP_S = 24 * 3600.0
 
+CATCH_UP_BYTES = 4 * 1024 * 1024
+"""Of the updates in one CatchUp, but for one update that is larger."""
+
 _SINCE = "since this device joined: put the old file back, or join as a new device (hosl-cloud device add OTHER)"
+
+
+class UpdatesGone(Exception):
+    """The store has dropped updates that a device lacks, and there is no snapshot for it."""
 
 
 @dataclass
@@ -79,6 +86,9 @@ class Admission:
                 await peer.gone.wait()
         except asyncio.TimeoutError:
             peer.end(Refusal(code="late", reason="no answer in time while joining", retry=True))
+        except UpdatesGone:
+            reason = "the updates that it lacks are kept no more, and it has no snapshot: connect again for one"
+            peer.end(Refusal(code="run", reason=reason, retry=True))
         except ProtocolError as error:
             _break_off(peer, error)
         finally:
@@ -157,13 +167,13 @@ class Admission:
         rewound_to = await asyncio.to_thread(run.store.lowest_rewind, run.id, hello.epoch)
         plan, applied = _plan(run, hello, rewound_to)
         metrics.catchup_rounds.labels(run.bundle.name).observe(max(run.round - applied, 0))
-        snapshot = await self.snapshots.offer(hello, applied)
-        if snapshot is not None:
-            plan, applied = "snapshot", snapshot.round
-
-        # Where the digests differ after the first plan, the device rebuilds once, from its shard and every update.
-        attempts: list[tuple[Plan, int, Snapshot | None]] = [(plan, applied, snapshot), ("rebuild", 0, None)]
-        for attempt, start, base in attempts:
+        # Where the digests differ after the first plan, the device rebuilds once, from its shard and every update, or
+        # from a snapshot where updates are gone.
+        attempts: list[tuple[Plan, int]] = [(plan, applied), ("rebuild", 0)]
+        for number, (attempt, start) in enumerate(attempts):
+            base = await self.snapshots.offer(hello, start) if number == 0 or start < run.pruned_to else None
+            if base is not None:
+                attempt, start = "snapshot", base.round
             self._welcome(peer, attempt, start, base)
             ready = await self._catch_up(peer, start, JOIN_DEADLINE_S + self._expected_s(hello, start, base))
             if ready.weights_digest == (expected := run.digests.get(ready.applied_round)):
@@ -198,9 +208,10 @@ class Admission:
 
     def _expected_s(self, hello: Hello, applied: int, snapshot: Snapshot | None) -> float:
         """Double the time that catching up should take by the device's own figures."""
-        replay_s = (self.run.round - applied) * self.run.update_shape.coefficients * hello.replay_s
-        download_s = snapshot.size_bytes / hello.link_bytes_per_s if snapshot is not None else 0.0
-        return min(2.0 * (replay_s + download_s), LONGEST_CATCH_UP_S)
+        rounds, update = self.run.round - applied, self.run.update_shape
+        size_bytes = rounds * update.size_bytes + (snapshot.size_bytes if snapshot is not None else 0)
+        download_s = size_bytes / hello.link_bytes_per_s if hello.link_bytes_per_s else 0.0
+        return min(2.0 * (rounds * update.coefficients * hello.replay_s + download_s), LONGEST_CATCH_UP_S)
 
     async def _catch_up(self, peer: Peer, applied: int, deadline_s: float) -> Ready:
         """Send what is missing until nothing is; the last Ready speaks of the current round and its digest is known.
@@ -233,11 +244,18 @@ class Admission:
             raise ProtocolError(f"{what} at round {message.applied_round}, the run is at round {run.round}")
 
     async def _send_missed(self, peer: Peer, applied: int) -> int:
-        """Send the updates after `applied` as CatchUps; the round at which a device stands that has applied them."""
+        """Send the updates after `applied` as CatchUps; the round at which a device stands that has applied them.
+
+        Raises UpdatesGone where the store has them no more.
+        """
         target = self.run.round
-        for first in range(applied + 1, max(target, applied + 1) + 1, CATCH_UP_ROUNDS):
-            last = min(first + CATCH_UP_ROUNDS - 1, target)
+        rows = max(1, min(CATCH_UP_ROUNDS, CATCH_UP_BYTES // max(1, self.run.update_shape.size_bytes)))
+        for first in range(applied + 1, max(target, applied + 1) + 1, rows):
+            last = min(first + rows - 1, target)
             updates = await asyncio.to_thread(self.run.store.updates, self.run.id, first, last)
+            # After the read: a round that was committed meanwhile may have dropped some.
+            if first <= min(self.run.pruned_to, last):
+                raise UpdatesGone
             message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
             await peer.emptied(JOIN_DEADLINE_S)  # one message at a time is in memory, however far behind it is
             peer.tell(message, catch_up_tensors(updates, self.run.update_shape))

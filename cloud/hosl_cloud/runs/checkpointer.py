@@ -84,7 +84,11 @@ class Checkpointer:
                 await self.durably(lambda: record_score(find_checkpoint(run.folder, run.round).path, scores))
             return
 
-        await self.durably(lambda: save_checkpoint(run.folder, run.round, run.epoch, trainer, config, scores))
+        # The store keeps no update of first-order training for good: the client's state goes into the checkpoint.
+        write_client = run.write_state if run.kept_updates is not None else None
+        await self.durably(
+            lambda: save_checkpoint(run.folder, run.round, run.epoch, trainer, config, scores, write_client)
+        )
         # Pruned only once the new one is whole.
         await self._compute(lambda: prune_checkpoints(run.folder, config.checkpoints.keep))
         self._saved_round, self._saved_at = run.round, time.monotonic()

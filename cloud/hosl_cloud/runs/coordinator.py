@@ -42,7 +42,7 @@ from hosl_cloud.runs.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 from hosl_cloud.sentences import counted, score_text
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.records import Evaluation
-from hosl_cloud.tail.checkpoint import load_checkpoint
+from hosl_cloud.tail.checkpoint import load_checkpoint, read_client
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_protocol.program.logs import note_place
 from hosl_protocol.run.manifest import Manifest
@@ -96,9 +96,11 @@ class Coordinator:
         weights at the run's round."""
         run = self.run
         self.trainer = await self._compute(self._load_tail)
+        state = None
         if checkpoint is not None:
             await self._compute(lambda: load_checkpoint(checkpoint, self.trainer))
-        await self._compute(run.load)
+            state = await self._compute(lambda: read_client(checkpoint, run.manifest))
+        await self._compute(lambda: run.load(state))
 
         self._tensorboard = TensorBoardWriter(run.folder / TENSORBOARD_FOLDER, run.round + 1)
         for evaluation in await asyncio.to_thread(self.store.evaluations, run.id):
@@ -223,6 +225,8 @@ class Coordinator:
 
         # What is sent from here on, a service that is killed can replay.
         wire_bytes = self._count_bytes()
+        kept = self.run.kept_updates
+        pruned = 0 if kept is None else max(update.round - kept, 0)
         await self.checkpointer.durably(
             lambda: self.store.add_round(
                 self.run.id,
@@ -232,8 +236,10 @@ class Coordinator:
                 loss=result.loss,
                 devices=result.devices,
                 wire_bytes=wire_bytes,
+                pruned=pruned,
             )
         )
+        self.run.pruned_to = max(pruned, self.run.pruned_to)
 
         # From here on admission brings a joining device up to this round, from the store; ready ones get the broadcast.
         self.run.round = update.round

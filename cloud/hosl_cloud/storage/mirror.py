@@ -17,6 +17,7 @@ from hosl_cloud.storage.records import RunRow
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.manifest import SHARD_WEIGHTS, BundleError, Manifest
 from hosl_protocol.weights.client_weights import make_client_weights
+from hosl_protocol.weights.state import ClientState
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -31,13 +32,19 @@ def load_shard_weights(bundle: Path, manifest: Manifest, *, only_trainable: bool
         raise BundleError(f"{bundle / SHARD_WEIGHTS} cannot be read: {error}") from error
 
 
-def replay_client(store: Store, run: RunRow, bundle: Path, manifest: Manifest, round_: int) -> Weights:
+def replay_client(
+    store: Store, run: RunRow, bundle: Path, manifest: Manifest, round_: int, state: ClientState | None = None
+) -> Weights:
     """Replay the client half up to `round_`: the base shard plus the stored updates, bit for bit what devices hold.
 
-    Slow, off the event loop. Raises BundleError, and StoreError where updates are missing.
+    Where there is a `state`, it begins there. Slow, off the event loop. Raises BundleError, StoreError where updates
+    are missing, and HoslError where the state is of something else.
     """
     weights = load_shard_weights(bundle, manifest)
     client = make_client_weights(manifest, weights, run.config.wire_settings())
-    client.apply(store.replay(run.id, round_))  # in place, in the arrays of `weights`
+    if state is not None:
+        client.load_state(state)
+    # In place, in the arrays of `weights`.
+    client.apply(store.replay(run.id, round_, client.applied_round))
     client.close()
     return weights

@@ -91,6 +91,8 @@ MIGRATIONS = (
     "ALTER TABLE evaluations ADD COLUMN of_examples INTEGER NOT NULL DEFAULT 0;",
     "ALTER TABLE events ADD COLUMN is_ending INTEGER NOT NULL DEFAULT 0;"
     "ALTER TABLE evaluations ADD COLUMN held_out TEXT NOT NULL DEFAULT '';",
+    "ALTER TABLE rounds ADD COLUMN codes BLOB NOT NULL DEFAULT x'';"
+    "ALTER TABLE rounds ADD COLUMN is_pruned INTEGER NOT NULL DEFAULT 0;",
 )
 """The scripts that lead from each version to the next, from none at all on."""
 

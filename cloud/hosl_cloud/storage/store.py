@@ -5,7 +5,9 @@ may be called from any thread but that of an event loop; the threads take turns.
 a kill between two methods is all that a caller has to think of.
 
 Of each round of a run one update is in force. Updates that a resume drops are marked superseded, never deleted, and
-`cuts` remembers to which round: devices of a former epoch are led back by it (`lowest_rewind`).
+`cuts` remembers to which round: devices of a former epoch are led back by it (`lowest_rewind`). Those of first-order
+training are large: `add_round` drops the numbers of one that nobody will replay (`Run.kept_updates`), and keeps its
+figures.
 """
 
 from __future__ import annotations
@@ -201,16 +203,20 @@ class Store(Database):
         loss: float,
         devices: Sequence[str],
         wire_bytes: int = 0,
+        pruned: int = 0,
     ) -> None:
-        """Add a finished round, its update, and what it took on the wire; durable when this returns."""
+        """Add a finished round, its update, and what it took on the wire; durable when this returns.
+
+        The numbers of the update of round `pruned` are dropped; 0 drops none.
+        """
         # One row holds the update and its figures, and the run's round moves with it, in one transaction.
-        coefficients = update.coefficients.astype("<f4").tobytes()
+        coefficients, codes = update.coefficients.astype("<f4").tobytes(), update.codes.tobytes()
         names = msgspec.json.encode(list(devices)).decode()
 
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO rounds (run, epoch, round, finished_at, seconds, loss, devices, coefficients, "
-                "learning_rate, wire_bytes, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "learning_rate, wire_bytes, checksum, codes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     run,
                     epoch,
@@ -222,35 +228,57 @@ class Store(Database):
                     coefficients,
                     update.learning_rate,
                     wire_bytes,
-                    _checksum(update.round, update.learning_rate, coefficients),
+                    _checksum(update.round, update.learning_rate, coefficients, codes),
+                    codes,
                 ),
             )
             database.execute("UPDATE runs SET round = ? WHERE id = ?", (update.round, run))
+            if pruned > 0:
+                # Also that of a former epoch: its pages are written over by later ones.
+                database.execute(
+                    "UPDATE rounds SET coefficients = x'', codes = x'', is_pruned = 1 WHERE run = ? AND round = ?",
+                    (run, pruned),
+                )
 
     def updates(self, run: str, first: int, last: int) -> list[UpdateRecord]:
-        """Read the updates in force of rounds `first` to `last`. Raises StoreError for one that has changed on disk."""
+        """Read the updates in force of rounds `first` to `last`, but for those whose numbers were dropped.
+
+        Raises StoreError for one that has changed on disk.
+        """
         rows = self._query(
-            "SELECT round, coefficients, learning_rate, checksum FROM rounds "
-            "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded ORDER BY round",
+            "SELECT round, coefficients, learning_rate, checksum, codes FROM rounds "
+            "WHERE run = ? AND round BETWEEN ? AND ? AND NOT superseded AND NOT is_pruned ORDER BY round",
             (run, first, last),
         )
 
-        for round_, coefficients, rate, checksum in rows:
+        for round_, coefficients, rate, checksum, codes in rows:
             # Updates that were written before there were checksums have none.
-            if checksum is not None and _checksum(round_, rate, coefficients) != checksum:
+            if checksum is not None and _checksum(round_, rate, coefficients, codes) != checksum:
                 raise self._damaged(f"the update of round {round_}")
 
         return [
-            UpdateRecord(row["round"], np.frombuffer(row["coefficients"], "<f4"), row["learning_rate"]) for row in rows
+            UpdateRecord(
+                row["round"],
+                np.frombuffer(row["coefficients"], "<f4"),
+                row["learning_rate"],
+                np.frombuffer(row["codes"], np.uint8),
+            )
+            for row in rows
         ]
 
-    def replay(self, run: str, last: int) -> Iterator[UpdateRecord]:
-        """Yield the updates in force of rounds 1 to `last`, read a portion at a time.
+    def pruned_to(self, run: str) -> int:
+        """Find the last round in force whose update has lost its numbers; 0 where none has."""
+        sql = "SELECT max(round) AS round FROM rounds WHERE run = ? AND is_pruned AND NOT superseded"
+        (row,) = self._query(sql, (run,))
+        return int(row["round"] or 0)
+
+    def replay(self, run: str, last: int, after: int = 0) -> Iterator[UpdateRecord]:
+        """Yield the updates in force of the rounds after `after` up to `last`, read a portion at a time.
 
         Raises StoreError for what is not there or has changed on disk: a replay with a gap would end in other weights.
         """
         # A portion at a time, so that memory does not grow with the run.
-        for first in range(1, last + 1, PORTION):
+        for first in range(after + 1, last + 1, PORTION):
             wanted = range(first, min(first + PORTION, last + 1))
             updates = self.updates(run, wanted[0], wanted[-1])
 
@@ -396,6 +424,6 @@ def _prune_events(database: sqlite3.Connection, run: str) -> None:
         )
 
 
-def _checksum(round_: int, learning_rate: float, coefficients: bytes) -> int:
+def _checksum(round_: int, learning_rate: float, coefficients: bytes, codes: bytes) -> int:
     """Make the CRC-32 of an update: SQLite would not notice a bit that has changed on disk."""
-    return zlib.crc32(coefficients, zlib.crc32(struct.pack("<qd", round_, learning_rate)))
+    return zlib.crc32(codes, zlib.crc32(coefficients, zlib.crc32(struct.pack("<qd", round_, learning_rate))))

@@ -4,6 +4,9 @@
 synced before they get their names, so a crash leaves the checkpoints before it and at worst a stray file. A change of
 that order would break resuming (runs/resume.py), which believes every JSON whose checksums are right.
 
+In first-order training `epoch-0001-round-000050.client.safetensors` holds the devices' weights, too, in the form of a
+snapshot: the store does not keep all the updates that lead there.
+
 All of it is slow and blocks: a run calls it on its compute thread (runs/checkpointer.py), so that the tail stands still
 meanwhile; the HTTP API and the commands only read.
 """
@@ -15,7 +18,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -27,11 +30,15 @@ from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, Checkpo
 from hosl_cloud.rounds.exchange import StatefulTrainer
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.stored_settings import read_known
+from hosl_edge.exceptions import SnapshotError
+from hosl_edge.history.snapshot import read_snapshot
 from hosl_export import tensor_files
 from hosl_protocol.exceptions import MalformedSettings
-from hosl_protocol.run.manifest import sha256_of_file
+from hosl_protocol.run.manifest import Manifest, sha256_of_file
 from hosl_protocol.run.settings import convert
 from hosl_protocol.run.tasks import TaskKind
+from hosl_protocol.weights.state import ClientState
+from hosl_protocol.wire.messages import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,8 @@ class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):
     """None where the checkpoint was not evaluated."""
     config: RunConfig
     """The run's effective settings."""
+    client_sha256: str = ""
+    """Digest of the file with the client's state; empty where there is none, and the store's updates lead there."""
     checksum: int = 0
     """CRC-32 of the JSON as it is written, with 0 for this number; 0 in what was written before there was one."""
 
@@ -92,10 +101,12 @@ def save_checkpoint(
     trainer: StatefulTrainer,
     config: RunConfig,
     metrics: CheckpointScore | None = None,
+    write_client: Callable[[Path], Snapshot] | None = None,
 ) -> Path:
     """Write the trainer's state at the end of `round_`, with its score; the path of the safetensors file.
 
-    Once this returns, the checkpoint survives a power cut. Raises OSError.
+    `write_client` writes the client's state to a path, where the checkpoint is to have it. Once this returns, the
+    checkpoint survives a power cut. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _file_name(epoch, round_)
@@ -107,6 +118,7 @@ def save_checkpoint(
     with _whole_or_none(part), contextlib.closing(trainer.gather()) as tensors:
         tensor_files.stream_tensors(part, shapes, tensors)
         _sync(part)
+        client = None if write_client is None else write_client(_client_path(path))
 
     info = CheckpointInfo(
         round=round_,
@@ -115,6 +127,7 @@ def save_checkpoint(
         head_rows=trainer.head_rows,
         metrics=metrics,
         config=config,
+        client_sha256="" if client is None else client.sha256,
     )
 
     # The name, and then the JSON: only with it the checkpoint counts.
@@ -147,6 +160,10 @@ _CHECKSUM = re.compile(rb'"checksum": \d+(?=\s*}\s*\Z)')
 
 def _info_path(path: Path) -> Path:
     return path.with_suffix(".json")
+
+
+def _client_path(path: Path) -> Path:
+    return path.with_suffix(".client.safetensors")
 
 
 @contextlib.contextmanager
@@ -209,23 +226,41 @@ def _decode(data: bytes) -> CheckpointInfo:
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Check a checkpoint's digest. Raises CheckpointMissing and CheckpointDamaged."""
+    """Check the digests of a checkpoint's files. Raises CheckpointMissing and CheckpointDamaged."""
     info = read_info(path)
-    if not path.is_file():
-        raise CheckpointMissing(path, "the file is gone")
-    try:
-        digest = sha256_of_file(path)
-    except OSError as error:
-        raise CheckpointDamaged(path, error.strerror or str(error)) from error
-    if digest != info.sha256:
-        raise CheckpointDamaged(path, f"SHA-256 is {digest}, expected {info.sha256}")
+    files = {path: info.sha256}
+    if info.client_sha256:
+        files[_client_path(path)] = info.client_sha256
+    for file, expected in files.items():
+        if not file.is_file():
+            raise CheckpointMissing(file, "the file is gone")
+        try:
+            digest = sha256_of_file(file)
+        except OSError as error:
+            raise CheckpointDamaged(file, error.strerror or str(error)) from error
+        if digest != expected:
+            raise CheckpointDamaged(file, f"SHA-256 is {digest}, expected {expected}")
     return info
+
+
+def read_client(path: Path, manifest: Manifest) -> ClientState | None:
+    """Read the client's state of a checkpoint, as a memory map; None where it has none.
+
+    Raises CheckpointMissing and CheckpointDamaged.
+    """
+    info = read_info(path)
+    if not info.client_sha256:
+        return None
+    try:
+        return read_snapshot(_client_path(path), info.client_sha256, manifest)[1]
+    except SnapshotError as error:
+        raise CheckpointDamaged(_client_path(path), error.problem) from error
 
 
 def quarantine(path: Path) -> None:
     """Let a checkpoint count no more, its files kept under another name."""
     # The JSON first, as ever: without it the other file counts for nothing.
-    for each in (_info_path(path), path):
+    for each in (_info_path(path), path, _client_path(path)):
         if each.exists():
             each.replace(each.with_name(each.name + ".aside"))
 
@@ -343,6 +378,7 @@ def prune_checkpoints(folder: Path, keep_last: int = 2) -> list[Path]:
         # The JSON first: a checkpoint that loses its weights first would look damaged.
         _info_path(path).unlink()
         path.unlink(missing_ok=True)
+        _client_path(path).unlink(missing_ok=True)
 
     for stray in folder.glob(f"epoch-*{_PART}"):
         stray.unlink()

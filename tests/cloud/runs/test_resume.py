@@ -218,7 +218,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for_once(site: Site, monk
         coordinator.close()
 
     monkeypatch.setattr(Coordinator, "_score", score)
-    monkeypatch.setattr(Run, "load", lambda self: None)
+    monkeypatch.setattr(Run, "load", lambda self, state: None)
     monkeypatch.setattr(DeviceSelection, "wait_for_quorum", lambda self: asyncio.sleep(0))
     site.make_rounds(last, checkpoints=(last,))
     for _ in range(2):

@@ -18,6 +18,7 @@ from hosl_cloud.runs.snapshots import KEPT, MARGIN, Snapshots, is_snapshot_faste
 from hosl_cloud.settings import parse_config
 from hosl_cloud.storage.store import Store
 from hosl_protocol.run.manifest import load_manifest, sha256_of_file
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.weights.state import SnapshotHeader
 from hosl_protocol.wire.messages import Hello, Snapshot
@@ -58,7 +59,7 @@ def hello(rounds: float, size_bytes: int) -> Hello:
         shard_digest="0" * 64,
         data_digest="0" * 64,
         replay_s=1.0,
-        link_bytes_per_s=MARGIN * size_bytes / (2 * rounds),
+        link_bytes_per_s=(MARGIN * size_bytes - 8 * rounds) / (2 * rounds),
     )
 
 
@@ -71,19 +72,25 @@ def offer(snapshots: Snapshots, applied: int, rounds: float = 10.0) -> Snapshot 
 
 
 def test_a_download_must_beat_the_replay_by_the_margin() -> None:
-    download_s = 1000 / 10.0
-    assert not is_snapshot_faster(1, 1000, MARGIN * download_s, 10.0)
-    assert is_snapshot_faster(1, 1000, MARGIN * download_s + 1, 10.0)
+    download_s, update = 1000 / 10.0, UpdateShape(coefficients=1)
+    assert not is_snapshot_faster(1, update, 1000, MARGIN * download_s - 0.4, 10.0)
+    assert is_snapshot_faster(1, update, 1000, MARGIN * download_s - 0.3, 10.0), "its four bytes take 0.4 s"
+
+
+def test_the_bytes_of_missed_updates_count() -> None:
+    update = UpdateShape(coefficients=240, codes=46_080)  # of LoRA at one bit; AdamW's state is 96 of them
+    replaying = [is_snapshot_faster(rounds, update, 12 * 368_640, 1e-9, 1e6) for rounds in (140, 150)]
+    assert replaying == [False, True]
 
 
 def test_the_specification_states_the_margin() -> None:
     text = (ROOT / "protocol" / "README.md").read_text(encoding="utf-8")
-    assert f"`replay_s` > {MARGIN:g} · size / `link_bytes_per_s`" in text
+    assert f"`link_bytes_per_s`) > {MARGIN:g} · size / `link_bytes_per_s`" in text
 
 
 @pytest.mark.parametrize("figures", [(0.0, 10.0), (1.0, 0.0), (0.0, 0.0)])
 def test_without_figures_a_device_replays(figures: tuple[float, float]) -> None:
-    assert not is_snapshot_faster(10**9, 1, *figures)
+    assert not is_snapshot_faster(10**9, UpdateShape(coefficients=1, codes=10**6), 1, *figures)
 
 
 @pytest.mark.parametrize("client", [{}, {"optimizer": "adamw"}])
