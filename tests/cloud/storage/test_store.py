@@ -117,6 +117,56 @@ def test_a_replay_reads_a_portion_at_a_time_and_misses_no_round(
         list(store.replay("run-1", 5))
 
 
+def add_gradient(store: Store, round_: int, epoch: int = 0, pruned: int = 0) -> UpdateRecord:
+    codes = np.arange(5, dtype=np.uint8) + np.uint8(round_)
+    update = UpdateRecord(round_, AWKWARD, 0.1 * round_, codes)
+    store.add_round("run-1", epoch, update, seconds=0.5, loss=1.0, devices=["a"], pruned=pruned)
+    return update
+
+
+def test_codes_come_back_bit_for_bit_and_are_checked(store: Store, tmp_path: Path) -> None:
+    added = [add_gradient(store, round_) for round_ in (1, 2)]
+    found = store.updates("run-1", 1, 2)
+    assert [update.codes.tobytes() for update in found] == [update.codes.tobytes() for update in added]
+    assert found[0].codes.dtype == np.uint8
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        database.execute("UPDATE rounds SET codes = x'0203040507' WHERE round = 2")
+    database.close()
+    with pytest.raises(StoreError, match="the update of round 2"):
+        store.updates("run-1", 1, 2)
+
+
+def test_an_update_that_is_pruned_leaves_its_figures_and_cannot_be_replayed(store: Store, tmp_path: Path) -> None:
+    for round_ in range(1, 6):
+        add_gradient(store, round_, pruned=round_ - 3)
+    assert store.pruned_to("run-1") == 2
+    assert [update.round for update in store.updates("run-1", 1, 9)] == [3, 4, 5]
+    assert [row.round for row in store.rounds("run-1")] == [1, 2, 3, 4, 5]
+    assert [update.round for update in store.replay("run-1", 5, after=2)] == [3, 4, 5]
+    for after in (0, 1):
+        with pytest.raises(StoreError, match=f"the update of round {after + 1} is missing"):
+            list(store.replay("run-1", 5, after))
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        sizes = database.execute("SELECT length(coefficients), length(codes) FROM rounds ORDER BY round").fetchall()
+    database.close()
+    assert sizes == [(0, 0)] * 2 + [(20, 5)] * 3
+
+
+def test_what_was_pruned_of_rounds_that_were_dropped_says_nothing_of_those_made_again(store: Store) -> None:
+    for round_ in range(1, 6):
+        add_gradient(store, round_, pruned=round_ - 1)
+    store.rewind_run("run-1", 2)
+    assert store.pruned_to("run-1") == 2
+    add_gradient(store, 3, epoch=1)
+    assert [update.round for update in store.updates("run-1", 1, 9)] == [3]
+
+
+def test_without_pruning_everything_is_kept(store: Store) -> None:
+    for round_ in range(1, 4):
+        add_gradient(store, round_)
+    assert (store.pruned_to("run-1"), len(store.updates("run-1", 1, 3))) == (0, 3)
+
+
 def test_a_round_without_coefficients_is_kept(store: Store) -> None:
     add_round(store, 1, coefficients=np.zeros(0, np.float32))
     assert store.updates("run-1", 1, 1)[0].coefficients.size == 0

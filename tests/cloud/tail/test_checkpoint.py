@@ -6,21 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hosl_cloud.exceptions import CheckpointDamaged, CheckpointMismatch, CheckpointMissing
+from hosl_cloud.storage.client_state import write_snapshot
 from hosl_cloud.tail.checkpoint import (
     CheckpointScore,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    quarantine,
+    read_client,
     read_info,
     record_score,
     save_checkpoint,
+    verify,
 )
 from hosl_cloud.tail.trainer import TailTrainer
+from hosl_protocol.run.manifest import Manifest, TensorEntry
+from hosl_protocol.weights.state import ClientState
+from hosl_protocol.wire.messages import Snapshot
 
 PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
 
@@ -35,6 +43,70 @@ def save(
     folder: Path, trainer: TailTrainer, round_: int, metrics: CheckpointScore | None = None, epoch: int = 1
 ) -> Path:
     return save_checkpoint(folder, round_, epoch, trainer, trainer.config, metrics)
+
+
+STATE = ClientState(3, {"w": np.arange(6, dtype=np.float32)}, {"w": -20})
+MANIFEST = Manifest(
+    model="m",
+    family="llama",
+    architecture="LlamaForCausalLM",
+    split=1,
+    blocks=2,
+    width=4,
+    max_length=64,
+    pad_token_id=0,
+    train="lora",
+    tensors=(TensorEntry(name="w", shape=(2, 3), trainable=True, exponent=-20),),
+    files=(),
+)
+
+
+def save_with_client(folder: Path, trainer: TailTrainer, round_: int = 3) -> Path:
+    def write(path: Path) -> Snapshot:
+        return write_snapshot(path, "run-1", 1, STATE, {"w": (2, 3)})
+
+    return save_checkpoint(folder, round_, 1, trainer, trainer.config, None, write)
+
+
+def test_the_devices_weights_lie_beside_where_a_checkpoint_holds_them(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS, train="head")
+    path = save_with_client(tmp_path, trainer)
+    state = read_client(path, MANIFEST)
+    assert state is not None
+    assert (state.round, state.digest(), state.exponents) == (3, STATE.digest(), STATE.exponents)
+    record_score(path, metrics(9))
+    assert read_client(path, MANIFEST) is not None
+    assert read_client(save(tmp_path, trainer, 4), MANIFEST) is None
+    assert len(list(tmp_path.iterdir())) == 3 + 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_a_checkpoint_whose_devices_weights_are_damaged_counts_no_more(
+    bundle: Any, tmp_path: Path, damage: str
+) -> None:
+    path = save_with_client(tmp_path, bundle.trainer(PROMPTS, train="head"))
+    client = path.with_suffix(".client.safetensors")
+    assert verify(path).round == 3
+    if damage == "gone":
+        client.unlink()
+    else:
+        data = bytearray(client.read_bytes())
+        data[-1] ^= 1
+        client.write_bytes(data)
+    for read in (lambda: verify(path), lambda: read_client(path, MANIFEST)):
+        with pytest.raises((CheckpointDamaged, CheckpointMissing), match=r"client\.safetensors"):
+            read()
+
+
+def test_what_belongs_to_a_checkpoint_goes_with_it(bundle: Any, tmp_path: Path) -> None:
+    trainer = bundle.trainer(PROMPTS, train="head")
+    for round_ in (3, 4, 5):
+        save_with_client(tmp_path, trainer, round_)
+    prune_checkpoints(tmp_path, 2)
+    quarantine(tmp_path / "epoch-0001-round-000004.safetensors")
+    names = sorted(path.name.removeprefix("epoch-0001-round-00000") for path in tmp_path.iterdir())
+    kinds = ("client.safetensors", "json", "safetensors")
+    assert names == [*(f"4.{kind}.aside" for kind in kinds), *(f"5.{kind}" for kind in kinds)]
 
 
 def metrics(correct: int, loss: float = 1.0) -> CheckpointScore:
