@@ -44,6 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train-blocks", type=int, metavar="N", help="train only the first N blocks; -N: the last N")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="vectors of a soft prompt (default: 8)")
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="rank of adapters (default: 8)")
+    parser.add_argument("--lora-alpha", type=int, metavar="A", help="they are scaled by A / R (default: 16)")
+    parser.add_argument(
+        "--lora-targets",
+        metavar="NAMES",
+        help="modules that get an adapter, as in PEFT's target_modules, with commas between them, or all-linear "
+        "(default: those that PEFT chooses for the architecture)",
+    )
     parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -77,6 +85,9 @@ def _export(options: argparse.Namespace) -> int:
         train=options.train,
         train_blocks=options.train_blocks,
         prompt_tokens=options.prompt_tokens,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_targets=() if options.lora_targets is None else tuple(options.lora_targets.split(",")),
         max_length=options.max_length,
         revision=options.revision,
         seed=options.seed,

@@ -7,10 +7,13 @@ are computed, which are then those of the rounded weights, and so are the files.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hosl_export.bundle import writing
 from hosl_export.bundle.gradient_check import check_gradients
@@ -22,12 +25,13 @@ from hosl_export.exceptions import as_trace_error
 from hosl_export.inputs import ModelInput, choose_input
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
-from hosl_export.model.lora import inject_lora
+from hosl_export.model.heads import auto_class
+from hosl_export.model.lora import choose_lora, inject_lora
 from hosl_export.model.prompt import add_prompt, draw_prompt
 from hosl_export.model.rope import settle_rope
 from hosl_export.model.trainable import put_on_lattice, trained_blocks, uses_lora
 from hosl_export.settings import ExportSettings, check_prompt, check_split, count_prompt_tokens
-from hosl_export.sources.loading import Source, find_source, load_model, load_source_config
+from hosl_export.sources.loading import Source, find_source, load_model, load_source_config, quiet_transformers
 from hosl_export.sources.origin import find_origin, write_origin
 from hosl_export.summary import Summary, summarize
 from hosl_protocol.run.manifest import BlockGradient, LoraEntry, Manifest
@@ -46,9 +50,10 @@ def export_bundle(settings: ExportSettings, show_step: ShowStep = contextlib.nul
         check_split(settings, config)
         model_input = choose_input(source, config, settings.max_length, settings.image_size)
         check_prompt(settings, model_input.max_length, config)
+        lora = _choose_lora(settings, config)
 
     with staging(settings.out) as folder:
-        manifest, references = _cut_and_write(settings, source, config, model_input, folder, show_step)
+        manifest, references = _cut_and_write(settings, source, config, model_input, lora, folder, show_step)
         # The check loads the halves from the files. The cut ones go first: torch's exporter leaves circles around them.
         gc.collect()
 
@@ -65,8 +70,29 @@ def export_bundle(settings: ExportSettings, show_step: ShowStep = contextlib.nul
     return summarize(settings.out, manifest, config, parity_error, gradient)
 
 
+def _choose_lora(settings: ExportSettings, config: Any) -> LoraEntry | None:
+    """Choose the adapters; None where none train. Raises SettingsError for such that the model's blocks cannot have."""
+    if not uses_lora(settings.train):
+        return None
+    family = find_family(config.model_type)
+    asked = (settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    if asked == (None, None, ()):
+        return LoraEntry(targets=family.lora_targets)
+
+    # A model without memory, for the shapes of its matrices; a copy, because building one may write into its config.
+    with torch.device("meta"), quiet_transformers():
+        model = auto_class(family, is_classifier=False).from_config(copy.deepcopy(config))
+    return choose_lora(model, family, *asked)
+
+
 def _cut_and_write(
-    settings: ExportSettings, source: Source, config: Any, model_input: ModelInput, folder: Path, show_step: ShowStep
+    settings: ExportSettings,
+    source: Source,
+    config: Any,
+    model_input: ModelInput,
+    lora: LoraEntry | None,
+    folder: Path,
+    show_step: ShowStep,
 ) -> tuple[Manifest, list[Reference]]:
     """Do all that needs the whole model in memory: nothing that is returned keeps its weights.
 
@@ -84,7 +110,6 @@ def _cut_and_write(
 
     client, tail = client_half(model, settings.split, model_input.image), tail_half(model, settings.split)
     # After the cut: adapters compute nothing yet, their B being zero, and the uncut model does without them.
-    lora = LoraEntry(targets=family.lora_targets) if uses_lora(settings.train) else None
     if lora is not None:
         inject_lora(client, lora, family, settings.seed)
 

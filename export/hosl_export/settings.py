@@ -33,6 +33,12 @@ class ExportSettings(msgspec.Struct, kw_only=True, frozen=True):
     """
     prompt_tokens: int | None = None
     """Vectors of a soft prompt, where that trains: 1 or more; None for 8."""
+    lora_rank: int | None = None
+    """Rank of adapters, where they train: 1 to the smallest dimension of the matrices; None for 8."""
+    lora_alpha: int | None = None
+    """Adapters are scaled by it over the rank; None for 16."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the modules that get one, as in PEFT's `target_modules`, or `all-linear`; none for PEFT's choice."""
     max_length: int | None = None
     """Longest input in tokens, 2 to the model's positions; None for 512, or the model's positions if fewer."""
     revision: str | None = None
@@ -63,8 +69,19 @@ def check_split(settings: ExportSettings, config: Any) -> None:
         remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
         raise SettingsError("train", settings.train, remedy)
 
+    if not uses_lora(settings.train):
+        _check_no_lora(settings)
     if settings.train_blocks is not None:
         _check_train_blocks(settings, settings.train_blocks)
+
+
+def _check_no_lora(settings: ExportSettings) -> None:
+    for option in ("lora_rank", "lora_alpha", "lora_targets"):
+        value = getattr(settings, option)
+        if value not in (None, ()):
+            said = ",".join(value) if isinstance(value, tuple) else value
+            remedy = f"--train {settings.train} has no adapters: use --train lora or lora-b"
+            raise SettingsError(option.replace("_", "-"), said, remedy)
 
 
 def _check_train_blocks(settings: ExportSettings, blocks: int) -> None:

@@ -169,7 +169,7 @@ def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Give positions [B, T, D] the shape of their feature map [B, D, rows, columns], if `grid` says that of one."""
     if grid is None:
         return h_BTD
-    h_BDRC = h_BTD.transpose(1, 2).reshape(len(h_BTD), -1, *grid)
+    h_BDRC = h_BTD.transpose(1, 2).reshape(h_BTD.shape[0], -1, *grid)  # not `len`, which a trace takes for a constant
     # Transposed, each position's channels lie together. On CPUs with AVX-512 torch 2.13 crashes in the backward of such
     # a map for some shapes (8 channels, stride 2), and is no faster for any.
     return h_BDRC.contiguous() if h_BDRC.device.type == "cpu" else h_BDRC

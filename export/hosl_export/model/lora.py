@@ -10,11 +10,56 @@ import re
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hosl_export.model.families import Family
+from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import LoraEntry
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+MAX_ALPHA = 2**16
+"""Far above any that is used."""
+
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every matrix of the blocks."""
+
+
+def choose_lora(
+    model: nn.Module, family: Family, rank: int | None, alpha: int | None, targets: tuple[str, ...]
+) -> LoraEntry:
+    """Make the entry of adapters that fit the blocks of the uncut `model`, whose weights need no values.
+
+    `targets` are names as in PEFT's `target_modules`, or `all-linear`; none are the family's. Raises SettingsError.
+    """
+    matrices = {
+        path: module.weight
+        for block in model.get_submodule(family.blocks).children()
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    names = sorted({path.rpartition(".")[2] for path in matrices})
+    chosen = targets or family.lora_targets
+    if chosen == (ALL_LINEAR,):
+        chosen = tuple(names)
+
+    sizes = []
+    for target in chosen:
+        found = [min(weight.shape) for path, weight in matrices.items() if f".{path}".endswith(f".{target}")]
+        if not found:
+            few = ", ".join(names)
+            raise SettingsError("lora-targets", target, f"no block has such a matrix: use {few}, or {ALL_LINEAR} alone")
+        sizes += found
+
+    default = LoraEntry(targets=chosen)
+    r, alpha = default.r if rank is None else rank, default.alpha if alpha is None else alpha
+    if not 1 <= r <= min(sizes):
+        remedy = f"use 1 to {min(sizes)}, the smallest dimension of a matrix that is adapted"
+        raise SettingsError("lora-rank", r, remedy)
+    if not 1 <= alpha <= MAX_ALPHA:
+        raise SettingsError("lora-alpha", alpha, f"use 1 to {MAX_ALPHA}; adapters are scaled by alpha / rank")
+    return LoraEntry(r=r, alpha=alpha, targets=chosen)
 
 
 def inject_lora(model: nn.Module, lora: LoraEntry, family: Family, seed: int) -> None:

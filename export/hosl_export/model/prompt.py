@@ -32,7 +32,7 @@ def add_prompt(model: Any, tokens: int) -> nn.Parameter:
 def _put_prompt_first(embedding: Any, _: object, h_BTD: Tensor) -> Tensor:
     """Take the place of the first N embeddings of each row: a forward hook."""
     prompt_ND = embedding.prompt
-    return torch.cat([prompt_ND.expand(len(h_BTD), -1, -1), h_BTD[:, len(prompt_ND) :]], dim=1)
+    return torch.cat([prompt_ND.expand(h_BTD.shape[0], -1, -1), h_BTD[:, len(prompt_ND) :]], dim=1)
 
 
 @torch.no_grad()

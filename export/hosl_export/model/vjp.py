@@ -57,6 +57,7 @@ def trace_vjp(
     with torch.no_grad():
         shapes = dict.fromkeys(given, axes)
         forward = torch.export.export(part, (), kwargs=given, dynamic_shapes=shapes, strict=False)
+    _write_nothing_in_place(forward.graph_module)
 
     places = [spec.target or spec.arg.name for spec in forward.graph_signature.input_specs]
     nodes = [node for node in forward.graph.nodes if node.op == "placeholder"]
@@ -80,6 +81,18 @@ def trace_vjp(
         flat = make_fx(vjp, decomposition_table=_decompositions())(output, *(read[name] for name in inputs))
     constants = {name: forward.state_dict.get(name, forward.constants.get(name)) for name in own}
     return Vjp(_as_program(flat, forward), tuple(inputs), constants, gradients)
+
+
+def _write_nothing_in_place(forward: GraphModule) -> None:
+    """Let operators that write into their first argument, as a ResNet's sum does, give a new tensor."""
+    nodes = list(forward.graph.nodes)
+    for place, node in enumerate(nodes):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            name, _, overload = node.target.__name__.partition(".")
+            later = set(nodes[place + 1 :])
+            node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
+            node.target = getattr(getattr(aten, name.removesuffix("_")), overload)
+    forward.recompile()
 
 
 class _Decomposed(ExportedProgram):
