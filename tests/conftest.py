@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 _frozen_modules = 0
 
 
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
     """Take what libraries keep for ever from the garbage collector: with torch it is a million objects and more, and a
     device that starts has all of them looked at several times, which took longer than most tests."""
     global _frozen_modules
