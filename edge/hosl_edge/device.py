@@ -208,7 +208,7 @@ class Device:
             }
 
     def _open_shard(self, settings: RunSettings) -> None:
-        self.shard.open()
+        self.shard.open(with_gradients=settings.traits.sends_gradient)
         self.shard.max_length = settings.max_length
         trainable_bytes = sum(4 * math.prod(entry.shape) for entry in self.manifest.trainable)
         # Trainable pages are copied when they are first written, which an update has done and a fresh shard has not.
@@ -216,11 +216,16 @@ class Device:
 
         def forward_rows(rows: int) -> None:
             self.shard.rows = rows
-            for _ in self.shard.forward(self._blank_batch(rows, settings.max_length)):
-                pass
+            self.shard.rehearse(self._blank_batch(rows, settings.max_length))
 
-        budget_bytes = self.settings.memory_budget_bytes
-        plan = plan_memory(settings, self.manifest, forward_rows, untouched_bytes, budget_bytes)
+        plan = plan_memory(
+            settings,
+            self.manifest,
+            forward_rows,
+            untouched_bytes,
+            self.settings.memory_budget_bytes,
+            self.shard.kept_bytes(settings.batch_size, settings.max_length),
+        )
         self.shard.rows, self.held_sets = plan.rows, plan.held_sets
         log.info("micro-batch %d x %d tokens, %d held sets", self.shard.rows, settings.max_length, self.held_sets)
 

@@ -1,9 +1,10 @@
 """The device's part of a round, as generators without I/O: they yield what to send and receive the replies.
 
-HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, as the papers give them; the cloud's part is
-in hosl_cloud/rounds/algorithms.py. StepDriver.drive in driver.py leads a generator, in a simulation VirtualDevice in
-hosl_cloud/simulation/virtual_devices.py. A device only probes: the estimate is the cloud's, and moves the weights when
-its Update comes (Session._update). Whatever ends a generator, the weights stand at θ again.
+HO-SFL (arXiv 2603.14773), HOSL (arXiv 2601.10940) and the frozen client, as the papers give them, and first-order
+training; the cloud's part is in hosl_cloud/rounds/algorithms.py. StepDriver.drive in driver.py leads a generator, in a
+simulation VirtualDevice in hosl_cloud/simulation/virtual_devices.py. A device only probes, or sends its gradient: the
+estimate is the cloud's, and moves the weights when its Update comes (Session._update). Whatever ends a generator, the
+weights stand at θ again.
 Shapes: T tokens of the batch, D width of the cut layer.
 """
 
@@ -19,8 +20,10 @@ import numpy.typing as npt
 
 from hosl_edge.data.datasets import Batch, Dataset
 from hosl_edge.model.shard import Shard
+from hosl_protocol.arithmetic.rotation import Rotation, rotation_of
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.updates import gradient_layout
 from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (
@@ -28,6 +31,7 @@ from hosl_protocol.wire.messages import (
     CutGradient,
     EvalBatch,
     EvalResult,
+    Gradient,
     Message,
     Probe,
     ProbeLoss,
@@ -62,13 +66,15 @@ class DeviceRound:
     """What the device needs to know for its part of a round, or of an evaluation."""
 
     run: str
+    device: str
+    """Its name."""
     epoch: int
     round: int
     settings: RunSettings
     shard: Shard
     weights: ClientWeights
     held_sets: int
-    """Activation sets that the memory budget lets a round hold besides the one it must."""
+    """Activation sets that the memory budget lets a round hold besides those it must."""
     attempt: int = 0
     """Which start of the round this is."""
 
@@ -113,14 +119,7 @@ def ho_sfl_part(context: DeviceRound, batch: Batch) -> Step:
         if len(differences) == len(directions):
             context.weights.probe(None)
 
-        reply = yield Receive(CutGradient)
-        assert reply is not None
-        lambda_TD = reply.tensors["lambda"]
-        if lambda_TD.shape != anchor_TD.shape:
-            raise ProtocolError(
-                f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(anchor_TD.shape)}"
-            )
-        assert isinstance(reply.message, CutGradient)
+        lambda_TD, exponent = _read_lambda((yield Receive(CutGradient)), anchor_TD.shape)
 
         # Those that were held cost an inner product; the others are probed now, a micro-batch at a time.
         projections = [_inner(lambda_TD, difference_TD) for difference_TD in differences]
@@ -130,8 +129,18 @@ def ho_sfl_part(context: DeviceRound, batch: Batch) -> Step:
             projections.append(_project(context, batch, p, anchor_TD, lambda_TD))
 
     # λ came divided by 2^exponent, which float16 needs; the projections are linear in it.
-    scaled = np.ldexp(np.array(projections), reply.message.exponent).astype(np.float32)
+    scaled = np.ldexp(np.array(projections), exponent).astype(np.float32)
     yield Send(Projections(**context.name(1)), {"projections": scaled})
+
+
+def _read_lambda(reply: Frame | None, shape: tuple[int, ...]) -> tuple[Activations, int]:
+    """Take λ [T, D] out of a CutGradient, and the exponent of the power of two that it was divided by."""
+    assert reply is not None
+    assert isinstance(reply.message, CutGradient)
+    lambda_TD = reply.tensors["lambda"]
+    if lambda_TD.shape != shape:
+        raise ProtocolError(f"λ has shape {list(lambda_TD.shape)}, expected that of the Anchor, {list(shape)}")
+    return lambda_TD, reply.message.exponent
 
 
 def _probe_pair(context: DeviceRound, batch: Batch, direction: int) -> tuple[Activations, Activations]:
@@ -213,6 +222,34 @@ def _hosl_message(context: DeviceRound, id_: int, point: ProbePoint | None) -> P
     return Probe(**context.name(id_), direction=point.direction, sign=+1 if point.sign > 0 else -1)
 
 
+def first_order_part(context: DeviceRound, batch: Batch) -> Step:
+    """First-order: activations up, λ down, the gradient g = ∇_θ ⟨λ, f(θ)⟩ up, compressed.
+
+    g = Σ_t J_t^T λ_t over the batch's tokens t, with J_t the Jacobian of f_t(θ): what backpropagation of the tail's
+    loss through the whole model would give.
+    """
+    settings, shard = context.settings, context.shard
+    with shard.holding(batch):
+        kept = shard.last_inputs(1 + context.held_sets)
+        anchor_TD = shard.activations(batch, context.empty_set(batch), kept)
+        yield Send(Anchor(**context.name(0)), _upload(anchor_TD, batch))
+        shape = anchor_TD.shape
+        del anchor_TD  # it is the link's now; what is kept needs the memory
+
+        lambda_TD, exponent = _read_lambda((yield Receive(CutGradient)), shape)
+        layout = gradient_layout(settings, shard.manifest)
+        rotation = Rotation(settings.seed, context.round, rotation_of(context.device))
+        indices = {entry.name: index for index, entry in enumerate(shard.manifest.trainable)}
+        codes, scales = layout.empty()
+        for name, gradient in shard.gradients(batch, lambda_TD, kept):
+            # λ came divided by 2^exponent, which float16 needs; the gradient is linear in it.
+            np.ldexp(gradient, exponent, out=gradient)
+            layout.encode(gradient.reshape(-1), indices[name], rotation, codes, scales)
+
+    message = Gradient(**context.name(1), rotation=rotation.number)
+    yield Send(message, {"scales": scales, "codes": codes})
+
+
 def frozen_part(context: DeviceRound, batch: Batch) -> Step:
     """The control that both papers lack: only the tail trains, one upload a round."""
     clean_TD = context.shard.activations(batch, context.empty_set(batch))
@@ -222,6 +259,7 @@ def frozen_part(context: DeviceRound, batch: Batch) -> Step:
 PARTS: dict[str, Callable[[DeviceRound, Batch], Step]] = {
     "ho-sfl": ho_sfl_part,
     "hosl": hosl_part,
+    "first-order": first_order_part,
     "frozen": frozen_part,
 }
 

@@ -298,6 +298,7 @@ class Session:
 
         return rounds.DeviceRound(
             run=welcome.run,
+            device=device.settings.name,
             epoch=welcome.epoch,
             round=start.round,
             attempt=start.attempt,

@@ -1,4 +1,4 @@
-"""One training step on the device: hosl's three rounds against plain forwards and against clients in torch.
+"""One training step on the device: hosl's rounds against plain forwards and against clients in torch.
 
     python tests/benchmarks/edge_step.py [--models ...] [--splits ...] [--trains ...] [--train-blocks N] [--shapes ...]
         [--all] [--json]
@@ -53,9 +53,11 @@ ROUNDS = {
     "hosl": {"algorithm": "hosl", "directions": 1},
     "hosl-midpoint": {"algorithm": "hosl", "directions": 1, "anchor": "midpoint"},
     "ho-sfl": {"algorithm": "ho-sfl", "directions": 2},
+    "first-order": {"algorithm": "first-order"},
 }
-HOLDS_SETS = {"hosl": 1, "hosl-midpoint": 1, "ho-sfl": 2}
-"""Sets of activations that a step must hold at once: HOSL the one it sends, HO-SFL the clean one and λ."""
+HOLDS_SETS = {"hosl": 1, "hosl-midpoint": 1, "ho-sfl": 2, "first-order": 2}
+"""Sets of activations that a step must hold at once: HOSL the one it sends, HO-SFL the clean one and λ, first-order λ
+and what one block was given."""
 TORCH = ("torch-fo", "torch-mezo")
 
 
@@ -169,9 +171,12 @@ def make_row(
         "ho_sfl_step_s": seconds["ho-sfl"],
         "hosl_step_over_forwards": seconds["hosl"] / forwards,
         "ho_sfl_step_over_forwards": seconds["ho-sfl"] / forwards,
+        "first_order_step_s": seconds["first-order"],
+        "first_order_over_forwards": seconds["first-order"] / seconds["forward"],
         "torch_fo_step_s": seconds["torch-fo"],
         "torch_mezo_step_s": seconds["torch-mezo"],
         "speedup_over_fo": seconds["torch-fo"] / seconds["ho-sfl"],
+        "speedup_first_order_over_torch_fo": seconds["torch-fo"] / seconds["first-order"],
         "speedup_over_mezo": seconds["torch-mezo"] / seconds["ho-sfl"],
         "midpoint_speedup_over_fo": seconds["torch-fo"] / seconds["hosl-midpoint"],
         "peak_rss_mb": peaks[largest],
@@ -181,6 +186,7 @@ def make_row(
         "hosl_peak_rss_mb": peaks["hosl"],
         "hosl_midpoint_peak_rss_mb": peaks["hosl-midpoint"],
         "ho_sfl_peak_rss_mb": peaks["ho-sfl"],
+        "first_order_peak_rss_mb": peaks["first-order"],
         "torch_mezo_peak_rss_mb": peaks["torch-mezo"],
         "idle_rss_mb": ends[largest]["idle_bytes"] / 1e6,
         "cpu_s": cpu_seconds,
@@ -305,7 +311,8 @@ class EdgeClient:
 
         with mock.patch("hosl_edge.model.memory.choose_micro_batch", choose):
             self._device.join(welcome, lambda *_: None)
-        self._device.held_sets = 0  # the least memory; what is held only fills the wait for the cloud
+        if not self._settings.traits.sends_gradient:
+            self._device.held_sets = 0  # the least memory; what is held only fills the wait for the cloud
         assert self._device.train is not None
         self._batch = self._device.train.batch(np.arange(case.batch))
         set_bytes = 4 * self._batch.tokens * manifest.width
@@ -340,6 +347,7 @@ class EdgeClient:
         round_ = device.applied_round + 1
         context = rounds.DeviceRound(
             run="r",
+            device=self._settings.algorithm,
             epoch=0,
             round=round_,
             settings=self._settings,
@@ -347,22 +355,32 @@ class EdgeClient:
             weights=device.weights,
             held_sets=device.held_sets,
         )
-        self._drive(rounds.PARTS[self._settings.algorithm](context, self._batch), round_, watch)
+        sent = self._drive(rounds.PARTS[self._settings.algorithm](context, self._batch), round_, watch)
         # Large enough to be no 0 on the lattice, small enough to move nothing much.
-        coefficients = self._generator.choice(np.array([-1e-5, 1e-5], np.float32), self._settings.directions)
-        update = UpdateRecord(round_, coefficients, 0.0)
+        count, move, codes = self._settings.directions, 1e-5, np.empty(0, np.uint8)
+        if sent:
+            count, move, codes = sent[0].size, 1e-7, sent[1]
+        coefficients = self._generator.choice(np.array([-move, move], np.float32), count)
+        update = UpdateRecord(round_, coefficients, 0.0, codes)
         with watch:
             device.weights.apply([update])
 
-    def _drive(self, steps: Step, round_: int, watch: Stopwatch) -> None:
+    def _drive(self, steps: Step, round_: int, watch: Stopwatch) -> tuple[npt.NDArray[Any], ...]:
+        """Lead a round to its end; the scales and codes that it sent, if any."""
+        from hosl_edge import rounds
+
+        sent: tuple[npt.NDArray[Any], ...] = ()
         reply = None
         while True:
             try:
                 with watch:
                     action = steps.send(reply)
             except StopIteration:
-                return
+                return sent
             reply = self._reply(action, round_)
+            if isinstance(action, rounds.Send) and "codes" in action.tensors:
+                sent = action.tensors["scales"], action.tensors["codes"]
+            del action  # its activations are sent
 
     def _reply(self, action: Send | Receive, round_: int) -> Frame | None:
         import numpy as np

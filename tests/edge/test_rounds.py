@@ -41,6 +41,7 @@ def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
 def context(device: Device, round_: int = 1) -> rounds.DeviceRound:
     return rounds.DeviceRound(
         run="r",
+        device="d",
         epoch=0,
         round=round_,
         settings=device.settings,

@@ -121,7 +121,7 @@ class Device:
         self, bundle: Path, manifest: Manifest, settings: RunSettings, batch: TextBatch, held_sets: int = 1
     ) -> None:
         self.shard = Shard(bundle, manifest, threads=1)
-        self.shard.open()
+        self.shard.open(with_gradients=settings.traits.sends_gradient)
         self.shard.rows = 2
         self.shard.max_length = settings.max_length
         self.weights: ClientWeights = make_client_weights(manifest, self.shard.weights, settings)
@@ -134,6 +134,7 @@ class Device:
         if isinstance(frame.message, RoundStart):
             context = rounds.DeviceRound(
                 run=frame.message.run,
+                device="d",
                 epoch=frame.message.epoch,
                 round=frame.message.round,
                 settings=self.settings,

@@ -103,7 +103,7 @@ def load_shared_state(
 
     read = partial(open_data, run.bundle, manifest, settings, skip_broken=skip_broken)
     train, evaluated = read(data), None if held_out is None else read(held_out)
-    shard.open()
+    shard.open(with_gradients=settings.traits.sends_gradient)
     shard.max_length = settings.max_length
     shard.rows = preferred_rows(settings, manifest.image)
 
@@ -171,16 +171,17 @@ class SharedState:
             self.round = update.round
             self.update(update)
 
-    def context(self, message: RoundStart | EvalStart) -> rounds.DeviceRound:
+    def context(self, message: RoundStart | EvalStart, device: str) -> rounds.DeviceRound:
         """Make what a device's generator needs to know; sets are held as by a device without a memory budget."""
         return rounds.DeviceRound(
             run=message.run,
+            device=device,
             epoch=message.epoch,
             round=message.round,
             settings=self.settings,
             shard=self.shard,
             weights=self.weights,
-            held_sets=useful_sets(self.settings),
+            held_sets=useful_sets(self.settings, self.shard.manifest),
             attempt=message.attempt,
         )
 
@@ -213,10 +214,12 @@ class VirtualDevice:
         frame = self._carry("sent", self._down, message, tensors or {})
 
         if isinstance(message, RoundStart):
-            self._begin(self._shared.take_step(self._shared.context(message), self._draw(message)))
+            self._begin(self._shared.take_step(self._shared.context(message, self.name), self._draw(message)))
         elif isinstance(message, EvalStart):
             assert self._shared.held_out is not None
-            self._begin(rounds.evaluate(self._shared.context(message), self._shared.held_out, lambda *result: None))
+            self._begin(
+                rounds.evaluate(self._shared.context(message, self.name), self._shared.held_out, lambda *result: None)
+            )
         elif isinstance(message, Update):
             self._shared.apply(read_update(frame))
         elif isinstance(message, Late):

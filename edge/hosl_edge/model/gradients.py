@@ -8,7 +8,6 @@ where the memory holds it of some blocks at a time only. `Shard.gradients` leads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
@@ -35,12 +34,6 @@ Kept: TypeAlias = dict[int, list[Floats]]
 def input_name(block: int) -> str:
     """The output of `shard.onnx` that is what a block was given."""
     return f"input.{block}"
-
-
-def gradient_bytes(manifest: Manifest) -> int:
-    """Most bytes that the gradient of one block takes."""
-    sizes = {entry.name: 4 * math.prod(entry.shape) for entry in manifest.trainable}
-    return max((sum(sizes[name] for name in entry.gradients.values()) for entry in manifest.gradients), default=0)
 
 
 class Backward:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hosl_edge.exceptions import MemoryBudgetError
 from hosl_protocol.run.manifest import ImageEntry, Manifest
 from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.updates import update_shape
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +107,18 @@ def preferred_rows(settings: RunSettings, image: ImageEntry | None) -> int:
     return max(1, min(settings.batch_size, most))
 
 
-def useful_sets(settings: RunSettings) -> int:
+def useful_sets(settings: RunSettings, manifest: Manifest) -> int:
     """Count the activation sets worth holding besides those that a round must, where memory is no concern."""
+    if settings.traits.sends_gradient:
+        return max(0, len(manifest.gradients) - 1)  # what every block is given, of which one must be held
     # Of HOSL one probe is computed while the cloud evaluates the last.
     return 1 if settings.traits.subtracts_losses else min(settings.directions, MOST_HELD_SETS)
+
+
+def _gradient_bytes(manifest: Manifest) -> int:
+    """Most bytes that the gradient of one block takes."""
+    sizes = {entry.name: 4 * math.prod(entry.shape) for entry in manifest.trainable}
+    return max((sum(sizes[name] for name in entry.gradients.values()) for entry in manifest.gradients), default=0)
 
 
 @dataclass(frozen=True)
@@ -127,30 +137,70 @@ def plan_memory(
     forward_rows: Callable[[int], None],
     untouched_bytes: int,
     budget_bytes: int | None,
+    kept_bytes: Sequence[int] = (),
 ) -> MemoryPlan:
     """Choose micro-batches and held sets for a run. Raises MemoryBudgetError where not even one example fits.
 
     `forward_rows` is as `choose_micro_batch` takes it. `untouched_bytes` is what the trainable weights will take once
-    they are first written. Without a budget a run takes what serves it.
+    they are first written. `kept_bytes` are the sizes of what is kept for the way back. Without a budget a run takes
+    what serves it.
     """
+    needs = _needs(settings, manifest, kept_bytes)
+    reserved_bytes = needs.reserved_bytes + untouched_bytes
+
+    before = read_memory().anonymous
+    useful_rows = preferred_rows(settings, manifest.image)
+    rows = choose_micro_batch(forward_rows, useful_rows, reserved_bytes, budget_bytes)
+    held_sets = needs.useful_sets
+    if budget_bytes is not None:
+        anonymous = read_memory().anonymous
+        free = budget_bytes - anonymous - spare_bytes(anonymous - before) - reserved_bytes
+        held_sets = max(0, min(held_sets, free // needs.set_bytes - needs.spare_sets))
+    if kept_bytes and (rows, held_sets) != (useful_rows, needs.useful_sets):
+        forwards = math.ceil(len(kept_bytes) / (1 + held_sets))
+        log.info(
+            "the memory budget holds what %d of %d blocks are given, and %d examples at a time: %d forwards a round",
+            1 + held_sets,
+            len(kept_bytes),
+            rows,
+            forwards,
+        )
+    return MemoryPlan(rows, held_sets)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a round holds."""
+
+    reserved_bytes: int
+    """In any case."""
+    set_bytes: int
+    """Of a further set."""
+    useful_sets: int
+    """Further sets that serve it."""
+    spare_sets: int
+    """Further sets that must have room besides those that are held."""
+
+
+def _needs(settings: RunSettings, manifest: Manifest, kept_bytes: Sequence[int]) -> _Needs:
     set_bytes = settings.max_tokens * manifest.width * 4
+    before = manifest.prefix.set_bytes(settings.batch_size, settings.max_length) if manifest.prefix is not None else 0
+    useful = useful_sets(settings, manifest)
+
+    if settings.traits.sends_gradient:
+        largest = max(kept_bytes, default=0)
+        # λ; the anchor's set in transit, or later the gradient of what a block was given; what one block was given; a
+        # block's gradient, of the batch so far and of a micro-batch; what is sent of it.
+        reserved_bytes = set_bytes + max(set_bytes, largest) + largest + 2 * _gradient_bytes(manifest)
+        reserved_bytes += update_shape(settings, manifest).size_bytes
+        return _Needs(before + reserved_bytes, max(largest, 1), min(useful, max(0, len(kept_bytes) - 1)), 0)
+
     is_central = settings.anchor == "midpoint" and settings.traits.waits_for_lambda
     # A round holds the anchor's set, λ and with central differences the first of them (HO-SFL), or the set being sent
     # (HOSL); one more is in transit.
     held = (3 if settings.anchor == "midpoint" else 2) if settings.traits.waits_for_lambda else 1
-    reserved_bytes = (held + 1) * set_bytes + untouched_bytes
-    if manifest.prefix is not None:
-        reserved_bytes += manifest.prefix.set_bytes(settings.batch_size, settings.max_length)
-
-    before = read_memory().anonymous
-    rows = choose_micro_batch(forward_rows, preferred_rows(settings, manifest.image), reserved_bytes, budget_bytes)
-    held_sets = useful_sets(settings)
-    if budget_bytes is not None:
-        anonymous = read_memory().anonymous
-        free = budget_bytes - anonymous - spare_bytes(anonymous - before) - reserved_bytes
-        # A central difference takes two sets to make, and one to keep.
-        held_sets = max(0, min(held_sets, free // set_bytes - is_central))
-    return MemoryPlan(rows, held_sets)
+    # A central difference takes two sets to make, and one to keep.
+    return _Needs(before + (held + 1) * set_bytes, set_bytes, useful, int(is_central))
 
 
 def choose_micro_batch(

@@ -115,9 +115,17 @@ class Shard:
             out_TD[place] = part_TD
         return out_TD
 
-    def kept_sets(self, rows: int, length: int) -> list[int]:
-        """Tell for which blocks, from the first on, the input must be kept of a batch to go back through them: its
-        largest size in bytes; none without gradients."""
+    def rehearse(self, batch: Batch) -> None:
+        """Compute what a round does of a batch, so that the arena has grown to it."""
+        kept = self.last_inputs(len(self._backward.kept)) if self._backward is not None else None
+        for _ in self.forward(batch, kept):
+            pass
+        if kept is not None:
+            for _ in self.gradients(batch, np.zeros((batch.tokens, self.manifest.width), np.float32), kept):
+                pass
+
+    def kept_bytes(self, rows: int, length: int) -> list[int]:
+        """Tell how much memory takes what is kept of a batch for the way back, a size for each block that needs it."""
         if self._backward is None:
             return []
         return [4 * math.prod(self._backward.kept_shape(block, rows, length)) for block in self._backward.kept]
