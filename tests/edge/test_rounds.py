@@ -12,11 +12,13 @@ import pytest
 
 from hosl_edge import rounds
 from hosl_edge.data.datasets import TextBatch, TextDataset
+from hosl_protocol.arithmetic.rotation import Rotation, rotation_of
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.run.settings import Algorithm, RunSettings
+from hosl_protocol.run.updates import gradient_layout
 from hosl_protocol.wire.codec import Frame
-from hosl_protocol.wire.messages import CutGradient, EvalResult, ProbeLoss, name_of
+from hosl_protocol.wire.messages import CutGradient, EvalResult, Gradient, ProbeLoss, name_of
 from support import TASK, Device
 
 MakeBundle = Callable[[str, int], Path]
@@ -26,10 +28,11 @@ LOSS = np.float32(0.5).reshape(())
 
 @pytest.fixture
 def make_device(make_bundle: MakeBundle) -> Callable[..., Device]:
-    def make(algorithm: str, held_sets: int = 1, anchor: str = "clean") -> Device:
+    def make(algorithm: str, held_sets: int = 1, anchor: str = "clean", bits: int = 32) -> Device:
         bundle = make_bundle("norm", 2)
         manifest = load_manifest(bundle)
         data = {"algorithm": algorithm, "seed": 3, "batch_size": 4, "max_length": 8, "directions": 2, "anchor": anchor}
+        data["gradient_bits"] = bits
         settings = msgspec.convert({**msgspec.toml.decode(TASK), **data}, RunSettings)
         ids_BL = np.random.default_rng(0).integers(4, 41, (len(LENGTHS), max(LENGTHS)))
         batch = TextBatch(ids_BL, np.array(LENGTHS, np.int32), np.array([0, 1, 1, 0], np.int32))
@@ -99,6 +102,7 @@ def bits(device: Device) -> list[bytes]:
         ("ho-sfl", "midpoint", ["> anchor", "< cut-gradient", "> projections"]),
         ("hosl", "clean", [*["> probe", "< probe-loss"] * 4, "> anchor"]),
         ("hosl", "midpoint", ["> probe", "< probe-loss"] * 4),
+        ("first-order", "clean", ["> anchor", "< cut-gradient", "> gradient"]),
         ("frozen", "clean", ["> anchor"]),
     ],
 )
@@ -131,7 +135,14 @@ def test_probes_differ_from_the_anchor_and_from_each_other(make_device: Callable
 @pytest.mark.parametrize("held_sets", [0, 1, 9])
 @pytest.mark.parametrize(
     ("algorithm", "anchor"),
-    [("ho-sfl", "clean"), ("ho-sfl", "midpoint"), ("hosl", "clean"), ("hosl", "midpoint"), ("frozen", "clean")],
+    [
+        ("ho-sfl", "clean"),
+        ("ho-sfl", "midpoint"),
+        ("hosl", "clean"),
+        ("hosl", "midpoint"),
+        ("first-order", "clean"),
+        ("frozen", "clean"),
+    ],
 )
 def test_weights_stand_at_theta_wherever_a_round_is_broken_off(
     make_device: Callable[..., Device], algorithm: str, anchor: str, held_sets: int
@@ -162,11 +173,11 @@ def test_the_projections_do_not_depend_on_what_is_held(
 
 
 @pytest.mark.parametrize("shape", [(14, 32), (15, 31), (15 * 32,)])
-@pytest.mark.parametrize("held_sets", [0, 2])
+@pytest.mark.parametrize(("algorithm", "held_sets"), [("ho-sfl", 0), ("ho-sfl", 2), ("first-order", 1)])
 def test_a_lambda_of_another_shape_is_refused(
-    make_device: Callable[..., Device], shape: tuple[int, ...], held_sets: int
+    make_device: Callable[..., Device], shape: tuple[int, ...], algorithm: str, held_sets: int
 ) -> None:
-    device = make_device("ho-sfl", held_sets)
+    device = make_device(algorithm, held_sets)
     before = bits(device)
     steps = steps_of(device)
     run(steps, 2)
@@ -174,6 +185,55 @@ def test_a_lambda_of_another_shape_is_refused(
     with pytest.raises(ProtocolError, match=r"expected that of the Anchor, \[15, 32\]"):
         steps.send(reply)
     assert bits(device) == before
+
+
+def sent_gradient(device: Device, exponent: int = 0) -> dict[str, np.ndarray]:
+    """What a first-order device says of each tensor's gradient, decoded."""
+    steps = steps_of(device)
+    run(steps, 2)
+    # Not the same everywhere: what a norm gives has a fixed sum.
+    lambda_TD = np.random.default_rng(2).standard_normal((sum(LENGTHS), 32)).astype(np.float32)
+    message = CutGradient(run="r", epoch=0, round=1, exponent=exponent)
+    last = steps.send(Frame(message, {"lambda": lambda_TD, "loss": LOSS}))
+    assert isinstance(last, rounds.Send)
+    assert isinstance(last.message, Gradient)
+    assert last.message.rotation == rotation_of("d")
+    layout = gradient_layout(device.settings, device.shard.manifest)
+    rotation, found = Rotation(device.settings.seed, 1, last.message.rotation), {}
+    for index, entry in enumerate(device.shard.manifest.trainable):
+        found[entry.name] = np.empty(layout.sizes[index], np.float32)
+        layout.decode(last.tensors["codes"], last.tensors["scales"], index, rotation, 0, found[entry.name])
+    return found
+
+
+@pytest.mark.parametrize("held_sets", [0, 1, 9])
+def test_the_gradient_is_the_shards_own_whatever_is_held(make_device: Callable[..., Device], held_sets: int) -> None:
+    device = make_device("first-order", held_sets)
+    found = sent_gradient(device)
+    lambda_TD = np.random.default_rng(2).standard_normal((sum(LENGTHS), 32)).astype(np.float32)
+    kept = device.shard.last_inputs(9)
+    device.shard.activations(device.batch, np.empty_like(lambda_TD), kept)
+    expected = dict(device.shard.gradients(device.batch, lambda_TD, kept))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.abs(values).max() > 0.0
+        assert found[name].tobytes() == values.tobytes(), name
+
+
+def test_the_power_of_two_that_lambda_was_divided_by_is_in_the_gradient(make_device: Callable[..., Device]) -> None:
+    plain, scaled = (sent_gradient(make_device("first-order"), exponent) for exponent in (0, 5))
+    for name, values in plain.items():
+        np.testing.assert_array_equal(scaled[name], 32.0 * values)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.9), (2, 0.5), (4, 0.15), (8, 0.02)])
+def test_the_gradient_is_sent_in_as_many_bits_as_the_run_says(
+    make_device: Callable[..., Device], bits: int, error: float
+) -> None:
+    exact, rough = (
+        np.concatenate(list(sent_gradient(make_device("first-order", bits=n)).values())) for n in (32, bits)
+    )
+    assert error / 10 < np.linalg.norm(rough - exact) / np.linalg.norm(exact) < error
 
 
 def test_the_midpoint_is_the_mean_of_the_first_pair_and_near_the_clean_activations(
