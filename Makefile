@@ -91,7 +91,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/installed
-	for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in tests/benchmarks/*.py tests/benchmarks/cloud/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 audit:
 	$(PYTHON) -m venv .cache/audit

@@ -1,6 +1,6 @@
 """What a run writes to the cloud's disk, and what of it stays: updates in the store, the devices' part of checkpoints.
 
-python tests/benchmarks/store_writes.py [--rounds 1000] [--numbers 368640] [--json]
+python tests/benchmarks/cloud/store_writes.py [--rounds 1000] [--numbers 368640] [--json]
 
 A LoRA in tensors of 4608 numbers (rank 8 of SmolLM2), AdamW, a checkpoint every 50 rounds of which 2 stay, HO-SFL with
 P = 2 beside it. Store, files and syncs are real; there is no tail, whose own part of a checkpoint comes on top.

@@ -1,6 +1,6 @@
 """What the service costs without torch: many devices on real websockets, canned activations, an empty tail.
 
-    python tests/benchmarks/fleet_load.py [--devices N] [--per-round N] [--rounds N] [--algorithm A] [--batch N]
+    python tests/benchmarks/cloud/fleet_load.py [--devices N] [--per-round N] [--rounds N] [--algorithm A] [--batch N]
                                           [--tokens N] [--width N] [--directions P] [--processes N] [--json]
 
 The service, its coordinator, store, mirror and codec are the real ones, in a process of their own; devices share a few

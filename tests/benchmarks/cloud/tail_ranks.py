@@ -1,6 +1,6 @@
 """Peak memory and speed of a tail of OPT geometry: in one process, and on several ranks.
 
-    python tests/benchmarks/tail_ranks.py [--geometry G] [--blocks N] [--ranks 1,2] [--batch N] [--tokens N]
+    python tests/benchmarks/cloud/tail_ranks.py [--geometry G] [--blocks N] [--ranks 1,2] [--batch N] [--tokens N]
                                           [--devices N] [--rounds N] [--set KEY=VALUE] [--checkpoint] [--json]
 
 The trainer is the service's own; devices are random activations. Peaks are VmHWM of each process, torch included, after
