@@ -197,7 +197,7 @@ class Session:
         except SnapshotError as error:
             raise ConnectionLost(f"{error}; the missed rounds are replayed instead") from error
         except HistoryError as error:
-            raise ConnectionLost(f"{error}; all rounds come again from the cloud") from error
+            raise ConnectionLost(f"{error}; what is missing comes again from the cloud") from error
         except ConnectionLost:
             if not self.link.is_closed:
                 raise

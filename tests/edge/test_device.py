@@ -19,6 +19,7 @@ from hosl_edge.connection.catch_up_speed import CatchUpSpeed
 from hosl_edge.connection.goodbye import goodbye_reason
 from hosl_edge.device import Device
 from hosl_edge.exceptions import ConnectionLost, HistoryError, MemoryBudgetError, SnapshotError, UnservedError
+from hosl_edge.history import journal as journal_module
 from hosl_edge.history.journal import journal_path
 from hosl_edge.model.memory import Memory
 from hosl_edge.settings import EdgeSettings
@@ -324,6 +325,79 @@ def test_a_rewind_that_lacks_a_file_leaves_no_run_and_not_half_of_one(
     assert stands_at_the_base(device, base, site)
 
 
+def full_site(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str) -> tuple[Site, Device]:
+    """A device of a first-order run at round 20, whose journal had room for 12 rounds."""
+    site = make_site(kind, train="norm")
+    site.run_settings = msgspec.structs.replace(site.run_settings, algorithm="first-order")
+    site.mirror = mirror_of(site.bundle, site.manifest, site.run_settings)
+    size = 24 + update_shape(site.run_settings, site.manifest).size_bytes
+    monkeypatch.setattr(journal_module, "MAX_GRADIENT_BYTES", 12 * size + 5)
+    device = site.start()
+    device.join(site.welcome("rebuild"), never)
+    for weights in (device, site.mirror):
+        weights.apply(make_gradients(site, 1, 20))  # type: ignore[attr-defined]
+    assert (device.applied_round, device.digest()) == (20, site.mirror.digest())
+    return site, device
+
+
+def make_gradients(site: Site, first: int, last: int) -> list[UpdateRecord]:
+    shape = update_shape(site.run_settings, site.manifest)
+    updates = []
+    for round_ in range(first, last + 1):
+        generator = np.random.default_rng(round_)
+        scales = generator.normal(0.0, 1e-3, shape.coefficients).astype(np.float32)
+        updates.append(UpdateRecord(round_, scales, 1e-3, generator.integers(0, 256, shape.codes, np.uint8)))
+    return updates
+
+
+def digest_after(site: Site, rounds: int) -> str:
+    mirror = mirror_of(site.bundle, site.manifest, site.run_settings)
+    mirror.apply(make_gradients(site, 1, rounds))
+    return mirror.digest()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_start_goes_on_where_a_full_journal_ends(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    site, _ = full_site(make_site, monkeypatch, kind)
+    for _ in range(2):
+        device = site.restart()
+        assert (device.applied_round, device.digest()) == (12, digest_after(site, 12))
+        device.join(site.welcome("continue"), never)
+        device.apply(make_gradients(site, 13, 20))
+        assert device.digest() == site.mirror.digest()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("plan", "to", "stands"), [("continue", 20, 20), ("rewind", 20, 20), ("rewind", 12, 12), ("rewind", 5, 5)]
+)
+def test_a_device_with_a_full_journal_follows_its_cloud_into_another_epoch(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str, plan: str, to: int, stands: int
+) -> None:
+    site, device = full_site(make_site, monkeypatch, kind)
+    device.join(site.welcome(plan, epoch=1, rewind_to=to), never)
+    assert (device.applied_round, device.digest()) == (stands, digest_after(site, stands))
+    again = site.restart()
+    assert again.header is not None
+    assert (again.header.epoch, again.applied_round) == (1, min(stands, 12))
+    assert again.digest() == digest_after(site, min(stands, 12))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_round_that_a_full_journal_lacks_is_fetched_from_where_the_journal_ends(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    site, device = full_site(make_site, monkeypatch, kind)
+    with pytest.raises(HistoryError, match="the rounds after 17 cannot be taken back: the journal ends at round 12"):
+        device.join(site.welcome("rewind", epoch=1, rewind_to=17), never)
+    assert (device.applied_round, device.digest()) == (12, digest_after(site, 12))
+    device.join(site.welcome("continue", epoch=1), never)
+    device.apply(make_gradients(site, 13, 20))
+    assert device.digest() == site.mirror.digest()
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("place", ["hosl_edge.history.journal.os.fsync", "hosl_edge.history.journal.Path.replace"])
 @pytest.mark.parametrize("plan", ["rewind", "snapshot", "rebuild"])
@@ -450,3 +524,50 @@ def test_a_memory_budget_pays_for_what_a_round_needs_and_then_for_held_sets(
     else:
         device.join(site.welcome("rebuild"), never)
         assert device.held_sets == min(spare, 4)
+
+
+@pytest.mark.parametrize(("train", "blocks"), [("blocks", 2), ("norm:-1", 0)])
+@pytest.mark.parametrize("spare", [-1, 0, 1, 5])
+def test_a_memory_budget_pays_for_a_first_order_round_and_then_for_what_further_blocks_are_given(
+    make_site: Callable[..., Site],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    train: str,
+    blocks: int,
+    spare: int,
+) -> None:
+    caplog.set_level(logging.INFO)
+    site = make_site(train=train)
+    settings = msgspec.structs.replace(site.run_settings, algorithm="first-order")
+    set_bytes = settings.max_tokens * site.manifest.width * 4
+    sizes = {entry.name: 4 * math.prod(entry.shape) for entry in site.manifest.trainable}
+    largest = max(sum(sizes[name] for name in entry.gradients.values()) for entry in site.manifest.gradients)
+    # λ, the anchor's set in transit or a cotangent, what a block was given; a block's gradient, and a micro-batch's;
+    # what is sent; the shard's pages, once copied
+    needed = (2 + min(1, blocks)) * set_bytes + 2 * largest + sum(sizes.values())
+    needed += update_shape(settings, site.manifest).size_bytes
+    if blocks == 0:
+        needed += set_bytes  # what the blocks that stand still computed
+    nothing = Memory(resident=0, peak=0, anonymous=0, file_backed=0)
+    monkeypatch.setattr("hosl_edge.model.memory.read_memory", lambda: nothing)
+    site.run_settings = settings
+    site.settings = msgspec.structs.replace(site.settings, memory_budget=str(needed + spare * set_bytes))
+    device = site.start()
+    if spare < 0:
+        with pytest.raises(MemoryBudgetError) as caught:
+            device.join(site.welcome("rebuild"), never)
+        assert caught.value.needed_bytes == needed
+    else:
+        device.join(site.welcome("rebuild"), never)
+        assert device.held_sets == max(0, min(spare, blocks - 1))
+        forced = "the memory budget holds what 1 of 2 blocks are given, and micro-batches of 1: 2 forwards a round"
+        assert (forced in caplog.text) == (blocks > 0 and spare == 0)
+
+
+def test_without_a_budget_a_first_order_round_keeps_what_every_block_is_given(make_site: Callable[..., Site]) -> None:
+    site = make_site(train="blocks")
+    site.run_settings = msgspec.structs.replace(site.run_settings, algorithm="first-order")
+    device = site.start()
+    device.join(site.welcome("rebuild"), never)
+    assert device.held_sets == 1
+    assert list(device.shard.last_inputs(1 + device.held_sets)) == [0, 1]

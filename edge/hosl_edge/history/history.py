@@ -106,7 +106,8 @@ class History:
     def rewind(self, header: JournalHeader, last: int) -> None:
         """Go on under `header`, of the same base, and take back the rounds after `last`.
 
-        Raises ProtocolError, which changes nothing, and HistoryError, after which the device stands at the base shard.
+        Raises ProtocolError, which changes nothing, and HistoryError, after which the device stands at an earlier round
+        or at the base shard.
         """
         assert self._journal is not None
         if not header.base_round <= last <= self.applied_round:
@@ -116,22 +117,30 @@ class History:
         if dropped := self.applied_round - last:
             log.warning("the cloud went back to round %d; %d rounds are taken back", last, dropped)
 
+        # Rounds that a full journal lacks cannot be gone back to: those before come from it, the others from the cloud.
+        held = self._journal.last_round
+        goal = last if last in (self.applied_round, min(last, held)) else held
+
         # The shorter journal first: a crash leaves the longer one, which the cloud will ask to rewind again.
-        new = NewJournal(self._folder, header, self._journal.updates(last=last))
+        new = NewJournal(self._folder, header, self._journal.updates(last=goal))
         try:
             with self._changing():
-                self._take_back(header, last)
-                if new.count != last - header.base_round:
+                self._take_back(header, goal)
+                if new.count != min(goal, held) - header.base_round:
                     raise JournalError(journal_path(self._folder), f"{new.count} of its updates are whole")
                 self._journal.close()
                 self._use(new.install())
         except (HoslError, OSError) as error:
             raise HistoryError(f"the rounds after {last} cannot be taken back ({error})") from error
+        if goal < last:
+            raise HistoryError(f"the rounds after {last} cannot be taken back: the journal ends at round {goal}")
 
     def _take_back(self, header: JournalHeader, last: int) -> None:
         assert self.weights is not None
         assert self._journal is not None
         try:
+            if self._journal.last_round < self.weights.applied_round > last:
+                raise IrreversibleError("the journal lacks the newest rounds")
             # From the newest on, in portions: a run may have more rounds than the memory holds updates.
             while (applied := self.weights.applied_round) > last:
                 first = max(last, applied - REVERTED_ROUNDS) + 1
@@ -139,7 +148,8 @@ class History:
                 if self.weights.applied_round == applied:
                     raise JournalError(self._journal.path, f"it lacks round {applied}")
         except IrreversibleError:
-            # AdamW, or a lattice that became coarser: from the base on, which takes longer and gives the same bits.
+            # AdamW, a lattice that became coarser, or a full journal: from the base on, which takes longer and gives
+            # the same bits.
             self.weights.close()
             self._shard.reset()
             self._load_base(header)

@@ -1,7 +1,9 @@
 """The journal: every update that the weights have taken, a few bytes a round, append-only, with checksums.
 
 State = shard (or the snapshot that the header names) + journal. A record that a crash cut short, and all after it, is
-dropped at the next start. Written in worker threads, by one call at a time (history.py).
+dropped at the next start. Updates that are gradients are large, and a flash card wears out: of them the journal takes
+the first MAX_GRADIENT_BYTES, and what came later comes again from the cloud where it is needed. Written in worker
+threads, by one call at a time (history.py).
 Layout: a header record (JSON), then update records; each is length u32, CRC-32 u32, payload, little-endian.
 """
 
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 
 SYNC_INTERVAL_S = 30.0
 """Longest time in which updates may be only in the kernel's memory; newer ones come again from the cloud."""
+
+MAX_GRADIENT_BYTES = 4_000_000
+"""Of a journal whose updates are gradients: a snapshot from the cloud, or the updates again, is as good."""
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 _PIECE_BYTES = 64 * 1024
@@ -84,20 +89,37 @@ class Journal:
     What a full disk does not take waits in memory for room: a device that ends before gets it from the cloud again.
     """
 
-    def __init__(self, path: Path, header: JournalHeader, header_bytes: int) -> None:
+    def __init__(self, path: Path, header: JournalHeader, header_bytes: int, count: int) -> None:
         self.path = path
         self.header = header
         self._header_bytes = header_bytes
+        self._count = count
         self.sync_interval_s = SYNC_INTERVAL_S
         # Unbuffered: what a write takes is in the kernel's memory, which outlives the process.
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
         self._is_refused = False
+        self._is_full = False
         self._synced_at = time.monotonic()
 
+    @property
+    def last_round(self) -> int:
+        """The last round that it holds; a device may stand at a later one, where the journal is full."""
+        return self.header.base_round + self._count
+
     def append(self, updates: Sequence[UpdateRecord]) -> None:
-        """Add updates; synced to disk at most `sync_interval_s` later."""
-        self._unwritten += b"".join(_record(_encode_update(update)) for update in updates)
+        """Add updates, as many as it may take; synced to disk at most `sync_interval_s` later."""
+        taken = updates
+        if self.header.settings.traits.sends_gradient:
+            size = _FRAME.size + _update_bytes(self.header)
+            taken = updates[: max(0, MAX_GRADIENT_BYTES // size - self._count)]
+        if len(taken) < len(updates) and not self._is_full:
+            last = self.last_round + len(taken)
+            log.info("%s is full: a start goes on at round %d, and gets the rest from the cloud", self.path, last)
+            self._is_full = True
+
+        self._count += len(taken)
+        self._unwritten += b"".join(_record(_encode_update(update)) for update in taken)
         self._flush(syncs=time.monotonic() - self._synced_at >= self.sync_interval_s)
 
     def updates(self, first: int = 0, last: int | None = None) -> Iterator[UpdateRecord]:
@@ -170,7 +192,7 @@ class NewJournal:
     def install(self) -> Journal:
         """Put it in the place of the journal; atomic."""
         self._new.replace(self._path)
-        return Journal(self._path, self._header, self._header_bytes)
+        return Journal(self._path, self._header, self._header_bytes, self.count)
 
 
 def create_journal(folder: Path, header: JournalHeader, updates: Iterable[UpdateRecord] = ()) -> Journal:
@@ -213,7 +235,7 @@ def _open(path: Path) -> Journal | None:
         _keep_damaged(path, f"a damaged record after update {count}")
     if good_bytes < path.stat().st_size:
         os.truncate(path, good_bytes)
-    return Journal(path, header, header_bytes)
+    return Journal(path, header, header_bytes, count)
 
 
 def _update_bytes(header: JournalHeader) -> int:

@@ -66,7 +66,7 @@ class Backward:
 
     def groups(self, sets: int) -> Iterator[Kept]:
         """Cut the kept blocks into groups of at most `sets`, the last blocks first; nothing is in them yet."""
-        blocks = list(self.kept)
+        blocks, sets = list(self.kept), max(1, sets)
         for stop in range(len(blocks), 0, -sets):
             yield {block: [] for block in blocks[max(0, stop - sets) : stop]}
 

@@ -159,7 +159,7 @@ def plan_memory(
     if kept_bytes and (rows, held_sets) != (useful_rows, needs.useful_sets):
         forwards = math.ceil(len(kept_bytes) / (1 + held_sets))
         log.info(
-            "the memory budget holds what %d of %d blocks are given, and %d examples at a time: %d forwards a round",
+            "the memory budget holds what %d of %d blocks are given, and micro-batches of %d: %d forwards a round",
             1 + held_sets,
             len(kept_bytes),
             rows,

@@ -142,7 +142,7 @@ class Shard:
         time. A tensor that does not come has gradient zero.
         """
         assert self._backward is not None, "the shard is open, with gradients"
-        groups = self._backward.groups(max(1, len(kept)))
+        groups = self._backward.groups(len(kept))
         next(groups, None)
         cotangents: Iterable[Floats] = self._padded(batch, lambda_TD)
         for entry in reversed(self._backward.entries):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import struct
 import tracemalloc
@@ -17,6 +18,7 @@ import pytest
 from hosl_edge.history.journal import JournalHeader, create_journal, journal_path, open_journal
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.weights.estimates import UpdateRecord
 
 HEADER = JournalHeader(
@@ -115,6 +117,52 @@ def test_a_device_ends_though_its_disk_is_full(tmp_path: Path, caplog: pytest.Lo
         journal.close()
     assert read(tmp_path) == []
     assert "comes again from the cloud" in caplog.text
+
+
+GRADIENTS = msgspec.structs.replace(
+    HEADER,
+    settings=RunSettings(task=Task(name="lm", kind="lm", template="{text}"), algorithm="first-order"),
+    update=UpdateShape(coefficients=90, codes=46_080),
+)
+"""Of 368,640 numbers, one bit each."""
+
+
+def gradients(first: int, last: int) -> list[UpdateRecord]:
+    codes = np.arange(46_080, dtype=np.uint16).astype(np.uint8)
+    return [UpdateRecord(n, np.full(90, n, np.float32), 0.1 * n, codes) for n in range(first, last + 1)]
+
+
+def test_a_journal_of_gradients_takes_the_first_four_megabytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    journal = create_journal(tmp_path, GRADIENTS)
+    for first in range(1, 1001, 10):
+        journal.append(gradients(first, first + 9))
+    held = journal.last_round
+    journal.close()
+    assert 3_900_000 < journal.path.stat().st_size < 4_010_000
+    (record,) = caplog.records
+    assert f"is full: a start goes on at round {held}, and gets the rest from the cloud" in record.message
+
+    again = open_journal(tmp_path)
+    assert again is not None
+    again.append(gradients(held + 1, held + 5))
+    records = list(again.updates())
+    again.close()
+    assert (again.last_round, [update.round for update in records]) == (held, list(range(1, held + 1)))
+    for got, expected in zip(records, gradients(1, held), strict=True):
+        assert got.coefficients.tobytes() == expected.coefficients.tobytes()
+        assert got.codes.tobytes() == expected.codes.tobytes()
+
+
+def test_a_journal_of_directions_takes_as_many_rounds_as_there_are(tmp_path: Path) -> None:
+    header = msgspec.structs.replace(HEADER, settings=msgspec.structs.replace(HEADER.settings, directions=4096))
+    journal = create_journal(tmp_path, header)
+    journal.append([UpdateRecord(n, np.zeros(4096, np.float32), 0.0) for n in range(1, 301)])
+    journal.close()
+    assert journal.path.stat().st_size > 4_900_000
+    assert read(tmp_path) == list(range(1, 301))
 
 
 def test_a_journal_without_a_readable_header_is_none(tmp_path: Path) -> None:
