@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hosl_cloud.runs.run import LEAST_KEPT
 from hosl_edge import EdgeSettings, Summary, run_agent
 from hosl_edge.connection.fetch import OnProgress, OnRate
 from hosl_edge.history.journal import open_journal
@@ -94,7 +95,11 @@ class Site:
 
 
 def run_site(
-    bundle: Path, folder: Path, test: Callable[[Site], Awaitable[None]], client: dict[str, Any] | None = None
+    bundle: Path,
+    folder: Path,
+    test: Callable[[Site], Awaitable[None]],
+    client: dict[str, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Run a test beside a device that stays; in the end all devices must hold the weights of the cloud's mirror."""
     settings = {
@@ -107,6 +112,7 @@ def run_site(
         "tail": {"device": "cpu", "learning_rate": 1e-6},
         "evaluation": {"every": 0},
         "devices": {"start_with": 1},
+        **more,
     }
 
     async def main() -> None:
@@ -180,6 +186,26 @@ def test_devices_for_which_a_download_pays_go_on_from_a_snapshot(
         await site.rounds(3)
 
     run_site(make_bundle("lora", 2), tmp_path, test, client)
+
+
+@pytest.mark.parametrize("bits", [1, 32])
+def test_gradients_are_replayed_as_long_as_they_are_kept_and_then_a_snapshot_takes_their_place(
+    make_bundle: MakeBundle, tmp_path: Path, bits: int
+) -> None:
+    async def test(site: Site) -> None:
+        site.start("leaves")
+        await site.is_back("leaves")
+        await site.rounds(3)
+        await site.stop("leaves")
+        await site.rounds(LEAST_KEPT + 1)
+        for name in ("leaves", "late"):
+            site.start(name)
+            await site.is_back(name)
+        # Of few bits many more are kept, for they are small beside the weights.
+        assert site.snapshots_taken() == (2 if bits == 32 else 0)
+        await site.rounds(2)
+
+    run_site(make_bundle("lora", 2), tmp_path, test, ADAMW, algorithm="first-order", gradient_bits=bits)
 
 
 def damage_shard(site: Site) -> None:

@@ -72,7 +72,9 @@ class Site:
             info = sorted((self.folder / "cloud" / "runs" / run).glob(f"epoch-*-round-{ROUNDS:06}.json"))[-1]
             return {
                 "state": store.run(run).state,
-                "updates": [update.coefficients.tobytes() for update in store.updates(run, 1, 100)],
+                "updates": [
+                    (update.coefficients.tobytes(), update.codes.tobytes()) for update in store.updates(run, 1, 100)
+                ],
                 "losses": [row.loss for row in store.rounds(run)],
                 "evaluations": store.evaluations(run),
                 "tail": json.loads(info.read_text(encoding="utf-8"))["sha256"],
@@ -125,12 +127,15 @@ def finish(processes: list[Program]) -> list[dict[str, Any]]:
     return summaries
 
 
-def test_a_killed_cloud_resumes_and_ends_with_the_bits_of_an_unbroken_run(make_site: Callable[..., Site]) -> None:
-    whole = make_site("whole", "adamw")
+@pytest.mark.parametrize("more", ["", 'algorithm = "first-order"'], ids=["ho-sfl", "first-order"])
+def test_a_killed_cloud_resumes_and_ends_with_the_bits_of_an_unbroken_run(
+    make_site: Callable[..., Site], more: str
+) -> None:
+    whole = make_site("whole", "adamw", more)
     whole.start_cloud()
     expected = finish([whole.start_device(name) for name in ("pi-1", "pi-2")])
     whole.processes[0].communicate(timeout=60.0)
-    broken = make_site("broken", "adamw")
+    broken = make_site("broken", "adamw", more)
     cloud = broken.start_cloud()
     devices = [broken.start_device(name) for name in ("pi-1", "pi-2")]
     for round_ in (2, 8):

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_cloud.runs.run import Run
 from hosl_cloud.settings import parse_config
+from hosl_cloud.simulation import virtual_devices
 from hosl_cloud.simulation.baselines import prepare_config
 from hosl_cloud.simulation.partition import Partition
 from hosl_cloud.simulation.virtual_devices import simulate
+from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.run.manifest import load_manifest
@@ -93,6 +95,40 @@ def test_first_order_averages_over_devices_and_counts_what_it_would_send(
     assert trained.rounds("run-1")[-1].loss != plain.rounds("run-1")[-1].loss
     for store in (plain, trained):
         store.close()
+
+
+@pytest.mark.parametrize(
+    ("train", "rate"), [("lora", 4.0), ("norm", 4.0), ("blocks", 4.0), ("prompt", 0.1), ("all", 4.0)]
+)
+def test_the_algorithm_of_that_name_makes_the_step_of_the_baseline(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, rate: float
+) -> None:
+    """With numbers that are not compressed, SGD, and devices whose batches weigh unlike."""
+    bundle, states = make_bundle(train, 2), list[Any]()
+    load = virtual_devices.load_shared_state
+
+    def load_and_keep(*arguments: Any, **more: Any) -> Any:
+        states.append(load(*arguments, **more))
+        return states[-1]
+
+    monkeypatch.setattr(virtual_devices, "load_shared_state", load_and_keep)
+    devices = {"start_with": 3, "weighting": "examples"}
+    # A rate at which a step is long beside the lattice, on which the algorithm keeps its weights.
+    more = {"rounds": 1, "devices": devices, "client": {"optimizer": "sgd", "learning_rate": rate}, "batch_size": 8}
+    losses = []
+    for name, how in (("a", {"baseline": "first-order"}), ("b", {"algorithm": "first-order", "gradient_bits": 32})):
+        (tmp_path / name).mkdir()
+        store = run_baseline(bundle, tmp_path / name, **more, **how)
+        losses.append([row.loss for row in store.rounds("run-1")])
+        store.close()
+
+    base = load_shard_weights(bundle, load_manifest(bundle), only_trainable=True)
+    baseline, algorithm = (
+        np.concatenate([(state.shard.weights[name] - base[name]).reshape(-1) for name in base]) for state in states
+    )
+    assert np.abs(baseline).max() > 1e-3
+    assert np.linalg.norm(algorithm - baseline) < 1e-4 * np.linalg.norm(baseline)
+    assert losses[0] == losses[1]
 
 
 def test_zeroth_order_refuses_to_subtract_losses_of_rounded_activations(make_bundle: MakeBundle) -> None:

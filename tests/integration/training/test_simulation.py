@@ -104,8 +104,10 @@ def scores(store: Store) -> list[Evaluation]:
         ("lora", {"algorithm": "hosl"}),
         ("lora", {"algorithm": "frozen"}),
         ("prompt", {}),
+        ("lora", {"algorithm": "first-order"}),
+        ("norm", {"algorithm": "first-order", "client": {"optimizer": "sgd"}, "wire_dtype": "float16"}),
     ],
-    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen", "prompt"],
+    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen", "prompt", "first-order", "first-order sgd"],
 )
 def test_a_simulated_run_gives_the_bits_of_a_real_one(
     make_bundle: MakeBundle, tmp_path: Path, train: str, more: dict[str, Any]
@@ -116,7 +118,8 @@ def test_a_simulated_run_gives_the_bits_of_a_real_one(
         run_real(bundle, tmp_path / "r", configure(**more)),
     )
     updates = [
-        [update.coefficients.tobytes() for update in store.updates("run-1", 1, 6)] for store in (simulated, real)
+        [(update.coefficients.tobytes(), update.codes.tobytes()) for update in store.updates("run-1", 1, 6)]
+        for store in (simulated, real)
     ]
     assert updates[0] == updates[1]
     assert [row.loss for row in simulated.rounds("run-1")] == [row.loss for row in real.rounds("run-1")]
