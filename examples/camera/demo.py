@@ -92,24 +92,21 @@ def measure_torch() -> int:
 def draw(courses: dict[str, Course]) -> None:
     """What the camera sees, and how fast each way learns it."""
     figure = plt.figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
-    examples = {"learnt": DATA / "clean.npz", "met": DATA / "held-out.npz"}
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    examples = {"what it learnt": DATA / "clean.npz", "what it meets": DATA / "held-out.npz"}
     for axes, (name, path) in zip(left.subplots(2, 4), examples.items(), strict=True):
         with np.load(path) as data:
             for axis, image in zip(axes, data["images"], strict=False):
                 axis.imshow(image[:, :, 0], cmap="gray", vmin=0, vmax=255)
                 axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(name)
+        axes[0].set_title(name, fontsize=10, loc="left")
 
     axis = right.subplots()
     for algorithm, course in courses.items():
-        axis.plot(list(course), [100 * score for score in course.values()], "o-", color=COLOURS[algorithm])
-        last = max(course)
-        axis.annotate(
-            algorithm, (last, 100 * course[last]), (6, 0), textcoords="offset points", color=COLOURS[algorithm]
-        )
+        scores = [100 * score for score in course.values()]
+        axis.plot(list(course), scores, "o-", color=COLOURS[algorithm], label=f"{algorithm}: {scores[-1]:.1f} %")
     axis.set(xlabel="round", ylabel="accuracy on held-out images, %")
-    axis.margins(x=0.15)
+    axis.legend(loc="lower right", title="the device's half")
     axis.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=130)
 
