@@ -5,8 +5,9 @@
 
 Client halves with random weights. Each method has a process of its own, which tells its peak resident memory at its
 end; the processes are asked in turn for one repetition each, and times are medians. A hosl step is the device's own
-generator, answered at once, and the update; the time of an answer is not counted. "forward" is the shard's forward of
-the whole batch, nothing else: a third of three in a row. The torch clients run the same half whole, as transformers
+generator, answered at once, and the update; the time of an answer is not counted. A first-order round keeps what every
+block is given, one of the others no more than it must. "forward" is the shard's forward of the whole batch, nothing
+else: a third of three in a row. The torch clients run the same half whole, as transformers
 runs it: first-order is forward, backward from a given gradient and SGD; MeZO is three forwards and four passes of
 seeded normals, three to probe and one to update. Rows are as long as they may be: nothing is padding. On a machine
 that does other work besides, compare the processor's seconds, which --json gives too. Memory ratios say how many times
@@ -45,7 +46,15 @@ if TYPE_CHECKING:  # a worker imports nothing that its method does not need
 GEOMETRIES: dict[str, dict[str, int]] = {
     "OPT-125M": {},
     "OPT-1.3B": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_attention_heads": 32},
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
 }
+LLAMAS = ("SmolLM2-135M",)
+"""The others are OPTs."""
 VOCABULARY = 50272
 FORWARDS = 3
 """Of one step of HOSL with Q = 1, of HO-SFL with P = 2, and of MeZO's two probes with the clean forward."""
@@ -59,6 +68,8 @@ HOLDS_SETS = {"hosl": 1, "hosl-midpoint": 1, "ho-sfl": 2, "first-order": 2}
 """Sets of activations that a step must hold at once: HOSL the one it sends, HO-SFL the clean one and λ, first-order λ
 and what one block was given."""
 TORCH = ("torch-fo", "torch-mezo")
+FORWARDS_BY = {"forward": "ho-sfl", "torch-forward": "torch-fo"}
+"""Plain forwards, and the method whose process makes them."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,10 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
             Case("OPT-125M", 3, "blocks", 16, 128),
             Case("OPT-1.3B", 3, "blocks", 16, 128),
         ]
-    defaults = {"OPT-125M": [(8, 64), (16, 128), (64, 128)], "OPT-1.3B": [(16, 128)]}
+    defaults = {"OPT-125M": [(8, 64), (16, 128), (64, 128)], "OPT-1.3B": [(16, 128)], "SmolLM2-135M": [(16, 128)]}
     return [
         Case(model, split, train, *shape, train_blocks=options.train_blocks)
-        for model in options.models or GEOMETRIES
+        for model in options.models or ("OPT-125M", "OPT-1.3B")
         for split in options.splits or (6, 3)
         for train in options.trains or ("blocks", "lora")
         for shape in options.shapes or defaults[model]
@@ -140,10 +151,11 @@ def measure_case(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
         activations = {name: np.load(worker.ask("activations")) for name, worker in workers.items()}
         for name, values in activations.items():
             np.testing.assert_allclose(values, activations["ho-sfl"], atol=1e-3, err_msg=name)
-        taken: dict[str, list[list[float]]] = {name: [] for name in ("forward", *workers)}
+        asked = {**FORWARDS_BY, **{name: name for name in workers}}
+        taken: dict[str, list[list[float]]] = {name: [] for name in asked}
         for turn in range(repeats + 1):
             for name, times in taken.items():
-                pair = workers["ho-sfl"].ask("forward") if name == "forward" else workers[name].ask("step")
+                pair = workers[asked[name]].ask("forward" if name in FORWARDS_BY else "step")
                 if turn:
                     times.append(pair)
         ends = {name: worker.ask("end") for name, worker in workers.items()}
@@ -173,6 +185,7 @@ def make_row(
         "ho_sfl_step_over_forwards": seconds["ho-sfl"] / forwards,
         "first_order_step_s": seconds["first-order"],
         "first_order_over_forwards": seconds["first-order"] / seconds["forward"],
+        "torch_forward_s": seconds["torch-forward"],
         "torch_fo_step_s": seconds["torch-fo"],
         "torch_mezo_step_s": seconds["torch-mezo"],
         "speedup_over_fo": seconds["torch-fo"] / seconds["ho-sfl"],
@@ -251,7 +264,6 @@ def answer(client: EdgeClient | TorchClient, question: str, path: Path) -> Any:
         client.step(watch)
         return watch.seconds, watch.cpu_seconds
     if question == "forward":
-        assert isinstance(client, EdgeClient)
         client.forward(watch)
         return watch.seconds / FORWARDS, watch.cpu_seconds / FORWARDS
     if question == "activations":
@@ -473,6 +485,14 @@ class TorchClient:
             values: npt.NDArray[np.float32] = self._half(self._ids_BL).flatten(0, 1).numpy()
         return values
 
+    def forward(self, watch: Stopwatch) -> None:
+        """Three forwards; nothing is kept of them."""
+        import torch
+
+        with watch, torch.inference_mode():
+            for _ in range(FORWARDS):
+                self._half(self._ids_BL)
+
     def _step_first_order(self, watch: Stopwatch) -> None:
         """Forward, backward from λ and SGD."""
         import torch
@@ -504,15 +524,21 @@ class TorchClient:
             parameter.data.add_(torch.normal(0.0, 1.0, parameter.shape), alpha=factor)
 
 
+def family_of(model: str) -> str:
+    """Hugging Face's name of a geometry's architecture."""
+    return "llama" if model in LLAMAS else "opt"
+
+
 def make_half(case: Case) -> ClientHalf:
     """The first blocks, with adapters where they train; no further block is made."""
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from hosl_export.model.halves import client_half
     from hosl_export.model.lora import inject_lora
 
-    model = OPTForCausalLM(OPTConfig(num_hidden_layers=case.split, **GEOMETRIES[case.model]))
-    half = client_half(model, case.split)
+    sizes = {"num_hidden_layers": case.split, "vocab_size": VOCABULARY, **GEOMETRIES[case.model]}
+    config = AutoConfig.for_model(family_of(case.model), max_position_embeddings=2048, **sizes)
+    half = client_half(AutoModelForCausalLM.from_config(config), case.split)
     lora = lora_entry(case)
     if lora is not None:
         inject_lora(half, lora, half.family, seed=0)
@@ -524,7 +550,7 @@ def lora_entry(case: Case) -> Any:
     from hosl_export.model.families import find_family
     from hosl_protocol.run.manifest import LoraEntry
 
-    return LoraEntry(targets=find_family("opt").lora_targets) if case.train == "lora" else None
+    return LoraEntry(targets=find_family(family_of(case.model)).lora_targets) if case.train == "lora" else None
 
 
 def export(case: Case, folder: Path) -> None:
@@ -533,6 +559,7 @@ def export(case: Case, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from hosl_export.bundle import writing as bundle
+    from hosl_export.bundle.gradients import shown_blocks, write_gradients
     from hosl_export.model.trainable import plain_parameters, put_on_lattice, trained_blocks
     from hosl_export.tensor_files import write_tensors
     from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest, PrefixEntry
@@ -543,7 +570,8 @@ def export(case: Case, folder: Path) -> None:
     tensors, _ = put_on_lattice(half, case.train, trained)  # type: ignore[arg-type]
     width = half.model.config.hidden_size
     prefix = PrefixEntry(blocks=trained.start, width=width) if trained.start > 0 else None
-    bundle.write_shard_graphs(folder, half, tensors, prefix)
+    bundle.write_shard_graphs(folder, half, tensors, prefix, shown=shown_blocks(half, tensors, prefix))
+    gradients = write_gradients(folder, half, tensors, prefix)
     write_tensors(folder / SHARD_WEIGHTS, plain_parameters(half))
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{n}": n for n in range(4, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -551,8 +579,8 @@ def export(case: Case, folder: Path) -> None:
     tokenizer.save(str(folder / SHARD_TOKENIZER))
     manifest = Manifest(
         model=case.model,
-        family="opt",
-        architecture="OPTForCausalLM",
+        family=family_of(case.model),
+        architecture=type(half.model).__name__,
         split=case.split,
         blocks=case.split,
         width=width,
@@ -564,6 +592,7 @@ def export(case: Case, folder: Path) -> None:
         tensors=tensors,
         files=bundle.describe_files(folder),
         prefix=prefix,
+        gradients=gradients,
     )
     bundle.write_manifest(folder, manifest)
 
@@ -609,28 +638,31 @@ def describe_machine(repeats: int) -> str:
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {versions}\n"
         f"seconds of a step, median of {repeats}; peak resident MB; HOSL Q = 1 (and its midpoint), HO-SFL P = 2;\n"
-        "/fwd: a step over 3 forwards; xFO, xMeZO: how many times faster HO-SFL is, mid xFO: HOSL's midpoint"
+        "/fwd: a step over 3 forwards; xFO, xMeZO: how many times faster HO-SFL is, mid xFO: HOSL's midpoint;\n"
+        "exact: first-order rounds, over one forward, and how many times faster than FO, torch's first-order client"
     )
 
 
 def heading() -> str:
     """Names of the columns."""
     return (
-        f"{'model':<9}{'split':>6}{'train':>8}{'shape':>9}{'forward':>9}{'HOSL':>8}{'mid':>8}{'HO-SFL':>8}"
+        f"{'model':<13}{'split':>6}{'train':>8}{'shape':>9}{'forward':>9}{'HOSL':>8}{'mid':>8}{'HO-SFL':>8}{'exact':>8}"
         f"{'FO':>8}{'MeZO':>8}{'HOSL/fwd':>10}{'HO-SFL/fwd':>12}{'xFO':>6}{'xMeZO':>7}{'mid xFO':>9}"
-        f"{'peak':>7}{'floor':>7}{'FO':>7}{'MeZO':>7}{'FO/own':>7}"
+        f"{'exact/fwd':>11}{'exact xFO':>11}{'peak':>7}{'floor':>7}{'exact':>7}{'FO':>7}{'MeZO':>7}{'FO/own':>7}"
     )
 
 
 def describe(row: dict[str, Any]) -> str:
     """A row of the table."""
-    times = ("hosl_step_s", "hosl_midpoint_step_s", "ho_sfl_step_s", "torch_fo_step_s", "torch_mezo_step_s")
-    sizes = ("peak_rss_mb", "floor_rss_mb", "torch_fo_peak_rss_mb", "torch_mezo_peak_rss_mb")
+    steps = [f"{name}_step_s" for name in ("hosl", "hosl_midpoint", "ho_sfl", "first_order", "torch_fo", "torch_mezo")]
+    peaks = ("peak", "floor", "first_order_peak", "torch_fo_peak", "torch_mezo_peak")
+    sizes = [f"{name}_rss_mb" for name in peaks]
     return (
-        f"{row['model']:<9}{row['split']:>6}{row['train']:>8}{row['batch']:>4} x{row['length']:>3}"
-        f"{row['forward_s']:>9.3f}{''.join(f'{row[name]:>8.3f}' for name in times)}"
+        f"{row['model']:<13}{row['split']:>6}{row['train']:>8}{row['batch']:>4} x{row['length']:>3}"
+        f"{row['forward_s']:>9.3f}{''.join(f'{row[name]:>8.3f}' for name in steps)}"
         f"{row['hosl_step_over_forwards']:>10.2f}{row['ho_sfl_step_over_forwards']:>12.2f}"
         f"{row['speedup_over_fo']:>6.2f}{row['speedup_over_mezo']:>7.2f}{row['midpoint_speedup_over_fo']:>9.2f}"
+        f"{row['first_order_over_forwards']:>11.2f}{row['speedup_first_order_over_torch_fo']:>11.2f}"
         f"{''.join(f'{row[name]:>7.0f}' for name in sizes)}{row['memory_ratio_to_fo']:>7.1f}"
     )
 

@@ -1,6 +1,8 @@
 """What the journal writes to the device's disk: bytes by the kernel's count, for rounds of a stated length.
 
-python tests/benchmarks/journal_writes.py [--rounds 1000] [--round-s 5] [--json]
+python tests/benchmarks/journal_writes.py [--rounds 1000] [--round-s 5] [--gradient 368640] [--json]
+
+With --gradient updates are gradients of so many numbers, one bit each, and not directions' coefficients.
 
 Time is the benchmark's own, so that 1,000 rounds of 5 s take seconds; the file and its syncs are real.
 """
@@ -15,11 +17,14 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import msgspec
 import numpy as np
 
 from hosl_edge.history.journal import JournalHeader, create_journal
+from hosl_protocol.arithmetic.rotation import GradientLayout
 from hosl_protocol.run.settings import RunSettings
 from hosl_protocol.run.tasks import Task
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.weights.estimates import UpdateRecord
 
 INTERVALS_S = (10.0, 30.0, 60.0, 120.0)
@@ -31,6 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--round-s", type=float, default=5.0)
     parser.add_argument("--directions", type=int, default=2)
+    parser.add_argument("--gradient", type=int, metavar="NUMBERS", help="first-order updates of so many numbers")
     parser.add_argument("--dir", type=Path, help="a folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -41,7 +47,8 @@ def main() -> int:
     if options.json:
         print(json.dumps(rows))
         return 0
-    print(f"{options.rounds} rounds of {options.round_s:g} s, P = {options.directions}")
+    update = f"gradients of {options.gradient} numbers" if options.gradient else f"P = {options.directions}"
+    print(f"{options.rounds} rounds of {options.round_s:g} s, {update}")
     print(f"{'sync_interval_s':>16} {'KB written':>11}")
     for row in rows:
         print(f"{row['sync_interval_s']:>16.0f} {row['written_bytes'] / 1e3:>11.0f}")
@@ -51,8 +58,16 @@ def main() -> int:
 def written_bytes(options: argparse.Namespace, interval_s: float) -> int:
     """`write_bytes` of /proc/self/io over the rounds."""
     settings = RunSettings(task=Task(name="t", kind="lm", template="{text}"), directions=options.directions)
+    shape = UpdateShape(coefficients=options.directions)
+    if options.gradient:
+        settings = msgspec.structs.replace(settings, algorithm="first-order")
+        layout = GradientLayout([options.gradient], bits=1)
+        shape = UpdateShape(coefficients=layout.scales, codes=layout.codes)
+    coefficients, codes = np.ones(shape.coefficients, np.float32), np.zeros(shape.codes, np.uint8)
     digest = "0" * 64
-    header = JournalHeader(run="r", epoch=0, shard_digest=digest, data_digest=digest, settings=settings, width=8)
+    header = JournalHeader(
+        run="r", epoch=0, shard_digest=digest, data_digest=digest, settings=settings, width=8, update=shape
+    )
     now = 0.0
 
     def clock() -> float:
@@ -64,7 +79,7 @@ def written_bytes(options: argparse.Namespace, interval_s: float) -> int:
         before = _write_bytes()
         for round_ in range(1, options.rounds + 1):
             now += options.round_s
-            journal.append([UpdateRecord(round_, np.ones(options.directions, np.float32), 0.0)])
+            journal.append([UpdateRecord(round_, coefficients, 0.0, codes)])
         journal.close()
         return _write_bytes() - before
 
