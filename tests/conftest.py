@@ -83,12 +83,12 @@ def tiny_encoder(made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def traced_once(made_once: MadeOnce) -> Iterator[None]:
     """No test traces a graph that another one has traced."""
-    from tracing import write_gradient_graph_once, write_graph_once
+    from tracing import write_graph_once, write_whole_gradient_once
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hosl_export.bundle.writing.write_graph", partial(write_graph_once, made_once))
-        once = partial(write_gradient_graph_once, made_once)
-        patch.setattr("hosl_export.bundle.gradients.write_gradient_graph", once)
+        once = partial(write_whole_gradient_once, made_once)
+        patch.setattr("hosl_export.bundle.gradients.write_whole_gradient", once)
         yield
 
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from hosl_cloud.settings import RunConfig, load_config, parse_config, read_config
+from hosl_export.summary import default_directions
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import BlockGradient, Manifest, TensorEntry
 from hosl_protocol.run.tasks import label_of, render
@@ -74,6 +75,11 @@ def test_what_is_left_open_follows_from_what_the_device_trains(
 ) -> None:
     config = parse(train, **given)
     assert (config.directions, config.client.optimizer, config.client.learning_rate) == expected
+
+
+@pytest.mark.parametrize("train", ["norm", "lora", "blocks", "prompt"])
+def test_the_exporter_counts_the_directions_that_a_run_takes_unasked(train: Any) -> None:
+    assert default_directions(train) == parse(train).directions
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,32 @@ def test_json_summary_counts_what_is_written(export, capsys, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
 
 
+def test_summary_says_what_a_round_costs(export, capsys, tmp_path) -> None:
+    assert export("--train", "norm", "--json") == ExitCode.OK
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["ho_sfl_forwards"] == 9.0
+    assert 2.0 < summary["first_order_forwards"] < 4.0
+    assert 0.0 < summary["gradient_error"] < 1e-5
+
+    shutil.rmtree(tmp_path / "bundle")
+    assert export("--train", "lora") == ExitCode.OK
+    last = capsys.readouterr().out.splitlines()[-1]
+    costs = r"  round   first-order costs [23]\.\d forwards of the device's half, HO-SFL with its 2 directions 3\.0 "
+    assert re.match(costs, last)
+
+
+def test_gradients_may_be_left_out(export, capsys, tmp_path) -> None:
+    assert export("--train", "norm", "--no-gradients") == ExitCode.OK
+    assert "round" not in capsys.readouterr().out.splitlines()[-1]
+    manifest = load_manifest(tmp_path / "bundle")
+    assert manifest.gradients == ()
+    assert sorted(path.name for path in (tmp_path / "bundle" / "shard").iterdir()) == [
+        "shard.onnx",
+        "shard.safetensors",
+        "tokenizer.json",
+    ]
+
+
 def test_summary_says_where_the_sliding_window_stays_untested(export, capsys) -> None:
     assert export("--max-length", "6", "--train", "none", kind="mistral") == ExitCode.OK
     out, _ = capsys.readouterr()

@@ -173,6 +173,29 @@ def test_what_trains_is_an_input_and_what_does_not_is_a_constant_of_a_resnet(exp
         assert inputs == set(parameters)
 
 
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [
+        *(("vit", train) for train in ("lora", "norm", "blocks", "all")),
+        *(("resnet", train) for train in ("norm", "blocks", "all")),
+        *(("vit-wide", "norm"), ("resnet-bottleneck", "blocks"), ("resnet-grey", "all")),
+    ],
+)
+def test_gradients_are_those_of_autograd(exported, kind: str, train: str) -> None:
+    """The export compares them, for one image and for three."""
+    case = exported(kind, train)
+    assert 0.0 < case.summary.gradient_error < 1e-5
+    entries = case.manifest.gradients
+    named = [name for entry in entries for name in entry.gradients.values()]
+    assert set(named) == {entry.name for entry in case.manifest.trainable}
+    starts_with_embeddings = train == "all" or (train == "norm" and kind != "vit-wide")
+    assert [entry.block for entry in entries] == list(range(-1 if starts_with_embeddings else 0, SPLITS[kind]))
+    for entry in entries:
+        graph = onnx.load(case.path / entry.graph).graph
+        assert entry.parameters.keys() <= {value.name for value in graph.input}
+        assert not [value.name for value in graph.initializer if value.name in case.weights]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "train"), [("vit", "lora"), ("resnet", "norm"), ("resnet-bottleneck", "blocks")])
 def test_a_change_of_any_trainable_tensor_reaches_the_activations(exported, kind: str, train: str) -> None:

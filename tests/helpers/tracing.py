@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from hosl_export.bundle.gradients import describe_part, write_gradient_graph
+from hosl_export.bundle.gradients import describe_part, write_whole_gradient
 from hosl_export.bundle.graph import graph_inputs, write_graph
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import plain_name
@@ -44,17 +44,15 @@ def write_graph_once(
     shutil.copyfile(made_once(f"graph-{digest}", write) / "graph.onnx", path)
 
 
-def write_gradient_graph_once(
-    made_once: MadeOnce, part: ClientHalf, path: Path, trained: Sequence[str], given: Tensor
-) -> None:
-    """`hosl_export.bundle.gradients.write_gradient_graph`, likewise, by what decides whether blocks share one."""
+def write_whole_gradient_once(made_once: MadeOnce, part: ClientHalf, path: Path, given: Tensor) -> None:
+    """`hosl_export.bundle.gradients.write_whole_gradient`, likewise, by what decides whether blocks share one."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        write_gradient_graph(part, folder / "graph.onnx", trained, given)
+        write_whole_gradient(part, folder / "graph.onnx", given)
 
     # What transformers reads of the config as it runs, too: blocks of one model have that in common.
-    facts = (describe_part(part, trained), _config(part), tuple(given.shape), part.image)
+    facts = (describe_part(part), _config(part), tuple(given.shape), part.image)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     shutil.copyfile(made_once(f"gradient-{digest}", write) / "graph.onnx", path)
 

@@ -4,8 +4,9 @@ weights to the gradients of what trains in it and of its input (protocol/README.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Sequence
+import hashlib
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +63,30 @@ def write_gradients(
     blocks = gradient_blocks(client, tensors)
     trainable = {entry.name for entry in tensors if entry.trainable}
     examples = _run_examples(client, blocks)
-    graphs: dict[str, str] = {}
-
+    graphs: dict[tuple[str, ...], str] = {}
     entries = []
-    # From the last, so that what the first one's graph is made of is there.
-    for block in reversed(blocks):
-        given = examples[block]
-        # A prefix gives a feature map as positions, as whatever leaves the device does.
-        is_packed = prefix is not None and block == prefix.blocks and given.ndim == 4
-        grid = (given.shape[2], given.shape[3]) if is_packed else None
-        part = block_part(client, block, grid, packs=block == blocks[-1] or given.ndim == 3)
-        part.model.set_attn_implementation("eager")
-        given = given.flatten(2).transpose(1, 2).contiguous() if is_packed else given
 
-        trained = [name for name in _weights(part) if _full_name(part, name) in trainable]
-        kind, path = describe_part(part, trained), f"shard/gradient-{len(graphs)}.onnx"
-        if kind not in graphs:
-            graphs[kind] = path
-            write_gradient_graph(part, bundle / path, trained, given)
-        elif block == blocks[0]:
-            shutil.copyfile(bundle / graphs[kind], bundle / path)
-        else:
-            path = graphs[kind]
-        if block == blocks[0]:
-            _drop_input_gradient(bundle / path)
-        entries.append(_describe_graph(part, bundle, path))
-    return tuple(reversed(entries))
+    with tempfile.TemporaryDirectory() as traced:
+        for block in blocks:
+            given = examples[block]
+            # A prefix gives a feature map as positions, as whatever leaves the device does.
+            is_packed = prefix is not None and block == prefix.blocks and given.ndim == 4
+            grid = (given.shape[2], given.shape[3]) if is_packed else None
+            part = block_part(client, block, grid, packs=block == blocks[-1] or given.ndim == 3)
+            part.model.set_attn_implementation("eager")
+
+            kind = describe_part(part)
+            whole = Path(traced, hashlib.sha256(kind.encode()).hexdigest())
+            if not whole.exists():
+                write_whole_gradient(part, whole, given.flatten(2).transpose(1, 2).contiguous() if is_packed else given)
+
+            wanted = [_GRADIENT_OF + name for name in _weights(part) if _full_name(part, name) in trainable]
+            wanted += [INPUT_GRADIENT] if block != blocks[0] else []
+            path = graphs.setdefault((kind, *wanted), f"shard/gradient-{len(graphs)}.onnx")
+            if not (bundle / path).exists():
+                _write_wanted(part, whole, bundle / path, wanted)
+            entries.append(_describe_graph(part, bundle, path))
+    return tuple(entries)
 
 
 @torch.no_grad()
@@ -117,15 +116,14 @@ def _full_name(part: ClientHalf, name: str) -> str:
     return name if part.embeds else f"{part.family.blocks}.{part.first_block}.{name}"
 
 
-def describe_part(part: ClientHalf, trained: Collection[str]) -> str:
-    """Describe everything that a part's graph depends on: parts of one description share it.
+def describe_part(part: ClientHalf) -> str:
+    """Describe everything that the trace of a part depends on: parts of one description share it.
 
     Weights count by their shapes, settings of modules whatever their names, but for the number of the block.
     """
     weights = {id(tensor) for tensor in _weights(part).values()}
     facts: list[Any] = [
         *(repr(part.model), getattr(part.model.config, "layer_types", None), part.embeds, part.grid, part.packs),
-        sorted(trained),
         [(name, tuple(tensor.shape)) for name, tensor in _weights(part).items()],
         [(name, buffer.tolist()) for name, buffer in part.model.named_buffers() if id(buffer) not in weights],
     ]
@@ -135,27 +133,28 @@ def describe_part(part: ClientHalf, trained: Collection[str]) -> str:
     return repr(facts)
 
 
-def write_gradient_graph(part: ClientHalf, path: Path, trained: Sequence[str], given: Tensor) -> None:
-    """Trace the gradient of a part and write `path`. Raises ExportError where the graph is none that a device can run.
+def write_whole_gradient(part: ClientHalf, path: Path, given: Tensor) -> None:
+    """Trace the gradient of a part by what it is given and by all its weights, and write `path`.
 
-    `trained` are names in the graph of its weights; `given` is an example of what it is given.
+    `given` is an example of that. Whatever trains, a graph of it is a piece of this one: a trace takes seconds, and
+    taking a piece out does not. Raises ExportError where the graph is none that a device can run.
     """
     name, *others = graph_inputs(part)
     examples = {name: given, **{other: torch.ones(given.shape[:2], dtype=torch.long) for other in others}}
     axes = dict.fromkeys(dynamic_axes(part), torch.export.Dim.DYNAMIC)
     modules = {_graph_name(part, name): f"model.{name}" for name in part.model.state_dict()}
-    wanted = [*([] if part.embeds else [name]), *(modules[weight] for weight in trained)]
+    weights = [modules[weight] for weight in _weights(part)]
+    parameters = {f"model.{name}" for name, _ in part.model.named_parameters()}
+    wanted = [*([] if part.embeds else [name]), *(weight for weight in weights if weight in parameters)]
 
     with quiet_exporter():
-        vjp = trace_vjp(part, examples, axes, {modules[weight] for weight in _weights(part)}, wanted)
+        vjp = trace_vjp(part, examples, axes, weights, wanted)
         program = torch.onnx.export(vjp.program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     if program is None:
         raise ExportError("the exporter of torch gave no graph")
 
-    graph_names = {module: weight for weight, module in modules.items()}
-    _name_values(program.model.graph, vjp, graph_names)
+    _name_values(program.model.graph, vjp, {module: weight for weight, module in modules.items()})
     optimizer.optimize(program.model)
-    _tidy(program.model.graph, part)
     save_graph(program.model, path)
 
 
@@ -171,25 +170,17 @@ def _name_values(graph: ir.Graph, vjp: Vjp, weights: dict[str, str]) -> None:
         value.name = _GRADIENT_OF + weights[name] if name in weights else INPUT_GRADIENT
 
 
-def _drop_input_gradient(path: Path) -> None:
-    """Take from a graph the gradient that nobody asks for, and all that only it needs."""
-    model = ir.load(path)
-    for value in [value for value in model.graph.outputs if value.name == INPUT_GRADIENT]:
-        model.graph.outputs.remove(value)
+def _write_wanted(part: ClientHalf, whole: Path, path: Path, wanted: Sequence[str]) -> None:
+    """Write the piece of a graph that gives the `wanted` outputs; those that it does not have are zero."""
+    model = ir.load(whole)
+    graph = model.graph
+    for value in [value for value in graph.outputs if value.name not in wanted]:
+        graph.outputs.remove(value)
     RemoveUnusedNodesPass()(model)
-    _drop_unread(model.graph)
-    save_graph(model, path)
+    for value in [value for value in graph.inputs if not value.uses()]:
+        graph.inputs.remove(value)
 
-
-def _drop_unread(graph: ir.Graph) -> None:
-    for value in list(graph.inputs):
-        if not value.uses():
-            graph.inputs.remove(value)
-
-
-def _tidy(graph: ir.Graph, part: ClientHalf) -> None:
-    """Drop what nothing reads, and let the names of sizes say what they are of."""
-    _drop_unread(graph)
+    # The names of sizes say what they are of, and those within follow from them.
     axes = dynamic_axes(part)
     for value in (*graph.inputs, *graph.outputs):
         assert value.shape is not None
@@ -200,12 +191,12 @@ def _tidy(graph: ir.Graph, part: ClientHalf) -> None:
                 value.shape = None
 
     # A device may bind no more of a table than the rows of a batch's tokens, unless its gradient has a place for all.
-    given = {value.name for value in graph.outputs}
     table = part.token_table
     for value in graph.inputs:
         name = str(value.name)
-        if table is not None and _weights(part).get(name) is table and _GRADIENT_OF + name not in given:
+        if table is not None and _weights(part).get(name) is table and _GRADIENT_OF + name not in wanted:
             value.shape = ir.Shape(["rows", *table.shape[1:]])
+    save_graph(model, path)
 
 
 def _describe_graph(part: ClientHalf, bundle: Path, path: str) -> BlockGradient:

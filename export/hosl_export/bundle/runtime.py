@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,36 +45,44 @@ class ShardRuntime:
         options.log_severity_level = 3
         return ort.InferenceSession(str(self._bundle / graph), options, providers=["CPUExecutionProvider"])
 
+    @cached_property
+    def _gradients(self) -> dict[str, ort.InferenceSession]:
+        return {graph: self._open(graph) for graph in {entry.graph for entry in self._manifest.gradients}}
+
     def run(self, given: dict[str, Tensor]) -> Tensor:
         """Run a batch through all graphs, in order. Returns activations [B, T, D]."""
-        return torch.from_numpy(self._forward(given)[self._manifest.output])
+        output = self._manifest.output
+        return torch.from_numpy(self._forward(given, [output])[output])
 
-    def _forward(self, given: dict[str, Tensor]) -> Feed:
-        """Run a batch through all graphs. Returns it, with what the last one was given and gave."""
+    def _forward(self, given: dict[str, Tensor], outputs: Sequence[str]) -> Feed:
+        """Run a batch through all graphs. Returns it, with what the last one was given, and these outputs of that."""
         feed: Feed = {name: tensor.numpy() for name, tensor in given.items()}
         *before, last = self._sessions
         for session in before:
             # The second graph goes on from what the first one computed, under this name.
-            feed[BOUNDARY] = _run(session, feed | self._weights)[self._manifest.output]
-        return feed | _run(last, feed | self._weights)
+            feed[BOUNDARY] = _run(session, feed | self._weights, [self._manifest.output])[self._manifest.output]
+        return feed | _run(last, feed | self._weights, outputs)
 
     def gradients(self, given: dict[str, Tensor], cotangent_BTD: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Go through the blocks from the last to the first. Yields each trained tensor's name and gradient."""
-        feed, sessions = self._forward(given), dict[str, ort.InferenceSession]()
-        feed[COTANGENT] = cotangent_BTD.numpy()
-        for entry in reversed(self._manifest.gradients):
-            if entry.graph not in sessions:
-                sessions[entry.graph] = self._open(entry.graph)
+        known = {value.name for value in self._sessions[-1].get_outputs()}
+        blocks = [input_output(entry.block) for entry in self._manifest.gradients]
+        feed = self._forward(given, [name for name in blocks if name in known])
+        cotangent = cotangent_BTD.numpy()
+
+        for entry, block in reversed(list(zip(self._manifest.gradients, blocks, strict=True))):
             weights = {name: self._weights[tensor] for name, tensor in entry.parameters.items()}
-            given_block = input_output(entry.block)  # else what the shard is given
-            boundary = {BOUNDARY: feed[given_block]} if given_block in feed else {}
-            outputs = _run(sessions[entry.graph], {**feed, **weights, **boundary})
+            # The first block's input may be the shard's own.
+            boundary = {BOUNDARY: feed[block]} if block in known else {}
+            session = self._gradients[entry.graph]
+            names = [value.name for value in session.get_outputs()]
+            outputs = _run(session, {**feed, **weights, **boundary, COTANGENT: cotangent}, names)
             for name, tensor in entry.gradients.items():
                 yield tensor, torch.from_numpy(outputs[name])
-            feed[COTANGENT] = outputs.get(INPUT_GRADIENT, feed[COTANGENT])
+            cotangent = outputs.get(INPUT_GRADIENT, cotangent)
 
 
-def _run(session: ort.InferenceSession, given: Feed) -> Feed:
-    """Run a graph on those of the arrays that it has inputs for. Returns all its outputs by name."""
-    outputs = [value.name for value in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, {v.name: given[v.name] for v in session.get_inputs()}), strict=True))
+def _run(session: ort.InferenceSession, given: Feed, outputs: Sequence[str]) -> Feed:
+    """Run a graph on those of the arrays that it has inputs for. Returns these of its outputs by name."""
+    inputs = {value.name: given[value.name] for value in session.get_inputs()}
+    return dict(zip(outputs, session.run(outputs, inputs), strict=True))

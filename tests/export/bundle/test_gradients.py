@@ -87,8 +87,8 @@ def check(
     got |= dict(run_blocks(client, folder, entries, {"input_ids": ids, "attention_mask": mask}, given, cotangent_BTD))
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
-        norm = expected[name].norm()
-        scale = norm if norm > 1e-5 * whole else whole  # a key's bias has none in theory
+        # Where others are so much larger, rounding is more than that of it, in torch as here.
+        scale = max(expected[name].norm(), 1e-3 * whole)
         assert (gradient - expected[name]).norm() <= GRADIENT_TOLERANCE * scale, name
 
 
