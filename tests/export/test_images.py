@@ -100,6 +100,18 @@ def test_convolutions_on_a_cpu_get_maps_whose_channels_lie_apart(kind: str) -> N
     assert all(seen)
 
 
+def test_the_gradient_of_one_image_is_that_of_it_among_others() -> None:
+    """Torch computes another, from the gradient of a map whose channels lie together."""
+    client = client_half(make_image_model("resnet-grey"), 2)
+    images, parameters = make_images("resnet-grey", 2), list(client.parameters())
+    images[1] = images[0]
+    one, two = (
+        torch.autograd.grad(client(pixel_values=given)[0, 1:].sum(), parameters) for given in (images[:1], images)
+    )
+    for got, expected in zip(one, two, strict=True):
+        assert_same(got, expected, 1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SIZES)
 def test_bundle_computes_what_the_model_computes_for_any_batch(exported, kind: str) -> None:
@@ -188,7 +200,7 @@ def test_gradients_are_those_of_autograd(exported, kind: str, train: str) -> Non
     entries = case.manifest.gradients
     named = [name for entry in entries for name in entry.gradients.values()]
     assert set(named) == {entry.name for entry in case.manifest.trainable}
-    starts_with_embeddings = train == "all" or (train == "norm" and kind != "vit-wide")
+    starts_with_embeddings = train in ("norm", "all")
     assert [entry.block for entry in entries] == list(range(-1 if starts_with_embeddings else 0, SPLITS[kind]))
     for entry in entries:
         graph = onnx.load(case.path / entry.graph).graph

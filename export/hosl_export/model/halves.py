@@ -80,7 +80,7 @@ class ClientHalf(nn.Module):
         """
         if self.family.takes_images:
             h = self.features(pixel_values) if boundary is None else self._run_blocks(_unpack(boundary, self.grid))
-            return h.flatten(2).transpose(1, 2) if h.ndim == 4 and self.packs else h
+            return _pack(h) if h.ndim == 4 and self.packs else h
 
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
         mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
@@ -163,6 +163,14 @@ def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
     for part in parts:
         h = part(h)
     return h  # type: ignore[no-any-return]
+
+
+def _pack(h_BDRC: Tensor) -> Tensor:
+    """Give a feature map [B, D, rows, columns] the shape of positions [B, T, D]."""
+    if h_BDRC.requires_grad:
+        # Its gradient comes transposed, and from such torch 2.13 computes wrong ones where B is 1.
+        h_BDRC.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return h_BDRC.flatten(2).transpose(1, 2)
 
 
 def _unpack(h_BTD: Tensor, grid: tuple[int, int] | None) -> Tensor:
