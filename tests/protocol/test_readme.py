@@ -168,7 +168,7 @@ def test_limits_are_those_of_the_code():
     text = section("## Frames")
     assert f"| header length | u64 | bytes | yes | {MAX_HEADER_BYTES};" in text
     assert f"1 to {PIECE_BYTES} bytes" in text
-    assert f"at most {CATCH_UP_ROUNDS} |" in text
+    assert f"at most {CATCH_UP_ROUNDS}, and no more than fit" in text
     assert f"up to {MAX_COARSENING} more" in section("## Snapshots")
     words = section("## Random words")
     assert f"of `pi-1` it is `{crc32(b'pi-1'):08x}`" in words

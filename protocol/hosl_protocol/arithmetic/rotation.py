@@ -160,7 +160,7 @@ class GradientLayout:
         """
         own_codes, own_scales = self._own(index, codes, scales)
         if self.bits == 32:
-            out[:] = own_scales[start : start + out.size]
+            np.add(own_scales[start : start + out.size], np.float32(0.0), out=out)  # -0.0 becomes +0.0
             return
 
         code, scale = start * self.bits // 8, start // LONGEST_BLOCK

@@ -62,7 +62,7 @@ _LENGTHS = TensorSpec(("I32",), ("B",))
 _LABELS = TensorSpec(("I32",), ("N",))
 _LOSS = TensorSpec(("F32",), ())
 _COEFFICIENTS = TensorSpec(("F32",), ("P",))
-_CODES = TensorSpec(("U8",), ("C",))
+_CODES = TensorSpec(("U8",), ("C",), required=False)
 
 
 class _Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -236,7 +236,7 @@ class Update(_RoundMessage, kw_only=True, frozen=True, tag="update"):
 
     tensors: ClassVar[dict[str, TensorSpec]] = {
         "coefficients": _COEFFICIENTS,
-        "codes": TensorSpec(("U8",), ("C",), required=False),
+        "codes": _CODES,
         "loss": _LOSS,
     }
     learning_rate: Rate

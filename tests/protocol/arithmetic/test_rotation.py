@@ -104,6 +104,22 @@ def test_decoding_gives_the_golden_values(bits, values):
     assert decode(layout, codes, np.array([0.25], np.float32)).tolist() == values
 
 
+@pytest.mark.parametrize(
+    ("bits", "codes", "scale"),
+    [
+        (1, "7568", 0.102008931),
+        (2, "623b9069", 0.043807514),
+        (4, "286a8c4d4387a77a", 0.013798309),
+        (8, "84449f6cac8abb5d53567b8a7b9c967b", 0.001283016),
+    ],
+)
+def test_encoding_gives_the_golden_codes(bits, codes, scale):
+    values = (((37 * np.arange(11) + 11) % 23 - 11) / 16).astype(np.float32)
+    _, found, scales = encode(values, bits, Rotation(42, 1, 56009))
+    assert found.tobytes().hex() == codes
+    assert scales.tolist() == [pytest.approx(scale, rel=1e-6)]
+
+
 @pytest.mark.parametrize(("bits", "largest_error"), [(1, 0.6), (2, 0.14), (4, 0.0125), (8, 0.0002)])
 @pytest.mark.parametrize("elements", [4096, 4608, 3 * CHUNK + 77])
 def test_more_bits_leave_less_error(bits, largest_error, elements):
@@ -127,6 +143,7 @@ def test_the_mean_over_rotations_is_the_gradient(bits):
 
 def test_thirty_two_bits_are_the_values_themselves():
     values = make_gradient(70_001)
+    assert np.signbit(decode(*encode(np.array([-0.0], np.float32), 32))).tolist() == [False]
     layout, codes, scales = encode(values, 32)
     assert (layout.codes, scales.tobytes()) == (0, values.tobytes())
     assert decode(layout, codes, scales).tobytes() == values.tobytes()

@@ -76,6 +76,15 @@ GOLDEN_FRAMES = {
         r'"projections":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         "0000003f 000000c0",
     ),
+    "gradient": (
+        Gradient(run="r1", epoch=0, round=7, id=1, rotation=56009),
+        {"scales": np.array([0.5, -2.0], np.float32), "codes": np.array([0, 7, 255], np.uint8)},
+        "float32",
+        r'{"__metadata__":{"hosl":"{\"type\":\"gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":1,\"rotation\":56009}"},'
+        r'"scales":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        r'"codes":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}}',
+        "0000003f 000000c0 0007ff",
+    ),
     "anchor": (
         Anchor(run="r1", epoch=0, round=7),
         {
@@ -159,7 +168,7 @@ def test_frames_have_their_golden_bytes(name):
 def test_golden_bytes_are_read_back_as_their_message(name):
     message, tensors, _, _, _ = GOLDEN_FRAMES[name]
     header, payload = golden_bytes(name)
-    bounds = {"P": 0} if name == "update" else {}
+    bounds = {"update": {"P": 0}, "gradient": {"C": 3}}.get(name, {})
     frame = read_all(make_reader(**bounds), [header, *([payload] if payload else [])])
     assert frame.message == message
     assert frame.tensors.keys() == tensors.keys()
