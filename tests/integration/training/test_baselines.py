@@ -97,9 +97,7 @@ def test_first_order_averages_over_devices_and_counts_what_it_would_send(
         store.close()
 
 
-@pytest.mark.parametrize(
-    ("train", "rate"), [("lora", 4.0), ("norm", 4.0), ("blocks", 4.0), ("prompt", 0.1), ("all", 4.0)]
-)
+@pytest.mark.parametrize(("train", "rate"), [("lora", 4.0), ("norm", 4.0), ("blocks", 4.0), ("prompt", 0.1)])
 def test_the_algorithm_of_that_name_makes_the_step_of_the_baseline(
     make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, rate: float
 ) -> None:

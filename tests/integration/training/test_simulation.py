@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from hosl_cloud.__main__ import main as cloud_main
-from hosl_cloud.runs.run import Run
+from hosl_cloud.runs.run import LEAST_KEPT, Run
 from hosl_cloud.settings import parse_config
 from hosl_cloud.simulation.partition import Partition
 from hosl_cloud.simulation.virtual_devices import simulate
@@ -146,31 +146,57 @@ def test_uneven_parts_train_differently(make_bundle: MakeBundle, tmp_path: Path)
         store.close()
 
 
-@pytest.mark.parametrize("train", ["lora", "prompt"])
+@pytest.mark.parametrize(
+    ("train", "rounds", "more"),
+    [
+        ("lora", 4, []),
+        ("prompt", 4, []),
+        # So many that the store has dropped updates of the first rounds.
+        ("lora", LEAST_KEPT + 2, ["algorithm=first-order", "gradient_bits=32", "tail.train=lora"]),
+    ],
+    ids=["lora", "prompt", "first-order"],
+)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 def test_the_command_writes_a_table_and_a_run_that_merges(
-    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], train: str
+    make_bundle: MakeBundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    train: str,
+    rounds: int,
+    more: list[str],
 ) -> None:
     data, held_out = write_reviews(tmp_path / "train.jsonl", 40), write_reviews(tmp_path / "eval.jsonl", 40, 400)
     (tmp_path / "run.toml").write_text(TASK, encoding="utf-8")
     options = ["--bundle", str(make_bundle(train, 2)), "--config", str(tmp_path / "run.toml")]
     capsys.readouterr()  # what the export said
     options += ["--data", str(data), "--eval", str(held_out), "--devices", "8", "--per-round", "3"]
-    options += ["--set", "rounds=4", "--set", "tail.device=cpu", "--set", "name=fleet", "--set", "max_length=24"]
+    options += [
+        "--set",
+        f"rounds={rounds}",
+        "--set",
+        "tail.device=cpu",
+        "--set",
+        "name=fleet",
+        "--set",
+        "max_length=24",
+    ]
     options += ["--data-dir", str(tmp_path / "data"), "--csv", str(tmp_path / "table.csv"), "--json", "--threads", "1"]
+    options += [part for setting in more for part in ("--set", setting)]
     assert cloud_main(["simulate", *options]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["run"].startswith("fleet-")
-    assert (summary["state"], summary["rounds"]) == ("completed", 4)
+    assert (summary["state"], summary["rounds"]) == ("completed", rounds)
     with (tmp_path / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["round"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert [int(row["round"]) for row in rows] == [*range(rounds + 1)]
     assert float(rows[-1]["accuracy"]) == summary["final_accuracy"]
     assert int(rows[-1]["wire_bytes"]) == summary["wire_bytes"] > 0
     assert rows[0]["accuracy"]
     merged = ["merge", summary["run"], "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "data")]
+    merged += ["--adapter", str(tmp_path / "adapter")] if "tail.train=lora" in more else []
     assert cloud_main(merged) == 0
     said = capsys.readouterr().out
+    assert (tmp_path / "adapter").exists() == ("tail.train=lora" in more)
     assert ("its soft prompt is a PEFT adapter" in said) == (train == "prompt")
     right = round(40 * summary["final_accuracy"])
     assert count_right(tmp_path / "merged", [held_out]) == (right, 40)
