@@ -21,7 +21,11 @@ KINDS: dict[str, dict[Kind, int]] = {
 }
 """How often each is drawn, in proportion."""
 
-STAGES = {"ho-sfl": ("round-start", "cut-gradient", "update"), "hosl": ("round-start", "probe-loss", "update")}
+STAGES = {
+    "ho-sfl": ("round-start", "cut-gradient", "update"),
+    "hosl": ("round-start", "probe-loss", "update"),
+    "first-order": ("round-start", "cut-gradient", "update"),
+}
 """Messages from the cloud that open, or close, a stage of a round."""
 
 
@@ -62,7 +66,7 @@ class Fault:
 def draw_settings(generator: random.Random, *, strict: bool) -> ChaosSettings:
     """A run's settings."""
     return ChaosSettings(
-        algorithm=generator.choice(["ho-sfl", "ho-sfl", "hosl"]),
+        algorithm=generator.choice(["ho-sfl", "first-order", "hosl"]),
         optimizer=generator.choice(["sgd", "adamw"]),
         per_round=generator.choice([0, 0, 2]) if strict else 0,
         strict=strict,

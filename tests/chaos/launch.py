@@ -27,9 +27,11 @@ SHORTER = {
     "hosl_cloud": {
         "hosl_cloud.service.server.HEARTBEAT_S": 2.0,  # 15
         "hosl_cloud.runs.admission.JOIN_DEADLINE_S": 20.0,  # 600
+        "hosl_cloud.runs.run.KEPT_STATES": 0,  # 3
+        "hosl_cloud.runs.run.LEAST_KEPT": 6,  # 16: updates of first-order training that devices can replay
     },
 }
-"""Waits that are constants of the product; what they are there stands behind."""
+"""Waits, and a length, that are constants of the product; what they are there stands behind."""
 
 POINTS = {
     "hosl_edge": {

@@ -88,6 +88,10 @@ def _payload(frame: bytes) -> bytes:
     return bytes(byte ^ mask[index % 4] for index, byte in enumerate(frame[start:]))
 
 
+def _is_hello(message: bytes) -> bool:
+    return b'\\"type\\":\\"hello\\"' in _payload(message[:_LONGEST_MESSAGE])
+
+
 def _tensor_bytes(header: bytes) -> int:
     """How many bytes follow a message's header."""
     layout = json.loads(header[8:])
@@ -225,7 +229,8 @@ class Proxy:
         passed, actions, out = 0, self._repeats[direction], b""
         for end, message in link.messages[direction].take(data):
             out, passed = out + data[passed:end], end
-            if actions:
+            # Nobody says hello again on a connection, and whoever does is refused for good.
+            if actions and not _is_hello(message):
                 out += message
                 actions.pop(0)()
         return out + data[passed:]

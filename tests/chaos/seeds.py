@@ -2,6 +2,7 @@
 
 make chaos SEEDS=1-20
 make chaos SEEDS=1-20 CHAOS="--work DIR --ordinary"
+make chaos SEEDS=1-100 CHAOS="--algorithm first-order"
 
 Every seed is a run of real processes (deployment.py) that five to eight faults are drawn for (faults.py); those that
 find nothing to hit are not counted. Finished seeds are kept in DIR/results-*.jsonl and skipped, what is printed is in
@@ -35,7 +36,7 @@ from chaos.deployment import DATABASE, ROUNDS, ChaosSettings, Deployment
 from chaos.faults import do_faults, draw_faults, draw_settings, targets_of
 from hosl_cloud.storage.mirror import load_shard_weights
 from hosl_cloud.storage.store import Store
-from hosl_cloud.tail.checkpoint import find_checkpoint, read_tensors
+from hosl_cloud.tail.checkpoint import find_checkpoint, read_client, read_tensors
 from hosl_edge.history.journal import open_journal
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.weights.client_weights import make_client_weights
@@ -72,10 +73,13 @@ def run_seed(
     with_cloud: bool = True,
     limit_s: float = LIMIT_S,
     is_cold: bool = False,
+    algorithm: str = "",
 ) -> Result:
-    """One run with faults, and its comparison with the unbroken one."""
+    """One run with faults, and its comparison with the unbroken one; `algorithm` takes the place of the drawn one."""
     generator = random.Random(seed)
     settings = draw_settings(generator, strict=strict)
+    if algorithm:
+        settings = dataclasses.replace(settings, algorithm=algorithm)
     faults = draw_faults(generator, settings, targets_of(with_cloud=with_cloud))
     expected = _unbroken(settings, bundle, work, limit_s) if strict else None
 
@@ -154,15 +158,17 @@ def _end_of(deployment: Deployment, away: Iterable[str]) -> dict[str, Any]:
         run = store.run(runs[0])
         assert (run.state, run.round) == ("completed", ROUNDS), f"{run.state} at round {run.round}"
         updates, rounds = store.updates(run.id, 1, ROUNDS), store.rounds(run.id)
-        digest = _mirror_digest(deployment.bundle, run.config.wire_settings(), updates)
-        _check_devices(deployment, digest, set(away), store, run.id)
-
         checkpoint = find_checkpoint(deployment.folder / "cloud" / "runs" / run.id, "last")
         assert checkpoint.info.round == ROUNDS, f"the last checkpoint is of round {checkpoint.info.round}"
+        digest = _mirror_digest(deployment.bundle, run.config.wire_settings(), updates, checkpoint.path)
+        _check_devices(deployment, digest, set(away), store, run.id)
         return {
             "client weights": digest,
             "tail": _tensors_digest(checkpoint.path),
-            "updates": [[each.round, each.learning_rate, each.coefficients.tobytes().hex()] for each in updates],
+            "updates": [
+                [each.round, each.learning_rate, each.coefficients.tobytes().hex(), each.codes.tobytes().hex()]
+                for each in updates
+            ],
             "losses": [[row.round, row.loss.hex()] for row in rounds],
             "evaluations": [[e.round, e.loss.hex(), e.correct, e.scored] for e in store.evaluations(run.id)],
         }
@@ -172,8 +178,9 @@ def _end_of(deployment: Deployment, away: Iterable[str]) -> dict[str, Any]:
 
 def _check_devices(deployment: Deployment, digest: str, away: set[str], store: Store, run: str) -> None:
     """Devices must hold the final weights; one that was away, rounds that were, to go on from when it is back."""
-    rows = store._query("SELECT round, coefficients FROM rounds WHERE run = ?", (run,))
-    known = {(row["round"], row["coefficients"]) for row in rows}
+    rows = store._query("SELECT round, coefficients, codes, is_pruned FROM rounds WHERE run = ?", (run,))
+    known = {(row["round"], row["coefficients"], row["codes"]) for row in rows}
+    gone = {row["round"] for row in rows if row["is_pruned"]}
     for name in deployment.proxies:
         summary = deployment.summary(name)
         if name not in away and summary is not None:
@@ -185,14 +192,19 @@ def _check_devices(deployment: Deployment, digest: str, away: set[str], store: S
             continue
         journal.close()
         for update in journal.updates():
-            is_known = (update.round, update.coefficients.tobytes()) in known
-            assert is_known, f"{name}'s journal has a round {update.round} that was not"
+            is_known = (update.round, update.coefficients.tobytes(), update.codes.tobytes()) in known
+            assert is_known or update.round in gone, f"{name}'s journal has a round {update.round} that was not"
 
 
-def _mirror_digest(bundle: Path, settings: Any, updates: list[Any]) -> str:
+def _mirror_digest(bundle: Path, settings: Any, updates: list[Any], checkpoint: Path) -> str:
+    """Of the checkpoint's state where it has one, else of all updates."""
     manifest = load_manifest(bundle)
     client = make_client_weights(manifest, load_shard_weights(bundle, manifest, only_trainable=True), settings)
-    client.apply(updates)
+    state = read_client(checkpoint, manifest)
+    if state is not None:
+        client.load_state(state)
+    else:
+        client.apply(updates)
     try:
         return client.digest()
     finally:
@@ -228,6 +240,7 @@ def main() -> int:
     parser.add_argument("--ordinary", action="store_true", help="runs that are not strict")
     parser.add_argument("--spare-cloud", action="store_true", help="nothing happens to the cloud")
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="another bundle than that of the tiny model")
+    parser.add_argument("--algorithm", default="", help="of all runs; without, each draws its own")
     parser.add_argument("--cold", action="store_true", help="start processes anew instead of forking them")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -236,6 +249,7 @@ def main() -> int:
     limit_s = LIMIT_OF_ANOTHER_S if options.bundle else LIMIT_S
     first, _, last = options.seeds.partition("-")
     mode = ("ordinary" if options.ordinary else "strict") + ("-spared" if options.spare_cloud else "")
+    mode += f"-{options.algorithm}" if options.algorithm else ""
     table = options.work / f"results-{mode}.jsonl"
     lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     results = {result.seed: result for result in (Result(**json.loads(line)) for line in lines)}
@@ -255,6 +269,7 @@ def main() -> int:
                 with_cloud=not options.spare_cloud,
                 limit_s=limit_s,
                 is_cold=options.cold,
+                algorithm=options.algorithm,
             )
             with table.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(result)) + "\n")

@@ -18,7 +18,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chaos")
 
 
-@pytest.mark.parametrize("seed", [31, 39])
+@pytest.mark.parametrize("seed", [16, 39])
 def test_a_run_with_faults_ends_with_the_bits_of_one_without(make_bundle: MakeBundle, work: Path, seed: int) -> None:
     result = run_seed(seed, make_bundle("lora", 2), work)
     assert result.is_good, result.outcome
