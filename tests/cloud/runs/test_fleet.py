@@ -24,6 +24,7 @@ from hosl_protocol.wire.messages import (
     CutGradient,
     EvalBatch,
     EvalStart,
+    Gradient,
     Late,
     Message,
     Probe,
@@ -272,14 +273,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("field", WRONG)
-@pytest.mark.parametrize("kind", [Anchor, Probe, Projections, EvalBatch])
+@pytest.mark.parametrize("kind", [Anchor, Probe, Projections, Gradient, EvalBatch])
 def test_every_answer_of_another_run_epoch_round_or_attempt_is_refused_with_what_is_wrong(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, kind: type, field: str
 ) -> None:
     async def main() -> None:
         device = Device(fleet, "a")
         changes, reason = WRONG[field]
-        more = {Probe: {"direction": 0, "sign": 1}, EvalBatch: {"last": True}}.get(kind, {})
+        more = {Probe: {"direction": 0, "sign": 1}, EvalBatch: {"last": True}, Gradient: {"rotation": 1}}.get(kind, {})
         device.tell(RoundStart(**NAME, attempt=3, deadline_s=1.0))
         device.answer(kind(**{**NAME, "attempt": 3, **changes}, id=2, **more))
         answer = name_of(kind)
@@ -320,9 +321,10 @@ def test_answers_of_another_round_or_stage_are_refused_by_name(fleet: Fleet) -> 
         assert found.message == Probe(**NAME, id=2, direction=0, sign=1)
         reason = "what is asked for now is: probe of direction 0, sign +1"
         assert device.told[-1] == Late(**NAME, id=1, answer="probe", code="unasked", reason=reason)
-        device.answer(Projections(**NAME, id=2))
         reason = "it is made of a cut-gradient, and none was sent in this round"
-        assert device.told[-1] == Late(**NAME, id=2, answer="projections", code="unasked", reason=reason)
+        for answer in (Projections(**NAME, id=2), Gradient(**NAME, id=2, rotation=1)):
+            device.answer(answer)
+            assert device.told[-1] == Late(**NAME, id=2, answer=name_of(answer), code="unasked", reason=reason)
         device.tell(CutGradient(**NAME))
         device.answer(Projections(**NAME, id=3))
         device.leave_round()
