@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+from hosl_protocol.run.manifest import Manifest
+from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.updates import estimate_alignment
+
+WELL_ALIGNED = 0.5
+"""An estimate that points so far towards the gradient needs no advice."""
 
 
 def score_text(correct: int, scored: int, examples: int, of_examples: int) -> str:
@@ -24,3 +32,17 @@ def in_line(behind: Sequence[str]) -> str:
     return (
         f"in line behind run {behind[0]}{others}: of runs whose bundles hold the same, under whatever name, one trains"
     )
+
+
+def advise(settings: RunSettings, manifest: Manifest) -> str | None:
+    """Say where the exact gradient would serve a run better than its probes; None where it would not."""
+    if not settings.traits.probes or not manifest.gradients:
+        return None
+    elements = sum(math.prod(entry.shape) for entry in manifest.trainable)
+    alignment = estimate_alignment(settings.directions, elements)
+    if alignment > WELL_ALIGNED:
+        return None
+    estimate = (
+        f"an estimate from {counted(settings.directions, 'direction')} points {100 * alignment:.1f} % towards the"
+    )
+    return f'{estimate} gradient of the {elements:,} numbers that train; algorithm = "first-order" computes it exactly'

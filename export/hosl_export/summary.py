@@ -14,6 +14,7 @@ from hosl_export.model.families import find_family
 from hosl_export.model.heads import is_classifier, own_labels
 from hosl_export.tensor_files import read_tensors
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, Manifest, TrainMode
+from hosl_protocol.run.updates import estimate_alignment
 
 
 class Summary(msgspec.Struct, kw_only=True, frozen=True):
@@ -177,4 +178,8 @@ def _describe_cost(summary: Summary) -> list[str]:
         return []
     probes = f"HO-SFL with its {default_directions(summary.train)} directions {summary.ho_sfl_forwards:.1f}"
     costs = f"first-order costs {summary.first_order_forwards:.1f} forwards of the device's half, {probes}"
-    return [f"  round   {costs} (floating-point operations)"]
+    alignment = 100 * estimate_alignment(default_directions(summary.train), summary.trainable_parameters)
+    return [
+        f"  round   {costs} (floating-point operations);",
+        f"          first-order has the exact gradient, an estimate of HO-SFL's points {alignment:.1f} % towards it",
+    ]

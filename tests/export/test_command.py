@@ -380,9 +380,10 @@ def test_summary_says_what_a_round_costs(export, capsys, tmp_path) -> None:
 
     shutil.rmtree(tmp_path / "bundle")
     assert export("--train", "lora") == ExitCode.OK
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, first, last = capsys.readouterr().out.splitlines()
     costs = r"  round   first-order costs [23]\.\d forwards of the device's half, HO-SFL with its 2 directions 3\.0 "
-    assert re.match(costs, last)
+    assert re.match(costs, first)
+    assert re.match(r" +first-order has the exact gradient, an estimate of HO-SFL's points \d\.\d % towards it", last)
 
 
 def test_gradients_may_be_left_out(export, capsys, tmp_path) -> None:

@@ -29,7 +29,7 @@ from hosl_cloud.exceptions import CheckpointError
 from hosl_cloud.runs.coordinator import Coordinator, MakeTail
 from hosl_cloud.runs.current_run import CurrentRun
 from hosl_cloud.runs.run import Run
-from hosl_cloud.sentences import counted
+from hosl_cloud.sentences import advise, counted
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.disk_space import when_there_is_room
 from hosl_cloud.storage.records import RunRow
@@ -91,6 +91,8 @@ async def load_run(
         coordinator.close()  # a cancelled load must not leave its compute thread behind
         raise
     say(f"run {row.id}: {_course_of(run)}")
+    if not run.round and (advice := advise(run.settings, run.manifest)):
+        say(advice)
     return coordinator
 
 

@@ -28,6 +28,14 @@ class UpdateShape(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
         return 4 * self.coefficients + self.codes
 
 
+def estimate_alignment(directions: int, elements: int) -> float:
+    """Tell how far an estimate from random directions points towards the gradient of so many numbers, from 0 to 1.
+
+    It is the mean cosine between the two, sqrt(P / d_c), with directions that are almost orthogonal.
+    """
+    return math.sqrt(min(1.0, directions / max(elements, 1)))
+
+
 def gradient_layout(settings: RunSettings, manifest: Manifest) -> GradientLayout:
     """Lay out the gradient of what trains in a bundle."""
     return GradientLayout([math.prod(entry.shape) for entry in manifest.trainable], settings.gradient_bits)
