@@ -61,7 +61,8 @@ class ShardRuntime:
         for session in before:
             # The second graph goes on from what the first one computed, under this name.
             feed[BOUNDARY] = _run(session, feed | self._weights, [self._manifest.output])[self._manifest.output]
-        return feed | _run(last, feed | self._weights, outputs)
+        # Asked for no output, ONNX Runtime gives all of them.
+        return feed | _run(last, feed | self._weights, outputs) if outputs else feed
 
     def gradients(self, given: dict[str, Tensor], cotangent_BTD: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Go through the blocks from the last to the first. Yields each trained tensor's name and gradient."""
