@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hosl_export.sources.loading import load_model
 from hosl_protocol.arithmetic.directions import direction
 from hosl_protocol.arithmetic.lattice import round_probe_step
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, Manifest, load_manifest
-from hosl_protocol.weights.estimates import UpdateRecord
+from hosl_protocol.run.updates import gradient_layout
 from services import run_round
 from support import TASK, Device, write_reviews
 
@@ -252,7 +253,7 @@ def test_the_mean_of_many_estimates_is_the_gradient(
     assert estimate @ gradient / (gradient @ gradient) == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize(("algorithm", "fall"), [("ho-sfl", 0.10), ("hosl", 0.10)])
+@pytest.mark.parametrize(("algorithm", "fall"), [("ho-sfl", 0.10), ("hosl", 0.10), ("first-order", 0.10)])
 def test_the_device_learns_where_the_tail_is_frozen(
     make_bundle: MakeBundle, tmp_path: Path, algorithm: str, fall: float
 ) -> None:
@@ -260,7 +261,7 @@ def test_the_device_learns_where_the_tail_is_frozen(
     assert losses[-1] < losses[0] - fall
 
 
-@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl"])
+@pytest.mark.parametrize("algorithm", ["ho-sfl", "hosl", "first-order"])
 def test_an_update_of_the_wrong_sign_would_be_noticed(make_bundle: MakeBundle, tmp_path: Path, algorithm: str) -> None:
     losses = train_client_only(make_bundle, tmp_path, algorithm, sign=-1)
     assert losses[-1] > losses[0]
@@ -279,7 +280,7 @@ def train_client_only(make_bundle: MakeBundle, folder: Path, algorithm: str, sig
         outcome = run_round(rounds.ROUNDS[algorithm](context(config, trainer, {"d": device}, round_)), {"d": device})
         losses.append(outcome.loss)
         update = outcome.update
-        device.weights.apply([UpdateRecord(round_, sign * update.coefficients, update.learning_rate)])
+        device.weights.apply([dataclasses.replace(update, coefficients=sign * update.coefficients)])
     return losses
 
 
@@ -307,4 +308,6 @@ def test_clients_that_probed_and_clients_that_only_replay_hold_the_same_bits(
 
 
 def context(config: RunConfig, trainer: TailTrainer, devices: dict[str, Device], round_: int = 1) -> CloudRound:
-    return CloudRound("run", 0, round_, config, trainer, sorted(devices))
+    settings, manifest = config.wire_settings(), next(iter(devices.values())).shard.manifest
+    layout = gradient_layout(settings, manifest) if settings.traits.sends_gradient else None
+    return CloudRound("run", 0, round_, config, trainer, sorted(devices), layout=layout)
