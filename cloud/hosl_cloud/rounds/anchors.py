@@ -35,7 +35,7 @@ from hosl_cloud.rounds.exchange import (
 from hosl_protocol.run.schedule import scheduled_rate
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame
-from hosl_protocol.wire.messages import Anchor, CutGradient, Gradient, Message, Projections
+from hosl_protocol.wire.messages import Anchor, CutGradient, Gradient, Message, Projections, name_of
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _take_answers(
                 "round %d: %s is left out of the average: no %s",
                 context.round,
                 ask.device,
-                numbers,
+                name_of(kind),
                 extra={"device": ask.device},
             )
             continue
