@@ -72,7 +72,9 @@ class Snapshots:
         """Whether it brings a device most of the way, and so near that a new one would bring little."""
         ahead, behind = snapshot.round - applied, self.run.round - snapshot.round
         is_needed = applied < self.run.pruned_to <= snapshot.round
-        return (is_needed or self._saves(hello, ahead)) and not self._saves(hello, behind)
+        # By bytes, too, for who needs one whatever its figures are.
+        is_near = behind * self.run.update_shape.size_bytes <= MARGIN * self.run.state_bytes
+        return (is_needed or self._saves(hello, ahead)) and is_near and not self._saves(hello, behind)
 
     def _newest(self) -> Snapshot | None:
         epoch, round_ = max(self._kept, default=(-1, 0))

@@ -160,6 +160,23 @@ def test_a_device_that_lacks_what_is_kept_no_more_is_offered_a_snapshot_whatever
     assert newer.round == run.round, "of the old one's round the updates are gone"
 
 
+def test_a_device_of_unknown_figures_gets_a_snapshot_that_leaves_it_little_to_fetch(make_run: MakeRun) -> None:
+    run = make_run(gradient_bits=8)
+    run.load()
+    assert run.kept_updates is not None
+    advance(run, run.kept_updates + 1)
+    snapshots, near = Snapshots(run, compute), int(MARGIN * run.state_bytes / run.update_shape.size_bytes)
+    first = asyncio.run(snapshots.offer(hello(), 0))
+    advance(run, near)
+    assert asyncio.run(snapshots.offer(hello(), 0)) == first
+    advance(run, 1)
+    newer = asyncio.run(snapshots.offer(hello(), 0))
+    assert newer is not None
+    assert newer.round == run.round, "the updates since the first are more than a snapshot, and all are kept"
+    assert first is not None
+    assert first.round >= run.pruned_to
+
+
 def test_bytes_of_missed_updates_make_a_download_worth_while(make_run: MakeRun) -> None:
     run = make_run(gradient_bits=8)
     run.load()
