@@ -125,7 +125,7 @@ def describe(summary: Summary) -> str:
         *_describe_head(summary),
         f"  trains  {_describe_training(summary)}",
         f"  parity  {_describe_parity(summary)}",
-        *_describe_cost(summary),
+        *_describe_gradient(summary),
     ]
     return "\n".join(lines)
 
@@ -172,14 +172,15 @@ def _describe_parity(summary: Summary) -> str:
     return text
 
 
-def _describe_cost(summary: Summary) -> list[str]:
-    """The line of what a round computes; none where first-order training is not possible."""
-    if summary.first_order_forwards is None or summary.ho_sfl_forwards is None:
+def _describe_gradient(summary: Summary) -> list[str]:
+    """The lines of the exact gradient, and of what a round with it computes; none without its graphs."""
+    if summary.gradient_error is None or summary.first_order_forwards is None or summary.ho_sfl_forwards is None:
         return []
     probes = f"HO-SFL with its {default_directions(summary.train)} directions {summary.ho_sfl_forwards:.1f}"
     costs = f"first-order costs {summary.first_order_forwards:.1f} forwards of the device's half, {probes}"
     alignment = 100 * estimate_alignment(default_directions(summary.train), summary.trainable_parameters)
     return [
+        f"  exact   gradients differ from those of torch by at most {summary.gradient_error:.1g} of a tensor's norm",
         f"  round   {costs} (floating-point operations);",
         f"          first-order has the exact gradient, an estimate of HO-SFL's points {alignment:.1f} % towards it",
     ]

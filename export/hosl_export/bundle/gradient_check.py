@@ -102,6 +102,7 @@ def _forward(client: ClientHalf, case: Case) -> Tensor:
     return h_BTD
 
 
+@torch.enable_grad()
 def _differentiate(client: ClientHalf, case: Case, trained: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw the gradient of the batch's activations [B, T, D], zero at padding. Returns it, and that of what trains."""
     h_BTD = _forward(client, case)
