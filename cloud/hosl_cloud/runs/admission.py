@@ -253,8 +253,8 @@ class Admission:
         for first in range(applied + 1, max(target, applied + 1) + 1, rows):
             last = min(first + rows - 1, target)
             updates = await asyncio.to_thread(self.run.store.updates, self.run.id, first, last)
-            # After the read: a round that was committed meanwhile may have dropped some.
-            if first <= min(self.run.pruned_to, last):
+            # By what was read: a round that is stored meanwhile drops some before `pruned_to` says so.
+            if len(updates) <= last - first:
                 raise UpdatesGone
             message = CatchUp(run=self.run.id, epoch=self.run.epoch, first_round=first, last=last >= target)
             await peer.emptied(JOIN_DEADLINE_S)  # one message at a time is in memory, however far behind it is

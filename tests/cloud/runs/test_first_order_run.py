@@ -21,7 +21,7 @@ from hosl_cloud.storage.store import Store
 from hosl_edge.history.snapshot import read_snapshot
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.weights.estimates import UpdateRecord
-from hosl_protocol.wire.messages import CatchUp, Hello, Snapshot, Welcome
+from hosl_protocol.wire.messages import CatchUp, Hello, Refusal, Snapshot, Welcome
 from services import Service, serving
 from speaking import client
 from support import TASK
@@ -235,6 +235,26 @@ def test_without_room_for_a_snapshot_who_cannot_replay_comes_back_later(
             refusal = await device.refusal()
             assert (refusal.code, refusal.retry) == ("run", True)
             assert "kept no more" in refusal.reason
+
+    serve(test, gradient_bits=32)
+
+
+def test_a_device_is_sent_no_gap_where_a_round_drops_an_update_while_it_joins(serve: Callable[..., None]) -> None:
+    async def test(service: Service) -> None:
+        run = service.coordinator.run
+        await asyncio.to_thread(advance, run, 4)
+        # As far as a round has come that is stored, and that the run does not know of yet.
+        update = update_of(run, 5)
+        await asyncio.to_thread(
+            lambda: run.store.add_round(run.id, 0, update, seconds=0.0, loss=0.0, devices=[], pruned=1)
+        )
+        assert (run.round, run.pruned_to) == (4, 0)
+        async with client(service) as device:
+            await device.send(device.hello())
+            assert isinstance(await device.receive(), Welcome)
+            refusal = await device.receive()
+            assert isinstance(refusal, Refusal)
+            assert (refusal.code, refusal.retry) == ("run", True)
 
     serve(test, gradient_bits=32)
 
