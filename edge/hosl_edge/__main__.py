@@ -9,7 +9,6 @@ import sys
 
 try:
     import argparse
-    import asyncio
     import dataclasses
     import json
     from collections.abc import Callable, Sequence
@@ -24,7 +23,14 @@ try:
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
     from hosl_protocol.program.plain import plain
-    from hosl_protocol.program.terminal import add_common_options, add_version, print_unit, run_command, terminable
+    from hosl_protocol.program.terminal import (
+        add_common_options,
+        add_version,
+        print_unit,
+        run_command,
+        run_until_interrupted,
+        terminable,
+    )
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
@@ -82,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     from hosl_edge.agent import run_agent
 
     with terminable():
-        summary = asyncio.run(run_agent(settings, WatchedPool()))
+        summary = run_until_interrupted(run_agent(settings, WatchedPool()))
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
     return int(ExitCode.OK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import faulthandler
 import importlib.metadata
@@ -11,14 +12,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 from hosl_protocol.program.installing import install_line
 from hosl_protocol.program.logs import configure_logs
 from hosl_protocol.program.plain import plain
+
+T = TypeVar("T")
 
 _EXTRAS = {"hosl-cloud": "cloud", "hosl-export": "export"}
 """What a program needs beside the device's packages."""
@@ -132,6 +136,37 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def run_until_interrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` on an event loop of its own; SIGTERM and Ctrl-C cancel it, and are raised when it has tidied up.
+
+    Raised at once, as `terminable` does, an exception could come within a library's callback, which keeps it to itself:
+    the connection would then never end, and neither would the program. A second Ctrl-C breaks off the tidying.
+    """
+    heard: list[signal.Signals] = []
+
+    async def run() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_signal(number: signal.Signals) -> None:
+            heard.append(number)
+            if len(heard) == 1:
+                task.cancel()
+            elif number is signal.SIGINT:
+                raise KeyboardInterrupt
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+        return await work
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        if not heard:
+            raise
+        raise (Terminated if heard[0] is signal.SIGTERM else KeyboardInterrupt) from None
 
 
 def _sentence_of(error: OSError) -> str:

@@ -50,6 +50,52 @@ def test_a_second_sigterm_does_not_break_off_the_tidying(tmp_path: Path) -> None
     assert ended == (ExitCode.INTERRUPTED, "tidied\n", "work: interrupted\n")
 
 
+ASYNC = """
+import argparse, asyncio, contextlib, os, signal, sys, time
+from hosl_protocol.program.terminal import add_common_options, run_command, run_until_interrupted, terminable
+
+def within_a_library():
+    # As a connection's callback does, whose errors asyncio logs.
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(0.1)
+
+async def work():
+    asyncio.get_running_loop().call_later(0.05, within_a_library)
+    try:
+        await asyncio.sleep(30)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one, as `timeout` sends it
+        await asyncio.sleep(0.2)
+        print("tidied", flush=True)
+
+parser = argparse.ArgumentParser(prog="work")
+add_common_options(parser)
+with terminable():
+    code = run_command(parser, lambda options: run_until_interrupted(work()), [])
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("number", ["signal.SIGTERM", "signal.SIGINT"])
+def test_a_signal_within_a_librarys_callback_ends_the_program_after_it_has_tidied_up(
+    tmp_path: Path, number: str
+) -> None:
+    (tmp_path / "work.py").write_text(ASYNC.replace("NUMBER", number))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=25)
+    ended = (result.returncode, result.stdout, result.stderr)
+    assert ended == (ExitCode.INTERRUPTED, "tidied\n", "work: interrupted\n")
+
+
+def test_a_second_ctrl_c_breaks_off_the_tidying(tmp_path: Path) -> None:
+    text = ASYNC.replace("NUMBER", "signal.SIGINT").replace("signal.SIGTERM)  #", "signal.SIGINT)  #")
+    (tmp_path / "work.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-m", "work"], env=environment, capture_output=True, text=True, timeout=25)
+    assert (result.returncode, result.stdout) == (ExitCode.INTERRUPTED, "")
+
+
 def test_a_crash_in_native_code_says_what_and_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(MODULE.replace("SIGTERM", "SIGSEGV"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
