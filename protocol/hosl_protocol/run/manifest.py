@@ -201,8 +201,8 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def shard_digest(self) -> str:
-        """SHA-256 over `path size sha256` lines of the shard's files, sorted, `name exponent` of what trains, and the
-        image's facts.
+        """SHA-256 over `path size sha256` lines of the shard's files, sorted, `name exponent` of what trains, the
+        image's facts, and which tensors the graphs of the gradient are bound to.
 
         Two shards of one digest compute the same, and take the same steps.
         """
@@ -210,6 +210,7 @@ class Manifest(msgspec.Struct, kw_only=True, frozen=True):
         lines = sorted(f"{entry.path} {entry.size_bytes} {entry.sha256}\n" for entry in self.shard_files)
         lines += [f"{entry.name} {entry.exponent}\n" for entry in self.trainable]
         lines += [] if self.image is None else [_image_line(self.image)]
+        lines += [_gradient_line(entry) for entry in self.gradients]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -217,6 +218,13 @@ def _image_line(image: ImageEntry) -> str:
     """What the image's entry says, numbers that are not whole as the bits of their float64."""
     numbers = [struct.pack(">d", number).hex() for number in (image.rescale, *image.mean, *image.std)]
     return " ".join([f"image {image.channels} {image.height} {image.width} {image.resample}", *numbers]) + "\n"
+
+
+def _gradient_line(entry: BlockGradient) -> str:
+    """Which graph computes a block's gradient, and what is bound to it, in the order of the names."""
+    parts = (entry.parameters, entry.gradients)
+    names = [f"{name}={tensor}" for part in parts for name, tensor in sorted(part.items())]
+    return " ".join([f"gradient {entry.block} {entry.graph}", *names]) + "\n"
 
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.

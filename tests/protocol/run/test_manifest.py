@@ -189,7 +189,18 @@ def test_shard_digest_notices_a_change_of_what_trains_and_how():
     assert len(digests) == 4
 
 
+def test_shard_digest_covers_what_graphs_of_the_gradient_are_bound_to():
+    first = BlockGradient(block=0, graph="shard/g.onnx", parameters={"b": "x", "a": "y"}, gradients={"ga": "y"})
+    changes = [{}, {"block": 1}, {"graph": "shard/h.onnx"}, {"parameters": {"b": "y", "a": "x"}}, {"gradients": {}}]
+    entries = [(msgspec.structs.replace(first, **changed),) for changed in changes]
+    digests = [make_manifest(tensors=(), files=FILES[:1], gradients=each).shard_digest for each in ((), *entries)]
+    text = f"shard/shard.onnx 10 {'a' * 64}\ngradient 0 shard/g.onnx a=y b=x ga=y\n"
+    assert digests[1] == hashlib.sha256(text.encode()).hexdigest() == GOLDEN_GRADIENT_DIGEST
+    assert len(set(digests)) == 6
+
+
 IMAGE = ImageEntry(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3, grid=(16, 8))
+GOLDEN_GRADIENT_DIGEST = "83e383ad781eac33d0abb2fc117215b04faf84b07454adbc05f17c00def88500"  # likewise
 GOLDEN_IMAGE_DIGEST = "a9286aeec39623d9327b0d656f8a472f563eb3b4097f5f34e3980d3d8f541302"  # and in protocol/README.md
 
 
