@@ -455,6 +455,7 @@ class TorchClient:
         import numpy as np
         import torch
 
+        from hosl_export.bundle.reading import fill
         from hosl_export.model.lora import plain_name
         from hosl_export.model.trainable import is_trainable, trained_blocks
         from hosl_export.tensor_files import read_tensors
@@ -465,7 +466,7 @@ class TorchClient:
         with torch.device("meta"):
             half = make_half(case)
         state = read_tensors(folder / SHARD_WEIGHTS)
-        half.model.load_state_dict({name: state[plain_name(name)] for name in half.model.state_dict()}, assign=True)
+        fill(half.model, {name: state[plain_name(name)] for name in half.model.state_dict()})
         self._trained: list[torch.nn.Parameter] = []
         for name, parameter in half.model.named_parameters():
             blocks = trained_blocks(case.split, case.train_blocks)
