@@ -24,6 +24,8 @@ from hosl_edge.host.status import read_status, readable, serve_status, status_fo
 from hosl_protocol.exceptions import ExitCode, SettingsError
 
 MANIFEST = "/v1/bundle/manifest.json"
+PATIENCE_S = 150.0
+"""To load an agent takes 20 seconds and more where another processor is imitated, on a busy machine."""
 
 
 @contextlib.contextmanager
@@ -42,18 +44,18 @@ def agent(folder: Path, name: str, server: str, *options: str) -> Iterator[subpr
             yield process
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE_S)
 
 
 def wait_for(folder: Path, name: str, is_met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The first status that meets it."""
-    ends = time.monotonic() + 30.0
+    ends = time.monotonic() + PATIENCE_S
     while True:
         with contextlib.suppress(ConnectionLost):
             document = read_status([folder], name)
             if is_met(document):
                 return document
-        assert time.monotonic() < ends, "no such status in 30 s"
+        assert time.monotonic() < ends, "no such status in all that time"
         time.sleep(0.05)
 
 
@@ -79,11 +81,11 @@ def test_agents_that_wait_tell_their_state_side_by_side(tmp_path: Path, capsys: 
         assert main(["status", *own, "pi-3"]) == ExitCode.REFUSED
         assert "there are: pi-1, pi-2" in capsys.readouterr().err
         with agent(folder, "pi-2", "ws://localhost:1") as third:
-            assert third.wait(30) == ExitCode.SETTINGS
+            assert third.wait(PATIENCE_S) == ExitCode.SETTINGS
             assert third.stderr is not None
             assert "another hosl-edge runs under it" in third.stderr.read()
         second.send_signal(signal.SIGTERM)
-        assert second.wait(20) == ExitCode.INTERRUPTED
+        assert second.wait(PATIENCE_S) == ExitCode.INTERRUPTED
         assert not (state / "pi-2.sock").exists()
 
 
@@ -95,7 +97,7 @@ def test_an_agent_without_a_run_says_once_that_it_waits(tmp_path: Path) -> None:
             found = wait_for(tmp_path / "state", "pi", lambda found: found["state"] == "waiting for a run")
             assert found["last_error"] is None
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == ExitCode.INTERRUPTED
+            assert process.wait(PATIENCE_S) == ExitCode.INTERRUPTED
             assert process.stderr is not None
             said = process.stderr.read()
     # A library may say something of its own as it loads: ONNX Runtime does where there is no /sys.
@@ -108,7 +110,7 @@ def test_an_agent_without_a_run_says_once_that_it_waits(tmp_path: Path) -> None:
 
 def test_an_agent_stops_where_memory_is_low(tmp_path: Path) -> None:
     with agent(tmp_path, "pi", "ws://localhost:1", "--min-available-memory", "900000G") as process:
-        assert process.wait(30) == ExitCode.RESOURCES
+        assert process.wait(PATIENCE_S) == ExitCode.RESOURCES
         assert process.stderr is not None
         assert "less than min_available_memory" in process.stderr.read().splitlines()[-1]
 
