@@ -56,14 +56,17 @@ class ExportedTextModel:
 
 @pytest.fixture(scope="session")
 def exported(made_once: Callable[..., Path], model_folder: Callable[[str], Path]) -> Callable[..., ExportedTextModel]:
-    """The bundle of a tiny model, exported on first use."""
+    """The bundle of a tiny model, exported on first use; without graphs of the gradient unless they are asked for."""
 
-    def get(kind: str, train: Any = "lora") -> ExportedTextModel:
+    def get(kind: str, train: Any = "lora", *, gradients: bool = False) -> ExportedTextModel:
         source = model_folder(kind)
 
         def export(bundle: Path) -> None:
-            export_bundle(ExportSettings(model=str(source), split=SPLITS[kind], out=bundle, train=train))
+            settings = ExportSettings(
+                model=str(source), split=SPLITS[kind], out=bundle, train=train, gradients=gradients
+            )
+            export_bundle(settings)
 
-        return ExportedTextModel(kind, source, made_once(f"exported-{kind}-{train}", export))
+        return ExportedTextModel(kind, source, made_once(f"exported-{kind}-{train}{'-gradients' * gradients}", export))
 
     return get

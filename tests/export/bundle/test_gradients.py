@@ -132,7 +132,7 @@ def test_equal_blocks_share_a_graph(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_graphs_are_such_that_a_device_can_run_them(exported: Any, kind: str) -> None:
-    case = exported(kind)
+    case = exported(kind, gradients=True)
     for path in {entry.graph for entry in case.manifest.gradients}:
         model = onnx.load(case.bundle / path, load_external_data=False)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
@@ -149,7 +149,7 @@ def test_graphs_are_such_that_a_device_can_run_them(exported: Any, kind: str) ->
 
 
 def test_the_shard_gives_what_each_block_is_given(exported: Any) -> None:
-    case = exported("llama")
+    case = exported("llama", gradients=True)
     client = load_client(case.bundle, case.manifest, case.weights)
     blocks = shown_blocks(client, case.manifest.tensors, None)
     assert blocks == list(range(case.manifest.split))
@@ -171,7 +171,7 @@ def cases_of(case: Any) -> list[Any]:
 
 def test_a_round_costs_the_operations_of_its_graphs(exported: Any) -> None:
     """A forward, it again in the graphs, and backward a product or two for each of its own."""
-    case = exported("opt")
+    case = exported("opt", gradients=True)
     found = check_gradients(case.bundle, case.manifest, cases_of(case))
     assert found.error < 1e-5
     assert found.probed == 1.0
@@ -182,7 +182,7 @@ def test_a_round_costs_the_operations_of_its_graphs(exported: Any) -> None:
 def test_a_graph_that_computes_something_else_is_found(
     exported: Any, tmp_path: Path, kind: str, right: str, wrong: str
 ) -> None:
-    case = exported(kind)
+    case = exported(kind, gradients=True)
     folder = tmp_path / "bundle"
     shutil.copytree(case.bundle, folder)
     graph = folder / case.manifest.gradients[0].graph
@@ -195,7 +195,7 @@ def test_a_graph_that_computes_something_else_is_found(
 
 
 def test_a_trained_tensor_that_no_graph_names_must_have_no_gradient(exported: Any) -> None:
-    case = exported("llama")
+    case = exported("llama", gradients=True)
     first, *rest = case.manifest.gradients
     fewer = msgspec.structs.replace(first, gradients=dict(list(first.gradients.items())[1:]))
     manifest = msgspec.structs.replace(case.manifest, gradients=(fewer, *rest))

@@ -46,7 +46,9 @@ def test_what_is_held_runs_the_prefix_once_and_sees_the_trained_weights_move(
     is_image, bundle = kind in IMAGE_KINDS, tmp_path / "bundle"
     source = save_image_model(kind, tmp_path / "model") if is_image else model_folder(kind)
     split = 2 if is_image else BLOCKS - 1
-    settings = ExportSettings(model=str(source), split=split, out=bundle, train="norm", train_blocks=-1)
+    settings = ExportSettings(
+        model=str(source), split=split, out=bundle, train="norm", train_blocks=-1, gradients=False
+    )
     summary = export_bundle(settings)
     assert summary.parity_error < TOLERANCE, "both graphs compute what the model computes"
     assert summary.prefix_blocks == split - 1
@@ -79,7 +81,7 @@ def test_what_is_held_runs_the_prefix_once_and_sees_the_trained_weights_move(
 
 def test_as_many_last_blocks_as_there_are_need_no_prefix(tmp_path: Path, model_folder) -> None:
     settings = ExportSettings(
-        model=str(model_folder("opt")), split=2, out=tmp_path / "b", train="norm", train_blocks=-2
+        model=str(model_folder("opt")), split=2, out=tmp_path / "b", train="norm", train_blocks=-2, gradients=False
     )
     assert export_bundle(settings).prefix_blocks == 0
     assert not (tmp_path / "b" / SHARD_PREFIX).exists()

@@ -38,7 +38,9 @@ def classifier(made_once: Callable[..., Path]) -> Callable[[str], Path]:
                     parameter.data.normal_(0.0, 0.3)
             model.save_pretrained(folder / "model")
             make_tokenizer().save_pretrained(folder / "model")
-            summary = export_bundle(ExportSettings(model=str(folder / "model"), split=2, out=folder / "bundle"))
+            summary = export_bundle(
+                ExportSettings(model=str(folder / "model"), split=2, out=folder / "bundle", gradients=False)
+            )
             (folder / "said").write_text(describe(summary))
 
         return made_once(f"classifier-{kind}", make)

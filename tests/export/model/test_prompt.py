@@ -29,7 +29,12 @@ TOKENS, LENGTH = 3, 9
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 def test_the_halves_compute_what_peft_computes_with_the_same_prompt(tmp_path: Path, model_folder, kind: str) -> None:
     settings = ExportSettings(
-        model=str(model_folder(kind)), split=2, out=tmp_path / "bundle", train="prompt", prompt_tokens=TOKENS
+        model=str(model_folder(kind)),
+        split=2,
+        out=tmp_path / "bundle",
+        train="prompt",
+        prompt_tokens=TOKENS,
+        gradients=False,
     )
     summary = export_bundle(settings)
     assert summary.parity_error < TOLERANCE
@@ -55,7 +60,12 @@ def test_the_halves_compute_what_peft_computes_with_the_same_prompt(tmp_path: Pa
 
 def test_a_prompt_may_take_all_positions_but_two(tmp_path: Path, model_folder) -> None:
     settings = ExportSettings(
-        model=str(model_folder("bert")), split=2, out=tmp_path / "bundle", train="prompt", prompt_tokens=46
+        model=str(model_folder("bert")),
+        split=2,
+        out=tmp_path / "bundle",
+        train="prompt",
+        prompt_tokens=46,
+        gradients=False,
     )
     assert export_bundle(settings).parity_error < TOLERANCE
 
