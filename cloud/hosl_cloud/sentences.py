@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import Task, preset_fields
 from hosl_protocol.run.updates import estimate_alignment
 
 WELL_ALIGNED = 0.5
@@ -32,6 +35,17 @@ def in_line(behind: Sequence[str]) -> str:
     return (
         f"in line behind run {behind[0]}{others}: of runs whose bundles hold the same, under whatever name, one trains"
     )
+
+
+def device_command(address: str, token_path: Path, task: Task | None = None) -> str:
+    """Write what a person types on a device, with the consent that `task` needs beyond what devices allow."""
+    words = ["hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE"]
+    if task is not None:
+        if not set(task.fields) <= set(preset_fields(task.name) or ()):
+            words += ["--fields", ",".join(task.fields)]
+        if task.kind == "lm":
+            words.append("--share-text")
+    return shlex.join(words)
 
 
 def advise(settings: RunSettings, manifest: Manifest) -> str | None:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from urllib.parse import quote
 
 from hosl_cloud.commands.client import add_client_options, client_of, service_file
 from hosl_cloud.exceptions import ServiceError
+from hosl_cloud.sentences import device_command as device_command
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, load_or_make_secret
 from hosl_cloud.storage.data_folder import add_data_dir, make_data_dir
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.terminal import add_common_options
-from hosl_protocol.run.tasks import Task, preset_fields
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +94,6 @@ def _add(options: argparse.Namespace) -> int:
         print(f"the token is in {path}: copy it to the device, and start there")
         print(device_command(_public_address(options), path))
     return int(ExitCode.OK)
-
-
-def device_command(address: str, token_path: Path, task: Task | None = None) -> str:
-    """Write what a person types on a device, with the consent that `task` needs beyond what devices allow."""
-    words = ["hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE"]
-    if task is not None:
-        if not set(task.fields) <= set(preset_fields(task.name) or ()):
-            words += ["--fields", ",".join(task.fields)]
-        if task.kind == "lm":
-            words.append("--share-text")
-    return shlex.join(words)
 
 
 @contextlib.contextmanager
