@@ -35,6 +35,7 @@ from hosl_cloud.rounds.exchange import CloudRound, Exchange, Fault, StatefulTrai
 from hosl_cloud.runs.admission import Admission, refuse_after_strikes
 from hosl_cloud.runs.checkpointer import Checkpointer
 from hosl_cloud.runs.fleet import Fleet
+from hosl_cloud.runs.progress import Evaluated, Evaluates, Over, RoundBegins, RoundDone
 from hosl_cloud.runs.run import Ending, Paused, Run
 from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.runs.snapshots import Snapshots
@@ -185,6 +186,7 @@ class Coordinator:
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
         await self._set_state("paused")
+        self.run.tell(Over(self.run.id, self.run.round, "paused"))
 
     async def _set_state(self, state: str) -> None:
         # Not on the compute thread: a round that was cut off may still be under way there.
@@ -198,6 +200,7 @@ class Coordinator:
 
         began = time.monotonic()
         note_place(round=self.run.round + 1)
+        self.run.tell(RoundBegins(self.run.id, self.run.round + 1, self.config.rounds))
         context = self._context(self.run.round + 1, devices)
         result = await self._drive(self._round(context))
         if result is None:
@@ -273,15 +276,17 @@ class Coordinator:
         metrics.round_seconds.labels(bundle).observe(seconds)
         metrics.train_loss.labels(bundle).set(result.loss)
 
+        devices = len(result.devices)
+        run.tell(RoundDone(run.id, run.round, self.config.rounds, result.loss, seconds, devices, wire_bytes))
         if run.round % self.config.report_every == 0 or run.round in (1, self.config.rounds):
-            devices = counted(len(result.devices), "device")
-            self.say(f"round {run.round}/{self.config.rounds}: loss {result.loss:.4f}, {seconds:.2f} s, {devices}")
+            who = counted(devices, "device")
+            self.say(f"round {run.round}/{self.config.rounds}: loss {result.loss:.4f}, {seconds:.2f} s, {who}")
 
         figures = {
             "train/loss": result.loss,
             "round/seconds": seconds,
             "round/wire_bytes": wire_bytes,
-            "round/devices": len(result.devices),
+            "round/devices": devices,
         }
         await self._compute(lambda: self._tensorboard.add(result.update.round, figures))
 
@@ -321,6 +326,7 @@ class Coordinator:
         metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
         figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
         await self._compute(lambda: self._tensorboard.add(self.run.round, figures))
+        self.run.tell(Evaluated(self.run.id, evaluation))
         score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
         self.say(f"evaluation at round {self.run.round}: accuracy {score}, loss {evaluation.loss:.4f}")
 
@@ -342,6 +348,7 @@ class Coordinator:
             if not devices or self._is_stopping:
                 return None
 
+            self.run.tell(Evaluates(self.run.id, self.run.round))
             peers = [self.fleet.peers[name] for name in devices]
             examples = await self._selection.held_out_examples(peers)
             digests = {peer.name: peer.eval_digest for peer in peers}
@@ -368,6 +375,7 @@ class Coordinator:
         for name in self.fleet.ready_names():
             self.admission.complete(self.fleet.peers[name])
         await self._set_state("completed" if ending == "stopped-early" else ending)
+        self.run.tell(Over(self.run.id, self.run.round, ending))
 
     async def _await_reports(self) -> None:
         """Give devices a moment to report on the last round; their figures are the run's record."""

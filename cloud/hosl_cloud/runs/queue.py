@@ -23,6 +23,7 @@ from hosl_cloud.exceptions import ApiError, StoreError, is_disk_full
 from hosl_cloud.runs.coordinator import Coordinator, MakeTail
 from hosl_cloud.runs.current_run import CurrentRun, CurrentRuns
 from hosl_cloud.runs.event_log import EventLog
+from hosl_cloud.runs.progress import Listener
 from hosl_cloud.runs.resume import load_run
 from hosl_cloud.runs.retry_schedule import RetrySchedule
 from hosl_cloud.runs.run import Ending, Paused
@@ -58,6 +59,8 @@ class RunQueue:
         self.events = EventLog(store)
         self.retries = RetrySchedule()
         self.current = CurrentRuns()
+        self.listeners: list[Listener] = []
+        """Who follows all runs that are loaded from now on."""
         self._tell = say
 
         self._failed_to_load: set[str] = set()
@@ -189,7 +192,7 @@ class RunQueue:
             self.say(sentence, current.run)
 
         folder = self.folder(current.run)
-        current.coordinator = await load_run(current, self.store, folder, say, self._make_tail)
+        current.coordinator = await load_run(current, self.store, folder, say, self._make_tail, self.listeners)
         return current.coordinator
 
     async def _fail_to_load(self, run: str, error: Exception) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from hosl_cloud.exceptions import CheckpointError
 from hosl_cloud.runs.coordinator import Coordinator, MakeTail
 from hosl_cloud.runs.current_run import CurrentRun
+from hosl_cloud.runs.progress import Listener
 from hosl_cloud.runs.run import Run
 from hosl_cloud.sentences import advise, counted
 from hosl_cloud.settings import RunConfig
@@ -64,7 +65,12 @@ def find_run(store: Store, manifest: Manifest, config: RunConfig) -> RunRow | No
 
 
 async def load_run(
-    current: CurrentRun, store: Store, folder: Path, say: Callable[[str], None], make_tail: MakeTail
+    current: CurrentRun,
+    store: Store,
+    folder: Path,
+    say: Callable[[str], None],
+    make_tail: MakeTail,
+    listeners: list[Listener],
 ) -> Coordinator:
     """Load a run's newest good state from its `folder`, or the bundle's own. Called on the event loop.
 
@@ -83,7 +89,17 @@ async def load_run(
         again = f"; {point.dropped} rounds after it are made again" if point.dropped else ""
         say(f"run {row.id} resumes after round {point.round}{again}")
 
-    run = Run(row.id, row.config, current.manifest, current.bundle, folder, store, epoch=point.epoch, round=point.round)
+    run = Run(
+        row.id,
+        row.config,
+        current.manifest,
+        current.bundle,
+        folder,
+        store,
+        epoch=point.epoch,
+        round=point.round,
+        listeners=listeners,
+    )
     coordinator = Coordinator(run, say, make_tail=make_tail)
     try:
         await coordinator.prepare(None if point.checkpoint is None else point.checkpoint.path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from hosl_cloud.runs.progress import Event, Listener
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.client_state import write_snapshot
 from hosl_cloud.storage.mirror import load_shard_weights
@@ -67,6 +68,8 @@ class Run:
     """The last round whose update the store has dropped; from there on devices can replay."""
     digests: dict[int, str] = field(default_factory=dict)
     """Digest of the devices' weights by round."""
+    listeners: list[Listener] = field(default_factory=list)
+    """Who follows the run."""
     settings: RunSettings = field(init=False)
     update_shape: UpdateShape = field(init=False)
     layout: GradientLayout | None = field(init=False)
@@ -95,6 +98,11 @@ class Run:
         if self.layout is None:
             return None
         return max(LEAST_KEPT, math.ceil(KEPT_STATES * self.state_bytes / self.update_shape.size_bytes))
+
+    def tell(self, event: Event) -> None:
+        """Tell whoever follows the run, on the event loop."""
+        for listener in self.listeners:
+            listener(event)
 
     def load(self, state: ClientState | None = None) -> None:
         """Make the mirror of the client's weights at `round`, from a checkpoint's `state` where it has one.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from hosl_cloud.exceptions import NoDevicesError
 from hosl_cloud.runs.fleet import Fleet, Participant
+from hosl_cloud.runs.progress import Waits
 from hosl_cloud.runs.run import Run
 from hosl_protocol.run.ordering import sample_devices
 
@@ -85,7 +86,7 @@ class DeviceSelection:
             self._say(f"waits for devices: {len(ready)} of {count} are there")
 
         def is_time() -> bool:
-            return self._is_stopping() or len(self._fleet.ready_names()) >= count
+            return self._is_stopping() or self._tell_ready(len(self._fleet.ready_names()), count)
 
         await self._fleet.wait_until(is_time, timeout_s, count)
 
@@ -96,6 +97,13 @@ class DeviceSelection:
             self._say(f"waits for devices: {', '.join(absent)}")
 
         def is_time() -> bool:
-            return self._is_stopping() or set(devices) <= set(self._fleet.ready_names())
+            there = set(devices) & set(self._fleet.ready_names())
+            return self._is_stopping() or self._tell_ready(len(there), len(set(devices)))
 
         await self._fleet.wait_until(is_time, None, len(devices), devices)
+
+    def _tell_ready(self, ready: int, needed: int) -> bool:
+        """Whether enough devices are there; where they are not, whoever follows the run is told how many are."""
+        if ready < needed:
+            self._run.tell(Waits(self._run.id, ready, needed))
+        return ready >= needed
