@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,10 @@ from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, run_folder
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
-from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
 
 if TYPE_CHECKING:
     from hosl_cloud.storage.records import Evaluation
     from hosl_cloud.tail.checkpoint import CheckpointInfo
-
-log = logging.getLogger(__name__)
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -39,48 +35,35 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from hosl_cloud.storage.mirror import replay_client
     from hosl_cloud.tail.card import CARD
-    from hosl_cloud.tail.checkpoint import find_checkpoint, read_client
-    from hosl_cloud.tail.merge import PROMPT_FOLDER, merge_run
+    from hosl_cloud.tail.stored_merge import merge_stored
 
     database = options.data_dir / DATABASE
     if not database.exists():
         raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
-    store = Store(database)
-    try:
-        stored = store.run(options.run)
-        run = dataclasses.replace(stored, settings=stored.settings.for_merge(stored.id))
-        if stored.settings.problem:
-            log.warning("run %s: %s; it is merged without", run.id, stored.settings.problem)
-        if run.config.baseline == "first-order":
-            raise SettingsError(
-                "RUN", run.id, "its client half was trained first-order, and is gone with the simulation"
-            )
-        bundle = options.bundle or run.bundle
-        manifest = load_manifest(bundle)
-        if manifest.shard_digest != run.shard_digest:
-            raise BundleError(f"{bundle} is not the bundle of run {run.id}: name the right one with --bundle")
-        check_files(bundle, manifest)
-        checkpoint = find_checkpoint(run_folder(options.data_dir, run.id), options.checkpoint)
-        state = read_client(checkpoint.path, manifest)
-        client = replay_client(store, run, bundle, manifest, checkpoint.info.round, state)
-        before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
-    finally:
-        store.close()
+    with contextlib.closing(Store(database)) as store:
+        id_ = store.run(options.run).id
+        found = merge_stored(
+            store,
+            id_,
+            run_folder(options.data_dir, id_),
+            options.out,
+            adapter=options.adapter,
+            which=options.checkpoint,
+            bundle=options.bundle,
+        )
 
-    merged = merge_run(bundle, manifest, client, checkpoint.path, options.out, options.adapter, run.id)
-    prompt = options.out / PROMPT_FOLDER if manifest.prompt_tokens else None
+    merged, prompt = found.merged, found.prompt
     if options.json:
-        facts = {"run": run.id, "round": merged.info.round, "out": str(options.out)}
+        facts = {"run": id_, "round": merged.info.round, "out": str(options.out)}
         print(json.dumps(facts if prompt is None else {**facts, "prompt": str(prompt)}))
         return int(ExitCode.OK)
 
     is_unscored = options.checkpoint == "best" and merged.info.metrics is None
     which = "newest checkpoint; none was evaluated" if is_unscored else f"{options.checkpoint} checkpoint"
-    print(f"run {run.id} at round {merged.info.round} ({which}) is in {options.out}")
+    print(f"run {id_} at round {merged.info.round} ({which}) is in {options.out}")
     print(f"{options.out / CARD} shows how to use it")
-    if harm := _harm(before, merged.info):
+    if harm := _harm(found.before, merged.info):
         print(harm)
     if merged.untied_bytes:
         size = f"{merged.untied_bytes / 1e6:.0f} MB more than tied"

@@ -20,11 +20,10 @@ from urllib.parse import urlsplit
 
 from hosl_cloud.commands.devices import device_command
 from hosl_cloud.service.listen import ListenSettings, write_service_file
-from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, METRICS_TOKEN_FILE, load_or_make_secret, load_or_make_token
+from hosl_cloud.service.opening import ahead_of, choose_first, open_service
+from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE
 from hosl_cloud.settings import RunConfig, load_config
-from hosl_cloud.storage.data_folder import BUNDLES, DATABASE, SERVICE_FILE, add_data_dir, hint, lock, make_data_dir
-from hosl_cloud.storage.records import UNENDED
-from hosl_cloud.storage.store import Store
+from hosl_cloud.storage.data_folder import BUNDLES, add_data_dir, hint, make_data_dir
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
 from hosl_protocol.run.manifest import Manifest, check_files, load_manifest
@@ -32,7 +31,6 @@ from hosl_protocol.run.tasks import Task
 
 if TYPE_CHECKING:
     from hosl_cloud.runs.coordinator import MakeTail
-    from hosl_cloud.runs.queue import RunQueue
     from hosl_cloud.service.server import Service
 
 
@@ -130,40 +128,24 @@ def _serve(
 ) -> str | None:
     """Make everything ready, and serve; how the run of --config ended. `leaving` frees what was taken."""
     data_dir: Path = options.data_dir
-    fingerprint = listen.authority.fingerprint if listen.authority is not None else ""
-    token, token_path = load_or_make_token(data_dir, fingerprint)
-    admin_token = load_or_make_secret(data_dir / ADMIN_TOKEN_FILE)
-    metrics_token = load_or_make_secret(data_dir / METRICS_TOKEN_FILE)
-    leaving.callback(lock(data_dir).close)  # the last that is freed: until then nobody else may begin here
-    if (data_dir / SERVICE_FILE).exists():  # whoever wrote it is gone, for the lock is ours
-        _say("the service that was here before was killed, or crashed: it did not leave in order")
-
     # OpenMP threads that spin while they wait take the cores from everything else on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # These import torch, which takes seconds; what can be refused is refused before.
-    from hosl_cloud.runs.queue import RunQueue
-    from hosl_cloud.service.access import Authenticator, DeviceTokens
-    from hosl_cloud.service.server import Service
-
     # Freed in the reverse order: the log is written, the ranks leave, and the store is closed while the lock is held.
-    store = Store(data_dir / DATABASE)
-    leaving.callback(store.close)
-    leaving.callback((data_dir / SERVICE_FILE).unlink, missing_ok=True)
-    runs = RunQueue(store, data_dir, _say, leaving.enter_context(_tails(options)))
-    leaving.callback(runs.events.close)
+    opened = leaving.enter_context(open_service(data_dir, listen, _say, lambda: _tails(options)))
+    runs = opened.runs
 
-    run = None if first is None else _choose_first(runs, options, *first)
+    run = None if first is None else choose_first(runs, options.bundle, *first, begins_anew=options.new)
     if options.once and run is None:
         return None
-    ahead = [] if run is None else _ahead_of(store, run)
+    ahead = [] if run is None else ahead_of(runs.store, run)
     for run_ahead in ahead:
         _say(f"run {run_ahead} goes on first, and run {run} after it")
 
-    authenticator = Authenticator(DeviceTokens(store, fingerprint), token, admin_token, metrics_token=metrics_token)
-
     bundles: Path = options.bundles or data_dir / BUNDLES
     bundles.mkdir(parents=True, exist_ok=True)
-    service = Service(runs, authenticator, listen, bundles, run if options.once else None, run, options.drain_s)
+    from hosl_cloud.service.server import Service
+
+    service = Service(runs, opened.authenticator, listen, bundles, run if options.once else None, run, options.drain_s)
 
     def on_listening(address: str) -> None:
         # Only now: who reads it finds the service listening.
@@ -174,7 +156,7 @@ def _serve(
         page = listen.public_address(port).replace("ws", "http", 1)
         _say(f"status page: {page}/ takes the token in {data_dir / ADMIN_TOKEN_FILE}")
         task = first[1].task if first is not None else None
-        for sentence in _ways_to_join(listen, address, token_path, data_dir, task):
+        for sentence in _ways_to_join(listen, address, opened.token_path, data_dir, task):
             _say(sentence)
 
     ending = asyncio.run(_train(service, run if not ahead else None, on_listening))
@@ -182,7 +164,7 @@ def _serve(
         return ending
 
     # One that waited in line all the time has no ending here.
-    row = store.run(run)
+    row = runs.store.run(run)
     if row.state in ("pending", "paused"):
         _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
         return "paused"
@@ -217,47 +199,6 @@ def _tails(options: argparse.Namespace) -> Iterator[MakeTail]:
         yield partial(GroupTrainer, group)
     finally:
         group.shut_down()
-
-
-def _choose_first(runs: RunQueue, options: argparse.Namespace, manifest: Manifest, config: RunConfig) -> str | None:
-    """Choose the unfinished run of these settings, or a new one; None where the newest of them is completed.
-
-    Unfinished runs that an earlier `serve --config` began make way for it.
-    """
-    from hosl_cloud.runs.resume import find_run
-
-    row = None if options.new else find_run(runs.store, manifest, config)
-    if row is not None and row.state == "completed":
-        runs.say(f"run {row.id} of these settings is completed; --new begins another")
-        return None
-    going_on = row.id if row is not None and row.state in UNENDED else None
-    _make_way(runs, options, manifest, config, keeps=going_on)
-    return going_on or runs.create(options.bundle, config, "serve")
-
-
-def _make_way(
-    runs: RunQueue, options: argparse.Namespace, manifest: Manifest, config: RunConfig, keeps: str | None
-) -> None:
-    """Stop what an earlier `serve --config` began, but for one; where none goes on, say which one could."""
-    others = [row for row in runs.store.runs() if row.shard_digest == manifest.shard_digest]
-    for other in others:
-        if other.state in UNENDED and other.begun_by == "serve" and other.id != keeps:
-            runs.store.set_state(other.id, "stopped")
-            why = "--new was given" if not other.settings.problem and other.config == config else "other settings"
-            remedy = hint(f"run resume {other.id}", options.data_dir)
-            runs.say(f"run {other.id} ({why}) is stopped; {remedy} goes on with it", other.id, is_ending=True)
-
-    over = [row for row in others if row.state in ("stopped", "failed") and row.round and not row.settings.problem]
-    if over and keeps is None:
-        remedy = hint(f"run resume {over[-1].id}", options.data_dir)
-        state = f"{over[-1].state} at round {over[-1].round}"
-        runs.say(f"run {over[-1].id} of this bundle {state}; {remedy} goes on with it, and a new run begins now")
-
-
-def _ahead_of(store: Store, run: str) -> list[str]:
-    """List unfinished runs of the same bundle that are in line before it."""
-    unfinished, shard = store.unfinished_runs(), store.run(run).shard_digest
-    return [id_ for id_ in unfinished[: unfinished.index(run)] if store.run(id_).shard_digest == shard]
 
 
 def _ways_to_join(

@@ -10,11 +10,10 @@ import os
 from pathlib import Path
 
 from hosl_cloud.settings import load_config
-from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, hint, lock, make_data_dir, new_run_id, run_folder
-from hosl_cloud.storage.store import Store
+from hosl_cloud.storage.data_folder import add_data_dir, hint
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.terminal import add_common_options
-from hosl_protocol.run.manifest import check_files, load_manifest
+from hosl_protocol.run.manifest import load_manifest
 
 _say = logging.getLogger("hosl-cloud").info
 
@@ -51,8 +50,8 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     # OpenMP threads that spin while they wait take the cores from the devices' forwards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from hosl_cloud.runs.run import Run
     from hosl_cloud.simulation.baselines import prepare_config
+    from hosl_cloud.simulation.opening import new_simulated_run
     from hosl_cloud.simulation.partition import Partition
     from hosl_cloud.simulation.results import summarize, write_csv
     from hosl_cloud.simulation.virtual_devices import check_fleet, simulate
@@ -66,29 +65,19 @@ def _simulate(options: argparse.Namespace) -> int:
 
     if options.csv is not None:
         options.csv.open("a").close()  # a path that cannot be written is an error now, and not after the run
-    make_data_dir(options.data_dir)
-    check_files(options.bundle, manifest)
 
     threads = options.threads or len(os.sched_getaffinity(0))
-    # The lock before the store: a service may be writing to it.
-    locked, store = lock(options.data_dir), Store(options.data_dir / DATABASE)
-    try:
-        id_, bundle = new_run_id(config.name, store), options.bundle.resolve()
-        run = Run(id_, config, manifest, bundle, run_folder(options.data_dir, id_), store)
-        store.create_run(id_, bundle, manifest.shard_digest, config, "simulate")
-        say = _say if not options.json else lambda sentence: None
+    say = _say if not options.json else lambda sentence: None
+    with new_simulated_run(options.data_dir, options.bundle, manifest, config) as run:
         ending = asyncio.run(
             simulate(run, options.data, options.eval, partition, threads, say, skip_broken=options.skip_broken)
         )
         if options.csv is not None:
-            write_csv(store, id_, options.csv)
+            write_csv(run.store, run.id, options.csv)
         if options.json:
-            print(json.dumps(summarize(store, id_)))
-        sentence = f"run {id_} {ending} at round {run.round}"
+            print(json.dumps(summarize(run.store, run.id)))
+        sentence = f"run {run.id} {ending} at round {run.round}"
         if config.baseline != "first-order":  # whose client half is gone with this process
-            sentence += f"; take it with: {hint(f'merge {id_} --out DIR', options.data_dir)}"
+            sentence += f"; take it with: {hint(f'merge {run.id} --out DIR', options.data_dir)}"
         say(sentence)
-    finally:
-        store.close()
-        locked.close()
     return int(ExitCode.OK)

@@ -18,7 +18,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -59,7 +59,14 @@ MAX_VOID_ROUNDS = 5
 MakeTail: TypeAlias = Callable[[Path, Manifest, RunConfig], StatefulTrainer]
 """Loads a bundle's tail."""
 
+Pace: TypeAlias = Callable[[], Awaitable[None]]
+"""Awaited before each try of a round: whoever leads the run by hand holds it there."""
+
 T = TypeVar("T")
+
+
+async def at_once() -> None:
+    """Hold nothing up."""
 
 
 class Coordinator:
@@ -71,10 +78,11 @@ class Coordinator:
         say: Callable[[str], None],
         round_: RoundFunction | None = None,
         make_tail: MakeTail = TailTrainer,
+        pace: Pace = at_once,
     ) -> None:
         """`say` tells a person how the run goes; `round_` stands for the algorithm's own round."""
         self.run, self.config, self.store, self.say = run, run.config, run.store, say
-        self._make_tail = make_tail
+        self._make_tail, self._pace = make_tail, pace
         self.fleet = Fleet(self._compute, self._strike, run.bundle.name)
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
@@ -146,6 +154,7 @@ class Coordinator:
                 return await self._finish("stopped-early")
 
         while run.round < rounds and not self._is_stopping:
+            await self._pace()
             if not await self._train_round():
                 continue
             if self._is_evaluation_due():

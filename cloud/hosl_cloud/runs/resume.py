@@ -1,6 +1,6 @@
 """Going on with a run that was cut off. This is the whole story, and where each part of it is:
 
-1. Which run. `hosl-cloud serve` goes on with the run of its bundle and settings (`find_run`, which commands/serve.py
+1. Which run. `hosl-cloud serve` goes on with the run of its bundle and settings (`find_run`, which service/opening.py
    asks). All other unfinished runs have their turn as the store lists them (RunQueue.work in runs/queue.py).
 2. From where. `rewind_to_checkpoint` takes the newest good checkpoint. Rounds after it are marked superseded in the
    store, never deleted, and a new epoch begins (Store.rewind_run).

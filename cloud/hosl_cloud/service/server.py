@@ -12,6 +12,7 @@ import contextlib
 import gc
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,15 @@ class Service:
     """What a run may take to end its round; None: two deadlines of a stage."""
 
 
-async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending | Paused | None:
-    """Serve until a signal, a request to drain, or the end of a run; how that run ended. Raises what ended it."""
+async def serve(
+    service: Service, on_listening: Callable[[str], None], leave: asyncio.Event | None = None
+) -> Ending | Paused | None:
+    """Serve until a signal, a request to drain, the end of a run, or `leave`; how that run ended. Raises what ended it.
+
+    Beside the main thread, which alone can take signals, `leave` stands for them.
+    """
     runs, authenticator, listen = service.runs, service.authenticator, service.listen
-    leave = asyncio.Event()
+    leave = asyncio.Event() if leave is None else leave
 
     def disconnect(name: str, reason: str) -> None:
         for current in runs.current.all():
@@ -117,7 +123,8 @@ async def serve(service: Service, on_listening: Callable[[str], None]) -> Ending
         leave.set()
 
     # uvicorn's own handlers are off (`_Server`): it would close the devices' sockets before their runs are paused.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    is_main = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGTERM, signal.SIGINT) if is_main else ():
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from hosl_cloud import metrics
 from hosl_cloud.rounds.exchange import Ask, Tally
-from hosl_cloud.runs.coordinator import Coordinator
+from hosl_cloud.runs.coordinator import Coordinator, Pace, at_once
 from hosl_cloud.runs.run import Ending, Run
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.simulation.baselines import FirstOrderClient, share_weights, zeroth_order_round
@@ -67,19 +67,24 @@ async def simulate(
     say: Say,
     *,
     skip_broken: bool = False,
+    on_loaded: Callable[[Coordinator], None] = lambda coordinator: None,
+    pace: Pace = at_once,
 ) -> Ending:
     """Train to the end with `run.config.devices.start_with` virtual devices on `data`; the first one evaluates.
 
-    Raises DataError, SettingsError, and what a run raises.
+    `on_loaded` is called when everything is loaded and nothing has begun. Raises DataError, SettingsError, and what a
+    run raises.
     """
     shared = await asyncio.to_thread(load_shared_state, run, data, held_out, threads, skip_broken=skip_broken)
 
-    coordinator = Coordinator(run, say, zeroth_order_round if run.config.baseline == "zeroth-order" else None)
+    own_round = zeroth_order_round if run.config.baseline == "zeroth-order" else None
+    coordinator = Coordinator(run, say, own_round, pace=pace)
     try:
         await coordinator.prepare()
         coordinator.fleet.tally = shared.tally  # the codec's bytes count as the wire's
         for device in make_devices(shared, partition, run.config.devices.start_with):
             coordinator.fleet.peers[device.name] = device  # no admission: they hold the base shard's weights
+        on_loaded(coordinator)
         ending = await coordinator.train()
         shared.check()
         assert ending != "paused"  # nobody asks a simulation to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from hosl_cloud.commands.serve import _ahead_of, _choose_first
 from hosl_cloud.runs.admission import _plan
 from hosl_cloud.runs.coordinator import Coordinator
 from hosl_cloud.runs.queue import RunQueue
 from hosl_cloud.runs.resume import ResumePoint, find_run, rewind_to_checkpoint
 from hosl_cloud.runs.run import Run
 from hosl_cloud.runs.selection import DeviceSelection
+from hosl_cloud.service.opening import ahead_of, choose_first
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import list_checkpoints, save_checkpoint
@@ -136,12 +135,11 @@ def test_an_unfinished_run_goes_before_a_newer_one_that_is_over_and_a_simulation
     assert found() == "run-2"
 
 
-def serve(site: Site, seed: int = 5, **options: Any) -> str | None:
+def serve(site: Site, seed: int = 5, *, new: bool = False) -> str | None:
     """What `serve --config` chooses, with settings of this seed."""
-    given = argparse.Namespace(bundle=site.bundle.path, data_dir=site.folder.parent, **{"new": False, **options})
     config = msgspec.structs.replace(site.config, seed=seed)
     runs = RunQueue(site.store, site.folder.parent, site.said.append)
-    return _choose_first(runs, given, site.bundle.manifest, config)
+    return choose_first(runs, site.bundle.path, site.bundle.manifest, config, begins_anew=new)
 
 
 def test_serve_with_a_config_typed_again_goes_on_with_its_run_and_begins_no_second_one(site: Site) -> None:
@@ -160,8 +158,8 @@ def test_a_run_that_somebody_started_is_never_stopped_and_goes_first(site: Site)
     run = serve(site, seed=6)
     assert run is not None
     assert site.store.run("run-1").state == "running"
-    assert _ahead_of(site.store, run) == ["run-1"]
-    assert (_ahead_of(site.store, "run-1"), site.said) == ([], [])
+    assert ahead_of(site.store, run) == ["run-1"]
+    assert (ahead_of(site.store, "run-1"), site.said) == ([], [])
 
 
 def test_edited_settings_stop_the_run_that_an_earlier_serve_began_and_say_how_it_goes_on(site: Site) -> None:
