@@ -6,6 +6,7 @@ and our own: every value that was ever set is kept as a series, so nothing that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Mapping
 from functools import lru_cache
@@ -22,7 +23,14 @@ round_seconds = Histogram(
     buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
 train_loss = Gauge("hosl_train_loss", "Mean loss of the last round.", ["bundle"])
-eval_accuracy = Gauge("hosl_eval_accuracy", "Accuracy of the last evaluation.", ["bundle"])
+eval_accuracy = Gauge("hosl_eval_accuracy", "Share of right predictions in the last evaluation.", ["bundle"])
+eval_right = Gauge("hosl_eval_right", "Right predictions in the last evaluation.", ["bundle"])
+eval_scored = Gauge("hosl_eval_scored", "All predictions in the last evaluation.", ["bundle"])
+eval_macro_f1 = Gauge("hosl_eval_macro_f1", "Mean of the classes' F1 in the last evaluation.", ["bundle"])
+eval_perplexity = Gauge("hosl_eval_perplexity", "Perplexity of the text in the last evaluation.", ["bundle"])
+eval_class_accuracy = Gauge(
+    "hosl_eval_class_accuracy", "Accuracy among the examples of a class in the last evaluation.", ["bundle", "class"]
+)
 devices_connected = Gauge("hosl_devices_connected", "Devices that are ready for a round.", ["bundle"])
 device_reconnects = Counter("hosl_device_reconnects", "Connections of devices that were in the run before.", ["bundle"])
 catchup_rounds = Histogram(
@@ -44,6 +52,49 @@ for _reason in ("missing", "wrong", "revoked", "remote", "role", "origin", "rate
     auth_failures.labels(_reason)  # a series from the start on
 runs = Gauge("hosl_runs", "Runs by state.", ["state"])
 STATES = ("pending", "running", "paused", "completed", "failed", "stopped")
+
+
+MOST_CLASSES = 50
+"""Of a task whose classes have a series each."""
+
+_classes: dict[str, set[str]] = {}
+"""Classes that have a series, by bundle."""
+
+
+def note_evaluation(
+    bundle: str,
+    *,
+    accuracy: float,
+    right: int,
+    scored: int,
+    macro_f1: float | None,
+    perplexity: float | None,
+    accuracy_of: Mapping[str, float],
+) -> None:
+    """Set the figures of an evaluation; those that it does not have are shown no more.
+
+    `accuracy_of` is by class; with more than MOST_CLASSES none of them is shown.
+    """
+    eval_accuracy.labels(bundle).set(accuracy)
+    eval_right.labels(bundle).set(right)
+    eval_scored.labels(bundle).set(scored)
+    for gauge, value in ((eval_macro_f1, macro_f1), (eval_perplexity, perplexity)):
+        if value is None:
+            _remove(gauge, bundle)  # of another run's task
+        else:
+            gauge.labels(bundle).set(value)
+
+    shown = accuracy_of if len(accuracy_of) <= MOST_CLASSES else {}
+    for name in _classes.get(bundle, set()) - shown.keys():
+        _remove(eval_class_accuracy, bundle, name)
+    for name, value in shown.items():
+        eval_class_accuracy.labels(bundle, name).set(value)
+    _classes[bundle] = set(shown)
+
+
+def _remove(gauge: Gauge, *labels: str) -> None:
+    with contextlib.suppress(KeyError):  # older versions of the library raise it where there is no such series
+        gauge.remove(*labels)
 
 
 def count_runs(states: Mapping[str, int]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings
@@ -17,11 +18,55 @@ WELL_ALIGNED = 0.5
 
 
 def score_text(correct: int, scored: int, examples: int, of_examples: int) -> str:
-    """An accuracy, and what it is of: predictions, and how many of the held-out examples were scored if not all."""
+    """Say an accuracy, and what it is of: `93.8 % (75 of 80 right, 80 of 80 examples scored)`.
+
+    `correct` and `scored` are predictions; `examples` of `of_examples` held-out examples are those that were scored,
+    which an evaluation of an older version does not know.
+    """
     text = f"{100 * correct / max(scored, 1):.1f} % ({correct} of {scored} right"
-    if examples < of_examples:
-        text += f"; only {examples} of {of_examples} held-out examples were scored"
+    if of_examples:
+        only = "only " if examples < of_examples else ""
+        text += f", {only}{examples} of {of_examples} examples scored"
     return f"{text})"
+
+
+def figures_text(macro_f1: float | None, perplexity: float | None) -> str:
+    """Say what an evaluation has beside accuracy and loss, after a comma; empty where it has nothing."""
+    f1 = "" if macro_f1 is None else f", macro F1 {macro_f1:.3f}"
+    return f1 if perplexity is None else f"{f1}, perplexity {perplexity:.4g}"
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """Say an evaluation, and class by class where it has classes; `evaluation` is what the HTTP API answers."""
+    score = score_text(*(evaluation[name] for name in ("right", "scored", "examples", "of_examples")))
+    more = figures_text(evaluation["macro_f1"], evaluation["perplexity"])
+    yield f"evaluation at round {evaluation['round']}: accuracy {score}, loss {evaluation['loss']:.4f}{more}"
+
+    classes, confusion = evaluation["classes"], evaluation["confusion"]
+    if not classes:
+        return
+    names = [each["name"] for each in classes]
+    width = max(len(name) for name in (*names, "class"))
+    yield f"{'class':<{width}}  examples  accuracy  precision     F1  most often taken for"
+    for place, each in enumerate(classes):
+        mistaken = "" if confusion is None else _most_taken_for(names, confusion[place], place)
+        figures = f"{_percent(each['accuracy']):>8}  {_percent(each['precision']):>9}  {_digits(each['f1']):>5}"
+        yield f"{each['name']:<{width}}  {each['examples']:>8}  {figures}  {mistaken}".rstrip()
+
+
+def _most_taken_for(names: Sequence[str], row: Sequence[int], place: int) -> str:
+    """Name the class that a class's wrong predictions fell on most; empty where all were right."""
+    wrong = [0 if column == place else count for column, count in enumerate(row)]
+    most = max(wrong)
+    return f"{names[wrong.index(most)]} ({most})" if most else ""
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def counted(count: int, noun: str) -> str:

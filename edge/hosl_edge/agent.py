@@ -60,6 +60,10 @@ class Summary:
     outcome: str
     rounds: int
     accuracy: float | None
+    """right / scored; null without held-out data."""
+    right: int | None
+    scored: int | None
+    """Right predictions of the device's own held-out data, and all of them, in its last evaluation."""
     weights_digest: str
     peak_rss_bytes: int
     anonymous_bytes: int
@@ -299,6 +303,8 @@ class Agent:
             "rounds": progress.rounds,
             "loss": progress.loss,
             "accuracy": progress.accuracy,
+            "right": progress.right,
+            "scored": progress.scored,
             "step_seconds": progress.step_seconds,
             "memory_bytes": memory.resident,
             "peak_memory_bytes": memory.peak,
@@ -326,6 +332,8 @@ class Agent:
             outcome=complete.reason,
             rounds=complete.round,
             accuracy=progress.accuracy,
+            right=progress.right,
+            scored=progress.scored,
             weights_digest=await in_thread(self._device.digest),
             peak_rss_bytes=memory.peak,
             anonymous_bytes=memory.anonymous,

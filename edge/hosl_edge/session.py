@@ -186,7 +186,8 @@ class Session:
         # From here on, whatever becomes of the plan: messages of another run or epoch are dropped.
         self._welcome = welcome
         if welcome.run != self.progress.run:
-            self.progress.round, self.progress.loss, self.progress.accuracy = welcome.round, None, None
+            self.progress.round, self.progress.loss = welcome.round, None
+            self.progress.right = self.progress.scored = None
         self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
 
@@ -286,7 +287,7 @@ class Session:
         steps = rounds.evaluate(self._begin(start), self.device.eval, on_result)
         interruption = await self._driver.drive(steps, start)
         if interruption is None and totals[1]:
-            self.progress.accuracy, self.progress.accuracy_round = float(totals[0] / totals[1]), start.round
+            (self.progress.right, self.progress.scored), self.progress.accuracy_round = totals.tolist(), start.round
             self.display.show(self.progress)
         return interruption
 

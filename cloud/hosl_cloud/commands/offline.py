@@ -13,6 +13,7 @@ import msgspec
 from hosl_cloud.commands.client import is_local
 from hosl_cloud.runs.run_status import LiveState, list_runs, run_status
 from hosl_cloud.storage.data_folder import DATABASE, SERVICE_FILE, is_locked, run_folder
+from hosl_cloud.storage.evaluations import show_evaluation
 from hosl_cloud.storage.store import Store
 
 
@@ -33,8 +34,9 @@ class DataFolder:
         return _plain({"runs": list_runs(self._store, {})})
 
     def run(self, run: str) -> Any:
-        """A run. Raises RunNotFound."""
-        return _plain(run_status(self._store, run, LiveState()))
+        """A run, with its last evaluation class by class. Raises RunNotFound."""
+        shown = run_status(self._store, run, LiveState())
+        return _plain(shown) | {"evaluation": _plain(show_evaluation(self._store, run))}
 
     def log(self, run: str, after: int) -> list[dict[str, Any]]:
         """Read what was said about a run after an event."""

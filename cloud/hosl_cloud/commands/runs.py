@@ -6,6 +6,7 @@ What only looks is answered from the data folder where no service runs in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from urllib.parse import quote
 from hosl_cloud.commands.client import ApiClient, add_client_options, client_of, is_local
 from hosl_cloud.commands.offline import DataFolder, find_offline
 from hosl_cloud.exceptions import RequestError, ServiceError
-from hosl_cloud.sentences import counted, in_line, score_text
+from hosl_cloud.sentences import counted, evaluation_lines, in_line, score_text
 from hosl_cloud.settings import convert_config, read_config
 from hosl_cloud.storage.data_folder import add_data_dir, is_locked
 from hosl_cloud.storage.records import UNENDED
@@ -50,14 +51,20 @@ def add_run(parser: Parser) -> None:
         _show_runs,
         lambda folder, _: folder.runs(),
     )
+    show = _add(
+        commands,
+        "show",
+        "show a run, its devices, and its last evaluation class by class",
+        _show,
+        _show_run,
+        lambda folder, options: folder.run(options.run),
+    )
+    show.add_argument("run", metavar="RUN")
     for name, method, path, text in (
-        ("show", "GET", "", "show a run and its devices"),
         ("resume", "POST", "/resume", "go on with a run that has stopped"),
         ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
     ):
-        show = _show_run if name != "rm" else _show_nothing
-        offline: Offline | None = (lambda folder, options: folder.run(options.run)) if name == "show" else None
-        command = _add(commands, name, text, _on_run(method, path), show, offline)
+        command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
         command.add_argument("run", metavar="RUN")
 
     stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped)
@@ -171,6 +178,17 @@ def _start(client: ApiClient, options: argparse.Namespace) -> Any:
     convert_config(config, str(options.config or "--set"))
     body = {"bundle": options.bundle, "config": config}
     return client.request("POST", "/v1/runs", body)
+
+
+def _show(client: ApiClient, options: argparse.Namespace) -> Any:
+    """Ask for a run, and for its last evaluation class by class."""
+    shown = client.request("GET", _path(options.run))
+    if shown["evaluation"] is not None:
+        with contextlib.suppress(RequestError):  # a run that was rewound meanwhile no longer has it
+            shown["evaluation"] = client.request(
+                "GET", _path(options.run, f"/evaluations/{shown['evaluation']['round']}")
+            )
+    return shown
 
 
 def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
@@ -294,6 +312,9 @@ def _show_run(run: dict[str, Any]) -> None:
         seen_s = time.time() - device["last_seen"]
         figures = f"reported round {device['applied_round']}{peak}{heat}, last seen {seen_s:.0f} s ago"
         print(f"  {device['name']:<32} {state:<10} {figures}")
+    if "classes" in (run["evaluation"] or {}):
+        for line in evaluation_lines(run["evaluation"]):
+            print(plain(f"  {line}"))
 
 
 def _show_stopped(run: dict[str, Any]) -> None:

@@ -116,6 +116,8 @@ class BatchOutcome(msgspec.Struct, kw_only=True, frozen=True):
     """The loss, or that number; as text, for JSON has no infinity."""
     correct: int = 0
     scored: int = 0
+    predicted: tuple[int, ...] | None = None
+    """Of an Evaluate: the class that each example was given; None where the task has no classes."""
 
 
 class Reply(msgspec.Struct, kw_only=True, frozen=True):

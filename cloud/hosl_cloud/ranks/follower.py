@@ -15,7 +15,7 @@ from hosl_cloud.exceptions import BatchError, NotFiniteError, RoundSpoiltError
 from hosl_cloud.ranks import commands
 from hosl_cloud.ranks.group import Group
 from hosl_cloud.ranks.trainers import BroadcastTensors, RankTrainer, Result, digest_of, load_part
-from hosl_cloud.tail.trainer import StepResult
+from hosl_cloud.tail.trainer import EvalScore, StepResult
 from hosl_protocol.exceptions import ExitCode, HoslError
 from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
 
@@ -93,4 +93,10 @@ def _outcome(result: Result) -> commands.BatchOutcome:
         error = "spoilt" if isinstance(result, RoundSpoiltError) else "not-finite"
         return commands.BatchOutcome(error=error, what=result.what, value=repr(result.value))
     assert not isinstance(result, BatchError)  # rank 0 has checked it
-    return commands.BatchOutcome(value=repr(result.loss), correct=result.correct, scored=result.scored)
+    predicted = result.predicted_B if isinstance(result, EvalScore) else None
+    return commands.BatchOutcome(
+        value=repr(result.loss),
+        correct=result.correct,
+        scored=result.scored,
+        predicted=None if predicted is None else tuple(predicted.tolist()),
+    )

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError, RankLoadError, RoundSpoiltError
@@ -147,7 +148,8 @@ class GroupTrainer:
         if outcome.error:  # the same error as on the rank, so that a round treats it as its own
             return (RoundSpoiltError if outcome.error == "spoilt" else NotFiniteError)(outcome.what, value)
         if isinstance(order, commands.Evaluate):
-            return EvalScore(value, outcome.correct, outcome.scored)
+            predicted = None if outcome.predicted is None else np.array(outcome.predicted, np.int64)
+            return EvalScore(value, outcome.correct, outcome.scored, predicted)
         lambda_TD = self._group.receive_array(batch[0].shape, rank) if order.wants_cut_gradient else None
         return StepResult(value, lambda_TD, outcome.correct, outcome.scored)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.rounds.exchange import (
@@ -32,6 +33,7 @@ from hosl_cloud.rounds.exchange import (
     leave_out,
     refuse,
 )
+from hosl_cloud.storage.class_counts import MOST_CLASSES, ClassCounts
 from hosl_cloud.storage.records import Evaluation
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import EvalBatch, EvalResult, EvalStart
@@ -50,6 +52,8 @@ class _Progress:
     """Sums over what was scored."""
     scores: list[tuple[int, int]] = field(default_factory=list)
     """Right, and out of how many."""
+    classes: list[tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]] = field(default_factory=list)
+    """Of each batch the true classes and the predicted ones, where the task has classes that are counted."""
     is_complete: bool = False
     is_at_fault: bool = False
     """Whether it did what no working device does; one that left, or is slow, did not."""
@@ -132,6 +136,9 @@ def _note(
 
     progress.losses.append(result.loss * result.scored)
     progress.scores.append((result.correct, result.scored))
+    if result.predicted_B is not None and len(context.config.task.labels) <= MOST_CLASSES:
+        # Small, for many devices may evaluate at once.
+        progress.classes.append((batch_of(frame)[2].astype(np.int16), result.predicted_B.astype(np.int16)))
     progress.is_complete = frame.message.last
     reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
     yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
@@ -152,6 +159,7 @@ def _pool(
     if not scored:
         return None
 
+    by_class = _count_classes(context, complete.values())
     return Evaluation(
         context.round,
         math.fsum(loss for progress in complete.values() for loss in progress.losses) / scored,
@@ -161,7 +169,18 @@ def _pool(
         of_examples=sum(examples.values())
         - sum(progress.promised for progress in progress_of.values() if progress.is_at_fault),
         held_out="" if digests is None else _digest_of({device: digests[device] for device in complete}),
+        macro_f1=None if by_class is None else by_class.macro_f1,
+        by_class=by_class,
     )
+
+
+def _count_classes(context: CloudRound, complete: Iterable[_Progress]) -> ClassCounts | None:
+    """Count the predictions class by class; None where the task has no classes, or too many."""
+    batches = [batch for progress in complete for batch in progress.classes]
+    if not batches:
+        return None
+    labels, predicted = (np.concatenate(each) for each in zip(*batches, strict=True))
+    return ClassCounts.count(labels, predicted, len(context.config.task.labels))
 
 
 def _digest_of(held_out: Mapping[str, str]) -> str:
@@ -177,6 +196,7 @@ class _NotFinite:
     loss: float = math.nan
     correct: int = 0
     scored: int = 0
+    predicted_B: None = None
 
 
 def evaluate_batches(

@@ -117,4 +117,5 @@ def score_of(evaluation: Evaluation) -> CheckpointScore:
         examples=evaluation.examples,
         of_examples=evaluation.of_examples,
         held_out=evaluation.held_out,
+        macro_f1=evaluation.macro_f1,
     )

@@ -40,9 +40,9 @@ from hosl_cloud.runs.run import Ending, Paused, Run
 from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.runs.snapshots import Snapshots
 from hosl_cloud.runs.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
-from hosl_cloud.sentences import counted, score_text
+from hosl_cloud.sentences import counted, figures_text, score_text
 from hosl_cloud.settings import RunConfig
-from hosl_cloud.storage.records import Evaluation
+from hosl_cloud.storage.records import Evaluation, perplexity
 from hosl_cloud.tail.checkpoint import load_checkpoint, read_client
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_protocol.program.logs import note_place
@@ -332,15 +332,41 @@ class Coordinator:
             return
         await self.checkpointer.durably(lambda: self.store.add_evaluation(self.run.id, self.run.epoch, evaluation))
 
-        metrics.eval_accuracy.labels(self.run.bundle.name).set(evaluation.accuracy)
-        figures = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
-        await self._compute(lambda: self._tensorboard.add(self.run.round, figures))
         self.run.tell(Evaluated(self.run.id, evaluation))
-        score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
-        self.say(f"evaluation at round {self.run.round}: accuracy {score}, loss {evaluation.loss:.4f}")
-
+        await self._report_evaluation(evaluation)
         self.checkpointer.note(evaluation)
         await self.checkpointer.save(self.trainer, evaluation)
+
+    async def _report_evaluation(self, evaluation: Evaluation) -> None:
+        """Tell Prometheus, TensorBoard and a person of an evaluation."""
+        task = self.config.task
+        perplexity_ = perplexity(evaluation.loss, task.kind)
+        by_class = evaluation.by_class
+        recall = {} if by_class is None else dict(zip(task.labels, by_class.recall_K.tolist(), strict=True))
+        metrics.note_evaluation(
+            self.run.bundle.name,
+            accuracy=evaluation.accuracy,
+            right=evaluation.correct,
+            scored=evaluation.scored,
+            macro_f1=evaluation.macro_f1,
+            perplexity=perplexity_,
+            accuracy_of={name: share for name, share in recall.items() if not math.isnan(share)},
+        )
+
+        figures = {
+            "eval/accuracy": evaluation.accuracy,
+            "eval/right": evaluation.correct,
+            "eval/scored": evaluation.scored,
+            "eval/loss": evaluation.loss,
+            "eval/macro_f1": evaluation.macro_f1,
+            "eval/perplexity": perplexity_,
+        }
+        known = {name: value for name, value in figures.items() if value is not None}
+        await self._compute(lambda: self._tensorboard.add(self.run.round, known))
+
+        score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
+        more = figures_text(evaluation.macro_f1, perplexity_)
+        self.say(f"evaluation at round {self.run.round}: accuracy {score}, loss {evaluation.loss:.4f}{more}")
 
     def _is_evaluation_due(self) -> bool:
         every, round_ = self.config.evaluation.every, self.run.round

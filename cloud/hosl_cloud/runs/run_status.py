@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from hosl_cloud.storage.records import UNENDED, Evaluation, RunRow
+from hosl_cloud.storage.evaluations import EvaluationFigures, list_evaluations
+from hosl_cloud.storage.records import UNENDED, RunRow
 from hosl_cloud.storage.store import Store
 
 
@@ -66,9 +67,15 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """In it, of devices that sent all they have; 0 without."""
     of_examples: int
     """Of all devices of the run, those that are away too."""
-    correct: int = 0
+    right: int = 0
     scored: int = 0
     """Right predictions in it, and all of them; 0 without."""
+    correct: int = 0
+    """The same as `right`, by its former name."""
+    perplexity: float | None = None
+    """In it, of a language model."""
+    macro_f1: float | None = None
+    """In it, of a task with classes."""
     waits_for: WaitsFor | None = None
     behind: tuple[str, ...] = ()
     """Runs that have their turn before it, the one under way first."""
@@ -103,6 +110,8 @@ class RunStatus(RunSummary, frozen=True, kw_only=True):
     """Everything about a run but its history."""
 
     config: dict[str, Any]
+    evaluation: EvaluationFigures | None
+    """The last one; /v1/runs/RUN/evaluations/ROUND has it class by class."""
     members: list[DeviceStatus]
     returning: ReturningDevices
     wire_bytes: dict[str, dict[str, int]]
@@ -132,8 +141,7 @@ class QueueState:
 
 def summarize(store: Store, row: RunRow, live: LiveState, queue: QueueState | None = None) -> dict[str, Any]:
     """The fields of a RunSummary: slow, off the event loop. `queue` is None where no service runs."""
-    evaluations: list[Evaluation] = store.evaluations(row.id, 1)
-    last = evaluations[-1] if evaluations else None
+    last = next(iter(list_evaluations(store, row.id, newest=1)), None)
 
     # Of settings that another version wrote nothing is sure but that they are a table.
     settings = row.settings.data
@@ -154,8 +162,11 @@ def summarize(store: Store, row: RunRow, live: LiveState, queue: QueueState | No
         "accuracy": last.accuracy if last else None,
         "examples": last.examples if last else 0,
         "of_examples": last.of_examples if last else 0,
-        "correct": last.correct if last else 0,
+        "right": last.right if last else 0,
         "scored": last.scored if last else 0,
+        "correct": last.correct if last else 0,
+        "perplexity": last.perplexity if last else None,
+        "macro_f1": last.macro_f1 if last else None,
         "waits_for": live.waits_for,
         "behind": () if queue is None else _runs_ahead(store, row, queue),
         "problem": row.settings.problem,
@@ -189,6 +200,7 @@ def run_status(
     return RunStatus(
         **summarize(store, row, live, queue),
         config=row.settings.data,
+        evaluation=next(iter(list_evaluations(store, run, newest=1)), None),
         members=_members(store, run, live),
         returning=returning or ReturningDevices(0, 0),
         wire_bytes=wire_bytes or {},

@@ -7,6 +7,7 @@ what the loop alone may look at (`_live`), which is taken before and handed over
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ from hosl_cloud.runs.run_status import (
 )
 from hosl_cloud.service.openapi import Call, Operation, Query
 from hosl_cloud.settings import parse_config
+from hosl_cloud.storage.evaluations import (
+    EvaluationDetail,
+    EvaluationFigures,
+    list_evaluations,
+    show_evaluation,
+)
+from hosl_cloud.storage.records import perplexity
 from hosl_cloud.tail.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from hosl_protocol.run.manifest import MANIFEST, load_manifest
 
@@ -60,20 +68,6 @@ class RoundFigures(msgspec.Struct, frozen=True):
     """On the wire, both ways, since the round before."""
     finished_at: float
     """Unix time."""
-
-
-class EvaluationFigures(msgspec.Struct, frozen=True):
-    """An evaluation after a round."""
-
-    round: int
-    loss: float
-    accuracy: float
-    correct: int
-    scored: int
-    examples: int
-    """Of devices that sent all they have."""
-    of_examples: int
-    """Of all devices of the run, those that are away too."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -112,9 +106,15 @@ class CheckpointFile(msgspec.Struct, frozen=True):
     """Of devices that sent all they have; 0 where it was not evaluated."""
     of_examples: int
     """Of all devices of the run, those that are away too."""
-    correct: int
+    right: int
     scored: int
     """Right predictions, and all of them; 0 where it was not evaluated."""
+    correct: int
+    """The same as `right`, by its former name."""
+    perplexity: float | None
+    """Of a language model that was evaluated."""
+    macro_f1: float | None
+    """Of a task with classes that was evaluated."""
     is_best: bool
     """Whether it is the best by evaluation, of those with which it can be compared."""
 
@@ -153,6 +153,13 @@ class RunsApi:
             ),
             Operation("POST", f"{run}/resume", "Go on with a run.", self._resume, RunStatus, None, 202, (), (409,)),
             Operation("GET", f"{run}/history", "Losses and scores.", self._history, History, queries=(AFTER, MOST)),
+            Operation(
+                "GET",
+                f"{run}/evaluations/{{round}}",
+                "An evaluation, class by class.",
+                self._evaluation,
+                EvaluationDetail,
+            ),
             Operation("GET", f"{run}/log", "What was said about a run.", self._log, Log, queries=(AFTER, MOST)),
             Operation("GET", f"{run}/checkpoints", "The tail's checkpoints.", self._checkpoints, CheckpointList),
             Operation("GET", f"{run}/checkpoints/{{round}}", "A checkpoint's safetensors file.", self._checkpoint),
@@ -199,14 +206,18 @@ class RunsApi:
         run, after = call.path["run"], call.query["after"]
         await asyncio.to_thread(self._store.run, run)
         rounds = await asyncio.to_thread(self._store.rounds, run, after, call.query["most"])
-        evaluations = [e for e in await asyncio.to_thread(self._store.evaluations, run) if e.round >= after]
         return History(
             [RoundFigures(r.round, r.loss, r.seconds, r.wire_bytes, r.finished_at) for r in rounds],
-            [
-                EvaluationFigures(e.round, e.loss, e.accuracy, e.correct, e.scored, e.examples, e.of_examples)
-                for e in evaluations
-            ],
+            await asyncio.to_thread(list_evaluations, self._store, run, after),
         )
+
+    async def _evaluation(self, call: Call) -> EvaluationDetail:
+        run, round_ = call.path["run"], call.path["round"]
+        is_number = re.fullmatch(r"[0-9]{1,15}", round_) is not None
+        found = await asyncio.to_thread(show_evaluation, self._store, run, int(round_) if is_number else -1)
+        if found is None:
+            raise ApiError(404, f"no evaluation of round {round_[:20]!r}; /v1/runs/{run}/history lists them")
+        return found
 
     async def _log(self, call: Call) -> Log:
         run = call.path["run"]
@@ -283,5 +294,8 @@ def _describe(checkpoint: Checkpoint, *, is_best: bool) -> CheckpointFile | None
         0 if metrics is None else metrics.of_examples,
         0 if metrics is None else metrics.correct,
         0 if metrics is None else metrics.scored,
+        0 if metrics is None else metrics.correct,
+        None if metrics is None else perplexity(metrics.loss, info.config.task.kind),
+        None if metrics is None else metrics.macro_f1,
         is_best,
     )

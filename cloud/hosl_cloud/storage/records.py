@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.class_counts import ClassCounts
 from hosl_cloud.storage.stored_settings import StoredSettings
 
 UNENDED = ("pending", "running", "paused")
@@ -109,13 +111,19 @@ class Evaluation:
     round: int
     loss: float
     correct: int
+    """Right predictions."""
     scored: int
+    """All predictions: one for each example, or for each token of `lm` but a text's first."""
     examples: int = 0
-    """Of devices that sent all they have."""
+    """Scored held-out examples: of devices that sent all they have."""
     of_examples: int = 0
     """Of all devices of the run, those that are away too."""
     held_out: str = ""
     """Digest of whose held-out data was scored; evaluations of the same can be compared."""
+    macro_f1: float | None = None
+    """Mean of the classes' F1; None where the task has no classes, or the evaluation is an older version's."""
+    by_class: ClassCounts | None = field(default=None, compare=False, repr=False)
+    """None like `macro_f1`, and where the store was not asked for it."""
 
     @property
     def is_complete(self) -> bool:
@@ -126,3 +134,14 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of right predictions."""
         return self.correct / self.scored
+
+
+def perplexity(loss: float, kind: str) -> float | None:
+    """Make the perplexity of a language model's mean loss of a token; None for a task of another kind.
+
+    Also for a loss whose perplexity is no number that JSON has.
+    """
+    return math.exp(loss) if kind == "lm" and loss < _LARGEST_EXPONENT else None
+
+
+_LARGEST_EXPONENT = 709.0

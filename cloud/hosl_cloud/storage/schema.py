@@ -93,6 +93,7 @@ MIGRATIONS = (
     "ALTER TABLE evaluations ADD COLUMN held_out TEXT NOT NULL DEFAULT '';",
     "ALTER TABLE rounds ADD COLUMN codes BLOB NOT NULL DEFAULT x'';"
     "ALTER TABLE rounds ADD COLUMN is_pruned INTEGER NOT NULL DEFAULT 0;",
+    "ALTER TABLE evaluations ADD COLUMN macro_f1 REAL;ALTER TABLE evaluations ADD COLUMN by_class BLOB;",
 )
 """The scripts that lead from each version to the next, from none at all on."""
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from hosl_cloud.exceptions import RunNotFound
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.class_counts import ClassCounts
 from hosl_cloud.storage.database import Database
 from hosl_cloud.storage.records import (
     UNENDED,
@@ -49,6 +50,9 @@ MOST_EVENTS = 10_000
 
 _PRUNE_EVERY = 500
 """Sentences of a run between two looks at how many there are."""
+
+_EVALUATION = tuple(field.name for field in dataclasses.fields(Evaluation) if field.name != "by_class")
+"""An evaluation's columns, but for the one that is large."""
 
 PORTION = 4096
 """Updates that a replay holds in memory."""
@@ -298,6 +302,7 @@ class Store(Database):
 
     def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
         """Add the result of an evaluation; a repeat at the same round replaces it."""
+        by_class = None if evaluation.by_class is None else evaluation.by_class.encode()
         with self._transaction() as database:
             # The same round may have been scored before a resume; one score of a round is in force.
             database.execute(
@@ -306,20 +311,38 @@ class Store(Database):
             )
 
             database.execute(
-                "INSERT OR REPLACE INTO evaluations "
-                "(run, epoch, round, loss, correct, scored, examples, of_examples, held_out) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (run, epoch, *dataclasses.astuple(evaluation)),
+                f"INSERT OR REPLACE INTO evaluations (run, epoch, {', '.join(_EVALUATION)}, by_class) "
+                f"VALUES (?, ?, {', '.join('?' * len(_EVALUATION))}, ?)",
+                (run, epoch, *(getattr(evaluation, name) for name in _EVALUATION), by_class),
             )
 
     def evaluations(self, run: str, newest: int = -1) -> list[Evaluation]:
-        """Read the evaluations in force, in order; the `newest` of them, below zero all."""
+        """Read the evaluations in force, in order, without counts by class; the `newest` of them, below zero all."""
         rows = self._query(
-            "SELECT round, loss, correct, scored, examples, of_examples, held_out FROM evaluations "
+            f"SELECT {', '.join(_EVALUATION)} FROM evaluations "
             "WHERE run = ? AND NOT superseded ORDER BY round DESC LIMIT ?",
             (run, newest),
         )
         return [Evaluation(**dict(row)) for row in reversed(rows)]
+
+    def evaluation(self, run: str, round_: int) -> Evaluation | None:
+        """Read the evaluation in force of a round, with its counts by class; None where there is none.
+
+        Raises StoreError for counts that have changed on disk.
+        """
+        rows = self._query(
+            f"SELECT {', '.join(_EVALUATION)}, by_class FROM evaluations "
+            "WHERE run = ? AND round = ? AND NOT superseded",
+            (run, round_),
+        )
+        for row in rows:
+            figures = {name: row[name] for name in _EVALUATION}
+            try:
+                by_class = None if row["by_class"] is None else ClassCounts.decode(row["by_class"])
+            except ValueError as error:
+                raise self._damaged(f"the counts by class of round {round_}") from error
+            return Evaluation(**figures, by_class=by_class)
+        return None
 
     def add_device(self, run: str, name: str) -> int:
         """Note a device that says Hello; how many connections it has made."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from hosl_cloud.sentences import figures_text, score_text
+from hosl_cloud.storage.records import perplexity
 from hosl_cloud.tail.checkpoint import CheckpointInfo
 from hosl_export.sources.origin import Origin
 from hosl_protocol.run.manifest import Manifest
@@ -165,9 +167,10 @@ def _score(facts: Facts) -> str:
     metrics = facts.info.metrics
     if metrics is None or not metrics.scored:
         return "not evaluated at this round"
-    share = f"{100 * metrics.correct / metrics.scored:.1f} % ({metrics.correct} of {metrics.scored})"
+    share = score_text(metrics.correct, metrics.scored, metrics.examples, metrics.of_examples)
     what = "next tokens right" if facts.task.kind == "lm" else "accuracy"
-    return f"{what} {share}, loss {metrics.loss:.4f}"
+    more = figures_text(metrics.macro_f1, perplexity(metrics.loss, facts.task.kind))
+    return f"{what} {share}, loss {metrics.loss:.4f}{more}"
 
 
 def _code(text: str) -> str:

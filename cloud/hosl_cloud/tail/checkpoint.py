@@ -59,6 +59,8 @@ class CheckpointScore(msgspec.Struct, kw_only=True, frozen=True):
     """Of all devices of the run, those that are away too."""
     held_out: str = ""
     """Digest of whose held-out data was scored."""
+    macro_f1: float | None = None
+    """Mean of the classes' F1; None where the task has no classes."""
 
 
 class CheckpointInfo(msgspec.Struct, kw_only=True, frozen=True):

@@ -30,6 +30,8 @@ class Score:
     """Right predictions."""
     scored: int
     """Out of how many."""
+    predicted_B: Tensor | None = None
+    """The class that each example was given; None where the task has no classes."""
 
 
 def unpack(activations_TD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +54,8 @@ def score(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor,
 
 def _score_classes(logits_BC: Tensor, labels_B: Tensor) -> Score:
     loss = F.cross_entropy(logits_BC.float(), labels_B)
-    correct = (logits_BC.detach().argmax(dim=1) == labels_B).sum()
-    return Score(loss, int(correct), len(labels_B))
+    predicted_B = logits_BC.detach().argmax(dim=1)
+    return Score(loss, int((predicted_B == labels_B).sum()), len(labels_B), predicted_B)
 
 
 def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) -> Score:

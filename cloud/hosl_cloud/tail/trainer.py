@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,8 @@ class EvalScore:
     loss: float
     correct: int
     scored: int
+    predicted_B: Integers | None = field(default=None, compare=False)
+    """The class that each example was given; None where the task has no classes."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ class TailTrainer:
     def evaluate(self, activations_TD: Floats, lengths_B: Integers, labels_N: Integers) -> EvalScore:
         """Score a batch without gradients. Raises BatchError and NotFiniteError."""
         parts = self._micro_batches(activations_TD, lengths_B, labels_N)
-        return _join(parts, [require_finite(self._evaluate_part(part)) for part in parts])
+        scores = [require_finite(self._evaluate_part(part)) for part in parts]
+        predicted = [score.predicted_B.cpu().numpy() for score in scores if score.predicted_B is not None]
+        return _join(parts, scores, np.concatenate(predicted) if predicted else None)
 
     def _evaluate_part(self, part: MicroBatch) -> objectives.Score:
         """Do one forward. HOSL subtracts losses of weights that hardly differ: of those bfloat16 leaves only noise."""
@@ -356,10 +360,13 @@ def split_rows(lengths_B: Integers, most_tokens: int) -> list[slice]:
     return [*rows, slice(start, len(lengths_B))]
 
 
-def _join(parts: Sequence[MicroBatch], scores: Sequence[objectives.Score]) -> EvalScore:
+def _join(
+    parts: Sequence[MicroBatch], scores: Sequence[objectives.Score], predicted_B: Integers | None = None
+) -> EvalScore:
     """Put the score of a whole batch together."""
     loss = sum(part.share * score.loss.item() for part, score in zip(parts, scores, strict=True))
-    return EvalScore(loss, sum(score.correct for score in scores), sum(score.scored for score in scores))
+    correct, scored = sum(score.correct for score in scores), sum(score.scored for score in scores)
+    return EvalScore(loss, correct, scored, predicted_B)
 
 
 def choose_device(name: str) -> torch.device:

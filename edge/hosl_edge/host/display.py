@@ -27,12 +27,19 @@ class Progress:
     rounds: int = 0
     round: int = 0
     loss: float | None = None
-    accuracy: float | None = None
+    right: int | None = None
+    scored: int | None = None
+    """Right predictions of the device's own held-out data, and all of them, in its last evaluation."""
     accuracy_round: int = 0
     """The round after which it was measured; evaluations are rarer than rounds."""
     step_seconds: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right predictions; None before the first evaluation."""
+        return None if self.right is None or not self.scored else self.right / self.scored
 
     def line(self) -> str:
         """Put the figures on one line."""
@@ -55,7 +62,8 @@ class Progress:
         """Tell the accuracy, and when it was measured; empty where it was not."""
         if self.accuracy is None:
             return ""
-        return f"accuracy on its own held-out data {100 * self.accuracy:.1f} % at round {self.accuracy_round}"
+        share = f"{100 * self.accuracy:.1f} % ({self.right} of {self.scored} right)"
+        return f"accuracy on its own held-out data {share} at round {self.accuracy_round}"
 
 
 class Display:

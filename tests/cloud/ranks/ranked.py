@@ -96,6 +96,8 @@ class Pair:
         batches = make_batches(self.config, self.manifest, 99)
         for got, expected in zip(self.all.evaluate_many(batches), self.one.evaluate_many(batches), strict=True):
             self.note(evaluation=relative(got.loss, expected.loss))
+            assert (got.predicted_B is None) == (self.config.task.kind == "lm")
+            np.testing.assert_array_equal(got.predicted_B, expected.predicted_B)
 
     def spoil(self) -> None:
         """A batch that contradicts itself and one that is not finite leave the others as they are."""

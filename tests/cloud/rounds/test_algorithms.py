@@ -19,6 +19,7 @@ from hosl_cloud.rounds.anchors import RoundResult, make_update
 from hosl_cloud.rounds.evaluation import evaluate
 from hosl_cloud.rounds.exchange import Ask, Await, Fault, Tell
 from hosl_cloud.settings import RunConfig
+from hosl_cloud.storage.class_counts import ClassCounts
 from hosl_cloud.storage.records import Evaluation
 from hosl_protocol.run.settings import Algorithm, ClientOptimizer
 from hosl_protocol.run.tasks import Task
@@ -441,7 +442,17 @@ def pooled(cloud: Cloud, devices: Sequence[str], of: Sequence[str] = "abc") -> E
     loss = sum(score.loss * score.scored for score in scores) / scored
     correct, examples = sum(score.correct for score in scores), sum(EXAMPLES[device] for device in devices)
     of_examples = sum(EXAMPLES[device] for device in of)
-    return Evaluation(1, pytest.approx(loss, rel=1e-4), correct, scored, examples, of_examples)  # type: ignore[arg-type]
+    macro_f1 = counted(cloud, devices).macro_f1
+    loss = pytest.approx(loss, rel=1e-4)  # type: ignore[assignment]
+    return Evaluation(1, loss, correct, scored, examples, of_examples, macro_f1=macro_f1)
+
+
+def counted(cloud: Cloud, devices: Sequence[str]) -> ClassCounts:
+    """What these devices' examples come to class by class."""
+    predicted = [cloud.trainer.evaluate(*cloud.batches[device].sent).predicted_B for device in devices]
+    labels = [cloud.batches[device].sent[2] for device in devices]
+    classes = len(cloud.trainer.config.task.labels)
+    return ClassCounts.count(np.concatenate(labels), np.concatenate(predicted), classes)  # type: ignore[arg-type]
 
 
 def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Cloud]) -> None:
@@ -452,6 +463,8 @@ def test_an_evaluation_pools_examples_over_devices(make_cloud: Callable[..., Clo
     assert not unfinished
     assert evaluation.is_complete
     assert evaluation.scored == 9
+    assert evaluation.by_class.confusion_KK.tolist() == counted(cloud, "abc").confusion_KK.tolist()  # type: ignore[union-attr]
+    assert evaluation.by_class.right_K.sum() == evaluation.correct  # type: ignore[union-attr]
     results = [tell for tell in told if isinstance(tell.message, EvalResult)]
     assert [type(tell.message) for tell in told[:3]] == [EvalStart] * 3
     assert sum(tell.message.correct for tell in results) == evaluation.correct  # type: ignore[union-attr]
@@ -463,6 +476,7 @@ def test_a_device_that_leaves_an_evaluation_half_way_counts_for_nothing_in_it(ma
     cloud = make_cloud("ho-sfl")
     (evaluation, unfinished), _ = score(cloud, Evaluator(cloud, {"a": 0, "b": 3}))
     assert evaluation == pooled(cloud, "c")
+    assert evaluation.by_class.confusion_KK.tolist() == counted(cloud, "c").confusion_KK.tolist()  # type: ignore[union-attr]
     assert not evaluation.is_complete
     assert unfinished == {"a", "b"}
     assert score(cloud, Evaluator(cloud, {"a": 1, "b": 3, "c": 2}))[0][0] is None

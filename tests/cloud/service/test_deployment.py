@@ -39,6 +39,11 @@ OF_THE_SPECIFICATION = {
     "hosl_round_duration_seconds": {"bundle"},
     "hosl_train_loss": {"bundle"},
     "hosl_eval_accuracy": {"bundle"},
+    "hosl_eval_right": {"bundle"},
+    "hosl_eval_scored": {"bundle"},
+    "hosl_eval_macro_f1": {"bundle"},
+    "hosl_eval_perplexity": {"bundle"},
+    "hosl_eval_class_accuracy": {"bundle", "class"},
     "hosl_devices_connected": {"bundle"},
     "hosl_device_reconnects_total": {"bundle"},
     "hosl_wire_bytes_total": {"direction", "kind"},
@@ -63,7 +68,7 @@ def names_and_labels() -> dict[str, set[str]]:
 def test_the_figures_have_the_names_and_labels_that_others_build_on() -> None:
     known = names_and_labels()
     assert {name: known.get(name) for name in OF_THE_SPECIFICATION} == OF_THE_SPECIFICATION
-    assert set().union(*known.values()) == {"version", "state", "bundle", "direction", "kind", "reason"}
+    assert set().union(*known.values()) == {"version", "state", "bundle", "class", "direction", "kind", "reason"}
 
 
 def expressions() -> Iterator[str]:

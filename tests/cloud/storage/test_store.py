@@ -15,6 +15,7 @@ import pytest
 
 from hosl_cloud.exceptions import RunNotFound, StoreError
 from hosl_cloud.settings import RunConfig, TailSettings
+from hosl_cloud.storage.class_counts import ClassCounts
 from hosl_cloud.storage.records import DeviceRow, Evaluation, NewEvent
 from hosl_cloud.storage.schema import MIGRATIONS, SCHEMA_VERSION
 from hosl_cloud.storage.store import Store
@@ -252,10 +253,13 @@ def test_an_older_database_is_brought_up_to_date_with_its_runs(tmp_path: Path) -
             "INSERT INTO runs (id, created_at, bundle, shard_digest, config, state) VALUES (?, ?, ?, ?, ?, ?)", row
         )
         database.execute("INSERT INTO devices (run, name, data_digest, joined_at) VALUES ('run-1', 'pi', 'd', 1.0)")
+        database.execute("INSERT INTO evaluations VALUES ('run-1', 0, 5, 0.5, 3, 4, 0)")
     database.close()
     store = reopen(tmp_path)
     assert (store.run("run-1").begun_by, store.run("run-1").config) == ("start", CONFIG)
     assert store.device("run-1", "pi") == DeviceRow("", "", 0)
+    assert store.evaluations("run-1") == [store.evaluation("run-1", 5)] == [Evaluation(5, 0.5, 3, 4)]
+    assert store.evaluation("run-1", 5).by_class is None  # type: ignore[union-attr]
     store.close()
 
 
@@ -349,6 +353,28 @@ def test_a_repeated_evaluation_takes_the_place_of_the_first(store: Store) -> Non
     store.add_evaluation("run-1", 0, Evaluation(5, 0.5, 3, 4))
     assert store.evaluations("run-1") == [Evaluation(5, 0.5, 3, 4), Evaluation(10, 0.6, 2, 4, 3, 9)]
     assert store.evaluations("run-1")[0].accuracy == 0.75
+
+
+def test_counts_by_class_are_read_with_one_evaluation_and_not_with_all(store: Store, tmp_path: Path) -> None:
+    by_class = ClassCounts.count(np.array([0, 1, 1]), np.array([0, 1, 0]), 2)
+    evaluation = Evaluation(5, 0.7, 2, 3, 3, 3, "", by_class.macro_f1, by_class)
+    store.add_evaluation("run-1", 0, evaluation)
+    assert store.evaluations("run-1") == [evaluation]
+    assert store.evaluations("run-1")[0].by_class is None
+    found = store.evaluation("run-1", 5)
+    assert found == evaluation
+    assert found.by_class.confusion_KK.tolist() == [[1, 0], [1, 1]]  # type: ignore[union-attr]
+    assert store.evaluation("run-1", 4) is None
+    store.rewind_run("run-1", 4)
+    assert store.evaluation("run-1", 5) is None
+
+    store.add_evaluation("run-1", 1, evaluation)
+    with sqlite3.connect(tmp_path / "hosl.sqlite") as database:
+        database.execute("UPDATE evaluations SET by_class = x'00'")
+    database.close()
+    assert store.evaluations("run-1") == [evaluation]
+    with pytest.raises(StoreError, match=r"is damaged \(the counts by class of round 5\)"):
+        store.evaluation("run-1", 5)
 
 
 def test_a_store_that_is_used_on_an_event_loop_is_heard_of(store: Store) -> None:

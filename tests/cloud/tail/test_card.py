@@ -103,7 +103,7 @@ def test_a_card_names_what_is_known_and_nothing_else(
         "| cut | after block 1 of 3 |",
         "| algorithm | ho-sfl |",
         "| rounds | 3 of 10 |",
-        "| held-out data | accuracy 87.5 % (7 of 8), loss 0.2500 |",
+        "| held-out data | accuracy 87.5 % (7 of 8 right), loss 0.2500 |",
         "| run | `run-7` |",
     ):
         assert line in text

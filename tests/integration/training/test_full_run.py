@@ -162,7 +162,7 @@ def test_a_run_with_two_devices_ends_in_a_checkpoint_that_computes_what_the_halv
     assert first["outcome"] == "completed"
     assert first["sent_bytes"] > 12 * 8 * 4 * 32 * 4, "twelve Anchors weigh more than this"
     merged = merge(here, tmp_path / "merged")
-    accuracy = re.findall(r"evaluation at round 12: accuracy (\S+) % \((\d+) of (\d+) right\)", text)
+    accuracy = re.findall(r"evaluation at round 12: accuracy (\S+) % \((\d+) of (\d+) right, ", text)
     assert accuracy, text
     right, scored = int(accuracy[0][1]), int(accuracy[0][2])
     assert count_right(merged, [tmp_path / f"pi-{n}-eval.jsonl" for n in (1, 2)]) == (right, scored)

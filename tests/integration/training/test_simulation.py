@@ -202,7 +202,7 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert count_right(tmp_path / "merged", [held_out]) == (right, 40)
     assert count_right_by_card(tmp_path / "merged", [held_out]) == (right, 40)
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert f"accuracy {100 * right / 40:.1f} % ({right} of 40)" in card
+    assert f"accuracy {100 * right / 40:.1f} % ({right} of 40 right, 40 of 40 examples scored)" in card
     assert f"| run | `{summary['run']}` |" in card
     task = json.loads((tmp_path / "merged" / "hosl_task.json").read_text(encoding="utf-8"))
     assert (task["template"], task["labels"], task["verbalizers"]) == ("{text} it was", ["0", "1"], ["bad", "good"])
