@@ -17,6 +17,8 @@ try:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from hosl_cloud.commands.bundles import add_bundle
+    from hosl_cloud.commands.config import add_config
     from hosl_cloud.commands.devices import add_device, add_init
     from hosl_cloud.commands.merge import add_merge
     from hosl_cloud.commands.runs import add_checkpoint, add_drain, add_log, add_run
@@ -49,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_init(commands.add_parser("init", help="make a CA, a certificate and an admin token"))
     add_serve(commands.add_parser("serve", help="run the service"))
+    add_config(commands.add_parser("config", help="print an example of a run.toml, or check one"))
+    add_bundle(commands.add_parser("bundle", help="keep the bundles that runs are begun with"))
     add_device(commands.add_parser("device", help="make, list and revoke devices' tokens"))
     add_run(commands.add_parser("run", help="start, show, stop, resume and delete runs"))
     add_log(commands.add_parser("log", help="show what was said about a run"))

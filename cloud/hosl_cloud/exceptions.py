@@ -21,6 +21,7 @@ class CloudError(HoslError):
     ├── NotFiniteError         the tail's loss or gradient overflowed: leave the batch out, or lower the rate
     │   └── RoundSpoiltError   it was found too late to leave the batch out: the round's gradients are gone
     ├── RunNotFound            no run of this name is stored: choose another
+    ├── AmbiguousRun           several runs begin so: give more of the name
     ├── ForeignSettings        a stored run's settings are another version's: use that one
     ├── CheckpointError        a tail checkpoint cannot be used: choose another
     │   ├── CheckpointMissing  there is none that fits
@@ -75,6 +76,16 @@ class RunNotFound(CloudError):
     def __init__(self, run: str, known: list[str]) -> None:
         self.run, self.known = run, known
         super().__init__(f"no run {run!r}; stored runs: {', '.join(known) or 'none'}")
+
+
+class AmbiguousRun(CloudError):
+    """More than one run begins so. Stores what was given, and the runs."""
+
+    exit_code = ExitCode.SETTINGS
+
+    def __init__(self, run: str, found: list[str]) -> None:
+        self.run, self.found = run, found
+        super().__init__(f"{run!r} is the beginning of {len(found)} runs: {', '.join(found)}; give more of the name")
 
 
 class ForeignSettings(CloudError):

@@ -37,6 +37,9 @@ from hosl_protocol.run.settings import (
 from hosl_protocol.run.tasks import Task, load_preset
 from hosl_protocol.run.updates import update_shape
 
+MAX_LENGTH = 128
+"""Tokens that an example is cut to, where the bundle takes as many."""
+
 Aggregation = Literal["mean", "trimmed-mean", "median"]
 """How the scalars of a round's devices become one."""
 
@@ -143,7 +146,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     distribution: Distribution = "rademacher"
     anchor: AnchorPoint = "clean"
     batch_size: int = 16
-    max_length: int = 128
+    max_length: int = MAX_LENGTH
     wire_dtype: WireDtype = "float32"
     report_every: int = 10
     strict: bool = False
@@ -280,7 +283,7 @@ def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         data = {**data, "client": {**suited, **client}}
     if is_norm and algorithm == "ho-sfl":
         data = {"directions": NORM_DIRECTIONS, **data}
-    return data
+    return {"max_length": min(MAX_LENGTH, manifest.max_length), **data}
 
 
 def _gradient_bits(config: RunConfig, manifest: Manifest) -> GradientBits:

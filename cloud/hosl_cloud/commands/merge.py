@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hosl_cloud.sentences import score_text
 from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, run_folder
+from hosl_cloud.storage.run_names import find_run_id
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """Options of `hosl-cloud merge`."""
-    parser.add_argument("run", metavar="RUN", help="the run's id, as serve prints it")
+    parser.add_argument("run", metavar="RUN", help="its id, a beginning of it that no other run has, or latest")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="also write a PEFT adapter (LoRA on both halves)")
     parser.add_argument(
@@ -41,8 +42,8 @@ def _merge(options: argparse.Namespace) -> int:
     database = options.data_dir / DATABASE
     if not database.exists():
         raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
-    with contextlib.closing(Store(database)) as store:
-        id_ = store.run(options.run).id
+    with contextlib.closing(Store(database, reads_only=True)) as store:
+        id_ = find_run_id(options.run, store.run_ids())
         found = merge_stored(
             store,
             id_,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
@@ -11,23 +12,29 @@ from typing import Any
 import msgspec
 
 from hosl_cloud.commands.client import is_local
+from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.runs.run_status import LiveState, list_runs, run_status
-from hosl_cloud.storage.data_folder import DATABASE, SERVICE_FILE, is_locked, run_folder
+from hosl_cloud.storage.data_folder import DATABASE, SERVICE_FILE, is_locked, lock, run_folder
 from hosl_cloud.storage.evaluations import show_evaluation
+from hosl_cloud.storage.records import UNENDED
 from hosl_cloud.storage.store import Store
 
 
 class DataFolder:
-    """A data folder that nobody else uses."""
+    """A data folder in which no service runs. One may start at any time: what only looks writes nothing."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._data_dir, self._store = data_dir, Store(data_dir / DATABASE)
+        self._data_dir, self._store = data_dir, Store(data_dir / DATABASE, reads_only=True)
 
     def __enter__(self) -> DataFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._store.close()
+
+    def run_ids(self) -> list[str]:
+        """Ids of all runs, oldest first."""
+        return self._store.run_ids()
 
     def runs(self) -> Any:
         """All runs, oldest first."""
@@ -37,6 +44,17 @@ class DataFolder:
         """A run, with its last evaluation class by class. Raises RunNotFound."""
         shown = run_status(self._store, run, LiveState())
         return _plain(shown) | {"evaluation": _plain(show_evaluation(self._store, run))}
+
+    def resume(self, run: str) -> Any:
+        """Put a run that has stopped in line, so that the next service goes on with it. Raises ServiceError."""
+        with contextlib.closing(lock(self._data_dir)), contextlib.closing(Store(self._data_dir / DATABASE)) as store:
+            row = store.run(run)
+            row.settings.config(run)
+            if row.state == "completed":
+                raise ServiceError(f"run {run} is completed: only one that is stopped, paused or failed goes on")
+            if row.state not in UNENDED:
+                store.queue_run(run)
+        return self.run(run)
 
     def log(self, run: str, after: int) -> list[dict[str, Any]]:
         """Read what was said about a run after an event."""

@@ -16,17 +16,20 @@ from urllib.parse import quote
 
 from hosl_cloud.commands.client import ApiClient, add_client_options, client_of, is_local
 from hosl_cloud.commands.offline import DataFolder, find_offline
-from hosl_cloud.exceptions import RequestError, ServiceError
+from hosl_cloud.commands.run_settings import add_run_settings, check_names, read_run_settings
+from hosl_cloud.exceptions import RequestError, RunNotFound, ServiceError
 from hosl_cloud.sentences import counted, evaluation_lines, in_line, score_text
-from hosl_cloud.settings import convert_config, read_config
-from hosl_cloud.storage.data_folder import add_data_dir, is_locked
+from hosl_cloud.storage.data_folder import add_data_dir, hint, is_locked
 from hosl_cloud.storage.records import UNENDED
+from hosl_cloud.storage.run_names import find_run_id
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.plain import plain
 from hosl_protocol.program.terminal import add_common_options
 
 FOLLOW_S = 1.0
 """Between questions for more of a log."""
+
+RUN_HELP = "its id, a beginning of it that no other run has, or latest"
 
 Parser = argparse.ArgumentParser
 Command = Callable[[ApiClient, argparse.Namespace], Any]
@@ -39,10 +42,7 @@ def add_run(parser: Parser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     start = _add(commands, "start", "put a new run in line", _start, _show_run)
     start.add_argument("--bundle", required=True, metavar="NAME", help="a bundle in the service's folder of bundles")
-    start.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
-    start.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
-    )
+    add_run_settings(start)
     _add(
         commands,
         "list",
@@ -51,29 +51,32 @@ def add_run(parser: Parser) -> None:
         _show_runs,
         lambda folder, _: folder.runs(),
     )
-    show = _add(
-        commands,
-        "show",
-        "show a run, its devices, and its last evaluation class by class",
-        _show,
-        _show_run,
-        lambda folder, options: folder.run(options.run),
-    )
-    show.add_argument("run", metavar="RUN")
-    for name, method, path, text in (
-        ("resume", "POST", "/resume", "go on with a run that has stopped"),
-        ("rm", "DELETE", "", "delete a run that is over, with its checkpoints"),
+    for command in (
+        _add(
+            commands,
+            "show",
+            "show a run, its devices, and its last evaluation class by class",
+            _show,
+            _show_run,
+            lambda folder, options: folder.run(options.run),
+        ),
+        _add(
+            commands,
+            "resume",
+            "go on with a run that has stopped",
+            _on_run("POST", "/resume"),
+            _show_run,
+            lambda folder, options: folder.resume(options.run),
+        ),
+        _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped),
+        _add(commands, "rm", "delete a run that is over, with its checkpoints", _remove, _show_removed),
     ):
-        command = _add(commands, name, text, _on_run(method, path), _show_run if name != "rm" else _show_nothing)
-        command.add_argument("run", metavar="RUN")
-
-    stop = _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped)
-    stop.add_argument("run", metavar="RUN")
+        command.add_argument("run", metavar="RUN", help=RUN_HELP)
 
 
 def add_log(parser: Parser) -> None:
     """Options of `hosl-cloud log`."""
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("-f", "--follow", action="store_true", help="go on as more is said, until the run is over")
     _finish(parser, _log)
 
@@ -89,9 +92,9 @@ def add_checkpoint(parser: Parser) -> None:
         _show_checkpoints,
         lambda folder, options: folder.checkpoints(options.run),
     )
-    listing.add_argument("run", metavar="RUN")
+    listing.add_argument("run", metavar="RUN", help=RUN_HELP)
     export = commands.add_parser("export", help="copy a checkpoint of the tail to a file")
-    export.add_argument("run", metavar="RUN")
+    export.add_argument("run", metavar="RUN", help=RUN_HELP)
     export.add_argument("--round", type=int, metavar="N", help="of which round (default: the newest)")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file; must not exist")
     _finish(export, _export)
@@ -139,9 +142,12 @@ def _add(
     def run(options: argparse.Namespace) -> int:
         folder = None if offline is None else find_offline(options)
         if folder is None or offline is None:
-            answer = command(client_of(options), options)
+            client = client_of(options)
+            _settle_run(options, client)
+            answer = command(client, options)
         else:
             with folder:
+                _settle_run(options, folder)
                 answer = offline(folder, options)
 
         if options.json:
@@ -149,11 +155,27 @@ def _add(
         else:
             show(answer)
             if folder is not None:
-                print(f"no service runs in {options.data_dir}; this is what the folder says")
+                print(f"no service runs in {options.data_dir}; {hint('serve', options.data_dir)} starts one")
         return int(ExitCode.OK)
 
     _finish(parser, run)
     return parser
+
+
+def _settle_run(options: argparse.Namespace, source: ApiClient | DataFolder) -> None:
+    """Put the whole id in the place of RUN, where the command has one. Raises RunNotFound, AmbiguousRun."""
+    if "run" not in options:
+        return
+    ids = source.run_ids() if isinstance(source, DataFolder) else _ids_of(source)
+    try:
+        options.run = find_run_id(options.run, ids)
+    except RunNotFound:
+        if isinstance(source, DataFolder):
+            raise  # a service refuses it itself, with the code of a refusal
+
+
+def _ids_of(client: ApiClient) -> list[str]:
+    return [run["id"] for run in client.request("GET", "/v1/runs")["runs"]]
 
 
 def _finish(parser: Parser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -173,9 +195,8 @@ def _on_run(method: str, more: str) -> Command:
 
 
 def _start(client: ApiClient, options: argparse.Namespace) -> Any:
-    config = read_config(options.config, options.overrides)
-    # The service does not know the file's name.
-    convert_config(config, str(options.config or "--set"))
+    config = read_run_settings(options)
+    check_names(options, config)  # here, for the service does not know the file's name
     body = {"bundle": options.bundle, "config": config}
     return client.request("POST", "/v1/runs", body)
 
@@ -200,14 +221,20 @@ def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
     return shown
 
 
+def _remove(client: ApiClient, options: argparse.Namespace) -> Any:
+    client.request("DELETE", _path(options.run))
+    return {"id": options.run}
+
+
 def _log(options: argparse.Namespace) -> int:
     folder = find_offline(options)
     if folder is not None:
         with folder:
-            folder.run(options.run)
+            _settle_run(options, folder)
             _print_log(lambda after: folder.log(options.run, after), 0, options)
         return int(ExitCode.OK)
     client, last = client_of(options), 0
+    _settle_run(options, client)
 
     def more(after: int) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = client.request("GET", _path(options.run, f"/log?after={after}"))["events"]
@@ -237,6 +264,7 @@ def _export(options: argparse.Namespace) -> int:
     client, out = client_of(options), options.out
     if out.exists():
         raise ServiceError(f"{out} exists: choose another --out, or delete it")
+    _settle_run(options, client)
     known = client.request("GET", _path(options.run, "/checkpoints"))["checkpoints"]
     if not known:
         raise ServiceError(f"run {options.run} has no checkpoint yet")
@@ -246,8 +274,8 @@ def _export(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _show_nothing(answer: Any) -> None:
-    print("it is deleted")
+def _show_removed(answer: dict[str, Any]) -> None:
+    print(f"run {answer['id']} is deleted")
 
 
 def _show_runs(answer: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hosl_cloud.commands.devices import device_command
+from hosl_cloud.commands.run_settings import add_run_settings, has_run_settings, load_run_settings
 from hosl_cloud.service.listen import ListenSettings, write_service_file
 from hosl_cloud.service.opening import ahead_of, choose_first, open_service
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE
-from hosl_cloud.settings import RunConfig, load_config
+from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.data_folder import BUNDLES, add_data_dir, hint, make_data_dir
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
@@ -40,8 +42,8 @@ _say = logging.getLogger("hosl-cloud").info
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """Options of `hosl-cloud serve`."""
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="begin with a run of this bundle, and of --config")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="that run's settings, run.toml")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="begin with a run of this bundle")
+    add_run_settings(parser)
     parser.add_argument(
         "--bundles", type=Path, metavar="DIR", help="folder of the bundles of later runs (default: that of --data-dir)"
     )
@@ -53,7 +55,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
     parser.add_argument("--insecure", action="store_true", help="listen beyond this machine without TLS")
 
-    parser.add_argument("--once", action="store_true", help="leave when the run of --config has ended")
+    parser.add_argument("--once", action="store_true", help="leave when the run of --bundle has ended")
     parser.add_argument("--new", action="store_true", help="begin a new run, even where an unfinished one could go on")
     parser.add_argument(
         "--drain-s",
@@ -83,10 +85,10 @@ def serve_command(options: argparse.Namespace) -> int:
     if not options.insecure:
         listen = listen.with_authority(options.data_dir)
     listen.check(insecure=options.insecure)
-    if (options.bundle is None) != (options.config is None):
-        raise SettingsError("--bundle", options.bundle and str(options.bundle), "it belongs with --config: give both")
+    if options.bundle is None and has_run_settings(options):
+        raise SettingsError("--bundle", None, "say which bundle to train, what hosl-export wrote")
     if options.once and options.bundle is None:
-        raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --config")
+        raise SettingsError("--once", True, "it needs a run to wait for: give --bundle and --task or --config")
 
     first = _read_first(options) if options.bundle is not None else None
     make_data_dir(options.data_dir)  # nothing is written before all that can be refused has been
@@ -113,7 +115,7 @@ def _follow(options: argparse.Namespace) -> int:
 
 def _read_first(options: argparse.Namespace) -> tuple[Manifest, RunConfig]:
     manifest = load_manifest(options.bundle)
-    config = load_config(options.config, manifest)
+    config = load_run_settings(options, manifest)
     if config.baseline:
         raise SettingsError("baseline", config.baseline, "baselines are for hosl-cloud simulate: remove it")
     check_files(options.bundle, manifest)
@@ -133,6 +135,7 @@ def _serve(
     # Freed in the reverse order: the log is written, the ranks leave, and the store is closed while the lock is held.
     opened = leaving.enter_context(open_service(data_dir, listen, _say, lambda: _tails(options)))
     runs = opened.runs
+    runs.serve_again = _serve_again(options)
 
     run = None if first is None else choose_first(runs, options.bundle, *first, begins_anew=options.new)
     if options.once and run is None:
@@ -169,6 +172,17 @@ def _serve(
         _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
         return "paused"
     return ending
+
+
+def _serve_again(options: argparse.Namespace) -> str:
+    """The command that starts the service where it listens now, without a run of its own."""
+    words = ["serve"]
+    for name, default in (("host", "127.0.0.1"), ("port", 8765), ("tls_cert", None), ("tls_key", None)):
+        if (value := vars(options)[name]) != default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.insecure:
+        words.append("--insecure")
+    return hint(shlex.join(words), options.data_dir)
 
 
 async def _train(service: Service, run: str | None, on_listening: Callable[[str], None]) -> str | None:

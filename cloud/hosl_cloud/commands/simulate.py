@@ -9,8 +9,9 @@ import logging
 import os
 from pathlib import Path
 
-from hosl_cloud.settings import load_config
+from hosl_cloud.commands.run_settings import add_run_settings, load_run_settings
 from hosl_cloud.storage.data_folder import add_data_dir, hint
+from hosl_cloud.storage.run_names import short_name
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.terminal import add_common_options
 from hosl_protocol.run.manifest import load_manifest
@@ -21,8 +22,7 @@ _say = logging.getLogger("hosl-cloud").info
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     """Options of `hosl-cloud simulate`."""
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="what hosl-export wrote")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's settings, run.toml")
-    parser.add_argument("--task", metavar="PRESET", help="a shipped task, where --config names none")
+    add_run_settings(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="training data, dealt out to devices")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out data")
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be decoded")
@@ -34,9 +34,6 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--baseline", choices=("first-order", "zeroth-order"), help="train both halves so, instead of the algorithm"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="a setting over --config's"
     )
 
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compute threads of the devices (0: all)")
@@ -57,10 +54,9 @@ def _simulate(options: argparse.Namespace) -> int:
     from hosl_cloud.simulation.virtual_devices import check_fleet, simulate
 
     manifest, partition = load_manifest(options.bundle), Partition.parse(options.partition)
-    task = [f"task.preset={options.task}"] if options.task else []
-    fleet = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
-    baseline = [f"baseline={options.baseline}"] if options.baseline else []
-    config = prepare_config(load_config(options.config, manifest, [*task, *fleet, *baseline, *options.overrides]))
+    more = [f"devices.start_with={options.devices}", f"devices.per_round={options.per_round}"]
+    more += [f"baseline={options.baseline}"] if options.baseline else []
+    config = prepare_config(load_run_settings(options, manifest, more))
     check_fleet(config)
 
     if options.csv is not None:
@@ -77,7 +73,10 @@ def _simulate(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(summarize(run.store, run.id)))
         sentence = f"run {run.id} {ending} at round {run.round}"
-        if config.baseline != "first-order":  # whose client half is gone with this process
-            sentence += f"; take it with: {hint(f'merge {run.id} --out DIR', options.data_dir)}"
+        if config.baseline != "first-order":
+            name = short_name(run.id, run.store.run_ids())
+            sentence += f"; take it with: {hint(f'merge {name} --out trained', options.data_dir)}"
+        else:
+            sentence += "; it cannot be merged: with --baseline first-order the devices' half is gone with this process"
         say(sentence)
     return int(ExitCode.OK)

@@ -33,6 +33,7 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.data_folder import hint, new_run_id, run_folder
 from hosl_cloud.storage.disk_space import DISK_PAUSE_S
 from hosl_cloud.storage.records import UNENDED, BegunBy, NewEvent, RunRow
+from hosl_cloud.storage.run_names import short_name
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import list_checkpoints
 from hosl_cloud.tail.trainer import TailTrainer
@@ -62,6 +63,8 @@ class RunQueue:
         self.listeners: list[Listener] = []
         """Who follows all runs that are loaded from now on."""
         self._tell = say
+        self.serve_again = hint("serve", data_dir)
+        """The command that starts this service, for who goes on with a run after it has left."""
 
         self._failed_to_load: set[str] = set()
         """Runs that stay as they are until they are resumed by hand, or the service starts again."""
@@ -212,11 +215,14 @@ class RunQueue:
     async def _tell_next(self, run: str, ending: Ending | Paused) -> None:
         """Say what can be done with a run that is over."""
         checkpoints = await asyncio.to_thread(list_checkpoints, self.folder(run))
+        name = short_name(run, await asyncio.to_thread(self.store.run_ids))
         if ending != "paused" and checkpoints:
-            self.say(f"take it with: {hint(f'merge {run} --out DIR', self.data_dir)}", run, is_ending=True)
+            self.say(f"take it with: {hint(f'merge {name} --out trained', self.data_dir)}", run, is_ending=True)
+        elif ending != "paused":
+            self.say(f"run {run} has no checkpoint, so that there is nothing to merge", run, is_ending=True)
         if ending in ("stopped", "failed"):
-            first = f"start {hint('serve', self.data_dir)}, and then " if self._is_draining else ""
-            self.say(f"go on with it: {first}{hint(f'run resume {run}', self.data_dir)}", run, is_ending=True)
+            then = f" && {self.serve_again}" if self._is_draining else ""
+            self.say(f"go on with it: {hint(f'run resume {name}', self.data_dir)}{then}", run, is_ending=True)
 
     def state(self) -> QueueState:
         """Whose turn it is now."""

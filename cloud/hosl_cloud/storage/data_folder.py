@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +24,10 @@ BUNDLES = "bundles"
 RUNS = "runs"
 SERVICE_FILE = "service.json"
 """Says where the service is, while it runs."""
+
+LOCK_PAUSES_S = (0.05, 0.1)
+"""Between tries for the folder's lock: a command that asks `is_locked` holds it for an instant, and keeps no service
+from its start by that."""
 
 
 def default_data_dir() -> Path:
@@ -78,19 +83,24 @@ def new_run_id(name: str, store: Store) -> str:
 def is_locked(data_dir: Path) -> bool:
     """Tell whether a service, or a simulation, uses the folder."""
     try:
-        lock(data_dir).close()
+        lock(data_dir, pauses_s=()).close()
     except ServiceError:
         return True
     return False
 
 
-def lock(data_dir: Path) -> TextIO:
+def lock(data_dir: Path, pauses_s: Sequence[float] = LOCK_PAUSES_S) -> TextIO:
     """Take the folder for this process, as long as the file that is returned stays open. Raises ServiceError."""
     # Never deleted: another process could hold the lock of a file that has no name any more.
     file = (data_dir / "lock").open("w", encoding="ascii")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ServiceError(f"another hosl-cloud uses {data_dir}: stop it, or choose another --data-dir") from error
-    return file
+    left_s = list(pauses_s)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if not left_s:
+                file.close()
+                remedy = "stop it, or choose another --data-dir"
+                raise ServiceError(f"another hosl-cloud uses {data_dir}: {remedy}") from error
+            time.sleep(left_s.pop(0))

@@ -25,7 +25,8 @@ from hosl_cloud.storage.schema import migrate
 class Database:
     """One file, and one connection to it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reads_only: bool = False) -> None:
+        """Open the file, or make it. One that `reads_only` writes nothing but the tables of this version."""
         self._path = path
         self._lock = threading.Lock()
         _warn_on_event_loop()
@@ -40,6 +41,8 @@ class Database:
                 self._database.execute("PRAGMA synchronous = FULL")
                 self._database.execute("PRAGMA foreign_keys = ON")
                 migrate(self._database, path)
+                if reads_only:
+                    self._database.execute("PRAGMA query_only = ON")
             except BaseException:
                 self._database.close()
                 raise

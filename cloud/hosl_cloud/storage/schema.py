@@ -105,6 +105,21 @@ def migrate(database: sqlite3.Connection, path: Path) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path} has schema {version}, this hosl reads up to {SCHEMA_VERSION}: use a newer hosl")
-    # The number is set in the script's own transaction: a kill leaves the version before or after it, nothing between.
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        database.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        _apply(database, number, script)
+
+
+def _apply(database: sqlite3.Connection, number: int, script: str) -> None:
+    """Bring the tables to version `number`, in one transaction: a kill leaves the version before it, or this one."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        # Looked at again: a command beside a service that starts may have done it while this one waited.
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version < number:
+            for statement in script.split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number}")
+        database.execute("COMMIT")
+    except BaseException:
+        database.rollback()
+        raise

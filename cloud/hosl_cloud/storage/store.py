@@ -61,8 +61,8 @@ PORTION = 4096
 class Store(Database):
     """All that the service knows, by run."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, reads_only: bool = False) -> None:
+        super().__init__(path, reads_only=reads_only)
         self._unpruned: Counter[str] = Counter()
         """Sentences by run since its log was pruned."""
 
@@ -96,7 +96,7 @@ class Store(Database):
 
     def run_ids(self) -> list[str]:
         """List all runs' ids, oldest first."""
-        return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at")]
+        return [row["id"] for row in self._query("SELECT id FROM runs ORDER BY created_at, rowid")]
 
     def set_state(self, run: str, state: str, reason: str = "") -> None:
         """Set a run's state: pending, running, paused, completed, failed or stopped."""

@@ -75,17 +75,18 @@ def test_at_a_runs_end_is_said_what_can_be_done_with_it(
         (runs.folder("run-1") / "epoch-0001-round-000003.json").write_bytes(msgspec.json.encode(info))
     asyncio.run(runs._tell_next("run-1", ending))
     folder = f"--data-dir {runs.data_dir}"
-    take = f"take it with: hosl-cloud merge run-1 --out DIR {folder}"
-    go_on = f"go on with it: hosl-cloud run resume run-1 {folder}"
-    expected = [take] * (has_checkpoint and ending != "paused") + [go_on] * (ending in ("stopped", "failed"))
-    assert said == expected
+    take = f"take it with: hosl-cloud merge run --out trained {folder}"
+    nothing = "run run-1 has no checkpoint, so that there is nothing to merge"
+    go_on = f"go on with it: hosl-cloud run resume run {folder}"
+    expected = [take if has_checkpoint else nothing] * (ending != "paused")
+    assert said == expected + [go_on] * (ending in ("stopped", "failed"))
 
 
 def test_a_service_that_leaves_says_that_it_must_be_there_to_go_on(runs: RunQueue, said: list[str]) -> None:
     runs._is_draining = True
     asyncio.run(runs._tell_next("run-1", "stopped"))
     folder = f"--data-dir {runs.data_dir}"
-    assert said == [f"go on with it: start hosl-cloud serve {folder}, and then hosl-cloud run resume run-1 {folder}"]
+    assert said[-1] == f"go on with it: hosl-cloud run resume run {folder} && hosl-cloud serve {folder}"
 
 
 def test_why_a_run_is_pending_stands_in_its_lines() -> None:

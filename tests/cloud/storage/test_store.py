@@ -37,6 +37,33 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
+def test_a_store_that_reads_only_writes_nothing(tmp_path: Path, store: Store) -> None:
+    reader = Store(tmp_path / "hosl.sqlite", reads_only=True)
+    store.set_state("run-1", "running")
+    assert reader.run("run-1").state == "running"
+    with pytest.raises(StoreError, match="readonly"):
+        reader.set_state("run-1", "stopped")
+    reader.close()
+
+
+def test_tables_are_brought_up_to_date_once_where_several_open_them(tmp_path: Path) -> None:
+    """A command may look into a folder in the moment in which a service starts there."""
+    path, together = tmp_path / "hosl.sqlite", threading.Barrier(4)
+    database = sqlite3.connect(path)
+    database.executescript(f"PRAGMA journal_mode = WAL; {MIGRATIONS[0]} PRAGMA user_version = 1;")
+    database.close()
+
+    def open_it(_: int) -> None:
+        together.wait()
+        Store(path).close()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(open_it, range(4)))
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    database.close()
+
+
 def test_a_store_is_closed_only_after_what_is_under_way(tmp_path: Path) -> None:
     """SQLite crashes the process where a connection is closed under a statement."""
     store = Store(tmp_path / "hosl.sqlite")

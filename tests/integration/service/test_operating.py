@@ -144,9 +144,11 @@ def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:
     assert load_file(site.folder / "tail.safetensors")
     assert newest["round"] >= stopped["round"]
 
-    for run in (endless, other):
-        site.run("run", "stop", run)
-        site.run("run", "rm", run)
+    said = site.run("run", "show", "one-", code=ExitCode.SETTINGS)
+    assert f"'one-' is the beginning of 2 runs: {endless}, {second}; give more of the name" in said
+    for name, run in ((endless, endless), ("two", other)):
+        site.run("run", "stop", name)
+        assert site.run("run", "rm", name) == f"run {run} is deleted\n"
     assert [run["id"] for run in site.ask("run", "list")["runs"]] == [second]
     assert not (site.data_dir / "runs" / endless).exists()
     assert "no run" in site.run("run", "show", endless, code=ExitCode.REFUSED)
@@ -161,10 +163,12 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
     assert site.finish() == 0
     (at_rest,) = site.ask("run", "list")["runs"]
     assert (at_rest["id"], at_rest["state"]) == (run, "paused"), "the folder says so where no service runs"
-    assert site.ask("run", "show", run)["round"] == at_rest["round"]
-    assert f"run {run} paused" in site.run("log", run)
-    assert site.ask("checkpoint", "list", run)["checkpoints"][-1]["round"] == at_rest["round"]
-    assert "no service runs" in site.run("run", "resume", run, code=ExitCode.REFUSED)
+    for name in (run, "one", "latest"):
+        assert site.ask("run", "show", name)["round"] == at_rest["round"]
+        assert f"run {run} paused" in site.run("log", name)
+    assert site.ask("checkpoint", "list", "latest")["checkpoints"][-1]["round"] == at_rest["round"]
+    assert "no run 'two'" in site.run("run", "show", "two", code=ExitCode.SETTINGS)
+    assert "hosl-cloud serve" in site.run("run", "resume", "latest"), "it goes on with the next service"
     assert "killed" not in "".join(site.start())
     assert site.ask("run", "show", run)["round"] >= 2
     site.train("pi-2")
@@ -195,6 +199,9 @@ def test_a_service_killed_outright_goes_on_with_every_run_whoever_began_it(site:
     assert site.finish() == 0
     text = site.run("serve", *begin, "--once", "--port", "0")
     assert f"run {second['id']} of these settings is completed; --new begins another" in text
+
+    assert "is completed" in site.run("run", "resume", second["id"], code=ExitCode.SETTINGS)
+    assert site.ask("run", "resume", started)["state"] == "pending", "a stopped run goes on with the next service"
 
 
 def test_a_run_takes_bundles_from_the_services_folder_alone(site: Site) -> None:
