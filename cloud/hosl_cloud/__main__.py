@@ -20,6 +20,7 @@ try:
     from hosl_cloud.commands.bundles import add_bundle
     from hosl_cloud.commands.config import add_config
     from hosl_cloud.commands.devices import add_device, add_init
+    from hosl_cloud.commands.help import EXAMPLES, RARE
     from hosl_cloud.commands.merge import add_merge
     from hosl_cloud.commands.runs import add_checkpoint, add_drain, add_log, add_run
     from hosl_cloud.commands.serve import add_serve
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     unit = commands.add_parser("unit", help="print the systemd unit")
     add_common_options(unit)
     unit.set_defaults(command=_unit)
+    parser.explain(EXAMPLES, RARE)
     return parser
 
 

@@ -34,8 +34,26 @@ try:
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
-SWITCHES = {option_of(name) for name, kind in TYPES.items() if kind is bool} | {"--json", "--example", "--debug"}
+SWITCHES = {
+    *(option_of(name) for name, kind in TYPES.items() if kind is bool),
+    *("--json", "--example", "--debug", "--quiet", "-q"),
+}
 """Options that take no value."""
+EXAMPLES = {
+    "hosl-edge": (
+        "hosl-edge --server wss://cloud.example.org:8765 --token-file kitchen.token \\\n"
+        "          --data train.jsonl --eval validation.jsonl"
+    ),
+    "hosl-edge preflight": "hosl-edge preflight --server wss://cloud.example.org:8765 --token-file token",
+    "hosl-edge status": "hosl-edge status --name kitchen",
+    "hosl-edge config": "hosl-edge config --example",
+    "hosl-edge unit": "hosl-edge unit | sudo tee /etc/systemd/system/hosl-edge.service",
+}
+RARE = {
+    *("--debug", "--log-level", "--log-format", "--insecure", "--skip-broken", "--state-dir", "--cache-dir"),
+    *("--sync-interval-s", "--max-temperature-c", "--min-available-memory", "--stall-timeout-s"),
+}
+"""Options that few people need, and `--help-all` has."""
 UNIT = Path(__file__).with_name("hosl-edge.service")
 
 
@@ -57,12 +75,10 @@ def _is_command(given: Sequence[str], place: int) -> bool:
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     is_run = name == "run"
-    commands = "; ".join(f"{other}: {text}" for other, (_, text) in COMMANDS.items())
     parser = Parser(
         prog="hosl-edge" if is_run else f"hosl-edge {name}",
-        commands=COMMANDS,
-        description=description,
-        epilog=f"Commands: {commands}." if is_run else None,
+        commands={other: text for other, (_, text) in COMMANDS.items()} if is_run else None,
+        description=f"{description[0].upper()}{description[1:]}.",
     )
 
     if name != "unit":
@@ -73,12 +89,13 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
         parser.add_argument("--example", action="store_true", help="print a file with every setting, explained")
     add_common_options(parser)
     add_version(parser)
+    parser.explain(EXAMPLES, RARE)
     return parser
 
 
 def _resolve(options: argparse.Namespace) -> Resolved:
     # What is left are settings, for an option that was not given is not there (options.py).
-    own = {"config", "json", "example", "debug", "log_level", "log_format"}
+    own = {"config", "json", "example", "debug", "log_level", "log_format", "quiet"}
     return resolve({name: value for name, value in vars(options).items() if name not in own}, options.config)
 
 

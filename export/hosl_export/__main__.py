@@ -23,6 +23,13 @@ try:
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
 
+EXAMPLE = "hosl-export --model facebook/opt-125m --split 6 --out bundle/"
+RARE = {
+    *("--lora-rank", "--lora-alpha", "--lora-targets", "--prompt-tokens", "--image-size", "--revision", "--seed"),
+    *("--no-gradients", "--debug", "--log-level", "--log-format"),
+}
+"""Options that few people need, and `--help-all` has."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
@@ -32,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hosl-export", description="Cut a model in two: a shard and a tail.")
-    parser.add_argument("--model", required=True, help="hub id, local folder, or .gguf file")
-    parser.add_argument("--split", required=True, type=int, help="blocks on the device; the rest goes to the cloud")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the bundle; it must not exist")
+    parser.add_argument("--model", required=True, metavar="M", help="hub id, local folder, or .gguf file")
+    parser.add_argument(
+        "--split", required=True, type=int, metavar="K", help="blocks on the device, the rest on the cloud"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; must not exist")
     parser.add_argument(
         "--train",
         default="norm",
@@ -52,11 +61,17 @@ def _parser() -> argparse.ArgumentParser:
         help="modules that get an adapter, as in PEFT's target_modules, with commas between them, or all-linear "
         "(default: those that PEFT chooses for the architecture)",
     )
-    parser.add_argument("--max-length", type=int, help="longest input in tokens (default: 512, or the model's limit)")
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: what the preprocessor says)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of an adapter's or prompt's first weights (default: %(default)s)"
+        "--max-length", type=int, metavar="N", help="longest input in tokens (default: 512, or the model's limit)"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels a side (default: the preprocessor's)")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of an adapter's or prompt's first weights (default: %(default)s)",
     )
     parser.add_argument(
         "--no-gradients",
@@ -66,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_common_options(parser)
     add_version(parser)
+    parser.explain({"hosl-export": EXAMPLE}, RARE)
     return parser
 
 

@@ -1,5 +1,8 @@
 """What a command tells people and machines: sentences on stdout, a log on stderr, both as text or as lines of JSON.
 
+As text both have one form, `hosl-cloud: a sentence` and `hosl-cloud: warning: a line of the log`, with the time before
+it where neither a person at a terminal nor the journal knows it.
+
 Every line names the run, round and device that it is about, where these are known: from `extra` of the log's call, or
 from the scope in which it was made. The scope is a context variable, so that each asyncio task has that of the task
 which made it; work in a thread has it only where the caller hands its context on.
@@ -17,6 +20,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+from hosl_protocol.program.live import is_live, write_line
 from hosl_protocol.program.plain import plain
 
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -49,29 +53,32 @@ def place_of(record: logging.LogRecord) -> dict[str, Any]:
     return {name: known[name] for name in PLACES if name in known}
 
 
-class _PlainFormatter(logging.Formatter):
-    """Lines of text for people: whatever a message quotes, it is one line, and a terminal obeys none of it."""
+class TextFormatter(logging.Formatter):
+    """Lines for people: whatever a message quotes, it is one line, and a terminal obeys none of it."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Make the line plain."""
-        return plain(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        """Make the traceback plain, line by line."""
-        return "\n".join(map(plain, super().formatException(ei).split("\n")))
-
-
-class TextFormatter(_PlainFormatter):
-    """A line for people; what it is about stands behind the logger's name."""
-
-    def __init__(self) -> None:
-        time_ = "%(asctime)s " if _needs_time(sys.stderr) else ""
-        super().__init__(f"{time_}%(levelname)s %(name)s%(place)s: %(message)s", _TIME)
+    def __init__(self, speaker: str, stream: TextIO, *, has_labels: bool = True) -> None:
+        """`speaker` is who says it, a program or a device. Labels tell lines of the log from sentences."""
+        super().__init__()
+        self.speaker = speaker
+        self._has_time, self._has_labels = _needs_time(stream), has_labels
 
     def format(self, record: logging.LogRecord) -> str:
         """Make the line, and below it the traceback where there is one."""
-        record.place = "".join(f" {name}={value}" for name, value in place_of(record).items())
-        return super().format(record)
+        time_ = self.formatTime(record, _TIME) + " " if self._has_time else ""
+        label = _label(record) if self._has_labels else ""
+        lines = [plain(f"{time_}{self.speaker}: {label}{record.getMessage()}")]
+        if record.exc_info:
+            lines += map(plain, self.formatException(record.exc_info).split("\n"))
+        return "\n".join(lines)
+
+
+def _label(record: logging.LogRecord) -> str:
+    """What stands before a message of the log: its level, and what it is about."""
+    # Where in the code: for who asks for more than warnings, and where it is a library's.
+    is_plain = record.levelno >= logging.WARNING and record.name.startswith("hosl")
+    words = [record.levelname.lower(), *([] if is_plain else [record.name])]
+    words += [f"{name}={value}" for name, value in place_of(record).items()]
+    return " ".join(words) + ": "
 
 
 class JsonFormatter(logging.Formatter):
@@ -102,11 +109,16 @@ def is_json() -> bool:
 
 def sentence_line(device: str, sentence: str) -> str:
     """Put what a device says into the log's format."""
-    if not is_json():
-        time_ = time.strftime(_TIME + " ") if _needs_time(sys.stderr) else ""
-        return plain(f"{time_}{device}: {sentence}")
     record = {"name": "hosl-edge", "levelname": "INFO", "msg": sentence, "device": device}
-    return JsonFormatter().format(logging.makeLogRecord(record))
+    formatter = JsonFormatter() if is_json() else TextFormatter(device, sys.stderr, has_labels=False)
+    return formatter.format(logging.makeLogRecord(record))
+
+
+def name_speaker(name: str) -> None:
+    """Let the log's lines of text be said by a device, as its sentences are."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, TextFormatter):
+            handler.formatter.speaker = name
 
 
 def _needs_time(stream: TextIO) -> bool:
@@ -114,22 +126,52 @@ def _needs_time(stream: TextIO) -> bool:
     return not stream.isatty() and "JOURNAL_STREAM" not in os.environ
 
 
-class _Sentences(logging.StreamHandler[TextIO]):
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes whole lines, above what is drawn at a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            write_line(self.stream, self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+class _Sentences(_Lines):
     """Raises what goes wrong: a command whose reader has left ends."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         raise
 
 
-def configure_logs(program: str, level: str, format_: str) -> None:
-    """The log goes to stderr from `level` up; what the program's own logger says goes to stdout, all of it."""
+def _is_figure_drawn(record: logging.LogRecord) -> bool:
+    """Whether a sentence is a round's figures, which a display shows in place."""
+    return is_live() and _is_marked(record, "is_figure")
+
+
+def _is_result(record: logging.LogRecord) -> bool:
+    """Whether a sentence is what is left with --quiet: a result, or trouble."""
+    return record.levelno >= logging.WARNING or _is_marked(record, "is_result")
+
+
+def _is_marked(record: logging.LogRecord, mark: str) -> bool:
+    return bool(getattr(record, mark, (_scope.get() or {}).get(mark, False)))
+
+
+def configure_logs(program: str, level: str, format_: str, *, quiet: bool = False) -> None:
+    """The log goes to stderr from `level` up; what the program's own logger says goes to stdout.
+
+    Sentences are marked by `extra` or the scope around: `is_result`, which is all that `quiet` lets through, and
+    `is_figure`, which is left out where a display shows it.
+    """
     is_json = format_ == "json"
-    log_handler = logging.StreamHandler()
-    log_handler.setFormatter(JsonFormatter() if is_json else TextFormatter())
+    log_handler = _Lines()
+    log_handler.setFormatter(JsonFormatter() if is_json else TextFormatter(program, log_handler.stream))
     logging.basicConfig(level=level.upper(), handlers=[log_handler])
     sentences = _Sentences(sys.stdout)
-    text = _PlainFormatter(f"{'%(asctime)s ' if _needs_time(sys.stdout) else ''}{program}: %(message)s", _TIME)
-    sentences.setFormatter(JsonFormatter() if is_json else text)
+    sentences.setFormatter(JsonFormatter() if is_json else TextFormatter(program, sys.stdout, has_labels=False))
+    sentences.addFilter(lambda record: not _is_figure_drawn(record))
+    if quiet:
+        sentences.addFilter(_is_result)
     teller = logging.getLogger(program)
     teller.handlers, teller.propagate = [sentences], False
     # Sentences are what the program is asked for: no level hides them.

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 from hosl_protocol.program.installing import install_line
+from hosl_protocol.program.live import write_line
 from hosl_protocol.program.logs import configure_logs
 from hosl_protocol.program.plain import plain
 
@@ -35,7 +36,8 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """`--debug`, `--log-level` and `--log-format`."""
+    """`--quiet`, `--debug`, `--log-level` and `--log-format`."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors and the result")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
@@ -84,13 +86,13 @@ def run_command(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse, run, and turn errors into a line on stderr and an exit code."""
-    options = argparse.Namespace(debug=False, log_format="text")
+    options = argparse.Namespace(debug=False, log_format="text", quiet=False)
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # a crash in native code says what and where it was
 
     try:
         options = parser.parse_args(arguments)
-        configure_logs(parser.prog, options.log_level, options.log_format)
+        configure_logs(parser.prog, options.log_level, options.log_format, quiet=options.quiet)
         return command(options)
     except HoslError as error:
         return _fail(parser.prog, str(error), error.exit_code, options)
@@ -189,5 +191,5 @@ def _fail(program: str, sentence: str, code: ExitCode, options: argparse.Namespa
         return int(code)
     if is_traced:
         log.exception("%s failed", program)
-    print(f"{program}: {'error: ' * is_error}{sentence}", file=sys.stderr)
+    write_line(sys.stderr, f"{program}: {'error: ' * is_error}{sentence}")
     return int(code)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+
 import pytest
 
 from hosl_protocol.program.arguments import Parser
@@ -10,10 +13,11 @@ from hosl_protocol.program.arguments import Parser
 def make_parser() -> Parser:
     parser = Parser(prog="tool")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve")
+    serve = commands.add_parser("serve", help="run it")
     serve.add_argument("--bundle", required=True)
     serve.add_argument("--out", choices=("best", "last"))
-    commands.add_parser("device").add_subparsers(required=True, metavar="COMMAND").add_parser("add")
+    device = commands.add_parser("device", help="make devices")
+    device.add_subparsers(required=True, metavar="COMMAND").add_parser("add", help="make one")
     return parser
 
 
@@ -48,9 +52,9 @@ def test_a_command_with_others_below_it_shows_them(words: str, capsys: pytest.Ca
     with pytest.raises(SystemExit) as caught:
         make_parser().parse_args(words.split())
     shown = capsys.readouterr()
-    assert (caught.value.code, shown.err) == (0, "")
-    assert "--help" in shown.out
-    assert "COMMAND" in shown.out
+    assert (caught.value.code, shown.out) == (2, "")
+    assert "--help" in shown.err
+    assert "commands:\n  " in shown.err
 
 
 def test_what_is_right_is_read() -> None:
@@ -59,5 +63,56 @@ def test_what_is_right_is_read() -> None:
 
 def test_a_misspelt_command_of_a_program_that_needs_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        Parser(prog="tool", commands=["status"]).parse_args(["statu"])
+        Parser(prog="tool", commands={"status": "what it does"}).parse_args(["statu"])
     assert "statu is not expected here: did you mean status?" in capsys.readouterr().err
+
+
+def explained() -> Parser:
+    parser = make_parser()
+    parser.explain({"tool serve": "tool serve --bundle here/"}, {"--out"})
+    return parser
+
+
+def shown_by(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        explained().parse_args(words.split())
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_begins_with_an_example_and_leaves_rare_options_out(capsys: pytest.CaptureFixture[str]) -> None:
+    few = shown_by("serve --help", capsys)
+    assert few.startswith("usage: tool serve --bundle BUNDLE [OPTION]...\n\n  tool serve --bundle here/\n\n")
+    assert "--help-all" in few
+    assert "--out" not in few
+    every = shown_by("serve --help-all", capsys)
+    assert "--out {best,last}" in every
+    assert "--help-all" not in every
+    assert "--help-all" not in shown_by("device add --help", capsys), "there is nothing more to show"
+
+
+def test_a_rare_option_is_read_as_any_other() -> None:
+    assert explained().parse_args(["serve", "--bundle", "x", "--out", "best"]).out == "best"
+
+
+@pytest.mark.parametrize("program", ["hosl_edge", "hosl_cloud", "hosl_export"])
+def test_every_help_fits_a_screen_and_begins_with_an_example(
+    program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    main = importlib.import_module(f"{program}.__main__").main
+    todo: list[list[str]] = [[]]
+    while todo:
+        words = todo.pop()
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--help"])
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        name = " ".join([program.replace("_", "-"), *words])
+        assert shown.splitlines()[2].startswith(f"  {name.removesuffix(' run')}"), name
+        assert shown.count("\n") <= 40, name
+        assert max(map(len, shown.splitlines())) <= 80, name
+        commands = shown.partition("\ncommands:\n")[2].partition("\n\n")[0]
+        found = re.findall(r"^  ([a-z-]+)\b", commands, re.MULTILINE)
+        # `hosl-edge run` is `hosl-edge`.
+        todo += [[*words, each] for each in found if (program, each) != ("hosl_edge", "run")]

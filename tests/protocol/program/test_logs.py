@@ -68,10 +68,21 @@ def test_a_line_is_an_object_with_what_it_is_about() -> None:
     assert "run" not in parsed(JsonFormatter().format(record("outside")))
 
 
-def test_a_text_line_names_what_it_is_about_behind_the_logger() -> None:
+def text(line: logging.LogRecord) -> str:
+    return TextFormatter("tool", sys.stderr).format(line)
+
+
+def test_a_text_line_says_its_level_and_what_it_is_about() -> None:
     with log_scope(run="run-1", device="pi"):
-        assert "WARNING hosl.test run=run-1 device=pi: late" in TextFormatter().format(record("late"))
-    assert "WARNING hosl.test: late" in TextFormatter().format(record("late"))
+        assert text(record("late")).endswith("tool: warning run=run-1 device=pi: late")
+    assert text(record("late")).endswith("tool: warning: late")
+
+
+def test_a_line_for_who_looks_for_its_place_says_where_it_is_from() -> None:
+    others = logging.makeLogRecord({"name": "asyncio", "levelno": logging.ERROR, "levelname": "ERROR", "msg": "lost"})
+    assert text(others).endswith("tool: error asyncio: lost")
+    ours = logging.makeLogRecord({"name": "hosl.x", "levelno": logging.DEBUG, "levelname": "DEBUG", "msg": "it is"})
+    assert text(ours).endswith("tool: debug hosl.x: it is")
 
 
 HOSTILE = "bye\r\n2026-01-01 hosl-cloud: run completed\x1b[2J\x1b]0;owned\x07\x9b1A\x7f\u202eevil\u2028next\udcff"
@@ -83,7 +94,7 @@ def test_what_others_say_forges_no_line_and_moves_no_cursor() -> None:
     assert plain(HARMLESS) == HARMLESS
     said = "θ of tensor 'ä': 3 × 4  columns"
     assert plain(said) == said
-    assert TextFormatter().format(record("%s left: %s", "pi", HOSTILE)).endswith(f": pi left: {HARMLESS}")
+    assert text(record("%s left: %s", "pi", HOSTILE)).endswith(f": pi left: {HARMLESS}")
     assert sentence_line("pi", HOSTILE).endswith(f"pi: {HARMLESS}")
     for message in (Goodbye(reason=HOSTILE), Refusal(code="run", reason=HOSTILE, retry=True)):
         assert message.reason == HARMLESS
@@ -97,9 +108,9 @@ def test_a_traceback_keeps_its_lines_and_shows_no_other() -> None:
         raise ValueError(HOSTILE)
     except ValueError:
         line = logging.getLogger("t").makeRecord("t", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
-    text = TextFormatter().format(line)
-    assert "\nTraceback (most recent call last):\n" in text
-    assert all(each.isprintable() for each in text.replace("\n", ""))
+    said = text(line)
+    assert "\nTraceback (most recent call last):\n" in said
+    assert all(each.isprintable() for each in said.replace("\n", ""))
 
 
 def test_what_one_task_learns_of_a_place_its_siblings_say_too_and_strangers_do_not() -> None:
@@ -150,12 +161,45 @@ def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
     assert result.stdout == "work: it begins\npi: it waits\n", "the journal has the time"
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.fullmatch(f"{time} work: it begins\n{time} pi: it waits\n", run_module(tmp_path).stdout)
-    assert "WARNING hosl.part run=run-1 device=pi: pi is late\n" in result.stderr
+    assert "work: warning run=run-1 device=pi: pi is late\n" in result.stderr
     assert result.stderr.endswith("work: error: rounds is 0: use 1 \\x1bor more\n")
 
 
-def run_module(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    (folder / "work.py").write_text(MODULE)
+def run_module(folder: Path, *options: str, module: str = MODULE, **variables: str) -> subprocess.CompletedProcess[str]:
+    (folder / "work.py").write_text(module)
     environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     command = [sys.executable, "-m", "work", *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+MARKED = """
+import argparse, logging, sys
+from hosl_protocol.program.logs import log_scope
+from hosl_protocol.program.terminal import add_common_options, run_command
+
+def work(options):
+    say = logging.getLogger("work").info
+    say("it begins")
+    with log_scope(is_figure=True):
+        say("round 3")
+    with log_scope(is_result=True):
+        say("it is done")
+    say("it is here", extra={"is_result": True})
+    logging.getLogger("hosl.part").warning("a thing is late")
+    return 0
+
+parser = argparse.ArgumentParser(prog="work")
+add_common_options(parser)
+sys.exit(run_command(parser, work))
+"""
+
+
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_quiet_leaves_results_and_trouble(tmp_path: Path, format_: str) -> None:
+    results = {}
+    for options in ([], ["--quiet"]):
+        done = run_module(tmp_path, "--log-format", format_, *options, module=MARKED)
+        assert "a thing is late" in done.stderr
+        results[bool(options)] = re.findall("it is [a-z]+|it begins|round 3", done.stdout)
+    assert results[True] == ["it is done", "it is here"]
+    assert results[False] == ["it begins", "round 3", "it is done", "it is here"]

@@ -1,0 +1,43 @@
+"""What `--help` of the commands begins with, and what it leaves to `--help-all`."""
+
+from __future__ import annotations
+
+EXAMPLES = {
+    "hosl-cloud": ("hosl-cloud serve --bundle bundle/ --config run.toml\nhosl-cloud merge RUN --out trained/"),
+    "hosl-cloud init": "hosl-cloud init --name cloud.example.org --name 192.168.1.5",
+    "hosl-cloud serve": (
+        "hosl-cloud serve --bundle bundle/ --config run.toml\n"
+        "hosl-cloud serve --bundle bundle/ --config run.toml --host 0.0.0.0"
+    ),
+    "hosl-cloud device": "hosl-cloud device add kitchen",
+    "hosl-cloud device add": "hosl-cloud device add kitchen",
+    "hosl-cloud device list": "hosl-cloud device list",
+    "hosl-cloud device revoke": "hosl-cloud device revoke kitchen",
+    "hosl-cloud run": "hosl-cloud run list",
+    "hosl-cloud run start": "hosl-cloud run start --bundle reviews --set rounds=200",
+    "hosl-cloud run list": "hosl-cloud run list",
+    "hosl-cloud run show": "hosl-cloud run show RUN",
+    "hosl-cloud run stop": "hosl-cloud run stop RUN",
+    "hosl-cloud run resume": "hosl-cloud run resume RUN",
+    "hosl-cloud run rm": "hosl-cloud run rm RUN",
+    "hosl-cloud log": "hosl-cloud log RUN --follow",
+    "hosl-cloud checkpoint": "hosl-cloud checkpoint list RUN",
+    "hosl-cloud checkpoint list": "hosl-cloud checkpoint list RUN",
+    "hosl-cloud checkpoint export": "hosl-cloud checkpoint export RUN --out tail.safetensors",
+    "hosl-cloud drain": "hosl-cloud drain",
+    "hosl-cloud merge": "hosl-cloud merge RUN --out trained/",
+    "hosl-cloud simulate": (
+        "hosl-cloud simulate --bundle bundle/ --task sst2 --devices 100 \\\n"
+        "                    --data train.jsonl --eval validation.jsonl"
+    ),
+    "hosl-cloud unit": "hosl-cloud unit | sudo tee /etc/systemd/system/hosl-cloud.service",
+}
+"""By the command's whole name."""
+
+RARE = frozenset(
+    {
+        *("--log-level", "--log-format", "--debug", "--rank-timeout-s", "--drain-s", "--bundles"),
+        *("--baseline", "--threads", "--skip-broken", "--csv", "--ca", "--admin-token-file"),
+    }
+)
+"""Options that few people need."""
