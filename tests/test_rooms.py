@@ -17,6 +17,7 @@ PACKAGES = {
     "hosl_edge": ("edge", {"hosl_protocol"}),
     "hosl_export": ("export", {"hosl_protocol"}),
     "hosl_cloud": ("cloud", {"hosl_protocol", "hosl_edge", "hosl_export"}),
+    "hosl": ("cloud", {"hosl_protocol", "hosl_edge", "hosl_export", "hosl_cloud"}),
 }
 """Each package's folder, and the packages that it may import."""
 
@@ -34,6 +35,7 @@ ROOMS = {
         *("exceptions", "settings", "metrics", "sentences", "storage", "rounds", "tail", "ranks", "runs"),
         *("simulation", "service", "commands", "__main__"),
     ],
+    "hosl": ["extras", "bundles", "given", "data", "rounds", "leading", "runs", "simulating", "serving"],
 }
 """Folders and modules of each package: one may import those before it."""
 

@@ -200,12 +200,12 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, A
     data = {} if path is None else read_toml(path, "--config")
     for override in overrides:
         given = _parse_override(override)
-        _check_given(given, RunConfig, f"--set {override}")
-        _merge(data, given)
+        check_given(given, RunConfig, f"--set {override}")
+        merge_settings(data, given)
     return data
 
 
-def _check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+def check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
     """Raise MalformedSettings for a name that no setting has, or a value of another type than it takes."""
     types = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for name, value in given.items():
@@ -217,7 +217,7 @@ def _check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) 
             remedy = f"did you mean {elsewhere[0]}?" if elsewhere else nearest(name, types)
             raise MalformedSettings(where, "", f"no setting has the name {name}; {remedy}")
         if isinstance(value, dict) and _is_table(types[name]):
-            _check_given(value, types[name], where)
+            check_given(value, types[name], where)
         else:
             convert(value, types[name], where)
 
@@ -246,10 +246,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     raise SettingsError("--set", text, "use KEY=VALUE, for example tail.learning_rate=1e-4")
 
 
-def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
+def merge_settings(data: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put `more` over `data`, table by table, in place."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(data.get(key), dict):
-            _merge(data[key], value)
+            merge_settings(data[key], value)
         else:
             data[key] = value
 

@@ -1,0 +1,62 @@
+"""What a run tells of itself: its rounds, and how its held-out data scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hosl_cloud.storage.records import Evaluation as StoredEvaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The score of the held-out data after a round."""
+
+    round: int
+    """0 is before the first one."""
+    accuracy: float
+    """Share of right predictions, 0 to 1."""
+    loss: float
+    """Mean cross-entropy of a prediction."""
+    right: int
+    """Right predictions; of the task `lm` a prediction is a token."""
+    scored: int
+    """All predictions."""
+
+    def __str__(self) -> str:
+        return f"accuracy {100 * self.accuracy:.1f} % ({self.right} of {self.scored} right), loss {self.loss:.4f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A finished round."""
+
+    number: int
+    """From 1."""
+    of: int
+    """Rounds of the whole run."""
+    loss: float
+    """Mean over the batches of this round's devices, before its step."""
+    seconds: float
+    bytes: int
+    """On the wire, both ways, since the round before."""
+    devices: int
+    """How many took part."""
+    evaluation: Evaluation | None = None
+    """Of the held-out data after this round, where it was scored."""
+
+    def __str__(self) -> str:
+        scored = f"; {self.evaluation}" if self.evaluation is not None else ""
+        return f"round {self.number} of {self.of}: loss {self.loss:.4f}, {self.seconds:.2f} s{scored}"
+
+
+def as_evaluation(stored: StoredEvaluation) -> Evaluation:
+    """Make what a caller is given of what the store keeps."""
+    return Evaluation(
+        round=stored.round,
+        accuracy=stored.accuracy,
+        loss=stored.loss,
+        right=stored.correct,
+        scored=stored.scored,
+    )
