@@ -35,7 +35,7 @@ ROOMS = {
         *("exceptions", "settings", "metrics", "sentences", "storage", "rounds", "tail", "ranks", "runs"),
         *("simulation", "service", "commands", "__main__"),
     ],
-    "hosl": ["extras", "bundles", "given", "data", "rounds", "leading", "runs", "simulating", "serving"],
+    "hosl": ["extras", "bundles", "given", "data", "rounds", "trained", "leading", "runs", "simulating", "serving"],
 }
 """Folders and modules of each package: one may import those before it."""
 

@@ -6,9 +6,10 @@ cloud/python.md tells all of it. The import loads neither torch nor a service: t
 from hosl.bundles import Bundle, Cost, export
 from hosl.extras import MissingExtra
 from hosl.rounds import Evaluation, Round
-from hosl.runs import Run, Trained
+from hosl.runs import Run
 from hosl.serving import ServedRun, serve
 from hosl.simulating import simulate
+from hosl.trained import Trained
 from hosl_protocol.exceptions import HoslError, SettingsError
 
 __all__ = [

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hosl.rounds import Evaluation, Round, as_evaluation
+from hosl_protocol.run.tasks import Task
 
 if TYPE_CHECKING:
     from hosl_cloud.runs.progress import Event
@@ -45,9 +46,10 @@ def elsewhere(work: Callable[[], T]) -> T:
 class Leader:
     """Leads a run from its beginning to its end, and knows what came of it."""
 
-    def __init__(self, work: Callable[[Leader], str | None], *, is_paced: bool) -> None:
+    def __init__(self, work: Callable[[Leader], str | None], task: Task, *, is_paced: bool) -> None:
         """`work` is called in the thread, with this, and returns how the run ended; where `is_paced`, each round waits
         until it is allowed."""
+        self._task = task
         self._work: Callable[[Leader], str | None] | None = work
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._lead, name="hosl run", daemon=True)
@@ -186,7 +188,7 @@ class Leader:
                     devices=event.devices,
                 )
             elif isinstance(event, Evaluated):
-                self._score(as_evaluation(event.evaluation))
+                self._score(as_evaluation(event.evaluation, self._task))
             elif not isinstance(event, Evaluates):
                 self._publish()
             self.waits = f"{event.ready} of {event.needed} devices are there" if isinstance(event, Waits) else ""

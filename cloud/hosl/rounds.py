@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hosl_cloud.storage.records import Evaluation as StoredEvaluation
+from hosl_cloud.storage.evaluations import ClassFigures, describe_evaluation
+from hosl_cloud.storage.records import Evaluation as StoredEvaluation
+from hosl_protocol.run.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,14 @@ class Evaluation:
     """Right predictions; of the task `lm` a prediction is a token."""
     scored: int
     """All predictions."""
+    perplexity: float | None = None
+    """Of the task `lm`: e to the loss."""
+    macro_f1: float | None = None
+    """Of a task with classes: the mean of their F1."""
+    classes: tuple[ClassFigures, ...] = ()
+    """Of a task with classes, up to 1,000, in their order: `name`, `examples`, `accuracy`, `precision`, `f1` ..."""
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    """Of up to 100 classes: examples by true class (row) and predicted class (column)."""
 
     def __str__(self) -> str:
         return f"accuracy {100 * self.accuracy:.1f} % ({self.right} of {self.scored} right), loss {self.loss:.4f}"
@@ -51,12 +59,17 @@ class Round:
         return f"round {self.number} of {self.of}: loss {self.loss:.4f}, {self.seconds:.2f} s{scored}"
 
 
-def as_evaluation(stored: StoredEvaluation) -> Evaluation:
+def as_evaluation(stored: StoredEvaluation, task: Task) -> Evaluation:
     """Make what a caller is given of what the store keeps."""
+    figures = describe_evaluation(stored, task.kind, task.labels)
     return Evaluation(
-        round=stored.round,
-        accuracy=stored.accuracy,
-        loss=stored.loss,
-        right=stored.correct,
-        scored=stored.scored,
+        round=figures.round,
+        accuracy=figures.accuracy,
+        loss=figures.loss,
+        right=figures.right,
+        scored=figures.scored,
+        perplexity=figures.perplexity,
+        macro_f1=figures.macro_f1,
+        classes=tuple(figures.classes),
+        confusion=None if figures.confusion is None else tuple(map(tuple, figures.confusion)),
     )

@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from hosl.bundles import Bundle
 from hosl.extras import needs
 from hosl.leading import Leader, elsewhere
 from hosl.rounds import Evaluation, Round
+from hosl.trained import Trained, load_trained
 from hosl_cloud.settings import RunConfig
 from hosl_protocol.exceptions import HoslError
 
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 
 LEAVING_S = 30.0
 """Longest time for a run to end when nobody holds it any more."""
-
-
-class Trained(NamedTuple):
-    """A model of transformers, and what makes its inputs."""
-
-    model: Any
-    tokenizer: Any
-    """Of images the image processor."""
 
 
 class Run:
@@ -147,7 +140,7 @@ class Run:
         folder = self._folder / f"merged-{next(self._numbers)}" if out is None else Path(out)
 
         def merge() -> None:
-            with contextlib.closing(Store(self.data_dir / DATABASE)) as store:
+            with contextlib.closing(Store(self.data_dir / DATABASE, reads_only=True)) as store:
                 merge_stored(
                     store,
                     self.id,
@@ -162,25 +155,10 @@ class Run:
         return folder
 
     def model(self, *, checkpoint: Literal["best", "last"] = "best") -> Trained:
-        """Load what `merge` makes: the model, in eval mode, and its tokenizer or image processor."""
-        with needs("Run.model", "cloud"):
-            import transformers
-
-            from hosl_export.sources.loading import quiet_transformers
-
-        auto, reader = {
-            "sequence-classification": ("AutoModelForSequenceClassification", "AutoTokenizer"),
-            "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor"),
-        }.get(self.settings.task.kind, ("AutoModelForCausalLM", "AutoTokenizer"))
+        """Load what `merge` makes: the model, in eval mode, with its tokenizer, and a way to ask it."""
         folder = self.merge(checkpoint=checkpoint)
         try:
-            with quiet_transformers():
-                model = getattr(transformers, auto).from_pretrained(folder)
-                if (folder / "prompt").exists():  # a soft prompt is no part of the model
-                    from peft import PeftModel
-
-                    model = PeftModel.from_pretrained(model, folder / "prompt")
-                return Trained(model.eval(), getattr(transformers, reader).from_pretrained(folder))
+            return load_trained(folder, self.settings.task)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -161,7 +161,7 @@ def serve(
 
                 return leader.run_loop(main)
 
-        leader = Leader(work, is_paced=False)
+        leader = Leader(work, run_config.task, is_paced=False)
         leader.start()
         stack.pop_all()
 

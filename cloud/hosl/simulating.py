@@ -91,7 +91,7 @@ def simulate(
 
                 return leader.run_loop(main)
 
-        leader = Leader(work, is_paced=True)
+        leader = Leader(work, run_config.task, is_paced=True)
         leader.start()
         stack.pop_all()
 

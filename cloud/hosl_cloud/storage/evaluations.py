@@ -92,13 +92,15 @@ def show_evaluation(store: Store, run: str, round_: int | None = None) -> Evalua
     if round_ is None:
         round_ = next((each.round for each in store.evaluations(run, 1)), -1)
     found = store.evaluation(run, round_)
-    if found is None:
-        return None
+    return None if found is None else describe_evaluation(found, task.get("kind", ""), task.get("labels", ()))
 
-    counts, matrix = found.by_class, None if found.by_class is None else found.by_class.confusion_KK
+
+def describe_evaluation(evaluation: Evaluation, kind: str, labels: Sequence[str]) -> EvaluationDetail:
+    """Work out the figures of an evaluation, class by class, of a task of that kind and with these labels."""
+    counts, matrix = evaluation.by_class, None if evaluation.by_class is None else evaluation.by_class.confusion_KK
     return EvaluationDetail(
-        **_figures(found, task.get("kind", "")),
-        classes=[] if counts is None else _describe_classes(counts, task.get("labels", ())),
+        **_figures(evaluation, kind),
+        classes=[] if counts is None else _describe_classes(counts, labels),
         confusion=None if matrix is None else matrix.tolist(),
     )
 
