@@ -243,11 +243,11 @@ def test_labels_of_ones_own_take_the_place_of_a_presets_other_names() -> None:
     assert (task.labels, task.label_names) == (("false", "true"), ())
 
 
-README = Path(__file__).parents[2] / "cloud" / "README.md"
+PAGE = Path(__file__).parents[2] / "cloud" / "run-toml.md"
 
 
 def test_the_pages_task_of_ones_own_is_a_whole_one() -> None:
-    text = README.read_text(encoding="utf-8").partition("### A task of your own")[2]
+    text = PAGE.read_text(encoding="utf-8").partition("## A task of your own")[2]
     settings, example = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("toml", "json"))
     assert settings is not None
     assert example is not None
@@ -262,7 +262,7 @@ def test_a_task_of_ones_own_needs_no_name() -> None:
 
 
 def test_every_setting_has_its_place_in_the_table() -> None:
-    table = README.read_text(encoding="utf-8").partition("## run.toml")[2].partition("### A task")[0]
+    table = PAGE.read_text(encoding="utf-8").partition("| field | meaning | default |")[2].partition("\n## ")[0]
     parts = re.split(r"^\| \*\*`\[(\w+)\]`\*\*", table, flags=re.MULTILINE)
     tables = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
     fields = msgspec.structs.fields(RunConfig)

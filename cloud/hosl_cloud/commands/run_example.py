@@ -19,7 +19,7 @@ OWN_LABELS = ("account", "billing", "delivery", "technical")
 
 _HEAD = """\
 # Settings of a run, for: hosl-cloud serve --bundle bundle/ --config run.toml
-# What has a # before it is the default. All settings: cloud/README.md, "run.toml".
+# What has a # before it is the default. All settings: cloud/run-toml.md.
 
 """
 

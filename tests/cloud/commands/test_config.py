@@ -90,7 +90,7 @@ def test_columns_without_telling_names_are_told_by_what_they_hold(run: Run, tmp_
 
 def test_the_presets_are_listed_as_the_page_lists_them(run: Run) -> None:
     listed = json.loads(run("--list-presets", "--json"))["presets"]
-    page = (ROOT / "cloud" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "cloud" / "run-toml.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \| `([\w-]+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
     assert [each["preset"] for each in listed] == [preset for preset, *_ in rows] == preset_names()
     for each, (_, kind, fields, _) in zip(listed, rows, strict=True):

@@ -249,7 +249,7 @@ def test_fields_are_those_of_the_template_and_the_label_once_each():
 
 
 def test_the_table_of_presets_is_that_of_the_shipped_ones() -> None:
-    text = (ROOT / "cloud" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "cloud" / "run-toml.md").read_text(encoding="utf-8")
     start = text.index("| preset | kind | fields | labels |")
     rows = [line.strip("| ").split(" | ") for line in text[start:].split("\n\n")[0].splitlines()[2:]]
     assert [row[0] for row in rows] == [f"`{name}`" for name in sorted(preset_names())]
