@@ -104,7 +104,7 @@ class ClassCounts:
         """Unpack counts. Raises ValueError for what `encode` has not written."""
         try:
             stored = _DECODER.decode(zlib.decompress(data))
-        except (zlib.error, msgspec.MsgspecError) as error:
+        except zlib.error as error:  # msgspec's errors are ValueErrors themselves
             raise ValueError(str(error)) from error
         if stored.confusion:
             return cls.of_matrix(_integers(stored.confusion).reshape(stored.classes, stored.classes))

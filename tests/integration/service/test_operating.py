@@ -133,6 +133,7 @@ def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:
     device = site.train("pi")
     assert site.wait(second, lambda run: run["state"] == "completed")["round"] == 3
     assert (device().run, device().rounds) == (second, 3)
+    check_evaluation(site, second)
 
     site.run("run", "resume", endless)
     device = site.train("pi")
@@ -152,6 +153,21 @@ def test_runs_begin_stop_go_on_and_are_deleted(site: Site) -> None:
     assert [run["id"] for run in site.ask("run", "list")["runs"]] == [second]
     assert not (site.data_dir / "runs" / endless).exists()
     assert "no run" in site.run("run", "show", endless, code=ExitCode.REFUSED)
+
+
+def check_evaluation(site: Site, run: str) -> None:
+    """The last evaluation is shown class by class, with the same numbers wherever it is."""
+    shown = site.ask("run", "show", run)["evaluation"]
+    assert (shown["round"], shown["scored"], shown["examples"], shown["of_examples"]) == (3, 8, 8, 8)
+    assert [each["name"] for each in shown["classes"]] == ["0", "1"]
+    assert sum(shown["confusion"][k][k] for k in (0, 1)) == shown["right"]
+    assert sum(map(sum, shown["confusion"])) == 8
+    words = f"accuracy {100 * shown['right'] / 8:.1f} % ({shown['right']} of 8 right, 8 of 8 examples scored)"
+    text = site.run("run", "show", run)
+    assert f"evaluation at round 3: {words}, loss {shown['loss']:.4f}, macro F1 {shown['macro_f1']:.3f}\n" in text
+    assert "class  examples  accuracy  precision     F1  most often taken for\n" in text
+    for said in (site.run("log", run), site.run("run", "list"), site.run("checkpoint", "list", run)):
+        assert words in said
 
 
 def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site) -> None:

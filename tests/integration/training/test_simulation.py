@@ -192,6 +192,7 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert float(rows[-1]["accuracy"]) == summary["final_accuracy"]
     assert int(rows[-1]["wire_bytes"]) == summary["wire_bytes"] > 0
     assert rows[0]["accuracy"]
+    check_evaluation(summary["evaluation"], rows[-1])
     merged = ["merge", summary["run"], "--out", str(tmp_path / "merged"), "--data-dir", str(tmp_path / "data")]
     merged += ["--adapter", str(tmp_path / "adapter")] if "tail.train=lora" in more else []
     assert cloud_main(merged) == 0
@@ -206,6 +207,14 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     assert f"| run | `{summary['run']}` |" in card
     task = json.loads((tmp_path / "merged" / "hosl_task.json").read_text(encoding="utf-8"))
     assert (task["template"], task["labels"], task["verbalizers"]) == ("{text} it was", ["0", "1"], ["bad", "good"])
+
+
+def check_evaluation(shown: dict[str, Any], row: dict[str, str]) -> None:
+    """The summary and the table's last row have the same numbers, and those of the classes add up to them."""
+    assert (row["right"], row["scored"], row["examples"], row["of_examples"]) == (str(shown["right"]), "40", "40", "40")
+    assert (float(row["macro_f1"]), row["perplexity"]) == (shown["macro_f1"], "")
+    assert sum(each["right"] for each in shown["classes"]) == shown["right"]
+    assert sum(map(sum, shown["confusion"])) == shown["scored"] == 40
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_encoder"])
