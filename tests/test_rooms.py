@@ -29,7 +29,7 @@ ROOMS = {
     ],
     "hosl_export": [
         *("exceptions", "tensor_files", "model", "sources", "bundle"),
-        *("summary", "settings", "inputs", "exporter", "__main__"),
+        *("summary", "settings", "inputs", "exporter", "steps", "__main__"),
     ],
     "hosl_cloud": [
         *("exceptions", "settings", "metrics", "sentences", "storage", "rounds", "tail", "ranks", "runs"),

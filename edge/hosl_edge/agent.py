@@ -47,6 +47,8 @@ NO_DIGEST = "0" * 64
 GOOD_CONNECTION_BYTES = 65536
 """A connection that sent more has carried something, and was a good one."""
 LONGEST_PAUSE_S = 20.0
+TELL_AGAIN_S = 60.0
+"""Between words about tries that fail alike."""
 LONGEST_RETRY_AFTER_S = 600.0
 """Most of what a cloud without a run may ask for."""
 
@@ -90,16 +92,22 @@ async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> 
         status = serve_status(status_folder(lambda: settings.state_dir), settings.name, agent.status)
         async with status, agent.health.stopping_at_low_memory():
             try:
-                while True:
-                    sent_bytes = agent.progress.sent_bytes
-                    # What no other try would mend is none of these, and ends the agent.
-                    try:
-                        session = await agent.open_session()
-                        return await agent.conclude(await session.take_part())
-                    except (ConnectionLost, ProtocolError, RefusedError, WrongDigestError) as error:
-                        await agent.pause_after(error, sent_bytes)
+                with display.drawn(lambda: agent.progress):
+                    return await _take_part(agent)
             finally:
                 agent.close()
+
+
+async def _take_part(agent: Agent) -> Summary:
+    """Try until the run, or with `stay` for ever."""
+    while True:
+        sent_bytes = agent.progress.sent_bytes
+        # What no other try would mend is none of these, and ends the agent.
+        try:
+            session = await agent.open_session()
+            return await agent.conclude(await session.take_part())
+        except (ConnectionLost, ProtocolError, RefusedError, WrongDigestError) as error:
+            await agent.pause_after(error, sent_bytes)
 
 
 def backoff_s(attempt: int) -> float:
@@ -124,6 +132,8 @@ class Agent:
         self._attempt = 0
         """Tries since the last that carried something; the pauses grow with it."""
         self._last_error: str | None = None
+        self._told_at = 0.0
+        """When an error was said last, in monotonic time."""
         self._next_try_at: float | None = None
         self._waits_for_run = False
         """Whether it has been said that there is no run."""
@@ -156,7 +166,7 @@ class Agent:
         rates: list[float] = []
 
         def on_progress(done: int, size: int) -> None:
-            display.show_download(f"downloads {files[-1]}", done, size)
+            display.show_download(files[-1], done, size)
 
         def on_manifest(manifest: Manifest) -> None:
             manifests.append(manifest)
@@ -207,7 +217,7 @@ class Agent:
             if not self.settings.stay:
                 raise RefusedError(sentence, retry=False)
             if complete.run != self._ended_run:
-                self.display.say(sentence)
+                self.display.say(sentence, matters=True)
 
         # The pauses grow where a cloud says the same end again and again.
         if complete.run != self._ended_run:
@@ -237,9 +247,13 @@ class Agent:
         if isinstance(error, NoRun):
             pause_s = self._await_run(error, pause_s)
         else:
+            # One after the other the tries fail alike; in between it is said that they still do.
+            is_news = self._attempt == 1 or self._waits_for_run or str(error) != self._last_error
             self._last_error, self._waits_for_run = str(error), False
             self.progress.state = WAITING
-            self.display.say(f"{error}; next try in {pause_s:.1f} s")
+            if is_news or time.monotonic() - self._told_at > TELL_AGAIN_S:
+                self._told_at = time.monotonic()
+                self.display.say(f"{error}; next try in {pause_s:.1f} s", matters=True)
         self._next_try_at = time.time() + pause_s
         # A laptop that wakes up, or a cable that is plugged in, need not wait for the end of the pause.
         if await self._network.pause(pause_s) and not self._waits_for_run:
@@ -324,7 +338,8 @@ class Agent:
         self.display.say(
             f"run {complete.run} {complete.reason} at round {complete.round}; "
             f"{f'{progress.score()}; ' if progress.score() else ''}peak memory {memory.peak / 1e6:.0f} MB, "
-            f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
+            f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB",
+            matters=True,
         )
         return Summary(
             device=self.settings.name,

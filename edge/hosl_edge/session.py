@@ -189,6 +189,7 @@ class Session:
             self.progress.round, self.progress.loss = welcome.round, None
             self.progress.right = self.progress.scored = None
         self.progress.run, self.progress.rounds = welcome.run, welcome.settings.rounds
+        self.progress.report_every = welcome.settings.report_every
         self.display.say(f"joins run {welcome.run} ({welcome.settings.algorithm}), round {welcome.round}")
 
         # A download in a thread hears of a cancelled task by this alone.
@@ -208,13 +209,12 @@ class Session:
 
     def _fetch(self, left: threading.Event, snapshot: Snapshot, path: Path) -> None:
         """Download a snapshot, in a thread; given up where the cloud has said its last word, or we leave."""
-        size_mb = snapshot.size_bytes / 1e6
-        self.display.say(f"downloads a snapshot of round {snapshot.round}, {size_mb:.1f} MB, instead of replaying")
+        what = f"a snapshot of round {snapshot.round}, instead of replaying"
 
         def on_progress(done: int, size: int) -> None:
             if left.is_set() or self.link.is_closed:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
-            self.display.show_download("snapshot", done, size)
+            self.display.show_download(what, done, size)
 
         fetch_snapshot(self.cloud, self._joined.run, snapshot, path, on_progress, self.device.note_link)
 

@@ -6,13 +6,10 @@ import sys
 
 try:
     import argparse
-    import contextlib
-    import logging
     import os
-    import time
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
-    from typing import get_args
+    from typing import TYPE_CHECKING, get_args
 
     import msgspec
 
@@ -22,6 +19,10 @@ try:
     from hosl_protocol.run.manifest import TrainMode
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
+
+if TYPE_CHECKING:
+    from hosl_export.steps import Steps
+    from hosl_export.summary import Summary
 
 EXAMPLE = "hosl-export --model facebook/opt-125m --split 6 --out bundle/"
 RARE = {
@@ -88,11 +89,22 @@ def _parser() -> argparse.ArgumentParser:
 def _export(options: argparse.Namespace) -> int:
     # torch's threads spin while they wait, which beside other work costs ten times the computation; read at its import.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hosl_export.steps import Steps  # needs rich, which the device does without
+
+    steps = Steps("hosl-export")
+    with steps.shown():
+        summary = _export_in(steps, options)
+    from hosl_export.summary import describe
+
+    print(msgspec.json.encode(summary).decode() if options.json else describe(summary))
+    return ExitCode.OK
+
+
+def _export_in(steps: Steps, options: argparse.Namespace) -> Summary:
     # torch and transformers take seconds to import: --help and usage errors do without them.
-    with show_step("starting"):
+    with steps("loading torch"):
         from hosl_export.exporter import export_bundle
         from hosl_export.settings import ExportSettings
-        from hosl_export.summary import describe
 
     settings = ExportSettings(
         model=options.model,
@@ -111,42 +123,7 @@ def _export(options: argparse.Namespace) -> int:
         gradients=not options.no_gradients,
     )
 
-    summary = export_bundle(settings, show_step)
-    print(msgspec.json.encode(summary).decode() if options.json else describe(summary))
-    return ExitCode.OK
-
-
-@contextlib.contextmanager
-def show_step(name: str) -> Iterator[None]:
-    """Write a line to stderr: the step's name when it starts, its seconds when it ends.
-
-    Lines of the log that come between stand on lines of their own, and the step's name then stands anew before its
-    seconds.
-    """
-    # This stream, not whatever sys.stderr is later: libraries are kept quiet by another stream in its place.
-    stream, begun = sys.stderr, f"{name} ..."
-    print(begun, end="", file=stream, flush=True)
-
-    start, ending, is_open = time.monotonic(), "stopped", True
-
-    def end_line(record: logging.LogRecord) -> bool:  # a filter, because handlers call it before they write
-        nonlocal is_open
-        if is_open:
-            print(file=stream, flush=True)
-        is_open = False
-        return True
-
-    handlers = logging.getLogger().handlers
-    for handler in handlers:
-        handler.addFilter(end_line)
-
-    try:
-        yield
-        ending = f"{time.monotonic() - start:.1f} s"
-    finally:
-        for handler in handlers:
-            handler.removeFilter(end_line)
-        print(f" {ending}" if is_open else f"{begun} {ending}", file=stream, flush=True)
+    return export_bundle(settings, steps)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from tokenizers import processors
 
 from hosl_cloud.service.authority import make_authority
 from hosl_export import exporter
-from hosl_export.__main__ import main, show_step
+from hosl_export.__main__ import main
 from hosl_export.bundle import parity as check
 from hosl_export.bundle import writing as bundle
 from hosl_export.bundle.staging import staging
 from hosl_export.inputs import choose_input
 from hosl_export.model.families import FAMILIES
 from hosl_export.sources.loading import find_source, load_source_config
+from hosl_export.steps import Steps
 from hosl_export.tensor_files import read_tensors, write_tensors
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import TAIL_WEIGHTS, load_manifest
@@ -221,20 +222,21 @@ def test_whatever_the_exporter_of_torch_says_becomes_one_line(export, capsys, tm
     _assert_refused(capsys, tmp_path, "tracing the client half of this llama failed", "constraints.txt", "--debug")
 
 
-def test_lines_of_the_log_stand_on_lines_of_their_own(capsys) -> None:
+def test_a_step_is_a_line_when_it_is_over(capsys) -> None:
     log = logging.getLogger("hosl_export.anything")
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(handler)
+    steps = Steps("tool")
     try:
-        with show_step("reading"):
-            log.warning("one")
-            log.warning("two")
-        with show_step("loading"):
-            pass
+        with steps.shown():
+            with steps("reading"):
+                log.warning("one")
+            with pytest.raises(KeyboardInterrupt), steps("loading"):
+                raise KeyboardInterrupt
     finally:
         logging.getLogger().removeHandler(handler)
-    lines = [re.sub(r"\d+\.\d s", "N s", line) for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["reading ...", "one", "two", "reading ... N s", "loading ... N s"]
+    lines = [re.sub(r"^[\d :-]+ tool|\d+\.\d s", "N", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["one", "N: reading: N", "N: loading: stopped after N"]
 
 
 def test_damaged_gguf_is_refused(export, capsys, tmp_path, tmp_path_factory) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 EXAMPLES = {
-    "hosl-cloud": ("hosl-cloud serve --bundle bundle/ --config run.toml\nhosl-cloud merge RUN --out trained/"),
+    "hosl-cloud": "hosl-cloud serve --bundle bundle/ --task sst2\nhosl-cloud merge latest --out trained/",
     "hosl-cloud init": "hosl-cloud init --name cloud.example.org --name 192.168.1.5",
     "hosl-cloud serve": (
-        "hosl-cloud serve --bundle bundle/ --config run.toml\n"
+        "hosl-cloud serve --bundle bundle/ --task sst2\n"
         "hosl-cloud serve --bundle bundle/ --config run.toml --host 0.0.0.0"
     ),
     "hosl-cloud device": "hosl-cloud device add kitchen",
@@ -16,16 +16,21 @@ EXAMPLES = {
     "hosl-cloud run": "hosl-cloud run list",
     "hosl-cloud run start": "hosl-cloud run start --bundle reviews --set rounds=200",
     "hosl-cloud run list": "hosl-cloud run list",
-    "hosl-cloud run show": "hosl-cloud run show RUN",
-    "hosl-cloud run stop": "hosl-cloud run stop RUN",
-    "hosl-cloud run resume": "hosl-cloud run resume RUN",
+    "hosl-cloud run show": "hosl-cloud run show latest",
+    "hosl-cloud run stop": "hosl-cloud run stop latest",
+    "hosl-cloud run resume": "hosl-cloud run resume latest",
     "hosl-cloud run rm": "hosl-cloud run rm RUN",
-    "hosl-cloud log": "hosl-cloud log RUN --follow",
-    "hosl-cloud checkpoint": "hosl-cloud checkpoint list RUN",
-    "hosl-cloud checkpoint list": "hosl-cloud checkpoint list RUN",
-    "hosl-cloud checkpoint export": "hosl-cloud checkpoint export RUN --out tail.safetensors",
+    "hosl-cloud log": "hosl-cloud log latest --follow",
+    "hosl-cloud checkpoint": "hosl-cloud checkpoint list latest",
+    "hosl-cloud checkpoint list": "hosl-cloud checkpoint list latest",
+    "hosl-cloud checkpoint export": "hosl-cloud checkpoint export latest --out tail.safetensors",
+    "hosl-cloud config": "hosl-cloud config --example sst2 > run.toml",
+    "hosl-cloud bundle": "hosl-cloud bundle list",
+    "hosl-cloud bundle add": "hosl-cloud bundle add bundle/ --name reviews",
+    "hosl-cloud bundle list": "hosl-cloud bundle list",
+    "hosl-cloud bundle rm": "hosl-cloud bundle rm reviews",
     "hosl-cloud drain": "hosl-cloud drain",
-    "hosl-cloud merge": "hosl-cloud merge RUN --out trained/",
+    "hosl-cloud merge": "hosl-cloud merge latest --out trained/",
     "hosl-cloud simulate": (
         "hosl-cloud simulate --bundle bundle/ --task sst2 --devices 100 \\\n"
         "                    --data train.jsonl --eval validation.jsonl"

@@ -38,11 +38,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def _merge(options: argparse.Namespace) -> int:
     from hosl_cloud.tail.card import CARD
     from hosl_cloud.tail.stored_merge import merge_stored
+    from hosl_export.steps import Steps
 
     database = options.data_dir / DATABASE
     if not database.exists():
         raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
-    with contextlib.closing(Store(database, reads_only=True)) as store:
+    steps = Steps("hosl-cloud", keeps_lines=False)
+    with contextlib.closing(Store(database, reads_only=True)) as store, steps.shown(), steps(f"merging {options.run}"):
         id_ = find_run_id(options.run, store.run_ids())
         found = merge_stored(
             store,

@@ -32,6 +32,7 @@ from hosl_protocol.run.manifest import Manifest, check_files, load_manifest
 from hosl_protocol.run.tasks import Task
 
 if TYPE_CHECKING:
+    from hosl_cloud.commands.display import RunsDisplay
     from hosl_cloud.runs.coordinator import MakeTail
     from hosl_cloud.service.server import Service
 
@@ -93,8 +94,11 @@ def serve_command(options: argparse.Namespace) -> int:
     first = _read_first(options) if options.bundle is not None else None
     make_data_dir(options.data_dir)  # nothing is written before all that can be refused has been
     _say(f"starts with {options.data_dir}; to load everything takes some seconds")
-    with contextlib.ExitStack() as leaving:
-        ending = _serve(options, listen, first, leaving)
+    from hosl_cloud.commands.display import RunsDisplay  # needs rich, which the device does without
+
+    display = RunsDisplay()
+    with display.drawn(), contextlib.ExitStack() as leaving:
+        ending = _serve(options, listen, first, leaving, display)
 
     # torchrun takes another code for a failure, and starts a service again that was told to leave.
     is_cut_off = ending in ("stopped", "paused") and _ranks() == 1
@@ -127,6 +131,7 @@ def _serve(
     listen: ListenSettings,
     first: tuple[Manifest, RunConfig] | None,
     leaving: contextlib.ExitStack,
+    display: RunsDisplay,
 ) -> str | None:
     """Make everything ready, and serve; how the run of --config ended. `leaving` frees what was taken."""
     data_dir: Path = options.data_dir
@@ -135,6 +140,7 @@ def _serve(
     # Freed in the reverse order: the log is written, the ranks leave, and the store is closed while the lock is held.
     opened = leaving.enter_context(open_service(data_dir, listen, _say, lambda: _tails(options)))
     runs = opened.runs
+    runs.listeners.append(display.hear)
     runs.serve_again = _serve_again(options)
 
     run = None if first is None else choose_first(runs, options.bundle, *first, begins_anew=options.new)
@@ -151,6 +157,7 @@ def _serve(
     service = Service(runs, opened.authenticator, listen, bundles, run if options.once else None, run, options.drain_s)
 
     def on_listening(address: str) -> None:
+        display.note_loaded()
         # Only now: who reads it finds the service listening.
         write_service_file(data_dir, listen, address)
         begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
@@ -169,7 +176,7 @@ def _serve(
     # One that waited in line all the time has no ending here.
     row = runs.store.run(run)
     if row.state in ("pending", "paused"):
-        _say(f"run {run} pauses at round {row.round}; the same command goes on with it")
+        _say(f"run {run} pauses at round {row.round}; the same command goes on with it", extra={"is_result": True})
         return "paused"
     return ending
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import os
@@ -13,7 +12,8 @@ from hosl_cloud.commands.run_settings import add_run_settings, load_run_settings
 from hosl_cloud.storage.data_folder import add_data_dir, hint
 from hosl_cloud.storage.run_names import short_name
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.program.terminal import add_common_options
+from hosl_protocol.program.logs import log_scope
+from hosl_protocol.program.terminal import add_common_options, run_until_interrupted
 from hosl_protocol.run.manifest import load_manifest
 
 _say = logging.getLogger("hosl-cloud").info
@@ -47,6 +47,7 @@ def add_simulate(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     # OpenMP threads that spin while they wait take the cores from the devices' forwards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hosl_cloud.commands.display import RunsDisplay
     from hosl_cloud.simulation.baselines import prepare_config
     from hosl_cloud.simulation.opening import new_simulated_run
     from hosl_cloud.simulation.partition import Partition
@@ -65,9 +66,11 @@ def _simulate(options: argparse.Namespace) -> int:
     threads = options.threads or len(os.sched_getaffinity(0))
     say = _say if not options.json else lambda sentence: None
     with new_simulated_run(options.data_dir, options.bundle, manifest, config) as run:
-        ending = asyncio.run(
-            simulate(run, options.data, options.eval, partition, threads, say, skip_broken=options.skip_broken)
-        )
+        display = RunsDisplay()
+        run.listeners.append(display.hear)
+        work = simulate(run, options.data, options.eval, partition, threads, say, skip_broken=options.skip_broken)
+        with display.drawn(shares_stdout=not options.json):
+            ending = run_until_interrupted(work)
         if options.csv is not None:
             write_csv(run.store, run.id, options.csv)
         if options.json:
@@ -78,5 +81,6 @@ def _simulate(options: argparse.Namespace) -> int:
             sentence += f"; take it with: {hint(f'merge {name} --out trained', options.data_dir)}"
         else:
             sentence += "; it cannot be merged: with --baseline first-order the devices' half is gone with this process"
-        say(sentence)
+        with log_scope(is_result=True):
+            say(sentence)
     return int(ExitCode.OK)

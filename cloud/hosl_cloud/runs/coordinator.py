@@ -45,7 +45,7 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.records import Evaluation, perplexity
 from hosl_cloud.tail.checkpoint import load_checkpoint, read_client
 from hosl_cloud.tail.trainer import TailTrainer
-from hosl_protocol.program.logs import note_place
+from hosl_protocol.program.logs import log_scope, note_place
 from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.messages import Refusal, Update
@@ -288,8 +288,10 @@ class Coordinator:
         devices = len(result.devices)
         run.tell(RoundDone(run.id, run.round, self.config.rounds, result.loss, seconds, devices, wire_bytes))
         if run.round % self.config.report_every == 0 or run.round in (1, self.config.rounds):
-            who = counted(devices, "device")
-            self.say(f"round {run.round}/{self.config.rounds}: loss {result.loss:.4f}, {seconds:.2f} s, {who}")
+            # A display has drawn the figures of all rounds but the last, which are to stay.
+            with log_scope(is_figure=run.round < self.config.rounds):
+                who = counted(devices, "device")
+                self.say(f"round {run.round}/{self.config.rounds}: loss {result.loss:.4f}, {seconds:.2f} s, {who}")
 
         figures = {
             "train/loss": result.loss,

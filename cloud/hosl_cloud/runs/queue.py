@@ -84,7 +84,8 @@ class RunQueue:
     def say(self, sentence: str, run: str = "", level: str = "info", *, is_ending: bool = False) -> None:
         """Tell a person, and the run's log, which keeps longest what `is_ending`. From any thread; nothing waits."""
         is_one_of_many = len(self.current.under_way()) > 1
-        with log_scope(**{"run": run} if run else {}):
+        is_result = is_ending or level != "info"
+        with log_scope(is_result=is_result, **{"run": run} if run else {}):
             # A line of JSON names its run anyway.
             self._tell(f"{run}: {sentence}" if is_one_of_many and run not in sentence and not is_json() else sentence)
         if run:

@@ -106,7 +106,7 @@ class HealthMonitor:
 
         # Said once, not before each of some hundred rounds.
         if complaint and not self._complaint:
-            self.display.say(f"{complaint}: pauses before each round until that has passed")
+            self.display.say(f"{complaint}: pauses before each round until that has passed", matters=True)
         self._complaint = complaint
 
         if complaint:

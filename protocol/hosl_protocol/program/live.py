@@ -74,6 +74,12 @@ class Live:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._draw_on, name="display", daemon=True)
 
+    @property
+    def columns(self) -> int:
+        """How many a line may take."""
+        # One is left free: after the last one a terminal may or may not begin another line.
+        return max(os.get_terminal_size(self._stream.fileno()).columns or 80, 2) - 1
+
     def start(self) -> None:
         """Draw from now on."""
         global _live
@@ -88,9 +94,8 @@ class Live:
             if not _is_in_front(self._stream):
                 self.drawing = ""
                 return
-            columns, rows = os.get_terminal_size(self._stream.fileno())
-            # One column is left free: after the last one a terminal may or may not begin another line.
-            lines = list(self._lines(max(columns or 80, 2) - 1))[: max((rows or 24) - 1, 1)]
+            rows = os.get_terminal_size(self._stream.fileno()).lines or 24
+            lines = list(self._lines(self.columns))[: max(rows - 1, 1)]
             back = f"\r\x1b[{len(lines) - 1}A" if len(lines) > 1 else "\r"
             drawing = "\n".join(lines) + back if lines else ""
             if drawing != self.drawing:

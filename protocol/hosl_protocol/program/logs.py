@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from hosl_protocol.program.plain import plain
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 PLACES = ("run", "round", "device")
+
+_is_quiet = False
 
 _scope: ContextVar[dict[str, Any] | None] = ContextVar("hosl_log_scope", default=None)
 
@@ -77,7 +80,8 @@ def _label(record: logging.LogRecord) -> str:
     # Where in the code: for who asks for more than warnings, and where it is a library's.
     is_plain = record.levelno >= logging.WARNING and record.name.startswith("hosl")
     words = [record.levelname.lower(), *([] if is_plain else [record.name])]
-    words += [f"{name}={value}" for name, value in place_of(record).items()]
+    said = set(re.findall(r"[\w.-]+", record.getMessage()))  # is not said twice
+    words += [f"{name}={value}" for name, value in place_of(record).items() if str(value) not in said]
     return " ".join(words) + ": "
 
 
@@ -107,10 +111,20 @@ def is_json() -> bool:
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
-def sentence_line(device: str, sentence: str) -> str:
-    """Put what a device says into the log's format."""
-    record = {"name": "hosl-edge", "levelname": "INFO", "msg": sentence, "device": device}
-    formatter = JsonFormatter() if is_json() else TextFormatter(device, sys.stderr, has_labels=False)
+def is_quiet() -> bool:
+    """Whether results and trouble alone are said."""
+    return _is_quiet
+
+
+def sentence_line(speaker: str, sentence: str, program: str = "") -> str:
+    """Put what a program says, or a device whose `program` is another name, into the log's format."""
+    record = {
+        "name": program or speaker,
+        "levelname": "INFO",
+        "msg": sentence,
+        **({"device": speaker} if program else {}),
+    }
+    formatter = JsonFormatter() if is_json() else TextFormatter(speaker, sys.stderr, has_labels=False)
     return formatter.format(logging.makeLogRecord(record))
 
 
@@ -163,6 +177,8 @@ def configure_logs(program: str, level: str, format_: str, *, quiet: bool = Fals
     Sentences are marked by `extra` or the scope around: `is_result`, which is all that `quiet` lets through, and
     `is_figure`, which is left out where a display shows it.
     """
+    global _is_quiet
+    _is_quiet = quiet
     is_json = format_ == "json"
     log_handler = _Lines()
     log_handler.setFormatter(JsonFormatter() if is_json else TextFormatter(program, log_handler.stream))

@@ -30,7 +30,7 @@ from hosl_protocol.program.terminal import add_common_options, run_command
 def work(options):
     with log_scope(run="run-1"):
         logging.getLogger("work").info("it begins")
-    print(sentence_line("pi", "it waits"))
+    print(sentence_line("pi", "it waits", "work"))
     with log_scope(run="run-1"):
         logging.getLogger("hosl.part").warning("%s is\\nlate", "pi", extra={"device": "pi"})
     raise SettingsError("rounds", 0, "use 1\\n\\x1bor more")
@@ -95,7 +95,7 @@ def test_what_others_say_forges_no_line_and_moves_no_cursor() -> None:
     said = "θ of tensor 'ä': 3 × 4  columns"
     assert plain(said) == said
     assert text(record("%s left: %s", "pi", HOSTILE)).endswith(f": pi left: {HARMLESS}")
-    assert sentence_line("pi", HOSTILE).endswith(f"pi: {HARMLESS}")
+    assert sentence_line("pi", HOSTILE, "work").endswith(f"pi: {HARMLESS}")
     for message in (Goodbye(reason=HOSTILE), Refusal(code="run", reason=HOSTILE, retry=True)):
         assert message.reason == HARMLESS
     heard = msgspec.json.decode(b'{"type":"goodbye","reason":"a\\u001b[2J\\nb"}', type=FromEdge)
@@ -161,7 +161,7 @@ def test_a_command_says_logs_and_fails_in_text(tmp_path: Path) -> None:
     assert result.stdout == "work: it begins\npi: it waits\n", "the journal has the time"
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.fullmatch(f"{time} work: it begins\n{time} pi: it waits\n", run_module(tmp_path).stdout)
-    assert "work: warning run=run-1 device=pi: pi is late\n" in result.stderr
+    assert "work: warning run=run-1: pi is late\n" in result.stderr
     assert result.stderr.endswith("work: error: rounds is 0: use 1 \\x1bor more\n")
 
 
