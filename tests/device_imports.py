@@ -14,7 +14,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 FOLDERS = ("edge", "protocol")
-CLOUD = {"hosl_cloud", "cryptography", "h11", "prometheus_client", "rich", "starlette", "tensorboardX", "uvicorn"}
+CLOUD = {
+    *("hosl", "hosl_cloud", "cryptography", "h11", "prometheus_client", "rich", "starlette", "tensorboardX", "uvicorn"),
+}
 OTHERS = {"hosl_export", "accelerate", "gguf", "onnx", "onnx_ir", "onnxscript", "peft", "torch", "transformers"}
 
 

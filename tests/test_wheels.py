@@ -67,6 +67,7 @@ def test_a_wheel_for_any_linux_says_so_and_has_a_library_of_its_own(source: Path
 
     with zipfile.ZipFile(path) as wheel:
         assert wheel.namelist().count(LIBRARY) == 1
+        assert {"hosl/__init__.py", "hosl/py.typed"} <= set(wheel.namelist())
         facts = wheel.read(f"{name[1]}.dist-info/WHEEL").decode().splitlines()
         library = Path(wheel.extract(LIBRARY, tmp_path))
 

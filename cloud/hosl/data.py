@@ -70,7 +70,9 @@ def _write_texts(path: Path, name: str, data: Data, task: Task) -> None:
     with path.open("w", encoding="utf-8") as file:
         for place, row in enumerate(_rows(name, data)):
             if not isinstance(row, Mapping):
-                raise DataError(Path(name), None, f"example {place} is a {type(row).__name__}: give a dict for each")
+                raise DataError(
+                    Path(name), None, f"example {place} is of type {type(row).__name__}: give a dict for each"
+                )
             try:
                 plain = {str(key): _plain(value) if key in read else None for key, value in row.items()}
             except TypeError as error:
@@ -86,20 +88,25 @@ def _rows(name: str, data: Data) -> Iterable[Any]:
         return rows
     if isinstance(data, Mapping):
         lengths = {column: len(values) for column, values in data.items() if _is_column(values)}
-        if len(lengths) < len(data) or len(set(lengths.values())) > 1:
+        if len(lengths) < len(data) or len(set(lengths.values())) > 1 or _has_parts(data):
             raise DataError(Path(name), None, _no_columns(data))
         return (dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True))
     if isinstance(data, Iterable):
         return data
-    raise DataError(Path(name), None, f"is a {type(data).__name__}: give a list of dicts, a frame, or a path")
+    raise DataError(Path(name), None, f"is of type {type(data).__name__}: give a list of dicts, a frame, or a path")
 
 
 def _is_column(values: Any) -> bool:
     return isinstance(values, Sized) and isinstance(values, Iterable) and not isinstance(values, (str, Mapping))
 
 
+def _has_parts(data: Mapping[Any, Any]) -> bool:
+    """Tell whether it is a `datasets.DatasetDict`."""
+    return bool(data) and all(hasattr(part, "column_names") for part in data.values())
+
+
 def _no_columns(data: Mapping[Any, Any]) -> str:
-    if data and all(hasattr(part, "column_names") for part in data.values()):
+    if _has_parts(data):
         return f"has several parts ({', '.join(map(str, data))}): give one of them"
     return "is a dict whose values are no columns of one length: give a list with a dict for each example"
 
@@ -116,7 +123,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.item())
     if type(value).__name__ == "NAType":  # pandas' own None
         return None
-    raise TypeError(f"a field that the task reads is a {type(value).__name__}: make text or a number of it")
+    raise TypeError(f"a field that the task reads is of type {type(value).__name__}: make text or a number of it")
 
 
 def _write_images(path: Path, name: str, data: Data, task: Task, image: ImageEntry) -> None:
@@ -159,7 +166,7 @@ def _class_of(name: str, place: int, value: Any, task: Task) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        problem = f"example {place}: the label should be a number or a name, it is a {type(value).__name__}"
+        problem = f"example {place}: the label should be a number or a name, it is of type {type(value).__name__}"
         raise DataError(Path(name), None, problem) from None
 
 

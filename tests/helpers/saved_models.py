@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from support import WORDS
 
 
-def save_tokenizer(folder: Path) -> dict[str, Any]:
-    """Write a word-level tokenizer; what a model's configuration must say to fit it."""
+def save_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> dict[str, Any]:
+    """Write a tokenizer of these words; what a model's configuration must say to fit it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
+    vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -32,16 +33,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, words: Sequence[str] = WORDS) -> Path:
     """Write a Llama of 4 blocks, width 32, random weights, with a word-level tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(exist_ok=True)
-    words = save_tokenizer(folder)
+    said = save_tokenizer(folder, words)
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = LlamaConfig(**SIZES, **words, num_key_value_heads=2, tie_word_embeddings=True)
+        config = LlamaConfig(**SIZES, **said, num_key_value_heads=2, tie_word_embeddings=True)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -191,10 +191,12 @@ def _bind(listen: ListenSettings, most: limits.Limits) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = limits.Listener(family, kind, protocol, most)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(limits.Listener(family, kind, protocol, most))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+            on_error.pop_all()
     except (OSError, OverflowError) as error:
         raise ServiceError(f"cannot listen on {listen.host}:{listen.port}: {error}") from error
     return listener

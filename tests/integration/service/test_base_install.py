@@ -30,6 +30,11 @@ def test_the_base_distribution_installs_alone_and_runs_the_agent(tmp_path: Path)
     assert cloud.returncode == 0, "help needs no extra"
     assert sys.version_info >= (3, 10)
 
+    calls = "hosl.export('facebook/opt-125m', 6)"
+    code = f"import hosl\ntry: {calls}\nexcept hosl.MissingExtra as error: print(error)"
+    said = subprocess.run([binaries / "python", "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"hosl\.export needs: pip install 'hosl\[export\] @ file:.*' \(\w+ is missing\)\n", said)
+
 
 @pytest.mark.parametrize("page", ["README.md", "edge/install.md"])
 def test_the_command_that_packs_a_checkout_leaves_the_file_where_the_next_command_looks(
