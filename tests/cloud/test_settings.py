@@ -262,8 +262,8 @@ def test_a_task_of_ones_own_needs_no_name() -> None:
 
 
 def test_every_setting_has_its_place_in_the_table() -> None:
-    table = PAGE.read_text(encoding="utf-8").partition("| field | meaning | default |")[2].partition("\n## ")[0]
-    parts = re.split(r"^\| \*\*`\[(\w+)\]`\*\*", table, flags=re.MULTILINE)
+    text = PAGE.read_text(encoding="utf-8").partition("\n## All settings\n")[2].partition("\n## ")[0]
+    parts = re.split(r"^### `\[(\w+)\]`$", text, flags=re.MULTILINE)
     tables = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
     fields = msgspec.structs.fields(RunConfig)
     kinds = {"": RunConfig, **{field.name: field.type for field in fields if field.name in tables}}
