@@ -3,9 +3,9 @@
 One task for each connection runs `serve_peer`, on the event loop: Hello, checks, Welcome (`_welcome`), CatchUps, Ready.
 The store is asked on other threads, and the mirror's digest is made on the compute thread.
 
-The invariant: a device is ready only when its weights' digest is the mirror's at the run's present round, so that from
-then on the same updates keep both the same. Whatever awaits between the last comparison and `is_ready` would break it:
-a round that is committed in between would be neither caught up with nor broadcast to this device.
+The invariant: a device becomes ready only when its weights' digest is the mirror's at the run's present round, so that
+from then on the same updates keep both the same. Whatever awaits between the last comparison and `is_ready` would break
+it: a round that is committed in between would be neither caught up with nor sent to this device.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hosl_cloud.runs.run import Compute, Run
 from hosl_cloud.runs.snapshots import Snapshots
 from hosl_protocol.exceptions import ProtocolError
 from hosl_protocol.program.logs import note_place
+from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.messages import (
     CATCH_UP_ROUNDS,
     PROTOCOL_VERSION,
@@ -249,7 +250,7 @@ class Admission:
         Raises UpdatesGone where the store has them no more.
         """
         target = self.run.round
-        rows = max(1, min(CATCH_UP_ROUNDS, CATCH_UP_BYTES // max(1, self.run.update_shape.size_bytes)))
+        rows = rows_of_a_catch_up(self.run.update_shape)
         for first in range(applied + 1, max(target, applied + 1) + 1, rows):
             last = min(first + rows - 1, target)
             updates = await asyncio.to_thread(self.run.store.updates, self.run.id, first, last)
@@ -264,7 +265,7 @@ class Admission:
     async def _make_ready(self, peer: Peer, hello: Hello, ready: Ready) -> None:
         """Let a device take part from here on, and bind it to its data."""
         # No await before it is ready: an update that is settled meanwhile would miss it.
-        peer.is_ready = True
+        peer.is_ready, peer.sent_round = True, ready.applied_round
         peer.eval_examples, peer.eval_digest = ready.eval_examples, hello.eval_digest
         counts = ready.train_examples, ready.eval_examples
         self.say(f"device {peer.name} is ready: {counts[0]} examples, {counts[1]} held out")
@@ -310,6 +311,11 @@ class Admission:
                 await asyncio.to_thread(self.run.store.set_reports, reports)
             except StoreError:
                 log.exception("the reports of %d devices are lost", len(reports))
+
+
+def rows_of_a_catch_up(update: UpdateShape) -> int:
+    """Count the updates that are read and sent together."""
+    return max(1, min(CATCH_UP_ROUNDS, CATCH_UP_BYTES // max(1, update.size_bytes)))
 
 
 def _break_off(peer: Peer, error: ProtocolError) -> None:

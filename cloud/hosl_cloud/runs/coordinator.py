@@ -33,6 +33,7 @@ from hosl_cloud.rounds.anchors import RoundResult
 from hosl_cloud.rounds.evaluation import evaluate
 from hosl_cloud.rounds.exchange import CloudRound, Exchange, Fault, StatefulTrainer
 from hosl_cloud.runs.admission import Admission, refuse_after_strikes
+from hosl_cloud.runs.backlog import Backlog
 from hosl_cloud.runs.checkpointer import Checkpointer
 from hosl_cloud.runs.fleet import Fleet
 from hosl_cloud.runs.progress import Evaluated, Evaluates, Over, RoundBegins, RoundDone
@@ -88,6 +89,7 @@ class Coordinator:
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self.checkpointer = Checkpointer(run, self.fleet, self._compute, say)
         self._selection = DeviceSelection(run, self.fleet, lambda: self._is_stopping, say)
+        self._backlog = Backlog(run, self.fleet)
 
         self._executor = ThreadPoolExecutor(1, "trainer")
         self._leaving = contextlib.ExitStack()
@@ -202,9 +204,10 @@ class Coordinator:
         await self.checkpointer.durably(lambda: self.store.set_state(self.run.id, state), asyncio.to_thread)
 
     async def _train_round(self) -> bool:
-        """Try one round; False where it was void (see rounds/algorithms.py), or the run is to stop."""
+        """Try one round; False where it was void (see rounds/algorithms.py), a device that was chosen has to come back
+        first, or the run is to stop."""
         devices = await self._selection.for_round()
-        if self._is_stopping:
+        if self._is_stopping or await self._backlog.clear(devices):
             return False
 
         began = time.monotonic()
@@ -217,7 +220,7 @@ class Coordinator:
             return False
 
         self._void_rounds = 0
-        await self._commit_round(result, time.monotonic() - began)
+        await self._commit_round(result, devices, time.monotonic() - began)
         return True
 
     def _count_void(self, context: CloudRound) -> None:
@@ -228,8 +231,11 @@ class Coordinator:
         if self._void_rounds >= MAX_VOID_ROUNDS:
             raise RoundsFailedError(self.run.id, context.round, self._void_rounds)
 
-    async def _commit_round(self, result: RoundResult, seconds: float) -> None:
-        """Apply a round's update to the mirror, store it, and send it to the devices: in this order."""
+    async def _commit_round(self, result: RoundResult, devices: list[str], seconds: float) -> None:
+        """Apply a round's update to the mirror, store it, and send it to the devices: in this order.
+
+        A gradient is sent to `devices` alone, which were asked for the round; the others' backlog has it.
+        """
         # The mirror refuses weights that diverge; then nothing is stored or sent.
         update = self._bounded(result.update)
         known = len(self.run.mirror.coarsenings)
@@ -239,6 +245,7 @@ class Coordinator:
         wire_bytes = self._count_bytes()
         kept = self.run.kept_updates
         pruned = 0 if kept is None else max(update.round - kept, 0)
+        await self._backlog.rescue(pruned)
         await self.checkpointer.durably(
             lambda: self.store.add_round(
                 self.run.id,
@@ -258,7 +265,12 @@ class Coordinator:
         if self.run.round % self.config.report_every == 0 or self.run.round == self.config.rounds:
             await self._compute(self.run.note_digest)
         message = Update(run=self.run.id, epoch=self.run.epoch, round=update.round, learning_rate=update.learning_rate)
-        self.fleet.broadcast(message, update_tensors(update, result.loss))
+        tensors = update_tensors(update, result.loss)
+        if self.run.layout is None:
+            self.fleet.broadcast(message, tensors)
+        else:
+            ready = set(self.fleet.ready_names())
+            self.fleet.send_update([self.fleet.peers[name] for name in devices if name in ready], message, tensors)
 
         await self._report_round(result, seconds, wire_bytes)
         for event in self.run.mirror.coarsenings[known:]:
@@ -384,6 +396,7 @@ class Coordinator:
             devices = await self._selection.for_evaluation()
             if not devices or self._is_stopping:
                 return None
+            await self._backlog.clear(devices)
 
             self.run.tell(Evaluates(self.run.id, self.run.round))
             peers = [self.fleet.peers[name] for name in devices]
@@ -399,6 +412,10 @@ class Coordinator:
 
     async def _finish(self, ending: Ending) -> Ending:
         await self.checkpointer.save(self.trainer)
+        # A run that is stopped ends at once; whoever is behind may catch up when it goes on.
+        leaving = await self._backlog.clear(self.fleet.ready_names(), may_leave=ending != "stopped")
+        if leaving:
+            await self._selection.wait_for_return(leaving)
         await self.end(ending)
         return ending
 

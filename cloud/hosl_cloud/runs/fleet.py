@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -26,7 +26,7 @@ from hosl_cloud.rounds.exchange import Answer, Ask, Await, Exchange, Fault, Shar
 from hosl_cloud.runs.run import Compute
 from hosl_protocol.program.waiting import within
 from hosl_protocol.wire.codec import Frame
-from hosl_protocol.wire.messages import Message, Refusal, name_of
+from hosl_protocol.wire.messages import Message, Refusal, Update, name_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Participant(Protocol):
     """Of its held-out data; empty without."""
     heard_at: float
     """Unix time of its last message."""
+    sent_round: int
+    """Once it is ready: the last round whose update it was sent."""
     gone: asyncio.Event
 
     def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None: ...
@@ -52,6 +54,8 @@ class Participant(Protocol):
     def take(self, ask: Ask) -> Frame | None: ...
 
     def leave_round(self) -> None: ...
+
+    async def emptied(self, timeout_s: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,17 @@ class Fleet:
         finally:
             self.waiting = None
 
-    def broadcast(self, message: Message, tensors: Mapping[str, Any]) -> None:
-        """Tell every ready device."""
+    def broadcast(self, update: Update, tensors: Mapping[str, Any]) -> None:
+        """Send an update to every ready device."""
+        self.send_update([self.peers[name] for name in self.ready_names()], update, tensors)
+
+    def send_update(self, peers: Iterable[Participant], update: Update, tensors: Mapping[str, Any]) -> None:
+        """Send an update to these devices, whose next it is."""
         # One mapping for all, in which the first peer that sends it leaves the encoded frame.
         shared = Shared(tensors)
-        for name in self.ready_names():
-            self.peers[name].tell(message, shared)
+        for peer in peers:
+            peer.tell(update, shared)
+            peer.sent_round = update.round
 
     async def drive(self, exchange: Exchange[T], stage_deadline_s: float, deadline_s: float = math.inf) -> T:
         """Run a round's generator to its end, its work on the compute thread.

@@ -84,6 +84,7 @@ class Peer:
         self.may_be = may_be
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
+        self.sent_round = 0
         self.eval_examples = 0
         self.eval_digest = ""
         self.heard_at = time.time()

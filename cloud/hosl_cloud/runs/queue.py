@@ -22,7 +22,6 @@ from pathlib import Path
 from hosl_cloud.exceptions import ApiError, StoreError, is_disk_full
 from hosl_cloud.runs.coordinator import Coordinator, MakeTail
 from hosl_cloud.runs.current_run import CurrentRun, CurrentRuns
-from hosl_cloud.runs.event_log import EventLog
 from hosl_cloud.runs.progress import Listener
 from hosl_cloud.runs.resume import load_run
 from hosl_cloud.runs.retry_schedule import RetrySchedule
@@ -32,6 +31,7 @@ from hosl_cloud.sentences import in_line
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.data_folder import hint, new_run_id, run_folder
 from hosl_cloud.storage.disk_space import DISK_PAUSE_S
+from hosl_cloud.storage.event_log import EventLog
 from hosl_cloud.storage.records import UNENDED, BegunBy, NewEvent, RunRow
 from hosl_cloud.storage.run_names import short_name
 from hosl_cloud.storage.store import Store

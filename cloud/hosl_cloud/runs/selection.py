@@ -8,6 +8,7 @@ soon as the run is to stop, with whoever is there: the caller looks at that itse
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -16,6 +17,9 @@ from hosl_cloud.runs.fleet import Fleet, Participant
 from hosl_cloud.runs.progress import Waits
 from hosl_cloud.runs.run import Run
 from hosl_protocol.run.ordering import sample_devices
+
+RETURN_S = 120.0
+"""Longest wait for devices that are to come back before a run ends: a download of the weights, and a pause before."""
 
 
 class DeviceSelection:
@@ -101,6 +105,15 @@ class DeviceSelection:
             return self._is_stopping() or self._tell_ready(len(there), len(set(devices)))
 
         await self._fleet.wait_until(is_time, None, len(devices), devices)
+
+    async def wait_for_return(self, devices: Collection[str]) -> None:
+        """Give devices that were sent to connect again the time to do so."""
+
+        def is_time() -> bool:
+            return self._is_stopping() or set(devices) <= set(self._fleet.ready_names())
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await self._fleet.wait_until(is_time, RETURN_S, len(devices), devices)
 
     def _tell_ready(self, ready: int, needed: int) -> bool:
         """Whether enough devices are there; where they are not, whoever follows the run is told how many are."""

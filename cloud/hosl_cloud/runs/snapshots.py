@@ -43,7 +43,8 @@ class Snapshots:
     async def offer(self, hello: Hello, applied: int) -> Snapshot | None:
         """Choose what a device that stands at `applied` should download instead of replaying; None: let it replay.
 
-        It can only replay what the store still has (Run.pruned_to).
+        It can only replay what the store still has (Run.pruned_to). Of gradients the bytes decide as well, for a device
+        whose figures are unknown.
         """
         if applied >= self.run.pruned_to and not self._saves(hello, self.run.round - applied):
             return None
@@ -66,6 +67,8 @@ class Snapshots:
     def _saves(self, hello: Hello, rounds: int) -> bool:
         """Whether a download beats the replay of so many rounds on this device."""
         run = self.run
+        if run.layout is not None and is_snapshot_smaller(rounds, run):
+            return True
         return is_snapshot_faster(rounds, run.update_shape, run.state_bytes, hello.replay_s, hello.link_bytes_per_s)
 
     def _is_good_enough(self, snapshot: Snapshot, hello: Hello, applied: int) -> bool:
@@ -107,6 +110,11 @@ class Snapshots:
 
     def _file(self, epoch: int, round_: int) -> Path:
         return self.run.folder / f"snapshot-epoch-{epoch:04}-round-{round_:06}.safetensors"
+
+
+def is_snapshot_smaller(rounds: int, run: Run) -> bool:
+    """Tell whether so many updates take MARGIN times the bytes of a snapshot."""
+    return rounds * run.update_shape.size_bytes > MARGIN * run.state_bytes
 
 
 def is_snapshot_faster(

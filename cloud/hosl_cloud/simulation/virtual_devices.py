@@ -45,7 +45,17 @@ from hosl_protocol.weights.client_weights import ClientWeights, make_client_weig
 from hosl_protocol.weights.estimates import UpdateRecord
 from hosl_protocol.wire.codec import Frame, FrameReader, encode
 from hosl_protocol.wire.connection import bounds_for
-from hosl_protocol.wire.messages import EvalStart, FromCloud, FromEdge, Late, Message, RoundStart, Update, name_of
+from hosl_protocol.wire.messages import (
+    EvalStart,
+    FromCloud,
+    FromEdge,
+    Late,
+    Message,
+    Refusal,
+    RoundStart,
+    Update,
+    name_of,
+)
 from hosl_protocol.wire.updates import read_update
 
 Say: TypeAlias = Callable[[str], None]
@@ -116,7 +126,9 @@ def load_shared_state(
         client = load_first_order(run.bundle, run.config, shard)
         return SharedState(settings, shard, weights, train, evaluated, client.round, client.apply, client.tally)
     take_step = rounds.PARTS[settings.algorithm]
-    return SharedState(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
+    shared = SharedState(settings, shard, weights, train, evaluated, take_step, lambda update: weights.apply([update]))
+    shared.state_bytes = run.state_bytes
+    return shared
 
 
 def load_first_order(bundle: Path, config: RunConfig, shard: Shard) -> FirstOrderClient:
@@ -160,6 +172,8 @@ class SharedState:
     update: Callable[[UpdateRecord], None]
     """A round's step of the client's weights."""
     tally: Tally = field(default_factory=Tally)
+    state_bytes: int = 0
+    """Of a snapshot."""
     round: int = 0
     failure: Exception | None = None
     """Of a device: all of them end with it, for here nobody starts it again."""
@@ -171,7 +185,7 @@ class SharedState:
 
     def apply(self, update: UpdateRecord) -> None:
         """Take a round's step, once for all devices."""
-        # Every device is told; the first one moves the weights that all share.
+        # Several devices are told, sooner or later; the first one moves the weights that all share.
         if update.round > self.round:
             self.round = update.round
             self.update(update)
@@ -196,7 +210,7 @@ class VirtualDevice:
 
     def __init__(self, name: str, shared: SharedState, examples: Indices, *, is_evaluator: bool = False) -> None:
         self.name, self._train = name, shared.train.subset(examples)
-        self.is_ready = True
+        self.is_ready, self.sent_round = True, 0
         self.eval_examples = len(shared.held_out) if is_evaluator and shared.held_out is not None else 0
         self.eval_digest = ""
         self.heard_at = time.time()
@@ -273,8 +287,15 @@ class VirtualDevice:
         assert frame is not None
         return frame
 
+    async def emptied(self, timeout_s: float) -> None:
+        """Nothing waits: what it is told it has taken."""
+
     def end(self, message: Message) -> None:
-        """End the device's part, where a connection would end."""
+        """End the device's part, where a connection would end; one that is to fetch a snapshot is back at once."""
+        if isinstance(message, Refusal) and message.code == "run" and message.retry:
+            self._shared.tally.wire_bytes += self._shared.state_bytes
+            self.is_ready, self.sent_round = True, self._shared.round
+            return
         self.is_ready = False
         self.gone.set()
 

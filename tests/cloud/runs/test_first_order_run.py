@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import numpy as np
 import pytest
 
 from hosl_cloud.exceptions import StoreError
-from hosl_cloud.runs import admission
+from hosl_cloud.runs import admission, backlog
+from hosl_cloud.runs.backlog import Backlog
+from hosl_cloud.runs.fleet import Fleet
 from hosl_cloud.runs.run import KEPT_STATES, LEAST_KEPT, Run
 from hosl_cloud.runs.snapshots import MARGIN, Snapshots
 from hosl_cloud.settings import parse_config
@@ -21,7 +24,7 @@ from hosl_cloud.storage.store import Store
 from hosl_edge.history.snapshot import read_snapshot
 from hosl_protocol.run.manifest import load_manifest
 from hosl_protocol.weights.estimates import UpdateRecord
-from hosl_protocol.wire.messages import CatchUp, Hello, Refusal, Snapshot, Welcome
+from hosl_protocol.wire.messages import CatchUp, Hello, Message, Refusal, Snapshot, Update, Welcome
 from services import Service, serving
 from speaking import client
 from support import TASK
@@ -68,11 +71,11 @@ def update_of(run: Run, round_: int) -> UpdateRecord:
     return UpdateRecord(round_, generator.random(shape.coefficients, np.float32) * np.float32(1e-3), 1e-3, codes)
 
 
-def add(run: Run, update: UpdateRecord) -> None:
+def add(run: Run, update: UpdateRecord, loss: float = 0.0) -> None:
     run.apply(update)
     assert run.kept_updates is not None
     pruned = max(update.round - run.kept_updates, 0)
-    run.store.add_round(run.id, run.epoch, update, seconds=0.0, loss=0.0, devices=[], pruned=pruned)
+    run.store.add_round(run.id, run.epoch, update, seconds=0.0, loss=loss, devices=[], pruned=pruned)
     run.round, run.pruned_to = update.round, max(pruned, run.pruned_to)
 
 
@@ -148,7 +151,7 @@ def test_a_device_that_lacks_what_is_kept_no_more_is_offered_a_snapshot_whatever
         return asyncio.run(snapshots.offer(hello(), applied))
 
     assert run.pruned_to == 5
-    assert offer(5) is None
+    assert offer(run.round - int(MARGIN * run.state_bytes / run.update_shape.size_bytes)) is None
     made = offer(4)
     assert made is not None
     assert made.round == LEAST_KEPT + 5
@@ -182,9 +185,9 @@ def test_bytes_of_missed_updates_make_a_download_worth_while(make_run: MakeRun) 
     run.load()
     break_even = int(MARGIN * run.state_bytes / run.update_shape.size_bytes)
     advance(run, break_even + 1)
-    snapshots, figures = Snapshots(run, compute), {"replay_s": 1e-12, "link_bytes_per_s": 1e6}
-    assert asyncio.run(snapshots.offer(hello(**figures), 1)) is None
-    assert asyncio.run(snapshots.offer(hello(**figures), 0)) is not None
+    for figures in ({"replay_s": 1e-12, "link_bytes_per_s": 1e6}, {}):
+        assert asyncio.run(Snapshots(run, compute).offer(hello(**figures), 1)) is None
+        assert asyncio.run(Snapshots(run, compute).offer(hello(**figures), 0)) is not None
 
 
 @pytest.fixture
@@ -278,3 +281,76 @@ def test_large_updates_are_caught_up_with_a_few_at_a_time(
             assert firsts == [1, 4, 7]
 
     serve(test)
+
+
+class Taker:
+    """A participant that takes whatever it is told; of a Peer it has what a backlog asks."""
+
+    def __init__(self, sent_round: int, eval_examples: int = 0) -> None:
+        self.name, self.is_ready, self.sent_round, self.eval_examples = "pi", True, sent_round, eval_examples
+        self.told: list[Message] = []
+        self.losses: list[float] = []
+
+    def tell(self, message: Message, tensors: Mapping[str, Any] | None = None) -> None:
+        self.told.append(message)
+        if tensors:
+            self.losses.append(float(tensors["loss"]))
+
+    end = tell
+
+    async def emptied(self, timeout_s: float) -> None: ...
+
+
+def cleared(run: Run, peer: Taker, **how: bool) -> list[str]:
+    fleet = Fleet(compute, AsyncMock())
+    fleet.peers["pi"] = peer  # type: ignore[assignment]
+    return asyncio.run(Backlog(run, fleet).clear(["pi", "away"], **how))
+
+
+def test_who_took_no_part_gets_what_it_missed_in_order_a_few_at_a_time(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(gradient_bits=8)
+    run.load()
+    monkeypatch.setattr(admission, "CATCH_UP_BYTES", 2 * run.update_shape.size_bytes)
+    for number in range(7):
+        add(run, update_of(run, run.round + 1), loss=number / 2)
+    peer = Taker(sent_round=2)
+    assert cleared(run, peer) == []
+    assert [message.round for message in peer.told if isinstance(message, Update)] == [3, 4, 5, 6, 7]
+    assert peer.losses == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert peer.sent_round == 7
+    assert cleared(run, peer) == []
+    assert len(peer.told) == 5, "it is up to date"
+
+
+def test_who_missed_more_than_a_snapshot_takes_is_to_come_back_for_one_but_for_an_evaluator(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(gradient_bits=8)
+    run.load()
+    break_even = int(MARGIN * run.state_bytes / run.update_shape.size_bytes)
+    advance(run, break_even + 1)
+    assert cleared(run, Taker(0)) == [], "to connect again costs bytes, too"
+    monkeypatch.setattr(backlog, "RECONNECT_BYTES", 0)
+
+    assert cleared(run, Taker(1)) == []
+    assert cleared(run, Taker(0, eval_examples=5)) == []
+    leaving = Taker(0)
+    assert cleared(run, leaving, may_leave=False) == []
+    assert (leaving.told, leaving.is_ready) == ([], True)
+    assert cleared(run, leaving) == ["pi"]
+    (refusal,) = leaving.told
+    assert isinstance(refusal, Refusal)
+    assert (refusal.code, refusal.retry, leaving.is_ready) == ("run", True, False)
+
+
+def test_an_evaluator_gets_updates_before_they_are_dropped(make_run: MakeRun) -> None:
+    run = make_run(gradient_bits=32)
+    run.load()
+    advance(run, LEAST_KEPT)
+    for peer, expected in ((Taker(0, eval_examples=5), LEAST_KEPT), (Taker(0), 0), (Taker(1, eval_examples=5), 1)):
+        fleet = Fleet(compute, AsyncMock())
+        fleet.peers["pi"] = peer  # type: ignore[assignment]
+        asyncio.run(Backlog(run, fleet).rescue(pruned_to=1))
+        assert peer.sent_round == expected

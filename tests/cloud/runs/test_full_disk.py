@@ -17,10 +17,10 @@ import pytest
 
 from hosl_cloud.exceptions import StoreFull, is_disk_full
 from hosl_cloud.runs import queue as runs
-from hosl_cloud.runs.event_log import EventLog
 from hosl_cloud.service.authority import make_authority, renew_certificate
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage import disk_space as room
+from hosl_cloud.storage.event_log import EventLog
 from hosl_cloud.storage.records import NewEvent
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import save_checkpoint

@@ -208,6 +208,38 @@ def test_gradients_are_replayed_as_long_as_they_are_kept_and_then_a_snapshot_tak
     run_site(make_bundle("lora", 2), tmp_path, test, ADAMW, algorithm="first-order", gradient_bits=bits)
 
 
+@pytest.mark.parametrize("bits", [1, 32])
+def test_devices_that_take_turns_get_the_gradients_that_they_missed_or_a_snapshot(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    monkeypatch.setattr("hosl_cloud.runs.backlog.RECONNECT_BYTES", 0)
+    monkeypatch.setattr("hosl_edge.agent.LONGEST_PAUSE_S", 0.2)  # 20
+    devices = {"start_with": 4, "per_round": 1}
+
+    async def test(site: Site) -> None:
+        for name in ("first", "second", "third"):
+            site.start(name)
+        run = site.service.coordinator.run
+        await site.until(lambda: run.round >= 1)
+        sent = {name: peer.sent_round for name, peer in site.service.coordinator.fleet.peers.items()}
+        assert sum(round_ == run.round for round_ in sent.values()) == 1, "the others' can wait"
+        summaries = await asyncio.wait_for(asyncio.gather(*site.agents.values()), DEADLINE_S)
+        assert {summary.weights_digest for summary in summaries} == {run.mirror.digest()}
+        # Five rounds of 32 bits are more than a snapshot of the weights and AdamW's moments; of one bit, 145.
+        assert bool(site.snapshots_taken()) == (bits == 32)
+
+    run_site(
+        make_bundle("lora", 2),
+        tmp_path,
+        test,
+        ADAMW,
+        algorithm="first-order",
+        gradient_bits=bits,
+        rounds=40,
+        devices=devices,
+    )
+
+
 def damage_shard(site: Site) -> None:
     (cached,) = (site.folder / "cache" / "falls").rglob(SHARD_WEIGHTS.rpartition("/")[2])
     flip(cached)

@@ -118,7 +118,9 @@ class Site:
     def begin(self, name: str, algorithm: str, ranks: str = "shard") -> str:
         """Put a run in line; its id."""
         tail = f'\n[tail]\nlearning_rate = 3e-3\nranks = "{ranks}"\ndevice = "cpu"\n'
-        text = f'name = "{name}"\nalgorithm = "{algorithm}"\n{CONFIG}{tail}{TASK}'
+        # What one process and two compute differs by rounding, which fewer bits of a gradient would make a step of.
+        bits = "gradient_bits = 32\n" * (algorithm == "first-order")
+        text = f'name = "{name}"\nalgorithm = "{algorithm}"\n{bits}{CONFIG}{tail}{TASK}'
         body = {"bundle": "tiny", "config": msgspec.toml.decode(text)}
         return str(self.client.request("POST", "/v1/runs", body)["id"])
 
@@ -201,6 +203,7 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path], monkeypatch: p
 @pytest.mark.timeout(900)  # several services, one after the other
 def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     kinds = [(algorithm, ranks) for algorithm in ("ho-sfl", "hosl") for ranks in ("shard", "replicate")]
+    kinds += [("first-order", "shard")]
 
     site.launch(2)
     two = [site.begin("two", *kind) for kind in kinds]
@@ -218,7 +221,7 @@ def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     assert f"run {from_two} paused at round" in site.said()
 
     site.fork(1)
-    one = {algorithm: site.begin("one", algorithm) for algorithm in ("ho-sfl", "hosl")}
+    one = {algorithm: site.begin("one", algorithm) for algorithm in ("ho-sfl", "hosl", "first-order")}
     from_one = site.begin("from-one", "hosl")
     site.wait_for_round(from_two, ROUNDS)
     site.wait_for_round(from_one, 6)
@@ -230,7 +233,7 @@ def test_ranks_that_stop_and_die_end_where_one_process_does(site: Site) -> None:
     assert site.stop() == {ExitCode.OK}
 
     expected = {algorithm: site.result(run) for algorithm, run in one.items()}
-    algorithms = ("ho-sfl", "ho-sfl", "hosl", "hosl", "hosl", "ho-sfl", "hosl")
+    algorithms = ("ho-sfl", "ho-sfl", "hosl", "hosl", "first-order", "hosl", "ho-sfl", "hosl")
     for run, algorithm in zip((*two, four, from_two, from_one), algorithms, strict=True):
         assert difference(site.result(run), expected[algorithm]) < 1e-5, run
     assert difference(site.merged(two[0]), site.merged(one["ho-sfl"])) < 1e-5
