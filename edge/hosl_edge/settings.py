@@ -68,7 +68,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "address of hosl-cloud, wss://host:port (ws:// on this machine only)",
-            "Address of hosl-cloud, `wss://host:port`. `ws://host:port` on this machine only, or with `insecure`.",
+            "Address of the service, `wss://host:port`. `ws://host:port` works for this machine, or with `insecure`.",
             metavar="URL",
             example="wss://cloud.example:8765",
             is_given=True,
@@ -78,8 +78,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "file with the token that hosl-cloud device add made",
-            "File with the device's token, of `hosl-cloud device add`; on the cloud's own machine the join token will "
-            "do.",
+            "File with the device's token, which `hosl-cloud device add` makes. On the service's own machine the join "
+            "token works, too.",
             metavar="FILE",
             default="systemd's credential `hosl-token`, or `/etc/hosl/token`",
             example="/etc/hosl/token",
@@ -89,8 +89,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "training data, .jsonl or .csv; of images .npz or a folder",
-            "Training data: `.jsonl`, or `.csv` with a header; of images a `.npz` file, or a folder with a folder for "
-            "each class. `/var/lib/hosl` is the systemd unit's own folder; it cannot read `/home`.",
+            "Training data: a `.jsonl` file, or a `.csv` file with a header. For images a `.npz` file, or a folder "
+            "that has a folder for each class. The systemd unit can read `/var/lib/hosl`, but not `/home`.",
             metavar="FILE",
             example="/var/lib/hosl/train.jsonl",
             is_given=True,
@@ -100,9 +100,9 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str | None,
         Shown(
             "held-out data of the same form",
-            "Held-out data of the same form.",
+            "Held-out data, in the same form.",
             metavar="FILE",
-            default="none: no part in evaluations",
+            default="none: the device takes no part in evaluations",
             example="/var/lib/hosl/validation.jsonl",
         ),
     ] = None
@@ -110,9 +110,9 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         int | str | None,
         Shown(
             "most anonymous memory to take, such as 400M",
-            "Most anonymous memory to take: bytes, or a number with K, M, G, Ki, Mi, Gi.",
+            "Most anonymous memory to take: bytes, or a number with K, M, G, Ki, Mi or Gi.",
             metavar="SIZE",
-            default="none: micro-batches of 256 tokens, or of 16384 pixels",
+            default="none: it computes 256 tokens or 16384 pixels at a time",
             example="400M",
         ),
     ] = None
@@ -120,7 +120,7 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         int,
         Shown(
             "compute threads (default: all CPUs)",
-            "Compute threads; 0 takes one for each CPU that the process may use.",
+            "Number of compute threads. 0 takes one for each CPU that the process may use.",
             metavar="N",
             default="0: all CPUs",
         ),
@@ -129,39 +129,41 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "name of this device (default: its token's name)",
-            "The device's name, which it keeps for life: 1 to 64 characters of A-Za-z0-9._-.",
+            "The device's name, 1 to 64 characters of A-Za-z0-9._-. A device keeps its name for life.",
             metavar="NAME",
-            default="that of its token; with a join token the host name",
+            default="the name in its token; with a join token the host name",
         ),
     ] = ""
     fields: Annotated[
         tuple[str, ...] | None,
         Shown(
             "fields of the data that a run may use",
-            "Fields of the data that a run may use.",
+            "Fields of the data that a run may use, with commas between them.",
             metavar="A,B",
-            default="those that the shipped task of the run's name reads",
+            default="those of the shipped task that the run names",
             example=["text", "label"],
         ),
     ] = None
     share_text: Annotated[
         bool,
-        Shown("allow tasks whose labels are the text itself", "Allow tasks (`lm`) whose labels are the text itself."),
+        Shown(
+            "allow tasks whose labels are the text itself",
+            "Allow tasks whose labels are the text itself, such as `lm`. The device then sends the text.",
+        ),
     ] = False
     skip_broken: Annotated[
         bool,
         Shown(
             "leave out pictures that cannot be decoded",
-            "Leave out pictures that cannot be decoded, instead of stopping with code 4.",
+            "Leave out pictures that cannot be decoded. Without it the agent ends with code 4.",
         ),
     ] = False
     sync_interval_s: Annotated[
         float,
         Shown(
             "seconds between writes of the journal to disk (default: 30)",
-            "Longest time, in seconds, between writes of the journal to the disk. A power cut loses what came since "
-            "the last one, and the cloud sends it again. Longer intervals spare an SD card: 1,000 rounds of 5 s each "
-            "write 0.71 MB with 30, 0.37 MB with 60 (`tests/benchmarks/journal_writes.py`).",
+            "Longest time, in seconds, between two writes of the journal to the disk. A power cut loses the updates "
+            "since the last write, and the service sends them again. A longer interval spares an SD card.",
             metavar="S",
         ),
     ] = 30.0
@@ -169,8 +171,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "where the journal lives (default: ~/.local/state/hosl)",
-            "Folder of the journal, of a snapshot where it begins at one, of the link's speed, and of the data as "
-            "token ids, so that a restart tokenizes nothing. The systemd unit sets it.",
+            "Folder for what the agent needs at its next start: the journal, a snapshot, the tokenized data. The "
+            "systemd unit sets it.",
             metavar="DIR",
             default="`~/.local/state/hosl`",
             example="/var/lib/hosl",
@@ -180,21 +182,22 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str,
         Shown(
             "where fetched shards live (default: ~/.cache/hosl)",
-            "Folder of fetched shards. The systemd unit sets it.",
+            "Folder for downloaded shards. The systemd unit sets it.",
             metavar="DIR",
             default="`~/.cache/hosl`",
             example="/var/cache/hosl",
         ),
     ] = msgspec.field(default_factory=_cache_dir)
     insecure: Annotated[
-        bool, Shown("allow ws:// to another machine", "Allow plain text (`ws://`) to another machine.")
+        bool,
+        Shown("allow ws:// to another machine", "Allow a connection without encryption (`ws://`) to another machine."),
     ] = False
     stay: Annotated[
         bool,
         Shown(
             "after a run's end wait for the next one",
-            "Wait for the next run after one has ended or was stopped. Without it the agent ends with the run, and is "
-            "not there for `run resume`.",
+            "When a run has ended or was stopped, wait for the next one. Without it the agent ends with the run, and "
+            "is not there when the run is resumed.",
             default="no; the systemd unit: yes",
         ),
     ] = False
@@ -202,8 +205,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         float | None,
         Shown(
             "pause before rounds above it (default: off)",
-            "Pause before each round's work above so many degrees Celsius. Only the hardware knows its own limit, and "
-            "where it says that it is throttled the agent pauses without this setting.",
+            "Pause before a round while the device is hotter than this, in degrees Celsius. If the hardware says that "
+            "it is throttled, the agent pauses without this setting, too.",
             metavar="C",
             default="off",
             example=75.0,
@@ -213,8 +216,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         int | str,
         Shown(
             "stop where the machine has less left (default: 32M; 0: off)",
-            "Stop, with code 8, where the machine (or the control group) has less memory left, before the kernel kills "
-            "something; 0 never stops.",
+            "End with code 8 if the machine, or the control group, has less memory left than this. Otherwise the "
+            "kernel could kill something. 0 never ends.",
             metavar="SIZE",
         ),
     ] = "32M"
@@ -222,8 +225,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         float,
         Shown(
             "longest piece of work for the watchdog (default: 1800)",
-            "Longest time, in seconds, for one piece of work (a forward, a replay, reading the data). After it "
-            "systemd's watchdog is told nothing more, and starts the agent again.",
+            "Longest time, in seconds, for one piece of work, such as a forward or reading the data. If one takes "
+            "longer, systemd starts the agent again.",
             metavar="S",
         ),
     ] = 1800.0
