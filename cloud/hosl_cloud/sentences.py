@@ -82,9 +82,14 @@ def in_line(behind: Sequence[str]) -> str:
     )
 
 
-def device_command(address: str, token_path: Path, task: Task | None = None) -> str:
-    """Write what a person types on a device, with the consent that `task` needs beyond what devices allow."""
-    words = ["hosl-edge", "--server", address, "--token-file", str(token_path), "--data", "FILE"]
+def device_command(address: str, token_path: Path, task: Task | None = None, name: str = "") -> str:
+    """Write what a person types on a device, with the consent that `task` needs beyond what devices allow.
+
+    `name` is the device's, where its token has none.
+    """
+    words = ["hosl-edge", "--server", address, "--token-file", str(token_path)]
+    words += ["--name", name] if name else []
+    words += ["--data", "FILE", "--eval", "FILE"]
     if task is not None:
         if not set(task.fields) <= set(preset_fields(task.name) or ()):
             words += ["--fields", ",".join(task.fields)]

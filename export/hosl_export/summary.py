@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,16 @@ def describe(summary: Summary) -> str:
         f"  trains  {_describe_training(summary)}",
         f"  parity  {_describe_parity(summary)}",
         *_describe_gradient(summary),
+        f"next: {next_step(summary)}",
     ]
     return "\n".join(lines)
+
+
+def next_step(summary: Summary) -> str:
+    """The commands that train the bundle on the user's own data."""
+    kind = "" if summary.image_size is None else " image-classification"
+    serve = f"hosl-cloud serve --bundle {shlex.quote(summary.bundle)} --config run.toml"
+    return f"hosl-cloud config --example{kind} > run.toml && {serve}"
 
 
 def _describe_head(summary: Summary) -> list[str]:

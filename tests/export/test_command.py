@@ -382,7 +382,9 @@ def test_summary_says_what_a_round_costs(export, capsys, tmp_path) -> None:
 
     shutil.rmtree(tmp_path / "bundle")
     assert export("--train", "lora") == ExitCode.OK
-    *_, first, last = capsys.readouterr().out.splitlines()
+    *_, first, last, following = capsys.readouterr().out.splitlines()
+    serve = f"hosl-cloud serve --bundle {tmp_path / 'bundle'} --config run.toml"
+    assert following == f"next: hosl-cloud config --example > run.toml && {serve}"
     costs = r"  round   first-order costs [23]\.\d forwards of the device's half, HO-SFL with its 2 directions 3\.0 "
     assert re.match(costs, first)
     assert re.match(r" +first-order has the exact gradient, an estimate of HO-SFL's points \d\.\d % towards it", last)
@@ -390,7 +392,7 @@ def test_summary_says_what_a_round_costs(export, capsys, tmp_path) -> None:
 
 def test_gradients_may_be_left_out(export, capsys, tmp_path) -> None:
     assert export("--train", "norm", "--no-gradients") == ExitCode.OK
-    assert "round" not in capsys.readouterr().out.splitlines()[-1]
+    assert "round" not in capsys.readouterr().out.splitlines()[-2]
     manifest = load_manifest(tmp_path / "bundle")
     assert manifest.gradients == ()
     assert sorted(path.name for path in (tmp_path / "bundle" / "shard").iterdir()) == [

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
-from hosl_cloud.commands.client import add_client_options, client_of, service_file
+from hosl_cloud.commands.client import ApiClient, add_client_options, client_of, service_file
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.sentences import device_command as device_command
 from hosl_cloud.service.secrets import ADMIN_TOKEN_FILE, load_or_make_secret
-from hosl_cloud.storage.data_folder import add_data_dir, make_data_dir
+from hosl_cloud.storage.data_folder import add_data_dir, hint, make_data_dir
+from hosl_cloud.storage.records import UNENDED
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.terminal import add_common_options
+from hosl_protocol.run.settings import convert
+from hosl_protocol.run.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,10 @@ def _init(options: argparse.Namespace) -> int:
         load_or_make_secret(admin_token)
         print(f"a CA and a certificate are in {authority.folder}, the admin token in {admin_token}")
     print(f"the certificate is for {', '.join(authority.names())}; it ends in {authority.days_left():.0f} days")
+    if not options.renew:
+        serve = hint("serve --bundle DIR --task PRESET --host 0.0.0.0", options.data_dir)
+        print(f"next: {serve}")
+        print(f"and beside it, for each device: {hint('device add NAME', options.data_dir)}")
     return int(ExitCode.OK)
 
 
@@ -92,8 +99,18 @@ def _add(options: argparse.Namespace) -> int:
         print(json.dumps({"name": made["name"], "token_file": str(path)}))
     else:
         print(f"the token is in {path}: copy it to the device, and start there")
-        print(device_command(_public_address(options), path))
+        print(device_command(_public_address(options), path, _task_for(client, options.bundle)))
     return int(ExitCode.OK)
+
+
+def _task_for(client: ApiClient, bundle: str) -> Task | None:
+    """The task of the run that a device of this bundle (empty: any) would join now; None where there is none."""
+    runs = [run for run in client.request("GET", "/v1/runs")["runs"] if run["state"] in UNENDED]
+    fit = [run["id"] for run in runs if bundle in ("", run["bundle"]) and not run["problem"]]
+    if not fit:
+        return None
+    task: Task = convert(client.request("GET", f"/v1/runs/{fit[0]}")["config"]["task"], Task, "task")
+    return task
 
 
 @contextlib.contextmanager

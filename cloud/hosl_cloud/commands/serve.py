@@ -160,7 +160,7 @@ def _serve(
         display.note_loaded()
         # Only now: who reads it finds the service listening.
         write_service_file(data_dir, listen, address)
-        begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --config FILE', data_dir)}"
+        begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --task PRESET', data_dir)}"
         port = urlsplit(address).port or 0
         _say(f"listens on {listen.bound_address(port)}{begin}")
         page = listen.public_address(port).replace("ws", "http", 1)
@@ -228,8 +228,8 @@ def _ways_to_join(
     """Say how devices reach the service, and what the run of --config, whose task this is, asks of them."""
     if listen.is_loopback():
         return [
-            f"devices join with: {device_command(address, token_path, task)}",
-            "each further device on this machine needs a name of its own: --name NAME",
+            f"devices join with: {device_command(address, token_path, task, 'device-1')}",
+            "each further device on this machine needs another --name",
         ]
     names = f"its certificate is for {', '.join(listen.authority.names())}; " if listen.authority is not None else ""
-    return [f"{names}{hint('device add NAME', data_dir)} makes a device's token"]
+    return [f"{names}{hint('device add NAME', data_dir)} makes a device's token, and says what to type there"]

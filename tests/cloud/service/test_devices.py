@@ -75,6 +75,7 @@ def test_a_device_is_added_listed_and_revoked(
         port = service.address.rpartition(":")[2]
         out = capsys.readouterr().out
         assert f"hosl-edge --server wss://127.0.0.1:{port} --token-file pi.kitchen.token --data FILE" in out
+        assert "--fields" not in out, "a shipped task's name allows its fields"
         assert secret not in out
         assert path.stat().st_mode & 0o777 == 0o600
         assert (name, fingerprint) == (
@@ -100,6 +101,30 @@ def test_a_device_is_added_listed_and_revoked(
         assert {key for device in listed for key in device} == {"name", "created_at", "revoked_at", "bundle"}
         assert await cli(service, "revoke", "nobody") == 6
         assert "refused: no device 'nobody' has a token" in capsys.readouterr().err
+
+    run(test)
+
+
+def test_the_command_for_a_new_device_has_what_the_waiting_run_asks_for(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def test(service: Service) -> None:
+        store, bundle = service.coordinator.run.store, service.coordinator.run.bundle.name
+        row = await asyncio.to_thread(store.run, "run-1")
+        task = Task(name="own", kind="sequence-classification", template="{message}", labels=("a", "b"))
+        own = msgspec.structs.replace(row.config, task=task)
+        await asyncio.to_thread(store.set_state, "run-1", "stopped")
+        assert await cli(service, "add", "first") == 0
+        assert "--fields" not in capsys.readouterr().out, "no run waits"
+        await asyncio.to_thread(store.create_run, "run-2", row.bundle, row.shard_digest, own)
+        assert await cli(service, "add", "second") == 0
+        assert "--fields message,label" in capsys.readouterr().out
+        assert await cli(service, "add", "third", "--bundle", bundle) == 0
+        assert "--fields message,label" in capsys.readouterr().out
+        assert await cli(service, "add", "fourth", "--bundle", "another") == 0
+        assert "--fields" not in capsys.readouterr().out, "it is kept to the runs of another bundle"
 
     run(test)
 
@@ -266,8 +291,9 @@ def test_the_command_for_a_device_allows_what_the_task_reads(
     task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Typed as it stands it needs no second try for consent."""
-    words = shlex.split(device_command("ws://127.0.0.1:8765", tmp_path / "join token", task))
+    words = shlex.split(device_command("ws://127.0.0.1:8765", tmp_path / "join token", task, "device-1"))
     assert words[0] == "hosl-edge"
+    assert words[words.index("--name") + 1] == "device-1"
     assert edge(["config", "--json", *words[1:]]) == 0
     settings = {name: setting["value"] for name, setting in json.loads(capsys.readouterr().out).items()}
     check_consent(task, settings["fields"], share_text=settings["share_text"])

@@ -197,14 +197,16 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
 
 def test_a_service_killed_outright_goes_on_with_every_run_whoever_began_it(site: Site) -> None:
     started = site.begin("one", 10**6)
-    begin = ("--bundle", str(site.data_dir / "bundles" / "one"), "--config", str(site.folder / "run.toml"))
-    (site.folder / "run.toml").write_text("rounds = 2\nmax_length = 16\n" + TASK, encoding="utf-8")
+    begin = ("--bundle", str(site.data_dir / "bundles" / "one"), "--task", "sequence-classification")
+    begin = (*begin, "--set", "rounds=2", "--set", "batch_size=4")
     assert site.process is not None
     site.process.kill()
     site.process.communicate()
     said = site.start(*begin)
     first, second = site.ask("run", "list")["runs"]
     assert (first["id"], first["state"]) == (started, "pending"), "not stopped"
+    assert second["id"].startswith("sequence-classification-"), "a run without a file is called as its task is"
+    assert second["rounds"] == 2
     assert "the service that was here before was killed, or crashed" in "".join(said)
     assert any(f"run {started} goes on first, and run {second['id']} after it" in line for line in said)
     assert "those without --stay have ended" in site.run("run", "stop", started)  # while it is loaded, or soon after

@@ -316,6 +316,9 @@ def test_a_device_fetches_only_the_shard_and_keeps_it(site: Callable[[str], Site
             ExitCode.SETTINGS,
             "without TLS sends everything as plain text",
         ),
+        (["serve", "--bundle", "{bundle}"], ExitCode.SETTINGS, "say what to train: --task PRESET"),
+        (["serve", "--bundle", "{bundle}", "--task", "sst"], ExitCode.SETTINGS, "task.preset is 'sst': use one of"),
+        (["serve", "--task", "sst2"], ExitCode.SETTINGS, "--bundle is not given"),
         (["merge", "nothing", "--out", "x", "--data-dir", "absent"], ExitCode.SETTINGS, "no service has run there"),
     ],
 )
