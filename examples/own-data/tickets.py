@@ -1,4 +1,4 @@
-"""Made-up messages to a shop, of four classes, as two machines could hold them: CSV files to try docs/first-run.md with.
+"""Made-up messages to a shop, of four classes, as two machines could hold them: CSV files for docs/first-run.md.
 
 python examples/own-data/tickets.py FOLDER
 """

@@ -27,11 +27,13 @@ FORKS.set_forkserver_preload(
 class Program:
     """`python -m module arguments`, or `python script arguments`; of subprocess.Popen what tests use."""
 
-    def __init__(self, module: str | Path, *arguments: object, errors: Path, **variables: str) -> None:
-        """Start it, with these variables in its environment. What it says on standard error goes to the file."""
+    def __init__(
+        self, module: str | Path, *arguments: object, errors: Path, cwd: Path | None = None, **variables: str
+    ) -> None:
+        """Start it in a folder, with these variables in its environment; its standard error goes to the file."""
         reading, writing = FORKS.Pipe(duplex=False)
         words = [str(argument) for argument in arguments]
-        self._process = FORKS.Process(target=_run, args=(writing, errors, variables, module, words))
+        self._process = FORKS.Process(target=_run, args=(writing, errors, cwd, variables, module, words))
         self._process.start()
         writing.close()
         self.stdout = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
@@ -79,9 +81,18 @@ class Program:
                 yield from self.stdout
 
 
-def _run(output: Connection, errors: Path, variables: dict[str, str], module: str | Path, arguments: list[str]) -> None:
+def _run(
+    output: Connection,
+    errors: Path,
+    cwd: Path | None,
+    variables: dict[str, str],
+    module: str | Path,
+    arguments: list[str],
+) -> None:
     """Be the program."""
     os.environ.update(variables)
+    if cwd is not None:
+        os.chdir(cwd)
     with errors.open("ab") as file:
         os.dup2(output.fileno(), 1)
         os.dup2(file.fileno(), 2)
