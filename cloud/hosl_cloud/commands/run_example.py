@@ -24,6 +24,7 @@ _HEAD = """\
 """
 
 _RUN = """\
+name = "first"          # what the run's name begins with
 rounds = 200            # in each round every device computes on one batch
 # batch_size = 16       # examples of a device in a round
 {length}# algorithm = "ho-sfl"  # or "first-order": the exact gradient; "frozen": only the cloud's part learns

@@ -223,7 +223,8 @@ class RunQueue:
             self.say(f"run {run} has no checkpoint, so that there is nothing to merge", run, is_ending=True)
         if ending in ("stopped", "failed"):
             then = f" && {self.serve_again}" if self._is_draining else ""
-            self.say(f"go on with it: {hint(f'run resume {name}', self.data_dir)}{then}", run, is_ending=True)
+            go_on = f"{hint(f'run resume {name}', self.data_dir)}{then}"
+            self.say(f"go on with it: {go_on}; devices without --stay have to be started, too", run, is_ending=True)
 
     def state(self) -> QueueState:
         """Whose turn it is now."""

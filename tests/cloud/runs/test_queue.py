@@ -77,7 +77,7 @@ def test_at_a_runs_end_is_said_what_can_be_done_with_it(
     folder = f"--data-dir {runs.data_dir}"
     take = f"take it with: hosl-cloud merge run --out trained {folder}"
     nothing = "run run-1 has no checkpoint, so that there is nothing to merge"
-    go_on = f"go on with it: hosl-cloud run resume run {folder}"
+    go_on = f"go on with it: hosl-cloud run resume run {folder}; devices without --stay have to be started, too"
     expected = [take if has_checkpoint else nothing] * (ending != "paused")
     assert said == expected + [go_on] * (ending in ("stopped", "failed"))
 
@@ -86,7 +86,7 @@ def test_a_service_that_leaves_says_that_it_must_be_there_to_go_on(runs: RunQueu
     runs._is_draining = True
     asyncio.run(runs._tell_next("run-1", "stopped"))
     folder = f"--data-dir {runs.data_dir}"
-    assert said[-1] == f"go on with it: hosl-cloud run resume run {folder} && hosl-cloud serve {folder}"
+    assert f"go on with it: hosl-cloud run resume run {folder} && hosl-cloud serve {folder}; devices" in said[-1]
 
 
 def test_why_a_run_is_pending_stands_in_its_lines() -> None:

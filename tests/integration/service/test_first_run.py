@@ -88,10 +88,6 @@ class Site:
 
     def _here(self, line: str) -> str:
         for there, here in (
-            (
-                "HuggingFaceTB/SmolLM2-135M-Instruct --split 6 --max-length 64",
-                f"{self.model} --split 2 --max-length 32",
-            ),
             ("hosl/examples", str(ROOT / "examples")),
             ("cloud.example.org", "localhost"),
             (":8765", f":{self.port}"),
