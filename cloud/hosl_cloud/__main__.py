@@ -18,11 +18,12 @@ try:
     from pathlib import Path
 
     from hosl_cloud.commands.bundles import add_bundle
+    from hosl_cloud.commands.checkpoints import add_checkpoint
     from hosl_cloud.commands.config import add_config
     from hosl_cloud.commands.devices import add_device, add_init
     from hosl_cloud.commands.help import EXAMPLES, RARE
     from hosl_cloud.commands.merge import add_merge
-    from hosl_cloud.commands.runs import add_checkpoint, add_drain, add_log, add_run
+    from hosl_cloud.commands.runs import add_drain, add_log, add_run
     from hosl_cloud.commands.serve import add_serve
     from hosl_cloud.commands.simulate import add_simulate
     from hosl_cloud.storage.data_folder import settle_data_dir

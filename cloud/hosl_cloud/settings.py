@@ -274,7 +274,8 @@ GRADIENT_SHARE = 1 / 50
 
 def _with_defaults(data: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """Fill in what suits the algorithm and the part that the device trains, where `data` leaves it open."""
-    algorithm, is_norm = data.get("algorithm", "ho-sfl"), manifest.train == "norm"
+    data = {"algorithm": "frozen" if manifest.train == "none" else "ho-sfl", **data}
+    algorithm, is_norm = data["algorithm"], manifest.train == "norm"
     suited: dict[str, Any] = NORM_CLIENT if is_norm else {}
     if algorithm == "first-order":
         suited = {"optimizer": "adamw", "learning_rate": FIRST_ORDER_RATES.get(manifest.train, 1e-3)}

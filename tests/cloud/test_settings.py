@@ -200,6 +200,13 @@ def test_a_bundle_that_trains_nothing_on_the_device_runs_frozen_only(algorithm: 
     with pytest.raises(SettingsError, match=r"algorithm is .*: the bundle trains nothing on the device: use 'frozen'"):
         parse("none", algorithm=algorithm)
     assert not parse("none", algorithm="frozen").wire_settings().traits.trains_client
+    assert (parse("none").algorithm, parse("lora").algorithm) == ("frozen", "ho-sfl")
+
+
+def test_texts_are_cut_to_what_the_bundle_takes() -> None:
+    task = {"task": {"preset": "sst2"}}
+    assert parse_config(task, manifest()).max_length == 64
+    assert parse_config(task, msgspec.structs.replace(manifest(), max_length=512)).max_length == 128
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ class DataFolder:
 
         return _plain({"checkpoints": describe_checkpoints(run_folder(self._data_dir, self._store.run(run).id))})
 
+    def checkpoint_files(self, run: str) -> dict[int, Path]:
+        """Files of a run's checkpoints by their rounds, oldest first; of one round that of the newest epoch."""
+        from hosl_cloud.tail.checkpoint import list_checkpoints  # imports torch, too
+
+        return {each.info.round: each.path for each in list_checkpoints(run_folder(self._data_dir, run))}
+
 
 def _plain(answer: Any) -> Any:
     """As the service's JSON says it."""

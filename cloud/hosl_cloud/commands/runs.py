@@ -1,4 +1,4 @@
-"""`hosl-cloud run`, `log`, `checkpoint` and `drain`: what an operator does to a running service, by its HTTP API.
+"""`hosl-cloud run`, `log` and `drain`: what an operator does to a running service, by its HTTP API.
 
 What only looks is answered from the data folder where no service runs in it.
 """
@@ -10,40 +10,39 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from hosl_cloud.commands.client import ApiClient, add_client_options, client_of, is_local
-from hosl_cloud.commands.offline import DataFolder, find_offline
+from hosl_cloud.commands.asking import (
+    RUN_HELP,
+    Parser,
+    accuracy_of,
+    add_command,
+    finish,
+    on_run,
+    run_path,
+    settle_run,
+)
+from hosl_cloud.commands.client import ApiClient, client_of, is_local
+from hosl_cloud.commands.offline import find_offline
 from hosl_cloud.commands.run_settings import add_run_settings, check_names, read_run_settings
-from hosl_cloud.exceptions import RequestError, RunNotFound, ServiceError
-from hosl_cloud.sentences import counted, evaluation_lines, in_line, score_text
-from hosl_cloud.storage.data_folder import add_data_dir, hint, is_locked
+from hosl_cloud.exceptions import RequestError
+from hosl_cloud.sentences import counted, evaluation_lines, in_line
+from hosl_cloud.storage.data_folder import is_locked
 from hosl_cloud.storage.records import UNENDED
-from hosl_cloud.storage.run_names import find_run_id
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.program.plain import plain
-from hosl_protocol.program.terminal import add_common_options
 
 FOLLOW_S = 1.0
 """Between questions for more of a log."""
-
-RUN_HELP = "its id, a beginning of it that no other run has, or latest"
-
-Parser = argparse.ArgumentParser
-Command = Callable[[ApiClient, argparse.Namespace], Any]
-Offline = Callable[[DataFolder, argparse.Namespace], Any]
-"""What answers a command where no service runs."""
 
 
 def add_run(parser: Parser) -> None:
     """Options of `hosl-cloud run`."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    start = _add(commands, "start", "put a new run in line", _start, _show_run)
+    start = add_command(commands, "start", "put a new run in line", _start, _show_run)
     start.add_argument("--bundle", required=True, metavar="NAME", help="a bundle in the service's folder of bundles")
     add_run_settings(start)
-    _add(
+    add_command(
         commands,
         "list",
         "show all runs",
@@ -52,7 +51,7 @@ def add_run(parser: Parser) -> None:
         lambda folder, _: folder.runs(),
     )
     for command in (
-        _add(
+        add_command(
             commands,
             "show",
             "show a run, its devices, and its last evaluation class by class",
@@ -60,16 +59,16 @@ def add_run(parser: Parser) -> None:
             _show_run,
             lambda folder, options: folder.run(options.run),
         ),
-        _add(
+        add_command(
             commands,
             "resume",
             "go on with a run that has stopped",
-            _on_run("POST", "/resume"),
+            on_run("POST", "/resume"),
             _show_run,
             lambda folder, options: folder.resume(options.run),
         ),
-        _add(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped),
-        _add(commands, "rm", "delete a run that is over, with its checkpoints", _remove, _show_removed),
+        add_command(commands, "stop", "end a run after its round; it can go on later", _stop, _show_stopped),
+        add_command(commands, "rm", "delete a run that is over, with its checkpoints", _remove, _show_removed),
     ):
         command.add_argument("run", metavar="RUN", help=RUN_HELP)
 
@@ -78,26 +77,7 @@ def add_log(parser: Parser) -> None:
     """Options of `hosl-cloud log`."""
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("-f", "--follow", action="store_true", help="go on as more is said, until the run is over")
-    _finish(parser, _log)
-
-
-def add_checkpoint(parser: Parser) -> None:
-    """Options of `hosl-cloud checkpoint`."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = _add(
-        commands,
-        "list",
-        "show a run's checkpoints",
-        _on_run("GET", "/checkpoints"),
-        _show_checkpoints,
-        lambda folder, options: folder.checkpoints(options.run),
-    )
-    listing.add_argument("run", metavar="RUN", help=RUN_HELP)
-    export = commands.add_parser("export", help="copy a checkpoint of the tail to a file")
-    export.add_argument("run", metavar="RUN", help=RUN_HELP)
-    export.add_argument("--round", type=int, metavar="N", help="of which round (default: the newest)")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file; must not exist")
-    _finish(export, _export)
+    finish(parser, _log)
 
 
 def add_drain(parser: Parser) -> None:
@@ -117,7 +97,7 @@ def add_drain(parser: Parser) -> None:
             print(f"the service {paused}, and {'leaves' if options.no_wait else 'has left'}")
         return int(ExitCode.OK)
 
-    _finish(parser, drain)
+    finish(parser, drain)
 
 
 def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
@@ -134,66 +114,6 @@ def _await_end(client: ApiClient, options: argparse.Namespace) -> None:
         time.sleep(0.2)
 
 
-def _add(
-    commands: Any, name: str, text: str, command: Command, show: Callable[[Any], None], offline: Offline | None = None
-) -> Parser:
-    parser: Parser = commands.add_parser(name, help=text)
-
-    def run(options: argparse.Namespace) -> int:
-        folder = None if offline is None else find_offline(options)
-        if folder is None or offline is None:
-            client = client_of(options)
-            _settle_run(options, client)
-            answer = command(client, options)
-        else:
-            with folder:
-                _settle_run(options, folder)
-                answer = offline(folder, options)
-
-        if options.json:
-            print(json.dumps(answer))
-        else:
-            show(answer)
-            if folder is not None:
-                print(f"no service runs in {options.data_dir}; {hint('serve', options.data_dir)} starts one")
-        return int(ExitCode.OK)
-
-    _finish(parser, run)
-    return parser
-
-
-def _settle_run(options: argparse.Namespace, source: ApiClient | DataFolder) -> None:
-    """Put the whole id in the place of RUN, where the command has one. Raises RunNotFound, AmbiguousRun."""
-    if "run" not in options:
-        return
-    ids = source.run_ids() if isinstance(source, DataFolder) else _ids_of(source)
-    try:
-        options.run = find_run_id(options.run, ids)
-    except RunNotFound:
-        if isinstance(source, DataFolder):
-            raise  # a service refuses it itself, with the code of a refusal
-
-
-def _ids_of(client: ApiClient) -> list[str]:
-    return [run["id"] for run in client.request("GET", "/v1/runs")["runs"]]
-
-
-def _finish(parser: Parser, command: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
-    add_client_options(parser)
-    add_data_dir(parser)
-    add_common_options(parser)
-    parser.set_defaults(command=command)
-
-
-def _path(run: str, more: str = "") -> str:
-    return f"/v1/runs/{quote(run, safe='')}{more}"
-
-
-def _on_run(method: str, more: str) -> Command:
-    return lambda client, options: client.request(method, _path(options.run, more))
-
-
 def _start(client: ApiClient, options: argparse.Namespace) -> Any:
     config = read_run_settings(options)
     check_names(options, config)  # here, for the service does not know the file's name
@@ -203,26 +123,26 @@ def _start(client: ApiClient, options: argparse.Namespace) -> Any:
 
 def _show(client: ApiClient, options: argparse.Namespace) -> Any:
     """Ask for a run, and for its last evaluation class by class."""
-    shown = client.request("GET", _path(options.run))
+    shown = client.request("GET", run_path(options.run))
     if shown["evaluation"] is not None:
         with contextlib.suppress(RequestError):  # a run that was rewound meanwhile no longer has it
             shown["evaluation"] = client.request(
-                "GET", _path(options.run, f"/evaluations/{shown['evaluation']['round']}")
+                "GET", run_path(options.run, f"/evaluations/{shown['evaluation']['round']}")
             )
     return shown
 
 
 def _stop(client: ApiClient, options: argparse.Namespace) -> Any:
     """Wait for the end of the round, however long it takes."""
-    shown = client.request("POST", _path(options.run, "/stop"))
+    shown = client.request("POST", run_path(options.run, "/stop"))
     while shown["state"] in ("pending", "running"):
         time.sleep(FOLLOW_S)
-        shown = client.request("GET", _path(options.run))
+        shown = client.request("GET", run_path(options.run))
     return shown
 
 
 def _remove(client: ApiClient, options: argparse.Namespace) -> Any:
-    client.request("DELETE", _path(options.run))
+    client.request("DELETE", run_path(options.run))
     return {"id": options.run}
 
 
@@ -230,19 +150,19 @@ def _log(options: argparse.Namespace) -> int:
     folder = find_offline(options)
     if folder is not None:
         with folder:
-            _settle_run(options, folder)
+            settle_run(options, folder)
             _print_log(lambda after: folder.log(options.run, after), 0, options)
         return int(ExitCode.OK)
     client, last = client_of(options), 0
-    _settle_run(options, client)
+    settle_run(options, client)
 
     def more(after: int) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = client.request("GET", _path(options.run, f"/log?after={after}"))["events"]
+        events: list[dict[str, Any]] = client.request("GET", run_path(options.run, f"/log?after={after}"))["events"]
         return events
 
     while True:
         # Asked before the log: what is said at the run's end is then printed before this leaves.
-        is_over = client.request("GET", _path(options.run))["state"] not in UNENDED
+        is_over = client.request("GET", run_path(options.run))["state"] not in UNENDED
         last = _print_log(more, last, options)
         if is_over or not options.follow:
             return int(ExitCode.OK)
@@ -260,20 +180,6 @@ def _print_log(more: Callable[[int], list[dict[str, Any]]], last: int, options: 
     return last
 
 
-def _export(options: argparse.Namespace) -> int:
-    client, out = client_of(options), options.out
-    if out.exists():
-        raise ServiceError(f"{out} exists: choose another --out, or delete it")
-    _settle_run(options, client)
-    known = client.request("GET", _path(options.run, "/checkpoints"))["checkpoints"]
-    if not known:
-        raise ServiceError(f"run {options.run} has no checkpoint yet")
-    round_ = known[-1]["round"] if options.round is None else options.round
-    client.download(_path(options.run, f"/checkpoints/{round_}"), out)
-    print(json.dumps({"round": round_, "out": str(out)}) if options.json else f"the tail at round {round_} is in {out}")
-    return int(ExitCode.OK)
-
-
 def _show_removed(answer: dict[str, Any]) -> None:
     print(f"run {answer['id']} is deleted")
 
@@ -289,7 +195,7 @@ def _line(run: dict[str, Any]) -> str:
     loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
     progress = f"round {run['round']}/{run['rounds'] or '?'}"
     problem = "  its settings cannot be read" if run["problem"] else ""
-    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {_devices(run)}{loss}{_score(run)}{problem}"
+    return f"{run['id']:<32} {run['state']:<10} {progress:<18} {_devices(run)}{loss}{accuracy_of(run)}{problem}"
 
 
 def _devices(run: dict[str, Any]) -> str:
@@ -300,13 +206,6 @@ def _devices(run: dict[str, Any]) -> str:
     if waits is not None and waits["needed"]:
         return f"{waits['ready']} of {counted(waits['needed'], 'device')}"
     return counted(run["devices"], "device")
-
-
-def _score(entry: dict[str, Any]) -> str:
-    """The accuracy of a run or checkpoint, and what it is of."""
-    if entry["accuracy"] is None:
-        return ""
-    return f"  accuracy {score_text(entry['correct'], entry['scored'], entry['examples'], entry['of_examples'])}"
 
 
 def _waits(run: dict[str, Any]) -> str:
@@ -348,9 +247,3 @@ def _show_run(run: dict[str, Any]) -> None:
 def _show_stopped(run: dict[str, Any]) -> None:
     _show_run(run)
     print("  its devices have been told; those without --stay have ended: start them again for the next run")
-
-
-def _show_checkpoints(answer: dict[str, Any]) -> None:
-    for each in answer["checkpoints"]:
-        best = "  best" if each["is_best"] else ""
-        print(f"round {each['round']:<8} {each['size_bytes'] / 1e6:9.1f} MB  {each['sha256'][:16]}{_score(each)}{best}")

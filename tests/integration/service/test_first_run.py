@@ -102,9 +102,16 @@ class Site:
         plain = re.sub(r"--(data|eval) \S+", r"--\1 FILE", self._here(line))
         assert plain in self.printed
 
+    def end_devices(self) -> None:
+        """Wait until the devices have ended, as they do with the run."""
+        for device in self.devices:
+            device.communicate(DEADLINE_S)
+        assert [device.returncode for device in self.devices] == [0, 0]
+
     def stop(self) -> None:
         for process in (*self.services, *self.devices):
             process.kill()
+            process.communicate()
 
 
 @pytest.fixture
@@ -116,6 +123,7 @@ def site(tmp_path: Path, make_bundle: Callable[[str, int], Path]) -> Iterator[Si
     site.stop()
 
 
+@pytest.mark.timeout(900)
 def test_the_page_is_true_from_the_data_to_a_prediction(site: Site) -> None:
     typed, left_out, said = [], [], ""
     for kind, machine, block in steps():
@@ -129,7 +137,7 @@ def test_the_page_is_true_from_the_data_to_a_prediction(site: Site) -> None:
                 left_out.append(line)
                 continue
             if "merge" in line:  # the page says: when the devices have ended
-                assert [device.wait(DEADLINE_S) for device in site.devices] == [0, 0]
+                site.end_devices()
             if line.startswith("hosl-edge"):
                 site.expect(line)
             said = site.type(machine, line)

@@ -183,6 +183,12 @@ def test_a_service_that_is_drained_leaves_and_goes_on_when_it_is_back(site: Site
         assert site.ask("run", "show", name)["round"] == at_rest["round"]
         assert f"run {run} paused" in site.run("log", name)
     assert site.ask("checkpoint", "list", "latest")["checkpoints"][-1]["round"] == at_rest["round"]
+    exported = site.folder / "tail.safetensors"
+    assert site.ask("checkpoint", "export", "one", "--out", str(exported))["round"] == at_rest["round"]
+    assert load_file(exported)
+    exported.unlink()
+    said = site.run("checkpoint", "export", "one", "--round", "999", "--out", str(exported), code=ExitCode.SETTINGS)
+    assert "no checkpoint of round 999; there are: " in said
     assert "no run 'two'" in site.run("run", "show", "two", code=ExitCode.SETTINGS)
     assert "hosl-cloud serve" in site.run("run", "resume", "latest"), "it goes on with the next service"
     assert "killed" not in "".join(site.start())
