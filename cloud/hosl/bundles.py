@@ -185,10 +185,13 @@ def _saved(model: Any, tokenizer: Any, processor: Any) -> Iterator[Path]:
     if tokenizer is None and processor is None:
         remedy = "a model at hand comes with its tokenizer=, or for images with its processor="
         raise SettingsError("tokenizer", None, remedy)
+    from hosl_export.sources.loading import quiet_transformers
+
     name = Path(getattr(model, "name_or_path", "") or type(model).__name__).name
     with tempfile.TemporaryDirectory(prefix="hosl-model-") as folder:
         path = Path(folder) / (re.sub(r"[^\w.-]", "-", name).lstrip(".") or "model")
-        for part in (model, tokenizer, processor):
-            if part is not None:
-                part.save_pretrained(path)
+        with quiet_transformers():
+            for part in (model, tokenizer, processor):
+                if part is not None:
+                    part.save_pretrained(path)
         yield path

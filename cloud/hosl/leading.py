@@ -10,13 +10,11 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from hosl.rounds import Evaluation, Round, as_evaluation
+from hosl_cloud.runs.progress import Evaluated, Evaluates, Event, RoundDone, Waits
 from hosl_protocol.run.tasks import Task
-
-if TYPE_CHECKING:
-    from hosl_cloud.runs.progress import Event
 
 T = TypeVar("T")
 
@@ -97,6 +95,7 @@ class Leader:
             self._changed.wait_for(lambda: len(self.rounds) > place or self.is_over)
             if len(self.rounds) > place:
                 return self.rounds[place]
+        self.wait()
         self.check()
         return None
 
@@ -107,19 +106,19 @@ class Leader:
         self._allowed = rounds
         self._call(self._go_on)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Wait for the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over)
+            self._changed.wait_for(lambda: self.is_over, timeout_s)
+        if self.is_over:
+            self._thread.join()
 
     def stop(self, timeout_s: float | None = None) -> None:
         """End the run after the round under way, and wait for its end, which a second Ctrl-C breaks off."""
-        if self.is_over or threading.current_thread() is self._thread:
-            return
         self._is_stopping = True
         self._call(self._begin_to_stop)
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_over, timeout_s)
+        if threading.current_thread() is not self._thread:  # in which the collector may find that nobody holds the run
+            self.wait(timeout_s)
 
     def _call(self, work: Callable[[], None]) -> None:
         with self._changed:  # the loop is not closed before `is_over` says so, under the same lock
@@ -172,8 +171,6 @@ class Leader:
 
     def hear(self, event: Event) -> None:
         """Take note of what happens in the run; a listener of hosl_cloud/runs/progress.py."""
-        from hosl_cloud.runs.progress import Evaluated, Evaluates, RoundDone, Waits
-
         if event.run != self.run:  # another one of the same service
             return
         with self._changed:

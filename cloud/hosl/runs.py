@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +99,15 @@ class Run:
             raise
         self._leader.check()
         return self
+
+    def call_back(self, callback: Callable[[Round], object]) -> None:
+        """Train to the end, and call back with each round; an error, there or in the run, closes the run."""
+        try:
+            for each in self:
+                callback(each)
+        except BaseException:
+            self.close()
+            raise
 
     def stop(self) -> None:
         """End the run after the round under way, with a checkpoint; nothing where it is over."""

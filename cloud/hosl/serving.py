@@ -19,6 +19,7 @@ from hosl.given import TaskSettings, read_given
 from hosl.leading import Leader, elsewhere, say
 from hosl.rounds import Round
 from hosl.runs import Run
+from hosl_cloud.exceptions import ApiError
 from hosl_cloud.sentences import device_command
 from hosl_cloud.storage.data_folder import BUNDLES, make_data_dir
 from hosl_protocol.exceptions import SettingsError
@@ -152,7 +153,11 @@ def serve(
                     write_service_file(home, listen, address)
                     places.address = address
                     places.public_address = listen.public_address(urlsplit(address).port or 0)
-                    leader.ready(lambda: opened.runs.stop(run))
+                    leader.ready(stop)
+
+                async def stop() -> None:
+                    with contextlib.suppress(ApiError):  # it has ended meanwhile
+                        await opened.runs.stop(run)
 
                 async def main() -> str | None:
                     if is_first:
@@ -168,6 +173,5 @@ def serve(
     served = ServedRun(leader, bundle, run_config, home, folder)
     served._places = places
     if callback is not None:
-        for each in served:
-            callback(each)
+        served.call_back(callback)
     return served

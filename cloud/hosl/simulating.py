@@ -97,6 +97,5 @@ def simulate(
 
     run = Run(leader, bundle, run_config, home, folder)
     if callback is not None:
-        for each in run:
-            callback(each)
+        run.call_back(callback)
     return run

@@ -6,6 +6,9 @@ import asyncio
 import gc
 import json
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +109,35 @@ def test_a_callback_hears_of_every_round_and_scores_come_with_theirs(
     assert heard == run.rounds
     assert str(heard[1]).startswith("round 2 of 3: loss ")
     assert f"({heard[1].evaluation.right} of 20 right)" in str(heard[1])  # type: ignore[union-attr]
+
+
+def test_an_error_of_a_callback_ends_the_run(
+    make_bundle: MakeBundle, tmp_path: Path, reviews: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with pytest.raises(ZeroDivisionError) as raised:
+        hosl.simulate(
+            make_bundle("norm", 2), reviews, rounds=1000, callback=lambda each: 1 / (3 - each.number), **SETTINGS
+        )
+    assert not [thread for thread in threading.enumerate() if thread.name == "hosl run"], f"while {raised} is held"
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_program_may_end_while_its_run_waits(make_bundle: MakeBundle) -> None:
+    code = """
+import json, os, sys, hosl
+given = json.loads(sys.argv[2])
+run = hosl.simulate(sys.argv[1], [{"text": "the film was good", "label": 1}] * 4, rounds=1000, **given)
+rounds = iter(run)
+print(next(rounds).number, run.data_dir)
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(make_bundle("norm", 2)), json.dumps(SETTINGS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    number, folder = done.stdout.split()
+    assert number == "1"
+    assert not Path(folder).parent.exists()
 
 
 def test_a_loop_that_is_left_stops_the_run_at_the_round_that_was_seen(
