@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hosl_cloud.exceptions import CheckpointMissing
 from hosl_cloud.sentences import score_text
-from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, run_folder
-from hosl_cloud.storage.run_names import find_run_id
+from hosl_cloud.storage.data_folder import DATABASE, add_data_dir, hint, run_folder
+from hosl_cloud.storage.run_names import find_run_id, short_name
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
@@ -18,6 +19,7 @@ from hosl_protocol.program.terminal import add_common_options
 if TYPE_CHECKING:
     from hosl_cloud.storage.records import Evaluation
     from hosl_cloud.tail.checkpoint import CheckpointInfo
+    from hosl_cloud.tail.stored_merge import MergedRun
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -37,24 +39,16 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     from hosl_cloud.tail.card import CARD
-    from hosl_cloud.tail.stored_merge import merge_stored
     from hosl_export.steps import Steps
 
     database = options.data_dir / DATABASE
     if not database.exists():
         raise SettingsError("--data-dir", str(options.data_dir), "no service has run there")
     steps = Steps("hosl-cloud", keeps_lines=False)
-    with contextlib.closing(Store(database, reads_only=True)) as store, steps.shown(), steps(f"merging {options.run}"):
+    with contextlib.closing(Store(database, reads_only=True)) as store:
         id_ = find_run_id(options.run, store.run_ids())
-        found = merge_stored(
-            store,
-            id_,
-            run_folder(options.data_dir, id_),
-            options.out,
-            adapter=options.adapter,
-            which=options.checkpoint,
-            bundle=options.bundle,
-        )
+        with steps.shown(), steps(f"merging {id_}"):
+            found = _merge_stored(store, id_, options)
 
     merged, prompt = found.merged, found.prompt
     if options.json:
@@ -74,6 +68,29 @@ def _merge(options: argparse.Namespace) -> int:
     if prompt is not None:
         print(f"its soft prompt is a PEFT adapter: PeftModel.from_pretrained(model, '{prompt}')")
     return int(ExitCode.OK)
+
+
+def _merge_stored(store: Store, id_: str, options: argparse.Namespace) -> MergedRun:
+    """Merge the run; where it ended before it had a checkpoint, say how it goes on."""
+    from hosl_cloud.tail.stored_merge import merge_stored
+
+    try:
+        return merge_stored(
+            store,
+            id_,
+            run_folder(options.data_dir, id_),
+            options.out,
+            adapter=options.adapter,
+            which=options.checkpoint,
+            bundle=options.bundle,
+        )
+    except CheckpointMissing as error:
+        row = store.run(id_)
+        if row.state not in ("stopped", "failed"):
+            raise
+        resume = hint(f"run resume {short_name(id_, store.run_ids())}", options.data_dir)
+        reason = f"the run {row.state} at round {row.round}, before its first one; go on with it: {resume}"
+        raise CheckpointMissing(error.path, reason) from None
 
 
 def _harm(before: Evaluation | None, info: CheckpointInfo) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,11 +13,6 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.store import Store
 from hosl_protocol.exceptions import ExitCode
 from hosl_protocol.run.manifest import (
-    MANIFEST,
-    Manifest,
-    TensorEntry,
-    describe_file,
-    encode_manifest,
     load_manifest,
 )
 from hosl_protocol.run.tasks import Task
@@ -35,21 +29,6 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         return captured.out if code == 0 else captured.err
 
     return run
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    """A small one of two files; what is in them is nobody's business here."""
-    folder = tmp_path / "smollm"
-    for path in ("shard/shard.onnx", "tail/config.json"):
-        (folder / path).parent.mkdir(parents=True)
-        (folder / path).write_bytes(path.encode())
-    files = tuple(describe_file(folder, path) for path in ("shard/shard.onnx", "tail/config.json"))
-    shape: dict[str, Any] = {"split": 1, "blocks": 2, "width": 4, "max_length": 8, "pad_token_id": 0, "train": "none"}
-    names = {"model": "tiny", "family": "llama", "architecture": "Tiny"}
-    tensors = (TensorEntry(name="w", shape=(2, 4)),)
-    (folder / MANIFEST).write_bytes(encode_manifest(Manifest(**names, **shape, tensors=tensors, files=files)))
-    return folder
 
 
 def test_a_bundle_is_added_listed_and_deleted(run: Run, bundle: Path, tmp_path: Path) -> None:
