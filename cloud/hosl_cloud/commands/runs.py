@@ -188,7 +188,7 @@ def _show_runs(answer: dict[str, Any]) -> None:
     for run in answer["runs"]:
         print(_line(run))
     if not answer["runs"]:
-        print("no run yet; begin one with hosl-cloud run start")
+        print("no run yet; begin one with: hosl-cloud run start --bundle NAME --task PRESET")
 
 
 def _line(run: dict[str, Any]) -> str:

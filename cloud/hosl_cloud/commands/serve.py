@@ -28,7 +28,7 @@ from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.data_folder import BUNDLES, add_data_dir, hint, make_data_dir
 from hosl_protocol.exceptions import ExitCode, SettingsError
 from hosl_protocol.program.terminal import add_common_options
-from hosl_protocol.run.manifest import Manifest, check_files, load_manifest
+from hosl_protocol.run.manifest import MANIFEST, Manifest, check_files, load_manifest
 from hosl_protocol.run.tasks import Task
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _serve(
         display.note_loaded()
         # Only now: who reads it finds the service listening.
         write_service_file(data_dir, listen, address)
-        begin = "" if run else f"; begin a run with: {hint('run start --bundle NAME --task PRESET', data_dir)}"
+        begin = "" if run else f"; begin a run with: {_how_to_begin(bundles, data_dir)}"
         port = urlsplit(address).port or 0
         _say(f"listens on {listen.bound_address(port)}{begin}")
         page = listen.public_address(port).replace("ws", "http", 1)
@@ -179,6 +179,13 @@ def _serve(
         _say(f"run {run} pauses at round {row.round}; the same command goes on with it", extra={"is_result": True})
         return "paused"
     return ending
+
+
+def _how_to_begin(bundles: Path, data_dir: Path) -> str:
+    """The command that begins a run, after that which adds its bundle where there is none."""
+    start = hint("run start --bundle NAME --task PRESET", data_dir)
+    has_bundle = any(bundles.glob(f"*/{MANIFEST}"))
+    return start if has_bundle else f"{hint('bundle add PATH --name NAME', data_dir)} && {start}"
 
 
 def _serve_again(options: argparse.Namespace) -> str:

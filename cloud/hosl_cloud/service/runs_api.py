@@ -175,7 +175,8 @@ class RunsApi:
         # Resolved before it is compared: `..` and links must not lead out of the folder.
         bundle = (self._bundles / new.bundle).resolve()
         if not bundle.is_relative_to(self._bundles.resolve()) or not (bundle / MANIFEST).is_file():
-            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: no bundle of this name is in {self._bundles}")
+            reason = f"no bundle of this name is in {self._bundles}: put it there with hosl-cloud bundle add"
+            raise ApiError(404, f"bundle is {new.bundle[:200]!r}: {reason}")
         manifest = await asyncio.to_thread(load_manifest, bundle)
         config = parse_config(new.config, manifest, "config")
         if config.baseline:
