@@ -149,8 +149,6 @@ def _columns_of_images(name: str, data: Data) -> tuple[Any, Any]:
             Path(name), None, f"needs images in one of {_IMAGES} and classes in one of {_LABELS}; has {there}"
         )
     pictures, labels = (columns[key] for key in found if key is not None)
-    if not isinstance(pictures, np.ndarray) and hasattr(pictures, "numpy"):  # a tensor
-        pictures = pictures.numpy()
     if len(pictures) != len(labels):
         raise DataError(Path(name), None, f"has {len(pictures)} images and {len(labels)} labels")
     return pictures, labels
