@@ -1,6 +1,6 @@
 # make demo     the whole way: export, train from two devices, merge, compare
 # make demo-camera    a camera in the dark: frozen, HO-SFL and first-order side by side, with their memory
-# make check    format check, lint, types, and the tests of the protocol and the house: under a minute
+# make check    format check, lint, types, the tests of the protocol and the house, and the pages: under a minute
 # make test     format check, lint, types, tests; what CI runs
 # make wheels   wheels with the compiled kernel for Linux on x86-64 and aarch64, and the source archive, in dist/
 # make test-aarch64    the device's tests on aarch64 wheels, under qemu; needs root
@@ -13,7 +13,7 @@
 # make format   format the code
 
 PYTHON ?= python3
-CHECKED ?= tests/test_rooms.py tests/protocol
+CHECKED ?= tests/test_rooms.py tests/test_pages.py tests/protocol
 ONNXRUNTIMES ?= onnxruntime==1.23.2 onnxruntime
 ONNXRUNTIME_TESTS ?= tests/edge tests/protocol tests/export
 FRAMES ?= 200000
