@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hosl_cloud.sentences import figures_text
 from hosl_cloud.storage.evaluations import ClassFigures, describe_evaluation
 from hosl_cloud.storage.records import Evaluation as StoredEvaluation
 from hosl_protocol.run.tasks import Task
@@ -23,6 +24,10 @@ class Evaluation:
     """Right predictions; of the task `lm` a prediction is a token."""
     scored: int
     """All predictions."""
+    examples: int = 0
+    """Scored held-out examples: of devices that sent all they have."""
+    of_examples: int = 0
+    """Held-out examples of all devices, those that are away too."""
     perplexity: float | None = None
     """Of the task `lm`: e to the loss."""
     macro_f1: float | None = None
@@ -33,7 +38,11 @@ class Evaluation:
     """Of up to 100 classes: examples by true class (row) and predicted class (column)."""
 
     def __str__(self) -> str:
-        return f"accuracy {100 * self.accuracy:.1f} % ({self.right} of {self.scored} right), loss {self.loss:.4f}"
+        # Of what was scored in part the reader has to know; else it would be in every line of a loop.
+        part = f", only {self.examples} of {self.of_examples} examples scored"
+        score = f"{self.right} of {self.scored} right{part if self.examples < self.of_examples else ''}"
+        more = figures_text(None, self.perplexity)
+        return f"accuracy {100 * self.accuracy:.1f} % ({score}), loss {self.loss:.4f}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,8 @@ def as_evaluation(stored: StoredEvaluation, task: Task) -> Evaluation:
         loss=figures.loss,
         right=figures.right,
         scored=figures.scored,
+        examples=figures.examples,
+        of_examples=figures.of_examples,
         perplexity=figures.perplexity,
         macro_f1=figures.macro_f1,
         classes=tuple(figures.classes),

@@ -204,7 +204,7 @@ class Run:
         losses = {each.number: f"{each.loss:.4f}" for each in self.rounds}
         rows = [
             f"<tr><td>{each.round}</td><td>{losses.get(each.round, '')}</td><td>{each.loss:.4f}</td>"
-            f"<td>{100 * each.accuracy:.1f} % ({each.right} of {each.scored})</td></tr>"
+            f"<td>{100 * each.accuracy:.1f} % ({each.right} of {each.scored} right)</td></tr>"
             for each in self.evaluations
         ]
         head = "<tr><th>round</th><th>training loss</th><th>held-out loss</th><th>accuracy</th></tr>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import signal
@@ -78,6 +79,11 @@ def test_a_run_is_that_of_the_command(
     last = run.evaluations[-1]
     assert (last, last.loss) == (rounds[-1].evaluation, summary["final_eval_loss"])
     assert (last.scored, last.accuracy, len(last.classes)) == (20, last.right / 20, 2)
+    assert (last.examples, last.of_examples) == (20, 20)
+    assert f"({last.right} of 20 right), loss" in str(last)
+    part = dataclasses.replace(last, of_examples=50, perplexity=12.5)
+    assert f"({last.right} of 20 right, only 20 of 50 examples scored), loss" in str(part)
+    assert str(part).endswith(", perplexity 12.5")
     assert (run.state, run.settings.rounds) == ("completed", 5)
 
 
