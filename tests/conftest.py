@@ -22,18 +22,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
-_frozen_modules = 0
+_frozen: tuple[Path, int] | None = None
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call() -> None:
+def pytest_runtest_call(item: pytest.Item) -> None:
     """Take what libraries keep for ever from the garbage collector: with torch it is a million objects and more, and a
-    device that starts has all of them looked at several times, which took longer than most tests."""
-    global _frozen_modules
-    if len(sys.modules) > _frozen_modules + 100:
+    device that starts has all of them looked at several times, which took longer than most tests.
+
+    Again for each file: graphs that are traced leave as many again, in torch's caches.
+    """
+    global _frozen
+    if _frozen is None or item.path != _frozen[0] or len(sys.modules) > _frozen[1] + 100:
         gc.collect()
         gc.freeze()
-        _frozen_modules = len(sys.modules)
+        _frozen = item.path, len(sys.modules)
 
 
 # A tenth of the time of a test that exports goes into collections, at Python's own 700.
@@ -83,9 +86,10 @@ def tiny_encoder(made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def traced_once(made_once: MadeOnce) -> Iterator[None]:
     """No test traces a graph that another one has traced."""
-    from tracing import write_graph_once, write_whole_gradient_once
+    from tracing import spare_the_exporter, write_graph_once, write_whole_gradient_once
 
     with pytest.MonkeyPatch.context() as patch:
+        spare_the_exporter(patch)
         patch.setattr("hosl_export.bundle.writing.write_graph", partial(write_graph_once, made_once))
         once = partial(write_whole_gradient_once, made_once)
         patch.setattr("hosl_export.bundle.gradients.write_whole_gradient", once)

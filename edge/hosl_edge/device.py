@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -194,7 +193,6 @@ class Device:
         self.train, self.eval = splits["train"], splits.get("eval")
 
         # A vocabulary of 49,000 tokens is 30 MB that training has no use for.
-        gc.collect()
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:

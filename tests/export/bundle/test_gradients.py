@@ -37,8 +37,9 @@ FEW = ("llama", "gpt2", "bert")
 """For what does not depend on the family: causal, with transposed weights, and an encoder."""
 
 CASES = [
-    *((kind, mode, None) for kind in CONFIGS for mode in ("norm", "lora", "all")),
-    *((kind, mode, None) for kind in FEW for mode in ("lora-b", "blocks")),
+    *((kind, "norm", None) for kind in CONFIGS),
+    *((kind, "all", None) for kind in CONFIGS if kind not in ("mistral", "qwen2", "qwen3")),  # Llama's embedding
+    *((kind, mode, None) for kind in FEW for mode in ("lora", "lora-b", "blocks")),
     *((kind, "prompt", None) for kind in (*FEW, "gemma3_text")),
     *((kind, "norm", blocks) for kind in ("opt", "bert") for blocks in (-2, 1)),
 ]
@@ -50,18 +51,20 @@ def test_gradients_are_those_of_autograd(tmp_path: Path, kind: str, mode: Any, b
     if mode == "prompt":
         add_prompt(model, 3)
         draw_prompt(model, 0)
-    client = client_half(model, SPLIT)
+    # A trace takes seconds. The third block has no other adapters, and Qwen3's only what Qwen2's has.
+    split = 2 if uses_lora(mode) or kind == "qwen3" else SPLIT
+    client = client_half(model, split)
     if uses_lora(mode):
         inject_lora(client, LoraEntry(targets=client.family.lora_targets), client.family, 0)
         for name, parameter in client.named_parameters():
             if "lora_B" in name:  # zero at first, so that nothing would reach A
                 torch.nn.init.normal_(parameter, std=0.3)
-    tensors, _ = put_on_lattice(client, mode, trained_blocks(SPLIT, blocks))
+    tensors, _ = put_on_lattice(client, mode, trained_blocks(split, blocks))
     trained = {entry.name for entry in tensors if entry.trainable}
 
     (tmp_path / "shard").mkdir()
     entries = write_gradients(tmp_path, client, tensors)
-    assert [entry.block for entry in entries] == list(range(entries[0].block, SPLIT))
+    assert [entry.block for entry in entries] == list(range(entries[0].block, split))
     assert {name for entry in entries for name in entry.gradients.values()} <= trained
     for rows, length in SHAPES:
         length = max(length, client.prompt_tokens + 1)
