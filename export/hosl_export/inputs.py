@@ -154,18 +154,22 @@ def _choose_max_length(asked: int | None, config: Any) -> int:
 
 
 def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
-    """Raise ModelError for a token that texts come to and that the embedding has no row for.
+    """Raise ModelError where a text comes to no tokens, or to one that the embedding has no row for.
 
     Special tokens come of texts only where somebody writes them out: models are published with some, for padding or
     for images, that they have no row for. Those are told, and a device refuses a text that has one.
     """
+    # Some tokenizers put special tokens around every text: those come of texts, too.
+    in_every_text = set(tokenizer(SAMPLE)["input_ids"])
+    if not in_every_text:
+        kind = f"{config.model_type} models have another kind of tokenizer than its files hold"
+        raise ModelError("tokenizer", name, f"as a {type(tokenizer).__name__} it makes no tokens of a text: {kind}")
+
     without_row = {token: number for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
     if not without_row:
         return
 
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # Some tokenizers put special tokens around every text: those come of texts, too.
-    in_every_text = set(tokenizer(SAMPLE)["input_ids"])
     rows = f"the embedding has {config.vocab_size} rows"
     remedy = "resize it with model.resize_token_embeddings(len(tokenizer)) and save the model, or remove the token"
     for token, number in sorted(without_row.items(), key=lambda entry: entry[1]):

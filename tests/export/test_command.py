@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 
 from hosl_cloud.service.authority import make_authority
 from hosl_export import exporter
@@ -139,6 +139,13 @@ def test_token_that_the_embedding_has_no_row_for_is_refused(
     folder = _retokenized(model_folder("llama"), tmp_path_factory.mktemp("model") / "m", tokenizer)
     assert export("--model", str(folder)) == ExitCode.SETTINGS
     _assert_refused(capsys, tmp_path, "'<new1>'", "64", "resize_token_embeddings")
+
+
+def test_tokenizer_that_makes_no_tokens_is_refused(export, capsys, tmp_path, tmp_path_factory, model_folder) -> None:
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<pad>": 0}, [])), pad_token="<pad>")
+    folder = _retokenized(model_folder("llama"), tmp_path_factory.mktemp("model") / "m", tokenizer)
+    assert export("--model", str(folder)) == ExitCode.SETTINGS
+    _assert_refused(capsys, tmp_path, "tokenizer", "makes no tokens of a text", "llama")
 
 
 def test_special_token_without_a_row_that_every_text_gets_is_refused(
