@@ -11,6 +11,7 @@
 # make audit    known vulnerabilities of the versions in constraints.txt, as PyPI knows them; needs the internet
 # make lint     format check, lint, types
 # make format   format the code
+# make completion    the scripts that complete hosl-edge's words in a shell, made anew
 
 PYTHON ?= python3
 CHECKED ?= tests/test_rooms.py tests/test_pages.py tests/protocol
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 # Where this is set, each program that a test starts compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-hosl demo-camera check test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format clean
+.PHONY: demo demo-hosl demo-camera check test wheels test-aarch64 test-onnxruntime fuzz chaos bench audit lint format completion clean
 
 # What is imported is compiled then; to compile all of torch and transformers takes a minute and more.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard build_*.py) protocol/hosl_protocol/arithmetic/kernel.c
@@ -93,6 +94,9 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+completion: $(VENV)/installed
+	$(BIN)/python build_completion.py
 
 bench: $(VENV)/installed
 	for script in tests/benchmarks/*.py tests/benchmarks/cloud/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

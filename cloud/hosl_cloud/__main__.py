@@ -29,6 +29,7 @@ try:
     from hosl_cloud.storage.data_folder import settle_data_dir
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.completion import add_completion
     from hosl_protocol.program.terminal import add_common_options, add_version, print_unit, run_command
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
     sys.exit(130)
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hosl-cloud", description="Train the later layers of a model with devices that hold the first ones."
     )
     add_version(parser)
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_init(commands.add_parser("init", help="make a CA, a certificate and an admin token"))
     add_serve(commands.add_parser("serve", help="run the service"))

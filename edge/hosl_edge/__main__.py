@@ -22,6 +22,7 @@ try:
     from hosl_edge.settings import TYPES, Resolved, masked, resolve
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.completion import add_completion
     from hosl_protocol.program.plain import plain
     from hosl_protocol.program.terminal import (
         add_common_options,
@@ -51,9 +52,10 @@ EXAMPLES = {
 }
 RARE = {
     *("--debug", "--log-level", "--log-format", "--insecure", "--skip-broken", "--state-dir", "--cache-dir"),
-    *("--sync-interval-s", "--max-temperature-c", "--min-available-memory", "--stall-timeout-s"),
+    *("--completion", "--sync-interval-s", "--max-temperature-c", "--min-available-memory", "--stall-timeout-s"),
 }
 """Options that few people need, and `--help-all` has."""
+COMPLETION = Path(__file__).with_name("completion")
 UNIT = Path(__file__).with_name("hosl-edge.service")
 
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = next((place for place in range(len(given)) if _is_command(given, place)), None)
     name = given.pop(place) if place is not None else "run"
     command, description = COMMANDS[name]
-    return run_command(_parser(name, description), command, given)
+    return run_command(make_parser(name, description), command, given)
 
 
 def _is_command(given: Sequence[str], place: int) -> bool:
@@ -73,7 +75,8 @@ def _is_command(given: Sequence[str], place: int) -> bool:
     return given[place] in COMMANDS and (not before.startswith("-") or "=" in before or before in SWITCHES)
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
     is_run = name == "run"
     parser = Parser(
         prog="hosl-edge" if is_run else f"hosl-edge {name}",
@@ -89,6 +92,8 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
         parser.add_argument("--example", action="store_true", help="print a file with every setting, explained")
     add_common_options(parser)
     add_version(parser)
+    if is_run:
+        add_completion(parser, COMPLETION)
     parser.explain(EXAMPLES, RARE)
     return parser
 

@@ -15,6 +15,7 @@ try:
 
     from hosl_protocol.exceptions import ExitCode
     from hosl_protocol.program.arguments import Parser
+    from hosl_protocol.program.completion import add_completion
     from hosl_protocol.program.terminal import add_common_options, add_version, run_command, terminable
     from hosl_protocol.run.manifest import TrainMode
 except KeyboardInterrupt:  # while all of this loads there is nothing to tell
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLE = "hosl-export --model facebook/opt-125m --split 6 --out bundle/"
 RARE = {
     *("--lora-rank", "--lora-alpha", "--lora-targets", "--prompt-tokens", "--image-size", "--revision", "--seed"),
-    *("--no-gradients", "--debug", "--log-level", "--log-format"),
+    *("--completion", "--no-gradients", "--debug", "--log-level", "--log-format"),
 }
 """Options that few people need, and `--help-all` has."""
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_common_options(parser)
     add_version(parser)
+    add_completion(parser)
     parser.explain({"hosl-export": EXAMPLE}, RARE)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
 import multiprocessing
@@ -10,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -28,12 +30,22 @@ class Program:
     """`python -m module arguments`, or `python script arguments`; of subprocess.Popen what tests use."""
 
     def __init__(
-        self, module: str | Path, *arguments: object, errors: Path, cwd: Path | None = None, **variables: str
+        self,
+        module: str | Path,
+        *arguments: object,
+        errors: Path,
+        cwd: Path | None = None,
+        terminal: str = "",
+        **variables: str,
     ) -> None:
-        """Start it in a folder, with these variables in its environment; its standard error goes to the file."""
+        """Start it in a folder, with these variables in its environment; its standard error goes to the file.
+
+        With the name of a `terminal` all that it says goes there, and it has that terminal's foreground.
+        """
         reading, writing = FORKS.Pipe(duplex=False)
         words = [str(argument) for argument in arguments]
-        self._process = FORKS.Process(target=_run, args=(writing, errors, cwd, variables, module, words))
+        given = (writing, errors, cwd, terminal, variables, module, words)
+        self._process = FORKS.Process(target=_run, args=given)
         self._process.start()
         writing.close()
         self.stdout = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
@@ -85,6 +97,7 @@ def _run(
     output: Connection,
     errors: Path,
     cwd: Path | None,
+    terminal: str,
     variables: dict[str, str],
     module: str | Path,
     arguments: list[str],
@@ -93,9 +106,17 @@ def _run(
     os.environ.update(variables)
     if cwd is not None:
         os.chdir(cwd)
-    with errors.open("ab") as file:
-        os.dup2(output.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    if terminal:
+        os.setsid()
+        place = os.open(terminal, os.O_RDWR)
+        fcntl.ioctl(place, termios.TIOCSCTTY, 0)
+        for number in range(3):
+            os.dup2(place, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    else:
+        with errors.open("ab") as file:
+            os.dup2(output.fileno(), 1)
+            os.dup2(file.fileno(), 2)
     output.close()
     gc.freeze()  # a device has no torch that the collector would look at
     if isinstance(module, str):

@@ -15,33 +15,35 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 _SEQUENCE = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|\x1b(.)")
 
 
-class Terminal:
-    """Runs a command in a terminal of its own, whose foreground it has."""
+class Process(Protocol):
+    """What a terminal needs of a program: subprocess.Popen, or Program of processes.py."""
 
-    def __init__(self, command: Sequence[object], columns: int = 80, rows: int = 24, **variables: str) -> None:
-        """Start it, with these variables in its environment."""
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: signal.Signals, /) -> None: ...
+
+
+class Terminal:
+    """Runs a program in a terminal of its own, whose foreground it has."""
+
+    def __init__(
+        self, start: Sequence[object] | Callable[[str], Process], columns: int = 80, rows: int = 24, **variables: str
+    ) -> None:
+        """Start a command, with these variables in its environment; or call `start` with the terminal's name."""
         self._main, inner = pty.openpty()
         self._columns, self._rows = columns, rows
         self.resize(columns)
-        environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
-        environment |= {"TERM": "xterm-256color", **variables}
-
-        def take_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=inner,
-            stdout=inner,
-            stderr=inner,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=take_terminal,
-        )
+        self.process = start(os.ttyname(inner)) if callable(start) else _run(start, inner, variables)
         os.close(inner)
         self._received = b""
         self._reader = threading.Thread(target=self._read)
@@ -147,3 +149,15 @@ def python(folder: Path, script: str) -> list[str]:
     path = folder / "script.py"
     path.write_text(script, encoding="utf-8")
     return [sys.executable, str(path)]
+
+
+def _run(command: Sequence[object], terminal: int, variables: dict[str, str]) -> Process:
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    environment |= {"TERM": "xterm-256color", **variables}
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    words = [str(word) for word in command]
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    return subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=take_terminal, **ends)
