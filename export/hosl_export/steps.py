@@ -26,8 +26,9 @@ class Painter:
 
     def lines(self, shown: RenderableType, columns: int) -> list[str]:
         """Render for a terminal of so many columns."""
+        self._console.width = columns
         with self._console.capture() as captured:
-            self._console.print(shown, width=columns, no_wrap=True, overflow="ellipsis")
+            self._console.print(shown, no_wrap=True, overflow="ellipsis")
         return [line.rstrip() for line in captured.get().splitlines()]
 
 

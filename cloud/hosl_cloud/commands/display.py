@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hosl_cloud.runs.progress import Evaluated, Evaluates, Event, Over, RoundBegins, RoundDone, Waits
@@ -133,10 +133,11 @@ def _table(rows: Sequence[_Row], columns: int) -> Table:
         texts.pop()
     bar = min(columns - width(texts), WIDEST_BAR) if any(row.rounds for row in rows) else 0
 
-    table = Table.grid(padding=(0, GAP, 0, 0))
+    has_bar = bar >= NARROWEST_BAR
+    table = Table.grid(*(Column(no_wrap=True) for _ in range(len(texts) + has_bar)), padding=(0, GAP, 0, 0))
     for place, row in enumerate(rows):
         cells: list[RenderableType] = [Text(column[place]) for column in texts]
-        if bar >= NARROWEST_BAR:
+        if has_bar:
             shown = ProgressBar(row.rounds or 1, row.round, width=bar, complete_style="green", finished_style="green")
             cells.insert(1 if names else 0, shown)
         table.add_row(*cells)

@@ -43,7 +43,9 @@ def command(folder: Path, module: str, *arguments: object, **variables: str) -> 
         return Program(module, *arguments, errors=folder / "errors", terminal=terminal, **known)
 
     with Terminal(start, 100) as terminal:
-        yield terminal
+        assert isinstance(terminal.process, Program)
+        with terminal.process.stdout:
+            yield terminal
 
 
 def configure(folder: Path, rounds: int) -> Path:
