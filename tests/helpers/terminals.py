@@ -40,11 +40,11 @@ class Terminal:
         self, start: Sequence[object] | Callable[[str], Process], columns: int = 80, rows: int = 24, **variables: str
     ) -> None:
         """Start a command, with these variables in its environment; or call `start` with the terminal's name."""
-        self._main, inner = pty.openpty()
+        # Both ends: a program that opens its end by name may do so late, and until then nobody else would have it open.
+        self._main, self._inner = pty.openpty()
         self._columns, self._rows = columns, rows
         self.resize(columns)
-        self.process = start(os.ttyname(inner)) if callable(start) else _run(start, inner, variables)
-        os.close(inner)
+        self.process = start(os.ttyname(self._inner)) if callable(start) else _run(start, self._inner, variables)
         self._received = b""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -87,7 +87,7 @@ class Terminal:
         ends = time.monotonic() + seconds
         while not is_there(self.text):
             if self.process.poll() is not None:
-                self._reader.join(5.0)
+                self._read_rest()
                 assert is_there(self.text), f"the program ended:\n{self.text}"
                 return
             assert time.monotonic() < ends, f"this is to be seen:\n{self.text}"
@@ -96,8 +96,15 @@ class Terminal:
     def end(self, seconds: float = 60.0) -> int:
         """Wait for the program's end; its exit code."""
         code = self.process.wait(seconds)
-        self._reader.join(5.0)
+        self._read_rest()
         return code
+
+    def _read_rest(self) -> None:
+        """Read what a program has left that has ended: all of it, for nobody can write any more."""
+        if self._inner >= 0:
+            os.close(self._inner)
+            self._inner = -1
+        self._reader.join(5.0)
 
     def __enter__(self) -> Terminal:
         return self
@@ -106,7 +113,7 @@ class Terminal:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self._reader.join(5.0)
+        self._read_rest()
         os.close(self._main)
 
 

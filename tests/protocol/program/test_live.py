@@ -67,6 +67,14 @@ def test_what_is_drawn_goes_and_the_lines_stay(tmp_path: Path) -> None:
         assert "\x1b[?25l" not in terminal.raw, "the cursor is never hidden"
 
 
+def test_nothing_of_it_is_left_to_what_is_printed_next(tmp_path: Path) -> None:
+    code = "import time; from hosl_protocol.program.live import drawn\nwith drawn(lambda columns: ['x' * 9]):\n"
+    with Terminal(python(tmp_path, f"{code}    time.sleep(0.5)\nprint('it is')")) as terminal:
+        assert terminal.end() == 0
+        assert "x" * 9 in terminal.raw
+        assert terminal.lines == ["it is", ""]
+
+
 def test_it_is_drawn_four_times_a_second_at_most(tmp_path: Path) -> None:
     with Terminal(script(tmp_path, 40)) as terminal:
         assert terminal.end() == 0
