@@ -71,6 +71,8 @@ class Summary:
     anonymous_bytes: int
     step_seconds: float
     """Duration of the last round's work on this device, waiting for the cloud included."""
+    cpu_seconds: float
+    """Processor time of this process since its start, all threads together."""
     sent_bytes: int
     received_bytes: int
 
@@ -353,6 +355,7 @@ class Agent:
             peak_rss_bytes=memory.peak,
             anonymous_bytes=memory.anonymous,
             step_seconds=progress.step_seconds,
+            cpu_seconds=time.process_time(),
             sent_bytes=progress.sent_bytes,
             received_bytes=progress.received_bytes,
         )

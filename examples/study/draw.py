@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,18 +118,19 @@ def _smooth(values: list[float], width: int) -> np.ndarray:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """By method, all of them in order: frozen clients are grey, first-order ones black, the rest have colours. A second
-    grey or black one is dashed."""
+    """By method, all of them in order: frozen clients are grey, first-order ones black, torch's brown, the rest have
+    colours. A second one of a kind is dashed, a third dotted."""
     palette = iter(
         (*plt.get_cmap("tab10").colors[:7], *plt.get_cmap("tab10").colors[8:], *plt.get_cmap("Dark2").colors)
     )
-    fixed, seen = {"frozen": "0.55", "first-order": "0.0"}, set[str]()
+    fixed = {"frozen": "0.55", "first-order": "0.0", "torch": "saddlebrown"}
+    seen: Counter[str] = Counter()
     styles = {}
     for method in dict.fromkeys(row.cell.method for row in sorted(rows, key=lambda row: row.order)):
         start = next((start for start in fixed if method.startswith(start)), "")
         color = fixed[start] if start else next(palette)
-        styles[method] = {"color": color, "linestyle": "--" if start in seen and start else "-", "linewidth": 1.3}
-        seen.add(start)
+        styles[method] = {"color": color, "linestyle": ("-", "--", ":")[seen[start] % 3], "linewidth": 1.3}
+        seen[start] += bool(start)
     return styles
 
 

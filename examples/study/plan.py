@@ -26,6 +26,8 @@ class TaskEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Examples taken of the training data, from and up to; empty takes all."""
     validation_rows: int = 0
     """Examples taken of the validation data; 0 takes all."""
+    form: str = ""
+    """How a row becomes a text, where fields in a template do not do; see sources.FORMS."""
     run: dict[str, Any] = {}
     """Settings of the run."""
 
@@ -118,6 +120,11 @@ def read_study(path: Path) -> Study:
         if method.tune and spent > study.tune.budget:
             raise SystemExit(f"{path}: methods.{name}.tune asks for {spent} runs, tune.budget is {study.tune.budget}")
     return study
+
+
+def is_first_order(method: MethodEntry) -> bool:
+    """Whether the device's own code computes exact gradients, for which a bundle holds graphs."""
+    return method.run.get("algorithm") == "first-order"
 
 
 def candidates(method: MethodEntry) -> Iterator[dict[str, Any]]:

@@ -127,8 +127,8 @@ def _page(shop: Workshop, rows: list[Row], planned: int, where: str) -> Iterator
         yield ""
         yield f"## {task}, split {split}" + (f", {partition}" if partition != "iid" or study.devices > 1 else "")
         yield ""
-        yield "| method | d_c | final | best | vs frozen | eval loss | train loss | MB | s a round |"
-        yield "|---|---|---|---|---|---|---|---|---|"
+        yield "| method | d_c | final | best | vs frozen | eval loss | loss vs frozen | train loss | MB | s a round |"
+        yield "|---|---|---|---|---|---|---|---|---|---|"
         here = [row for row in rows if row.place == place]
         for method in sorted({row.cell.method for row in here}, key=list(study.methods).index):
             control = [row for row in here if row.cell.method == study.methods[method].control]
@@ -143,14 +143,15 @@ def _line(method: str, rows: list[Row], control: list[Row]) -> str:
     good = [row for row in rows if row.summary.get("final_accuracy") is not None]
     d_c = 0 if rows[0].cell.run.get("algorithm") == "frozen" else rows[0].summary["trained"]
     if not good:
-        return f"| {method} | {d_c:,} | failed: {' '.join(rows[0].summary.get('error', []))} | | | | | | |"
+        return f"| {method} | {d_c:,} | failed: {' '.join(rows[0].summary.get('error', []))} | | | | | | | |"
     cells = (
         method,
         f"{d_c:,}",
         spread(100 * row.summary["final_accuracy"] for row in good),
         spread(100 * row.summary["best_accuracy"] for row in good),
-        "" if rows == control else spread(_gains(good, control), sign="+"),
+        "" if rows == control else spread(_gains(good, control, "final_accuracy", 100), sign="+"),
         spread((row.summary["final_eval_loss"] for row in good), 3),
+        "" if rows == control else spread(_gains(good, control, "final_eval_loss"), 3, sign="+"),
         spread((row.train_loss for row in good if row.train_loss is not None), 3),
         f"{statistics.fmean(row.summary['wire_bytes'] for row in good) / 1e6:.0f}",
         "" if rows[0].round_seconds is None else f"{rows[0].round_seconds:.2f}",
@@ -158,12 +159,12 @@ def _line(method: str, rows: list[Row], control: list[Row]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _gains(rows: list[Row], control: list[Row]) -> Iterator[float]:
-    frozen = {row.cell.seed: row.summary.get("final_accuracy") for row in control}
+def _gains(rows: list[Row], control: list[Row], figure: str, scale: float = 1) -> Iterator[float]:
+    frozen = {row.cell.seed: row.summary.get(figure) for row in control}
     for row in rows:
         other = frozen.get(row.cell.seed)
         if other is not None:
-            yield 100 * (row.summary["final_accuracy"] - other)
+            yield scale * (row.summary[figure] - other)
 
 
 def spread(values: Iterable[float], digits: int = 1, sign: str = "") -> str:

