@@ -52,6 +52,8 @@ learning_rate = 1e-7
 optimizer = "{optimizer}"
 [tail]
 train = "head"
+[devices]
+round_deadline_s = 3600
 """
 
 
