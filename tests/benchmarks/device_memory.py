@@ -46,7 +46,7 @@ report_every = 1
 [task]
 preset = "reviews"
 template = "{{text}}"
-verbalizers = ["w10", "w11"]
+verbalizers = {verbalizers}
 [client]
 learning_rate = 1e-7
 optimizer = "{optimizer}"
@@ -77,16 +77,23 @@ SAMPLE_S = 0.01
 
 
 def make_model(folder: Path, geometry: str = "opt-125m", split: int = 6) -> None:
-    """The geometry with random weights and a word-level tokenizer of 50,272 words."""
+    """The geometry with random weights, and a tokenizer: of OPTs one of 50,272 words, of Qwen's one of bytes."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    if geometry in OPTS:
-        OPTForCausalLM(OPTConfig(num_hidden_layers=split + 2, **OPTS[geometry])).save_pretrained(folder)
-    else:
+    if geometry in QWENS:
         Qwen2ForCausalLM(Qwen2Config(**QWENS[geometry])).save_pretrained(folder)
+        # transformers takes the family's own tokenizer, byte-level BPE, whatever the file says.
+        letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(letters | {"<end>": len(letters)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(
+            folder
+        )
+        return
+    OPTForCausalLM(OPTConfig(num_hidden_layers=split + 2, **OPTS[geometry])).save_pretrained(folder)
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{n}": n for n in range(4, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -116,7 +123,8 @@ def export(folder: Path, options: argparse.Namespace) -> None:
 def run_device(folder: Path, algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Serve and train; the device's own summary."""
     module = [sys.executable, "-m"]
-    (folder / "run.toml").write_text(CONFIG.format(**{**vars(options), "algorithm": algorithm}), encoding="utf-8")
+    labels = {"algorithm": algorithm, "verbalizers": '["w10", "w11"]' if options.model in OPTS else '["a", "b"]'}
+    (folder / "run.toml").write_text(CONFIG.format(**{**vars(options), **labels}), encoding="utf-8")
     serve = ["hosl_cloud", "serve", "--bundle", folder / "bundle", "--config", folder / "run.toml", "--port", 0]
     cloud = subprocess.Popen(
         [*map(str, [*module, *serve, "--data-dir", folder / f"cloud-{algorithm}", "--once"])],
