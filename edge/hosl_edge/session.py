@@ -209,12 +209,13 @@ class Session:
 
     def _fetch(self, left: threading.Event, snapshot: Snapshot, path: Path) -> None:
         """Download a snapshot, in a thread; given up where the cloud has said its last word, or we leave."""
-        what = f"a snapshot of round {snapshot.round}, instead of replaying"
+        size_mb = snapshot.size_bytes / 1e6
+        self.display.say(f"downloads a snapshot of round {snapshot.round}, {size_mb:.1f} MB, instead of replaying")
 
         def on_progress(done: int, size: int) -> None:
             if left.is_set() or self.link.is_closed:
                 raise ConnectionLost(f"the download of the snapshot was given up at {done} of {size} bytes")
-            self.display.show_download(what, done, size)
+            self.display.show_download("the snapshot", done, size, has_been_said=True)
 
         fetch_snapshot(self.cloud, self._joined.run, snapshot, path, on_progress, self.device.note_link)
 

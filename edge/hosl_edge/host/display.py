@@ -164,15 +164,18 @@ class Display:
         if matters or not is_quiet():
             write_line(sys.stderr, sentence_line(self._name, sentence, "hosl-edge"))
 
-    def show_download(self, what: str, done: int, size: int) -> None:
-        """Show a large download: a line at its beginning and its end; every piece counts as a sign of life."""
+    def show_download(self, what: str, done: int, size: int, *, has_been_said: bool = False) -> None:
+        """Show a large download: a line at its beginning and its end; every piece counts as a sign of life.
+
+        The first line is left out for one that `has_been_said` to begin.
+        """
         self._on_alive()
         if size < LARGE_BYTES:
             return
         download = self._download
         if download is None or (download.what, download.size) != (what, size) or done < download.done:
             download = self._download = _Download(what, time.monotonic(), done, done, size)
-            if self._live is None:
+            if self._live is None and not has_been_said:
                 self.say(f"downloads {what}, {size / 1e6:.1f} MB")
 
         download.done = done
