@@ -7,6 +7,8 @@ import contextlib
 import json
 import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import msgspec
 import pytest
 
 import hosl
+from hosl.runs import LEAVING_S
 from hosl_cloud.__main__ import main as cloud_main
 from hosl_edge.settings import EdgeSettings
 from support import TASK, Crew, count_right, free_port, write_reviews
@@ -126,6 +129,23 @@ def test_an_unfinished_run_goes_on_where_its_data_folder_is_named_again(
     first = run.id
     assert cloud_main(["run", "list", "--data-dir", str(data_dir)]) == 0
     assert f"{first}" in capsys.readouterr().out
+
+
+def test_a_program_may_end_while_it_serves(make_bundle: MakeBundle) -> None:
+    code = """
+import atexit, json, sys, time
+atexit.register(lambda: print(time.monotonic() - ended))  # the last of all: it is the first to be registered
+import hosl
+run = hosl.serve(sys.argv[1], **json.loads(sys.argv[2]))
+print(run.data_dir)
+ended = time.monotonic()
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(make_bundle("norm", 2)), json.dumps(SETTINGS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder, seconds = done.stdout.split()
+    assert not Path(folder).parent.exists()
+    assert float(seconds) < LEAVING_S
 
 
 def test_a_port_that_is_taken_is_named(make_bundle: MakeBundle) -> None:
