@@ -82,7 +82,7 @@ class RunsDisplay:
             yield
         except BaseException:
             # Whoever interrupts a run has its last figures before him.
-            last = "\n".join(self._lines(painter, live.columns))
+            last = "\n".join(self._lines(painter, live.columns)) if self._rows else ""
             raise
         finally:
             live.close(last)

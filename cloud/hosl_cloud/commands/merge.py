@@ -38,8 +38,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from hosl_cloud.tail.card import CARD
-    from hosl_export.steps import Steps
+    from hosl_export.steps import Steps  # needs rich, which the device does without
 
     database = options.data_dir / DATABASE
     if not database.exists():
@@ -49,6 +48,8 @@ def _merge(options: argparse.Namespace) -> int:
         id_ = find_run_id(options.run, store.run_ids())
         with steps.shown(), steps(f"merging {id_}"):
             found = _merge_stored(store, id_, options)
+
+    from hosl_cloud.tail.card import CARD
 
     merged, prompt = found.merged, found.prompt
     if options.json:
