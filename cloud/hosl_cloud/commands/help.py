@@ -24,7 +24,9 @@ EXAMPLES = {
     "hosl-cloud checkpoint": "hosl-cloud checkpoint list latest",
     "hosl-cloud checkpoint list": "hosl-cloud checkpoint list latest",
     "hosl-cloud checkpoint export": "hosl-cloud checkpoint export latest --out tail.safetensors",
-    "hosl-cloud config": "hosl-cloud config --example sst2 > run.toml",
+    "hosl-cloud config": (
+        "hosl-cloud config --example --data tickets.csv > run.toml\nhosl-cloud config --check run.toml --bundle bundle/"
+    ),
     "hosl-cloud bundle": "hosl-cloud bundle list",
     "hosl-cloud bundle add": "hosl-cloud bundle add bundle/ --name reviews",
     "hosl-cloud bundle list": "hosl-cloud bundle list",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from hosl_edge.data.records import read_examples
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.run.tasks import text_of_value
+from hosl_protocol.run.tasks import FIELD_NAME, text_of_value
 
 LABEL_NAMES = ("label", "category", "class", "topic", "intent", "sentiment", "target")
 TEXT_NAMES = ("text", "message", "sentence", "review", "content", "body", "question")
@@ -46,14 +47,18 @@ def look_at(path: Path) -> OwnData:
     text = _pick_text({name: found for name, found in values.items() if name != label})
     if text is None:
         raise SettingsError("--data", str(path), f"no column beside {label} holds text")
+    if not re.fullmatch(FIELD_NAME, text):
+        remedy = "its first line should name the columns, that of the text with letters, digits and _ alone"
+        raise SettingsError("--data", str(path), remedy)
     return OwnData(text, label, tuple(sorted(values[label])), rows)
 
 
 def _pick_label(values: dict[str, Counter[str]], rows: int) -> str | None:
     """The column whose name says so, or else the one with the fewest values that come again."""
-    fit = [name for name, found in values.items() if 2 <= len(found) <= min(MOST_LABELS, rows / 2)]
-    named = [name for known in LABEL_NAMES for name in fit if name.casefold() == known]
-    return next(iter(named or sorted(fit, key=lambda name: len(values[name]))), None)
+    few = [name for name, found in values.items() if 2 <= len(found) <= MOST_LABELS]
+    named = [name for known in LABEL_NAMES for name in few if name.casefold() == known]
+    again = sorted((name for name in few if len(values[name]) <= rows / 2), key=lambda name: len(values[name]))
+    return next(iter(named or again), None)
 
 
 def _pick_text(values: dict[str, Counter[str]]) -> str | None:

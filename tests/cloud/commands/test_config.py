@@ -88,6 +88,18 @@ def test_columns_without_telling_names_are_told_by_what_they_hold(run: Run, tmp_
     assert "no column of a, b holds labels" in run("--example", "--data", str(path), code=ExitCode.SETTINGS)
 
 
+def test_a_few_made_up_lines_will_do(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("\ufeffid;Text;Label\n1;a;x\n2;b;y\n3;c;z\n", encoding="utf-8")
+    task = parsed(run("--example", "--data", str(path))).task
+    assert (task.template, task.label_field, task.labels) == ("{Text}", "Label", ("x", "y", "z"))
+    rows = [f"I paid {times} times,{'billing' if times % 2 else 'delivery'}\n" for times in range(6)]
+    path.write_text("My parcel is lost,delivery\n" + "".join(rows), encoding="utf-8")
+    said = run("--example", "--data", str(path), code=ExitCode.SETTINGS)
+    assert "its first line should name the columns" in said
+    assert "parcel" not in said
+
+
 def test_the_presets_are_listed_as_the_page_lists_them(run: Run) -> None:
     listed = json.loads(run("--list-presets", "--json"))["presets"]
     page = (ROOT / "cloud" / "run-toml.md").read_text(encoding="utf-8")

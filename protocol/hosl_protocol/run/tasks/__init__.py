@@ -23,8 +23,9 @@ TaskKind = Literal["prompt-classification", "sequence-classification", "lm", "im
 IMAGE_FIELDS = ("images", "labels")
 """What image tasks read of a device's data."""
 
-_NAME = r"[A-Za-z_][\w.]*"
-_FIELD = re.compile(rf"\{{({_NAME}(?:\|{_NAME})*)\}}")
+FIELD_NAME = r"[A-Za-z_][\w.]*"
+"""A field's name, as a template takes it."""
+_FIELD = re.compile(rf"\{{({FIELD_NAME}(?:\|{FIELD_NAME})*)\}}")
 
 
 class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
