@@ -47,7 +47,10 @@ demo-camera: $(VENV)/installed
 check: lint
 	$(BIN)/pytest -q -n auto --dist loadfile $(CHECKED)
 
-test: lint
+# Beside mypy, which leaves a core idle: else each worker of pytest would compile all of this for itself.
+test: $(VENV)/installed
+	$(BIN)/python -c "import torch._dynamo, torch.onnx, transformers, peft, onnxscript, schemathesis" & \
+	    $(MAKE) --no-print-directory lint && wait
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 
 # In a folder of their own, so that to make wheels takes neither torch nor a C compiler.

@@ -130,17 +130,20 @@ def make_bundle(request: pytest.FixtureRequest) -> Callable[[str, int], Path]:
 
 
 @pytest.fixture(scope="session")
-def make_image_bundle(made_once: MadeOnce) -> Callable[..., Path]:
+def make_image_bundle(request: pytest.FixtureRequest, made_once: MadeOnce) -> Callable[..., Path]:
     """The bundle of a tiny model of images by its kind, what trains and where it is cut; made once each."""
     pytest.importorskip("torch")
     from hosl_export.__main__ import main
 
-    def make(kind: str, train: str, split: int = 1) -> Path:
+    request.getfixturevalue("traced_once")
+
+    def make(kind: str, train: str, split: int = 1, *, gradients: bool = True) -> Path:
         def export(folder: Path) -> None:
             model = save_image_model(kind, folder / kind)
             options = ["--model", str(model), "--split", str(split), "--train", train]
+            options += [] if gradients else ["--no-gradients"]
             assert main([*options, "--out", str(folder / "bundle")]) == 0
 
-        return made_once(f"{kind}-{train}-{split}", export) / "bundle"
+        return made_once(f"{kind}-{train}-{split}{'' if gradients else '-forward'}", export) / "bundle"
 
     return make
