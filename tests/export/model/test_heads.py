@@ -39,7 +39,7 @@ def classifier(made_once: Callable[..., Path]) -> Callable[[str], Path]:
             model.save_pretrained(folder / "model")
             make_tokenizer().save_pretrained(folder / "model")
             summary = export_bundle(
-                ExportSettings(model=str(folder / "model"), split=2, out=folder / "bundle", gradients=False)
+                ExportSettings(model=str(folder / "model"), split=1, out=folder / "bundle", gradients=False)
             )
             (folder / "said").write_text(describe(summary))
 

@@ -30,7 +30,7 @@ TOKENS, LENGTH = 3, 9
 def test_the_halves_compute_what_peft_computes_with_the_same_prompt(tmp_path: Path, model_folder, kind: str) -> None:
     settings = ExportSettings(
         model=str(model_folder(kind)),
-        split=2,
+        split=1,
         out=tmp_path / "bundle",
         train="prompt",
         prompt_tokens=TOKENS,
@@ -61,7 +61,7 @@ def test_the_halves_compute_what_peft_computes_with_the_same_prompt(tmp_path: Pa
 def test_a_prompt_may_take_all_positions_but_two(tmp_path: Path, model_folder) -> None:
     settings = ExportSettings(
         model=str(model_folder("bert")),
-        split=2,
+        split=1,
         out=tmp_path / "bundle",
         train="prompt",
         prompt_tokens=46,
