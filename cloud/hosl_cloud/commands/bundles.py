@@ -48,7 +48,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _add(options: argparse.Namespace) -> int:
     source: Path = options.path
-    name = _checked(options.name or source.resolve().name)
+    name = _checked(options.name or source.resolve().name, "--name")
     target = _folder(options) / name
     if target.exists():
         raise ServiceError(f"there is a bundle {name}: choose another --name, or delete it with bundle rm")
@@ -72,9 +72,9 @@ def _add(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, field: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
-        raise SettingsError("--name", name, "use 1 to 64 characters of A-Za-z0-9._-, no dot first")
+        raise SettingsError(field, name, "use 1 to 64 characters of A-Za-z0-9._-, no dot first")
     return name
 
 
@@ -135,7 +135,7 @@ def _runs(options: argparse.Namespace) -> list[RunRow]:
 
 
 def _remove(options: argparse.Namespace) -> int:
-    name = _checked(options.name)
+    name = _checked(options.name, "NAME")
     bundle = _folder(options) / name
     if not (bundle / MANIFEST).exists():
         raise ServiceError(f"no bundle {name} is in {bundle.parent}; {hint('bundle list', options.data_dir)} shows all")

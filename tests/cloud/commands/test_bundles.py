@@ -68,6 +68,7 @@ def test_what_cannot_be_added_leaves_nothing_behind(run: Run, bundle: Path, tmp_
     assert "no bundle at" in run("add", str(tmp_path / "absent"), code=ExitCode.BUNDLE)
     assert "--name is '../x'" in run("add", str(bundle), "--name", "../x", code=ExitCode.SETTINGS)
     assert "no bundle x is in" in run("rm", "x", code=ExitCode.SETTINGS)
+    assert "NAME is '../x'" in run("rm", "../x", code=ExitCode.SETTINGS)
     (bundle / "tail" / "config.json").write_bytes(b"another")
     assert "is damaged" in run("add", str(bundle), code=ExitCode.BUNDLE)
     assert not (tmp_path / "cloud" / "bundles").exists()
