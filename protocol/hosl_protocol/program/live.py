@@ -78,7 +78,14 @@ class Live:
     def columns(self) -> int:
         """How many a line may take."""
         # One is left free: after the last one a terminal may or may not begin another line.
-        return max(os.get_terminal_size(self._stream.fileno()).columns or 80, 2) - 1
+        return max(self._size().columns, 2) - 1
+
+    def _size(self) -> os.terminal_size:
+        try:
+            columns, rows = os.get_terminal_size(self._stream.fileno())
+        except OSError:  # it may be gone
+            columns = rows = 0
+        return os.terminal_size((columns or 80, rows or 24))
 
     def start(self) -> None:
         """Draw from now on."""
@@ -94,8 +101,7 @@ class Live:
             if not _is_in_front(self._stream):
                 self.drawing = ""
                 return
-            rows = os.get_terminal_size(self._stream.fileno()).lines or 24
-            lines = list(self._lines(self.columns))[: max(rows - 1, 1)]
+            lines = list(self._lines(self.columns))[: max(self._size().lines - 1, 1)]
             back = f"\r\x1b[{len(lines) - 1}A" if len(lines) > 1 else "\r"
             drawing = "\n".join(lines) + back if lines else ""
             if drawing != self.drawing:

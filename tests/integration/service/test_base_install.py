@@ -22,10 +22,14 @@ def test_the_base_distribution_installs_alone_and_runs_the_agent(tmp_path: Path)
     subprocess.run(install, check=True, timeout=600)
     done = subprocess.run([binaries / "hosl-edge", "--help"], capture_output=True, text=True, check=True, timeout=60)
     assert "--token-file" in done.stdout
+    script = subprocess.run(
+        [binaries / "hosl-edge", "--completion", "bash"], capture_output=True, text=True, timeout=60
+    )
+    assert "complete -" in script.stdout, "it needs no package for that"
     listing = subprocess.run([*pip, "list"], capture_output=True, text=True, check=True, timeout=60).stdout
     installed = {line.split()[0].lower() for line in listing.splitlines()[2:]}
     assert {"hosl", "onnxruntime", "numpy", "websockets"} <= installed
-    assert not installed & {"torch", "transformers", "onnx", "starlette", "peft"}
+    assert not installed & {"torch", "transformers", "onnx", "starlette", "peft", "rich", "shtab"}
     cloud = subprocess.run([binaries / "hosl-cloud", "--help"], capture_output=True, text=True, check=False, timeout=60)
     assert cloud.returncode == 0, "help needs no extra"
     assert sys.version_info >= (3, 10)
