@@ -43,7 +43,7 @@ checkpoint_time = Gauge(
     "hosl_checkpoint_last_success_timestamp_seconds", "When the newest checkpoint was written.", ["bundle"]
 )
 edge_peak_rss = Gauge("hosl_edge_peak_rss_bytes", "Largest peak of resident memory that a device reported.", ["bundle"])
-wire_bytes = Counter("hosl_wire_bytes", "Bytes of whole frames on the websockets.", ["direction", "kind"])
+wire_bytes = Counter("hosl_wire_bytes", "Bytes of frames on the websockets, and of downloads.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])
 faults = Counter("hosl_device_faults", "Answers that no working device sends.")
 connections_refused = Counter("hosl_connections_refused", "Connections above the limits, closed as they came.")

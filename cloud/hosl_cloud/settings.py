@@ -198,11 +198,16 @@ def load_config(path: Path | None, manifest: Manifest, overrides: Sequence[str] 
 def read_config(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """`run.toml` (none: empty) with `KEY=VALUE` overrides, not checked yet. Raises SettingsError."""
     data = {} if path is None else read_toml(path, "--config")
-    for override in overrides:
-        given = _parse_override(override)
-        check_given(given, RunConfig, f"--set {override}")
-        merge_settings(data, given)
+    override_config(data, overrides, "--set")
     return data
+
+
+def override_config(data: dict[str, Any], overrides: Sequence[str], option: str) -> None:
+    """Put `KEY=VALUE` settings, which `option` gave, over those of a mapping. Raises SettingsError."""
+    for override in overrides:
+        given = _parse_override(override, option)
+        check_given(given, RunConfig, f"{option} {override}")
+        merge_settings(data, given)
 
 
 def check_given(given: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
@@ -235,7 +240,7 @@ def _is_table(type_: Any) -> bool:
     return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str, option: str) -> dict[str, Any]:
     """Parse `tail.learning_rate=1e-4` to a nested mapping; a value that is no TOML is taken for a string."""
     key, separator, value = text.partition("=")
     # As TOML, and where that fails quoted: a shell has taken the quotes of a string.
@@ -243,7 +248,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         with contextlib.suppress(msgspec.DecodeError):
             data: dict[str, Any] = msgspec.toml.decode(f"{key}={written}")
             return data
-    raise SettingsError("--set", text, "use KEY=VALUE, for example tail.learning_rate=1e-4")
+    raise SettingsError(option, text, "use KEY=VALUE, for example tail.learning_rate=1e-4")
 
 
 def merge_settings(data: dict[str, Any], more: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     figures["token_ms"] = milliseconds(lambda number: access.authenticate(tokens[number]))
     figures["join_ms"] = milliseconds(lambda number: store.add_device("r", name(number * 997 % count)))
     figures["look_up_ms"] = milliseconds(lambda number: store.device("r", name(number * 991 % count)))
-    listing = device_operations(access, lambda *_: None, lambda _: True)[0]
+    listing = device_operations(access, lambda *_: None, lambda _: True, lambda *_: "")[0]
     began = time.perf_counter()
     answer = msgspec.json.encode(asyncio.run(listing.handle(None)))  # type: ignore[arg-type]
     figures |= {"list_s": time.perf_counter() - began, "list_bytes": len(answer)}

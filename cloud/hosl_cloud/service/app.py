@@ -22,9 +22,14 @@ from hosl_cloud.service.page_routes import page_routes
 
 
 def make_app(
-    runs: RunQueue, authenticator: Authenticator, operations: Sequence[Operation], ca: Path | None = None
+    runs: RunQueue,
+    authenticator: Authenticator,
+    operations: Sequence[Operation],
+    ca: Path | None = None,
+    open_routes: Sequence[Route] = (),
 ) -> Starlette:
-    """Put all routes together. The page's files, health and the CA's certificate are open; the rest needs a token."""
+    """Put all routes together. The page's files, health and the CA's certificate are open, and so are `open_routes`;
+    the rest needs a token."""
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -46,6 +51,7 @@ def make_app(
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/v1/ca.pem", ca_certificate),
+            *open_routes,
             *make_routes(operations, authenticator),
             Route("/metrics", guarded(figures, authenticator.check_metrics)),
             *DeviceRoutes(runs, authenticator).routes(),

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from hosl_cloud import metrics
 from hosl_cloud.exceptions import StoreError
 from hosl_cloud.runs.coordinator import Coordinator
 from hosl_cloud.runs.peer import Peer, PeerGone
@@ -31,6 +34,23 @@ log = logging.getLogger(__name__)
 
 HELLO_DEADLINE_S = 30.0
 """Longest wait for a device's first word; before it knows its weights' digest it reads them."""
+
+
+class _CountedFile(FileResponse):
+    """A file for devices, whose bytes count as those of messages do."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        super().__init__(path, media_type=BYTES)
+        self._counter = metrics.wire_counter("sent", kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, and count what is sent."""
+
+        async def counted(message: Message) -> None:
+            await send(message)
+            self._counter.inc(len(message.get("body", b"")))
+
+        await super().__call__(scope, receive, counted)
 
 
 class DeviceRoutes:
@@ -63,7 +83,7 @@ class DeviceRoutes:
         path: str = request.path_params["path"]
         if path not in {entry.path for entry in current.manifest.shard_files} | {MANIFEST}:
             return Response(status_code=404)
-        return FileResponse(current.bundle / path, media_type=BYTES)
+        return _CountedFile(current.bundle / path, "shard")
 
     async def _device(self, request: Request) -> Response:
         """Tell a device that asks before it joins what it will be asked for: 403 where its token is another's."""
@@ -88,7 +108,7 @@ class DeviceRoutes:
         coordinator = current.coordinator if current is not None and is_its_own else None
         path = coordinator.snapshots.path(request.path_params["round"]) if coordinator is not None else None
         # One that was replaced since the Welcome is gone: the device connects again and is offered a newer one.
-        return Response(status_code=404) if path is None else FileResponse(path, media_type=BYTES)
+        return Response(status_code=404) if path is None else _CountedFile(path, "snapshot")
 
     async def _connect(self, socket: WebSocket) -> None:
         """Serve one device's connection from its first byte to its last."""

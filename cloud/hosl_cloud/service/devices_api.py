@@ -34,6 +34,8 @@ class DeviceToken(msgspec.Struct, frozen=True):
     token: str
     warning: str = ""
     """What may be wrong with what was asked for."""
+    command: str = ""
+    """What starts the device where its token is in the file NAME.token."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -53,7 +55,13 @@ class DeviceList(msgspec.Struct, frozen=True):
     devices: list[Device]
 
 
-def device_operations(access: DeviceTokens, disconnect: Disconnect, has_bundle: HasBundle) -> list[Operation]:
+StartOf = Callable[[str, str], str]
+"""The command that starts a device, of its name and the bundle that it is kept to."""
+
+
+def device_operations(
+    access: DeviceTokens, disconnect: Disconnect, has_bundle: HasBundle, start_of: StartOf
+) -> list[Operation]:
     """List the operations on tokens. Access is written to on other threads, the connection is ended on the loop."""
 
     async def listing(call: Call) -> DeviceList:
@@ -66,7 +74,7 @@ def device_operations(access: DeviceTokens, disconnect: Disconnect, has_bundle: 
         warning = (
             "" if not bundle or has_bundle(bundle) else f"no bundle {bundle[:200]!r} is in the service's folder yet"
         )
-        return DeviceToken(name, token, warning)
+        return DeviceToken(name, token, warning, start_of(name, bundle))
 
     async def revoke(call: Call) -> Device:
         name = call.path["name"]

@@ -60,7 +60,7 @@ class Operation:
     path: str
     summary: str
     handle: Callable[[Call], Awaitable[Any]]
-    """Returns the answer; a Path is sent as a file. Raises HoslError."""
+    """Returns the answer; a Path is sent as a file, a Response as it is. Raises HoslError."""
     answer: type | None = None
     """None: a file, or with status 204 nothing."""
     body: type | None = None
@@ -119,6 +119,8 @@ def _endpoint(operations: Sequence[Operation], authenticator: Authenticator) -> 
 def _respond(operation: Operation, answer: Any) -> Response:
     if operation.status == 204:
         return Response(status_code=204)
+    if isinstance(answer, Response):
+        return answer
     if operation.answer is None:
         return FileResponse(answer, media_type=BYTES, filename=answer.name)
     headers = {"Cache-Control": "no-store"}  # a device's token may be in it

@@ -26,7 +26,7 @@ from hosl_cloud.runs.run_status import (
     run_status,
 )
 from hosl_cloud.service.openapi import Call, Operation, Query
-from hosl_cloud.settings import parse_config
+from hosl_cloud.settings import override_config, parse_config
 from hosl_cloud.storage.evaluations import (
     EvaluationDetail,
     EvaluationFigures,
@@ -50,6 +50,8 @@ class NewRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A bundle's folder, in one of the folders that the service takes bundles from."""
     config: dict[str, Any]
     """The settings, with the names that run.toml has."""
+    set: list[str] = []
+    """Settings over those, each as KEY=VALUE: `tail.learning_rate=1e-4`."""
 
 
 class RunList(msgspec.Struct, frozen=True):
@@ -178,6 +180,7 @@ class RunsApi:
             reason = f"no bundle of this name is in {self._bundles}: put it there with hosl-cloud bundle add"
             raise ApiError(404, f"bundle is {new.bundle[:200]!r}: {reason}")
         manifest = await asyncio.to_thread(load_manifest, bundle)
+        override_config(new.config, new.set, "set")
         config = parse_config(new.config, manifest, "config")
         if config.baseline:
             raise ApiError(422, f"baseline is {config.baseline!r}: baselines are for hosl-cloud simulate: remove it")

@@ -25,12 +25,16 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from hosl_cloud.exceptions import ServiceError
 from hosl_cloud.runs.queue import GOODBYE_S, RunQueue
 from hosl_cloud.runs.run import Ending, Paused
+from hosl_cloud.sentences import device_command
 from hosl_cloud.service import limits
 from hosl_cloud.service.access import Authenticator
 from hosl_cloud.service.app import make_app
+from hosl_cloud.service.curve_api import curve_operations
 from hosl_cloud.service.devices_api import device_operations
 from hosl_cloud.service.listen import ListenSettings
+from hosl_cloud.service.merge_api import Merges
 from hosl_cloud.service.runs_api import RunsApi
+from hosl_cloud.service.setup_api import setup_operations
 from hosl_protocol.program.notify import feed_watchdog, notify
 from hosl_protocol.wire.codec import PIECE_BYTES
 from hosl_protocol.wire.messages import Refusal
@@ -108,12 +112,23 @@ async def serve(
     def has_bundle(name: str) -> bool:
         return name in {current.bundle.name for current in runs.current.all()} or (service.bundles / name).is_dir()
 
+    def start_of(name: str, bundle: str) -> str:
+        # What a device has to allow depends on the task: that of the run which it would come to now.
+        current = runs.current.for_device(bundle)
+        task = None if current is None or current.coordinator is None else current.coordinator.run.config.task
+        return device_command(listen.public_address(listener.getsockname()[1]), Path(f"{name}.token"), task)
+
+    merges = Merges(runs)
     operations = [
         *RunsApi(runs, service.bundles, leave).operations(),
-        *device_operations(authenticator.access, disconnect, has_bundle),
+        *curve_operations(runs.store),
+        *merges.operations(),
+        *setup_operations(runs.store, service.bundles),
+        *device_operations(authenticator.access, disconnect, has_bundle, start_of),
     ]
 
-    app = make_app(runs, authenticator, operations, listen.authority.ca_cert if listen.authority is not None else None)
+    ca = listen.authority.ca_cert if listen.authority is not None else None
+    app = make_app(runs, authenticator, operations, ca, merges.routes())
     listener = _bind(listen, authenticator.limits)
     server = _Server(_uvicorn_config(app, listen))
     signals: list[signal.Signals] = []
@@ -127,6 +142,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT) if is_main else ():
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
+    await merges.clear()  # what a service left that was killed
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     working, watching = asyncio.create_task(runs.work()), asyncio.create_task(feed_watchdog())
     # What is loaded by now stays: a collection that walks through all of torch holds the event loop up.
@@ -147,6 +163,7 @@ async def serve(
         server.should_exit = True
         with contextlib.suppress(SystemExit):
             await serving
+        await merges.clear()
         watching.cancel()
         # At the very end: that a device is away is said, too.
         await asyncio.to_thread(runs.events.close)

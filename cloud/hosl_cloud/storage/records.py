@@ -55,6 +55,23 @@ class RoundRow:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """Some rounds in a row as one point of a chart."""
+
+    round: int
+    """The last of them."""
+    rounds: int
+    """How many there are."""
+    loss: float
+    """The mean; beside it the lowest and the highest."""
+    low: float
+    high: float
+    seconds: float
+    """Means of a round."""
+    wire_bytes: float
+
+
+@dataclass(frozen=True)
 class EventRow:
     """A sentence of a run's log."""
 

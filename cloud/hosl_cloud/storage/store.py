@@ -33,6 +33,7 @@ from hosl_cloud.storage.database import Database
 from hosl_cloud.storage.records import (
     UNENDED,
     BegunBy,
+    CurvePoint,
     DeviceRow,
     Evaluation,
     EventRow,
@@ -299,6 +300,16 @@ class Store(Database):
             (run, after, most),
         )
         return [RoundRow(**dict(row)) for row in rows]
+
+    def curve(self, run: str, after: int, width: int) -> list[CurvePoint]:
+        """Read the rounds in force after a round, each `width` of them as one point: 1 to `width`, and so on."""
+        rows = self._query(
+            "SELECT max(round) AS round, count(*) AS rounds, avg(loss) AS loss, min(loss) AS low, max(loss) AS high, "
+            "avg(seconds) AS seconds, avg(wire_bytes) AS wire_bytes FROM rounds "
+            "WHERE run = ? AND round > ? AND NOT superseded GROUP BY (round - 1) / ? ORDER BY 1",
+            (run, after, width),
+        )
+        return [CurvePoint(**dict(row)) for row in rows]
 
     def add_evaluation(self, run: str, epoch: int, evaluation: Evaluation) -> None:
         """Add the result of an evaluation; a repeat at the same round replaces it."""
