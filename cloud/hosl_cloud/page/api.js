@@ -28,29 +28,31 @@ export const token = {
 export const now = () => (Date.now() + clockOffsetMs) / 1000;
 
 export const get = (path) => ask("GET", path, ANSWER_MS);
-export const post = (path) => ask("POST", path, ACTION_MS);
+export const post = (path, body) => ask("POST", path, ACTION_MS, body);
 
 /** The path of a run, or of something of it. */
 export const runPath = (id, rest = "") => `/v1/runs/${encodeURIComponent(id)}${rest}`;
 
-/** A run's history or log after a point, in as many requests as it takes. */
-export async function getAll(path, field, after, numberOf) {
+/** All of a run's log after an event, in as many requests as it takes. */
+export async function getLog(id, after) {
   const most = 5000;
-  const parts = [];
+  const events = [];
   for (;;) {
-    const part = await get(`${path}?after=${after}&most=${most}`);
-    parts.push(part);
-    if (part[field].length < most) return parts;
-    after = numberOf(part[field].at(-1));
+    const part = (await get(runPath(id, `/log?after=${after}&most=${most}`))).events;
+    events.push(...part);
+    if (part.length < most) return events;
+    after = part.at(-1).id;
   }
 }
 
-async function ask(method, path, limitMs) {
+async function ask(method, path, limitMs, content) {
   const headers = { Authorization: `Bearer ${token.get()}` };
+  if (content !== undefined) headers["Content-Type"] = "application/json";
   const signal = AbortSignal.timeout(limitMs);
+  const sent = content === undefined ? undefined : JSON.stringify(content);
   let response, body;
   try {
-    response = await fetch(path, { method, headers, signal, cache: "no-store", credentials: "omit", redirect: "error" });
+    response = await fetch(path, { method, headers, body: sent, signal, cache: "no-store", credentials: "omit", redirect: "error" });
     body = await response.json();
   } catch (error) {
     if (response === undefined || response.ok) throw new Unreachable(String(error));

@@ -27,7 +27,7 @@ export function keep(parent, items, keyOf, make, update) {
   for (const child of former.values()) child.remove();
 }
 
-/** Fill a table's body. A row is its cells: a text, or {text, className}; the first one is its key and its header. */
+/** Fill a table's body. A row is its cells: a text, or {text, className, title}; the first one is its key and its header. */
 export function fillTable(table, rows) {
   const heads = [...table.tHead.rows[0].cells];
   const make = () => {
@@ -60,6 +60,8 @@ function setCell(cell, value) {
   setText(cell.firstChild, textOf(value));
   cell.className = cell.dataset.column;
   cell.firstChild.className = value.className ?? "";
+  if (value.title) cell.firstChild.title = value.title;
+  cell.classList.toggle("empty", textOf(value) === "–");
 }
 
 function withRole(node, role) {

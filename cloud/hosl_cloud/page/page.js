@@ -1,10 +1,14 @@
 // The status page: asks the service for what is new every second or so, and shows it.
 
-import { Refused, Unreachable, get, getAll, now, post, runPath, token } from "./api.js";
-import { Chart, hasCharts } from "./charts.js";
-import { $, nameParts, setText } from "./dom.js";
-import { showCheckpoints, showRounds, showRun, showRuns } from "./show.js";
-import { bytes, duration, loss, percent } from "./text.js";
+import { Refused, Unreachable, get, getLog, now, post, runPath, token } from "./api.js";
+import { askClasses, showClasses } from "./classes.js";
+import { askCurve, blankCurve, drawCurve, makeCharts } from "./curve.js";
+import { $, element, nameParts, setText } from "./dom.js";
+import { startForms } from "./forms.js";
+import { askModel, isMerging, showModel, startModel } from "./model.js";
+import { showSettings } from "./settings.js";
+import { NEWEST_ROUNDS, followLog, showCheckpoints, showRounds, showRun, showRuns } from "./show.js";
+import { TERMS } from "./words.js";
 
 const POLL_MS = 1500;
 const HIDDEN_POLL_MS = 15_000;
@@ -16,10 +20,9 @@ const UNREACHABLE = "The service does not answer. Trying again.";
 let chosen = blank(null);
 let turn = 0;
 let timer;
-let charts = [];
 
 function blank(id) {
-  return { id, epoch: null, rounds: [], evaluations: new Map(), events: [], checkpoints: [], checkpointsAt: 0, evaluationsThen: 0 };
+  return { id, epoch: null, rounds: [], curve: blankCurve(), events: [], checkpoints: [], checkpointsAt: 0, scoredThen: null };
 }
 
 async function poll() {
@@ -74,61 +77,49 @@ function decode(text) {
 /** Bring what is known of a run up to date; its status. */
 async function askRun(run) {
   const status = await get(runPath(run.id));
-  if (status.epoch !== run.epoch || status.round < (run.rounds.at(-1)?.round ?? 0)) {
-    Object.assign(run, { epoch: status.epoch, rounds: [], evaluations: new Map() }); // rounds were made again
+  if (status.epoch !== run.epoch || status.round < (run.curve.round.at(-1) ?? 0)) {
+    Object.assign(run, { epoch: status.epoch, curve: blankCurve() }); // rounds were made again
   }
-  const [histories, logs] = await Promise.all([
-    getAll(runPath(run.id, "/history"), "rounds", run.rounds.at(-1)?.round ?? 0, (round) => round.round),
-    getAll(runPath(run.id, "/log"), "events", run.events.at(-1)?.id ?? 0, (event) => event.id),
+  const newest = Math.max(status.round - NEWEST_ROUNDS, 0);
+  const [history, events, curve] = await Promise.all([
+    get(runPath(run.id, `/history?after=${newest}`)),
+    getLog(run.id, run.events.at(-1)?.id ?? 0),
+    askCurve(run.id, run.curve),
   ]);
-  const known = run.rounds.at(-1)?.round ?? 0;
-  run.rounds.push(...histories.flatMap((part) => part.rounds).filter((round) => round.round > known));
-  for (const found of histories.flatMap((part) => part.evaluations)) run.evaluations.set(found.round, found);
   const last = run.events.at(-1)?.id ?? 0;
-  const events = logs.flatMap((part) => part.events).filter((event) => event.id > last);
-  run.events = [...run.events, ...events].slice(-LOG_LINES);
+  const lines = [...run.events, ...events.filter((event) => event.id > last)].slice(-LOG_LINES);
+  Object.assign(run, { curve, rounds: history.rounds.slice(-NEWEST_ROUNDS), events: lines });
   await askCheckpoints(run);
+  await askClasses(run);
   return status;
 }
 
 /** An evaluation makes a checkpoint; others are made now and then. */
 async function askCheckpoints(run) {
-  if (run.evaluations.size === run.evaluationsThen && now() - run.checkpointsAt < CHECKPOINTS_S) return;
-  Object.assign(run, { evaluationsThen: run.evaluations.size, checkpointsAt: now() });
-  run.checkpoints = (await get(runPath(run.id, "/checkpoints"))).checkpoints;
+  const scored = run.curve.evaluations.at(-1)?.round ?? null;
+  const isOld = scored !== run.scoredThen || now() - run.checkpointsAt >= CHECKPOINTS_S;
+  if (isOld || isMerging()) await askModel(run.id);
+  if (!isOld) return;
+  const { checkpoints } = await get(runPath(run.id, "/checkpoints"));
+  Object.assign(run, { scoredThen: scored, checkpointsAt: now(), checkpoints });
 }
 
 function show(status) {
   showRun(status, chosen);
   showCheckpoints(chosen.checkpoints);
+  showModel(chosen.checkpoints);
+  showClasses();
   showRounds(chosen);
-  drawCharts();
+  drawCurve(chosen.curve, chosen.checkpoints.find((each) => each.is_best));
+  if ($("settings").open) openSettings();
 }
 
-function drawCharts() {
-  if (!charts.length) return;
-  const [losses, accuracies, seconds, wire] = charts;
-  const evaluations = [...chosen.evaluations.values()].sort((a, b) => a.round - b.round);
-  const rounds = [...new Set([...chosen.rounds, ...evaluations].map((each) => each.round))].sort((a, b) => a - b);
-  const byRound = new Map(chosen.rounds.map((round) => [round.round, round]));
-  const column = (field) => rounds.map((round) => byRound.get(round)?.[field] ?? null);
-  losses.set([rounds, column("loss"), rounds.map((round) => chosen.evaluations.get(round)?.loss ?? null)]);
-  accuracies.set([evaluations.map((each) => each.round), evaluations.map((each) => each.accuracy)]);
-  seconds.set([rounds, column("seconds")]);
-  wire.set([rounds, column("wire_bytes")]);
-}
-
-function makeCharts() {
-  $("no-charts").hidden = hasCharts;
-  $("figures").open = !hasCharts;
-  if (!hasCharts) return;
-  const held = { name: "held-out", color: "--second", points: true };
-  charts = [
-    new Chart($("charts"), "Loss", [{ name: "training", color: "--first" }, held], loss),
-    new Chart($("charts"), "Accuracy on held-out data", [{ ...held, name: "" }], percent),
-    new Chart($("charts"), "Round time", [{ name: "", color: "--first", fill: true }], duration, true),
-    new Chart($("charts"), "Bytes on the wire by round", [{ name: "", color: "--first", fill: true }], bytes, true),
-  ];
+async function openSettings() {
+  try {
+    await showSettings(chosen.id);
+  } catch (error) {
+    if (!(error instanceof Unreachable || error instanceof Refused)) throw error; // asked again with the next poll
+  }
 }
 
 /** Say what went wrong; how long to wait before the next try. */
@@ -164,6 +155,7 @@ function leave(problem = "") {
   clearTimeout(timer);
   token.clear();
   chosen = blank(null);
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   $("sign-in").hidden = false;
   $("content").hidden = $("sign-out").hidden = true;
   $("token").value = "";
@@ -225,14 +217,30 @@ async function act(action, id) {
   poll();
 }
 
+function fillTerms() {
+  for (const [term, meaning] of TERMS) {
+    const [name, text] = [element("dt"), element("dd")];
+    setText(name, term);
+    setText(text, meaning);
+    $("terms").append(name, text);
+  }
+}
+
 function start() {
   setText($("host"), location.host);
+  $("ca").hidden = location.protocol !== "https:";
+  fillTerms();
   document.querySelectorAll("table").forEach(nameParts);
   makeCharts();
   $("sign-in").addEventListener("submit", signIn);
   $("sign-out").addEventListener("click", () => leave());
   $("stop").addEventListener("click", () => confirm("stop"));
   $("resume").addEventListener("click", () => confirm("resume"));
+  $("settings").addEventListener("toggle", () => $("settings").open && openSettings());
+  $("classes-of").addEventListener("change", poll);
+  followLog();
+  startForms(poll);
+  startModel(poll);
   $("confirm-no").addEventListener("click", () => $("confirm").close());
   addEventListener("hashchange", poll);
   document.addEventListener("visibilitychange", () => !document.hidden && poll());

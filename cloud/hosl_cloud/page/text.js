@@ -41,3 +41,6 @@ export const clock = (unix) => new Date(1000 * unix).toLocaleTimeString("en-GB")
 
 export const day = (unix) =>
   new Date(1000 * unix).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+
+/** A setting, as a settings file writes its value. */
+export const setting = (value) => JSON.stringify(value);

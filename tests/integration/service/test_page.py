@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import pytest
 
 from hosl_cloud.runs.queue import RunQueue
@@ -29,13 +26,10 @@ from hosl_cloud.service.app import make_app
 from hosl_cloud.storage.records import NewEvent
 from hosl_cloud.storage.store import Store
 from services import Service, serving
-from support import ROOT, TASK, write_reviews
+from statuspage.browsing import Watch, browser, devices, settings, sign_in, take_screenshots
+from support import ROOT
 
-SCREENSHOTS = ROOT / ".cache" / "page"
 OURS = [name for name in page_routes.FILES if name not in page_routes.VENDOR]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-DEADLINE_MS = 30_000
 
 
 def build_module(name: str) -> ModuleType:
@@ -45,17 +39,6 @@ def build_module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def settings(**more: Any) -> dict[str, Any]:
-    run = {"batch_size": 4, "max_length": 16, "rounds": 100_000, "report_every": 2, "directions": 1}
-    parts = {
-        "client": {"learning_rate": 0.01},
-        "tail": {"learning_rate": 3e-3},
-        "evaluation": {"every": 10},
-        "devices": {"start_with": 2},
-    }
-    return {**msgspec.toml.decode(TASK), **run, **parts, **more}
 
 
 @pytest.fixture
@@ -141,7 +124,16 @@ def test_the_page_names_no_other_host_and_has_no_code_within_it() -> None:
         assert not [name for name in attributes if name == "style" or name.startswith("on")], tag
         for name in ("src", "href"):
             value = attributes.get(name)
-            assert value is None or value.removeprefix("/page/") in page_routes.FILES
+            assert value in (None, "/v1/ca.pem") or str(value).removeprefix("/page/") in page_routes.FILES
+
+
+def test_every_part_of_the_page_has_a_name_of_its_own_and_scripts_ask_for_those_that_there_are() -> None:
+    names = re.findall(r'\bid="([^"]+)"', (page_routes.FOLDER / page_routes.PAGE).read_text(encoding="utf-8"))
+    assert len(names) == len(set(names)) > 80
+    scripts = "".join((page_routes.FOLDER / name).read_text(encoding="utf-8") for name in OURS if name.endswith(".js"))
+    asked = set(re.findall(r'\$\("([^"]+)"\)', scripts))
+    assert len(asked) > 60
+    assert asked <= set(names)
 
 
 def test_the_page_parses_no_text_as_html() -> None:
@@ -184,80 +176,9 @@ def test_a_wheel_of_the_source_archive_has_the_whole_page_without_a_registry(tmp
             assert wheel.read(f"hosl_cloud/page/{name}") == (page_routes.FOLDER / name).read_bytes()
 
 
-class Watch:
-    """What a page asks for, and what its console says."""
-
-    def __init__(self, page: Any) -> None:
-        self.requests: set[str] = set()
-        self.problems: list[str] = []
-        page.on("request", lambda request: self.requests.add(request.url))
-        page.on("console", lambda line: self.problems.append(line.text) if line.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-
-
-@contextlib.asynccontextmanager
-async def browser() -> AsyncIterator[Any]:
-    """A new browser's context; skips where there is none."""
-    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    async with playwright.async_playwright() as driver:
-        started = await driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        context = await started.new_context(reduced_motion="reduce")
-        context.set_default_timeout(DEADLINE_MS)
-        yield context
-        await started.close()
-
-
-@contextlib.contextmanager
-def devices(service: Service, *names: str) -> Any:
-    """Agents as processes, by name."""
-    processes = {}
-    for place, name in enumerate(names):
-        folder = service.folder.parent
-        arguments = {
-            "--server": service.address,
-            "--token-file": service.token_file,
-            "--data": write_reviews(folder / f"{name}.jsonl", 40, 40 * place),
-            "--eval": write_reviews(folder / f"{name}-eval.jsonl", 10, 400 + 10 * place),
-            "--state-dir": folder / "state",
-            "--cache-dir": folder / "cache",
-            "--name": name,
-            "--threads": 1,
-        }
-        command = [sys.executable, "-m", "hosl_edge", *(str(word) for pair in arguments.items() for word in pair)]
-        processes[name] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield processes
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
-
-
-async def sign_in(page: Any, service: Service) -> None:
-    await page.goto(service.address.replace("ws", "http", 1) + "/")
-    await page.get_by_label("Admin token").fill(service.admin_token)
-    await page.keyboard.press("Enter")
-    await page.get_by_role("heading", name="run-1").wait_for()
-
-
 async def wait_for_round(page: Any, round_: int) -> None:
-    is_there = (
-        "round => Number(document.querySelector('#f-round').textContent.split(' ')[0].replaceAll(',', '')) >= round"
-    )
+    is_there = "round => Number(document.querySelector('#f-round').textContent.replaceAll(',', '')) >= round"
     await page.wait_for_function(is_there, arg=round_)
-
-
-async def take_screenshots(page: Any, name: str, *, whole: bool = True) -> None:
-    """Of the whole page, or of what a screen shows."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    for scheme in ("light", "dark"):
-        await page.emulate_media(color_scheme=scheme)
-        for size, (width, height) in SIZES.items():
-            await page.set_viewport_size({"width": width, "height": height})
-            await page.wait_for_timeout(50)  # charts fit themselves
-            await page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=whole)
 
 
 def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_path: Path) -> None:
@@ -269,7 +190,7 @@ def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_pat
                 await sign_in(page, service)
                 await numbers_move(page)
                 await page.locator("#checkpoints tr", has_text="· best").wait_for()
-                assert await page.locator(".chart .key").all_text_contents() == ["training", "held-out"]
+                assert {"training", "held-out data"} <= {*await page.locator(".chart .key").all_text_contents()}
                 await an_unknown_run_is_named_and_no_other_shown(page)
                 await the_log_begins_with_a_whole_line(page, service)
                 await a_line_of_the_log_is_text(page, service)
@@ -291,13 +212,13 @@ def test_the_page_shows_a_run_and_its_devices_and_stops_it(bundle: Path, tmp_pat
 async def numbers_move(page: Any) -> None:
     await wait_for_round(page, 12)
     await page.locator("#f-accuracy", has_text="%").wait_for()
-    first = int((await page.locator("#f-round").text_content()).split(" ")[0])
+    first = int((await page.locator("#f-round").text_content()).replace(",", ""))
     await wait_for_round(page, first + 3)
     assert await page.locator("#charts canvas").count() == 4
     assert re.search(r"round \d+ · training \d\.\d+", await page.locator("#charts output").first.text_content())
     row = page.locator("#devices tr", has_text="pi-1")
-    assert re.search(r"40 \+ 10.*\d+ MB", await row.text_content())
-    assert "anchor" in await page.locator("#wire").text_content()
+    assert re.search(r"40 training, 10 held-out\d+ MB", await row.text_content())
+    assert "anchor" in await page.locator("#kinds").text_content()
     await page.locator("#checkpoints tbody tr").first.wait_for()
 
 
