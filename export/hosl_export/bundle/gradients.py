@@ -42,6 +42,9 @@ from hosl_protocol.run.manifest import (
 _GRADIENT_OF = "gradient."
 """Before the name of a weight: the graph's output that is its gradient."""
 
+_NAMES = ("layer_idx", "name_or_path")
+"""Of a block and of a model, among the settings of modules: no trace depends on them."""
+
 
 def gradient_blocks(client: ClientHalf, tensors: Sequence[TensorEntry]) -> range:
     """The blocks that the gradient goes through: from the first in which something trains to the last."""
@@ -119,7 +122,8 @@ def _full_name(part: ClientHalf, name: str) -> str:
 def describe_part(part: ClientHalf) -> str:
     """Describe everything that the trace of a part depends on: parts of one description share it.
 
-    Weights count by their shapes, settings of modules whatever their names, but for the number of the block.
+    Weights count by their shapes, settings of modules whatever their names, but for the block's number and the model's
+    path.
     """
     weights = {id(tensor) for tensor in _weights(part).values()}
     facts: list[Any] = [
@@ -129,7 +133,7 @@ def describe_part(part: ClientHalf) -> str:
     ]
     for path, module in part.model.named_modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, str | int | float | tuple)}
-        facts.append((path, sorted((key, repr(value)) for key, value in plain.items() if key != "layer_idx")))
+        facts.append((path, sorted((key, repr(value)) for key, value in plain.items() if key not in _NAMES)))
     return repr(facts)
 
 
