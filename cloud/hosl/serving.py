@@ -106,8 +106,8 @@ def serve(
 
     `task`, `config`, `devices` (how many it begins with) and `settings` are those of `simulate`. `host`, `port` (0: a
     free one) and the rest of its line are those of `hosl-cloud serve`: beyond this machine it needs a `data_dir` in
-    which `hosl-cloud init` has made a certificate, or another one, or `insecure`. In a `data_dir` an unfinished run of
-    the same settings goes on; without one the folder is temporary, and gone with the run.
+    which `hosl-cloud init` has made a certificate, or another one, or `insecure`. In a `data_dir` a run of the
+    same settings that was cut off goes on; without one the folder is temporary, and gone with the run.
 
     It returns when the service listens. With `callback` it first waits for the end, and calls that with each round.
     Raises SettingsError, BundleError and ServiceError.

@@ -21,6 +21,8 @@ import pytest
 import hosl
 from hosl.runs import LEAVING_S
 from hosl_cloud.__main__ import main as cloud_main
+from hosl_cloud.storage.data_folder import DATABASE
+from hosl_cloud.storage.store import Store
 from hosl_edge.settings import EdgeSettings
 from support import TASK, Crew, count_right, free_port, write_reviews
 
@@ -113,22 +115,31 @@ def test_the_end_of_the_block_ends_the_service(make_bundle: MakeBundle, tmp_path
         probe.connect(("127.0.0.1", int(run.address.rpartition(":")[2])))
 
 
-def test_an_unfinished_run_goes_on_where_its_data_folder_is_named_again(
+def test_a_run_goes_on_when_the_loop_is_left_and_after_it_was_cut_off(
     make_bundle: MakeBundle, tmp_path: Path, crew: Crew, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, data_dir = make_bundle("norm", 2), tmp_path / "d"
-    with hosl.serve(bundle, data_dir=data_dir, rounds=10**6, **SETTINGS) as run:
+    bundle, given = make_bundle("norm", 2), {**SETTINGS, "data_dir": tmp_path / "d", "rounds": 10**6}
+    with hosl.serve(bundle, **given) as run:
         crew.start(settings_of(run.device_command, tmp_path, "a"))
         for each in run:
             if each.number == 3:
                 break
-        assert run.state == "running", "to leave the loop does not stop real devices"
-        before = len(run.rounds)
-        time.sleep(0.5)
-        assert len(run.rounds) > before
-    first = run.id
-    assert cloud_main(["run", "list", "--data-dir", str(data_dir)]) == 0
-    assert f"{first}" in capsys.readouterr().out
+        assert run.state == "running"
+        assert run.merge(tmp_path / "merged").exists(), "what there is until now"
+        before, deadline = len(run.rounds), time.monotonic() + 60.0
+        while len(run.rounds) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert run.state == "stopped"
+    assert cloud_main(["run", "list", "--data-dir", str(tmp_path / "d")]) == 0
+    assert run.id in capsys.readouterr().out
+
+    with contextlib.closing(Store(tmp_path / "d" / DATABASE)) as store:
+        store.set_state(run.id, "running")  # as a program leaves it that is killed
+    with hosl.serve(bundle, **given) as again:
+        assert again.id == run.id
+    with hosl.serve(bundle, **given) as another:
+        assert another.id != run.id, "one that was stopped stays so"
 
 
 def test_a_program_may_end_while_it_serves(make_bundle: MakeBundle) -> None:
