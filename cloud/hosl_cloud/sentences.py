@@ -50,7 +50,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'class':<{width}}  examples  accuracy  precision     F1  most often taken for"
     for place, each in enumerate(classes):
         mistaken = "" if confusion is None else _most_taken_for(names, confusion[place], place)
-        figures = f"{_percent(each['accuracy']):>8}  {_percent(each['precision']):>9}  {_digits(each['f1']):>5}"
+        figures = f"{percent(each['accuracy']):>8}  {percent(each['precision']):>9}  {digits(each['f1']):>5}"
         yield f"{each['name']:<{width}}  {each['examples']:>8}  {figures}  {mistaken}".rstrip()
 
 
@@ -61,11 +61,13 @@ def _most_taken_for(names: Sequence[str], row: Sequence[int], place: int) -> str
     return f"{names[wrong.index(most)]} ({most})" if most else ""
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Say a share; `-` where there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _digits(value: float | None) -> str:
+def digits(value: float | None) -> str:
+    """Say a figure between 0 and 1; `-` where there is none."""
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from hosl_cloud.sentences import figures_text, score_text
+from hosl_cloud.sentences import digits, figures_text, percent, score_text
+from hosl_cloud.storage.evaluations import ClassFigures
 from hosl_cloud.storage.records import perplexity
 from hosl_cloud.tail.checkpoint import CheckpointInfo
 from hosl_export.sources.origin import Origin
@@ -21,6 +22,9 @@ from hosl_protocol.run.tasks import Task
 
 CARD = "README.md"
 TASK = "hosl_task.json"
+
+_MOST_CLASSES = 100
+"""Of a task whose classes have a row each."""
 
 _PIPELINES = {
     "prompt-classification": "text-classification",
@@ -55,6 +59,8 @@ class Facts:
     """Of a classification head, as the config has them."""
     pad_token_id: int | None = None
     """What the config of a classifier of texts has."""
+    classes: Sequence[ClassFigures] = ()
+    """How the held-out examples of each class fared, where that is known."""
 
     @property
     def task(self) -> Task:
@@ -100,6 +106,8 @@ def _card(facts: Facts, *, is_adapter: bool) -> str:
         "## Training\n",
         _table(facts),
     ]
+    if 0 < len(facts.classes) <= _MOST_CLASSES:
+        parts += ["## Held-out data, class by class\n", _class_table(facts.classes)]
     return "\n".join(parts)
 
 
@@ -161,6 +169,15 @@ def _table(facts: Facts) -> str:
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _class_table(classes: Sequence[ClassFigures]) -> str:
+    rows = [
+        f"| {_code(each.name)} | {each.examples} | {percent(each.accuracy)} | {percent(each.precision)} "
+        f"| {digits(each.f1)} |"
+        for each in classes
+    ]
+    return "\n".join(["| class | examples | accuracy | precision | F1 |", "|---|---|---|---|---|", *rows, ""])
 
 
 def _score(facts: Facts) -> str:

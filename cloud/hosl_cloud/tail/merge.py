@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from hosl_cloud.exceptions import AdapterError
+from hosl_cloud.storage.evaluations import ClassFigures
 from hosl_cloud.tail.building import class_count, tail_lora
 from hosl_cloud.tail.card import Facts, write_card
 from hosl_cloud.tail.checkpoint import CheckpointInfo, read_weights
@@ -63,13 +64,14 @@ def merge_run(
     out: Path,
     adapter: Path | None = None,
     run: str = "",
+    classes: Sequence[ClassFigures] = (),
 ) -> Merged:
     """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for.
 
     `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
     what the two halves compute: adapters are folded in, and a head that was tied to the embedding is a tensor of its
     own unless both are still the same. After a soft prompt it does so with the PEFT adapter `out`/prompt. Each folder
-    has a card, which names the `run`, and the task.
+    has a card, which names the `run` and how each of `classes` fared, and the task.
     Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
     CheckpointMissing or CheckpointDamaged.
     """
@@ -81,7 +83,7 @@ def merge_run(
 
     client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
     tail = tail_state(bundle, manifest, info, trained)
-    facts = _facts(bundle, manifest, info, run)
+    facts = _facts(bundle, manifest, info, run, classes)
 
     # Both are staged before either takes its name, so that an error in the second leaves neither.
     with contextlib.ExitStack() as stack:
@@ -114,7 +116,7 @@ def tail_state(bundle: Path, manifest: Manifest, info: CheckpointInfo, trained: 
     return state
 
 
-def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str) -> Facts:
+def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str, classes: Sequence[ClassFigures]) -> Facts:
     task = info.config.task
     return Facts(
         manifest=manifest,
@@ -124,6 +126,7 @@ def _facts(bundle: Path, manifest: Manifest, info: CheckpointInfo, run: str) -> 
         prompt_folder=PROMPT_FOLDER if manifest.prompt_tokens else None,
         class_names=_class_names(bundle, manifest, task) if task.has_class_head else (),
         pad_token_id=manifest.pad_token_id if task.kind == "sequence-classification" else None,
+        classes=classes,
     )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hosl_cloud.storage.evaluations import ClassFigures, show_evaluation
 from hosl_cloud.storage.mirror import replay_client
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
-from hosl_cloud.tail.checkpoint import find_checkpoint, read_client
+from hosl_cloud.tail.checkpoint import CheckpointInfo, find_checkpoint, read_client
 from hosl_cloud.tail.merge import PROMPT_FOLDER, Merged, merge_run
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
@@ -63,5 +64,14 @@ def merge_stored(
     client = replay_client(store, run, bundle, manifest, checkpoint.info.round, state)
     before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
 
-    merged = merge_run(bundle, manifest, client, checkpoint.path, out, adapter, run.id)
+    classes = _classes_of(store, run.id, checkpoint.info)
+    merged = merge_run(bundle, manifest, client, checkpoint.path, out, adapter, run.id, classes)
     return MergedRun(run.id, out, merged, out / PROMPT_FOLDER if manifest.prompt_tokens else None, before)
+
+
+def _classes_of(store: Store, run: str, info: CheckpointInfo) -> list[ClassFigures]:
+    """Find how each class fared at a checkpoint; none where its round was scored again since."""
+    found, metrics = show_evaluation(store, run, info.round), info.metrics
+    if found is None or metrics is None or (found.loss, found.right) != (metrics.loss, metrics.correct):
+        return []
+    return found.classes

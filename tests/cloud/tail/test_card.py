@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from hosl_cloud.exceptions import AdapterError
+from hosl_cloud.storage.evaluations import ClassFigures
 from hosl_cloud.tail.card import f_string
 from hosl_cloud.tail.checkpoint import CheckpointScore, record_score, save_checkpoint
 from hosl_cloud.tail.merge import merge_run
@@ -22,6 +23,10 @@ from hosl_protocol.run.tasks import Task, load_preset, preset_names, render
 from support import run_card
 
 SHORT = ("w1 w9 good w4", "bad w3", "w17 w2 w2 w8 w5 w30 w31 good", "w6", "w40 w41 bad", "w11 w12 w13")
+CLASSES = (
+    ClassFigures(name="a|b", examples=6, predicted=5, right=5, accuracy=5 / 6, precision=1.0, f1=10 / 11),
+    ClassFigures(name="c", examples=0, predicted=0, right=0, accuracy=None, precision=None, f1=None),
+)
 LONG = tuple(f"{first} " * 40 + f"{last} " * 40 for first in SHORT[:3] for last in SHORT[3:])
 TEXTS = (*SHORT, *LONG)
 
@@ -33,9 +38,11 @@ def merged(bundle: Any, kind: str, tail_train: str, folder: Path, *, has_adapter
         trainer.forward_backward(*bundle.batch(kind).sent)
         trainer.step(round_, 1.0)
     checkpoint = save_checkpoint(folder / "checkpoints", 3, 1, trainer, trainer.config)
-    record_score(checkpoint, CheckpointScore(loss=0.25, correct=7, scored=8))
+    record_score(checkpoint, CheckpointScore(loss=0.25, correct=7, scored=8, macro_f1=0.75))
     adapter = folder / "adapter" if has_adapter else None
-    merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, folder / "out", adapter, "run-7")
+    merge_run(
+        bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, folder / "out", adapter, "run-7", CLASSES
+    )
     return trainer
 
 
@@ -103,7 +110,8 @@ def test_a_card_names_what_is_known_and_nothing_else(
         "| cut | after block 1 of 3 |",
         "| algorithm | ho-sfl |",
         "| rounds | 3 of 10 |",
-        "| held-out data | accuracy 87.5 % (7 of 8 right), loss 0.2500 |",
+        "| held-out data | accuracy 87.5 % (7 of 8 right), loss 0.2500, macro F1 0.750 |",
+        "\n| `a\\|b` | 6 | 83.3 % | 100.0 % | 0.909 |\n| `c` | 0 | - | - | - |\n",
         "| run | `run-7` |",
     ):
         assert line in text

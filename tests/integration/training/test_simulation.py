@@ -6,6 +6,7 @@ import asyncio
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def test_the_command_writes_a_table_and_a_run_that_merges(
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert f"accuracy {100 * right / 40:.1f} % ({right} of 40 right, 40 of 40 examples scored)" in card
     assert f"| run | `{summary['run']}` |" in card
+    assert re.search(r"^## Held-out data, class by class$.*^\| `0` \| 20 \|", card, re.MULTILINE | re.DOTALL)
     task = json.loads((tmp_path / "merged" / "hosl_task.json").read_text(encoding="utf-8"))
     assert (task["template"], task["labels"], task["verbalizers"]) == ("{text} it was", ["0", "1"], ["bad", "good"])
 
