@@ -97,7 +97,8 @@ class Pair:
         for got, expected in zip(self.all.evaluate_many(batches), self.one.evaluate_many(batches), strict=True):
             self.note(evaluation=relative(got.loss, expected.loss))
             assert (got.predicted_B is None) == (self.config.task.kind == "lm")
-            np.testing.assert_array_equal(got.predicted_B, expected.predicted_B)
+            if self.config.tail.precision == "float32":  # else a tie may fall the other way
+                np.testing.assert_array_equal(got.predicted_B, expected.predicted_B)
 
     def spoil(self) -> None:
         """A batch that contradicts itself and one that is not finite leave the others as they are."""
