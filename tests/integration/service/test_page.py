@@ -217,7 +217,7 @@ async def numbers_move(page: Any) -> None:
     assert await page.locator("#charts canvas").count() == 4
     assert re.search(r"round \d+ · training \d\.\d+", await page.locator("#charts output").first.text_content())
     row = page.locator("#devices tr", has_text="pi-1")
-    assert re.search(r"40 training, 10 held-out\d+ MB", await row.text_content())
+    assert re.search(r"40 training, 10 held-out[\d.]+ MB", await row.text_content())
     assert "anchor" in await page.locator("#kinds").text_content()
     await page.locator("#checkpoints tbody tr").first.wait_for()
 

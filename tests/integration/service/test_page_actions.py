@@ -117,7 +117,7 @@ async def a_device_is_added(page: Any, service: Service) -> None:
 async def the_model_is_taken(page: Any, service: Service, folder: Path) -> None:
     await page.get_by_role("button", name="Merge", exact=True).click()
     await page.get_by_text(re.compile("Merging the best checkpoint, since")).wait_for()
-    await page.get_by_text(re.compile(r"Round \d+, best checkpoint: .*, a tar file\.")).wait_for(timeout=120_000)
+    await page.get_by_text(re.compile(r"Round \d+, best checkpoint: .*, a tar file\.")).wait_for(timeout=200_000)
     async with page.expect_download() as started:
         await page.get_by_role("button", name="Download").click()
     download = await started.value
