@@ -69,4 +69,4 @@ class Steps:
             self._name = ""
             if self._keeps_lines and not is_quiet():
                 sentence = f"{name}: {ending}{time.monotonic() - self._began:.1f} s"
-                write_line(stream, sentence_line(self._program, sentence))
+                write_line(stream, sentence_line(self._program, sentence), is_bare=is_json())

@@ -162,7 +162,7 @@ class Display:
 
     def _write(self, sentence: str, *, matters: bool = False) -> None:
         if matters or not is_quiet():
-            write_line(sys.stderr, sentence_line(self._name, sentence, "hosl-edge"))
+            write_line(sys.stderr, sentence_line(self._name, sentence, "hosl-edge"), is_bare=is_json())
 
     def show_download(self, what: str, done: int, size: int, *, has_been_said: bool = False) -> None:
         """Show a large download: a line at its beginning and its end; every piece counts as a sign of life.

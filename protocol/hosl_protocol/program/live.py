@@ -28,10 +28,10 @@ _live: Live | None = None
 """What is drawn in this process now."""
 
 
-def write_line(stream: TextIO, line: str) -> None:
-    """Write a line that stays, above what is drawn."""
+def write_line(stream: TextIO, line: str, *, is_bare: bool = False) -> None:
+    """Write a line that stays, above what is drawn; one that `is_bare` has nothing for the terminal in it."""
     with _lock:
-        if not moves_cursor(stream):
+        if is_bare or not moves_cursor(stream):
             _write(stream, line + "\n")
             return
         drawing = _live.drawing if _live is not None and _is_in_front(stream) else ""

@@ -145,7 +145,7 @@ class _Lines(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            write_line(self.stream, self.format(record))
+            write_line(self.stream, self.format(record), is_bare=isinstance(self.formatter, JsonFormatter))
         except Exception:
             self.handleError(record)
 

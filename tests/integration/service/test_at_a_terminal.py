@@ -113,7 +113,7 @@ def test_json_in_a_terminal_is_nothing_but_json(make_bundle: MakeBundle, tmp_pat
     words = simulation(make_bundle("norm", 2), tmp_path, 3)
     with command(tmp_path, "hosl_cloud", *words, "--log-format", "json") as terminal:
         assert terminal.end() == 0
-    assert [line for line in terminal.lines if line and not line.startswith('{"time": ')] == []
+    assert [line for line in terminal.raw.split("\r\n") if line and not line.startswith('{"time": ')] == []
 
 
 def test_quiet_leaves_the_result_of_a_simulation(
