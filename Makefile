@@ -20,6 +20,8 @@ ONNXRUNTIME_TESTS ?= tests/edge tests/protocol tests/export
 FRAMES ?= 200000
 SEQUENCES ?= 3000
 SEEDS ?= 1-20
+# One more than there are cores: many tests wait for a process or a device.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 CHAOS ?= --work .cache/chaos
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ check: lint
 test: $(VENV)/installed
 	$(BIN)/python -c "import torch._dynamo, torch.onnx, transformers, peft, onnxscript, schemathesis" & \
 	    $(MAKE) --no-print-directory lint && wait
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 # In a folder of their own, so that to make wheels takes neither torch nor a C compiler.
 .cache/wheels/installed: constraints.txt

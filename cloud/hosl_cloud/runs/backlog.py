@@ -34,32 +34,43 @@ class Backlog:
 
     def __init__(self, run: Run, fleet: Fleet) -> None:
         self._run, self._fleet = run, fleet
+        self._sent_away: set[str] = set()
+
+    @property
+    def awaited(self) -> set[str]:
+        """Devices that were sent for a snapshot, and are not back yet."""
+        self._sent_away -= set(self._fleet.ready_names())
+        return set(self._sent_away)
 
     def behind(self, names: Collection[str]) -> list[Participant]:
         """Those of the ready devices that were not sent every update."""
         peers = (self._fleet.peers.get(name) for name in names)
         return [peer for peer in peers if peer is not None and peer.is_ready and peer.sent_round < self._run.round]
 
-    async def clear(self, names: Collection[str], *, may_leave: bool = True) -> list[str]:
-        """Send these devices what they missed; the names of those that are to come back for a snapshot instead.
+    async def clear(self, names: Collection[str], *, may_leave: bool = True) -> bool:
+        """Send these devices what they missed; False where one of them is to come back for a snapshot instead.
 
         One with held-out data is never sent for a snapshot, or an evaluation would go without it: see `rescue`. Without
         `may_leave` no device is, and those that would have to stay behind.
         """
         by_round: dict[int, list[Participant]] = defaultdict(list)
-        leaving: list[str] = []
+        is_clear = True
         for peer in self.behind(names):
             if peer.sent_round < self._run.pruned_to or not (peer.eval_examples or self._is_cheap(peer.sent_round)):
                 if may_leave:
-                    leaving.append(peer.name)
-                    peer.is_ready = False
-                    reason = "a snapshot takes fewer bytes than the updates of the rounds without this device"
-                    peer.end(Refusal(code="run", reason=f"{reason}: connect again", retry=True))
+                    is_clear = False
+                    self._send_away(peer)
             else:
                 by_round[peer.sent_round].append(peer)
         for sent_round, peers in sorted(by_round.items()):
             await self._send(peers, sent_round)
-        return leaving
+        return is_clear
+
+    def _send_away(self, peer: Participant) -> None:
+        self._sent_away.add(peer.name)
+        peer.is_ready = False
+        reason = "a snapshot takes fewer bytes than the updates of the rounds without this device: connect again"
+        peer.end(Refusal(code="run", reason=reason, retry=True))
 
     async def rescue(self, pruned_to: int) -> None:
         """Before the store drops the updates up to `pruned_to`, send them to the devices with held-out data."""

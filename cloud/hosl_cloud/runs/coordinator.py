@@ -207,7 +207,7 @@ class Coordinator:
         """Try one round; False where it was void (see rounds/algorithms.py), a device that was chosen has to come back
         first, or the run is to stop."""
         devices = await self._selection.for_round()
-        if self._is_stopping or await self._backlog.clear(devices):
+        if self._is_stopping or not await self._backlog.clear(devices):
             return False
 
         began = time.monotonic()
@@ -413,9 +413,9 @@ class Coordinator:
     async def _finish(self, ending: Ending) -> Ending:
         await self.checkpointer.save(self.trainer)
         # A run that is stopped ends at once; whoever is behind may catch up when it goes on.
-        leaving = await self._backlog.clear(self.fleet.ready_names(), may_leave=ending != "stopped")
-        if leaving:
-            await self._selection.wait_for_return(leaving)
+        await self._backlog.clear(self.fleet.ready_names(), may_leave=ending != "stopped")
+        if ending != "stopped" and (awaited := self._backlog.awaited):
+            await self._selection.wait_for_return(awaited)
         await self.end(ending)
         return ending
 

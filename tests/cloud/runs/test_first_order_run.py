@@ -301,10 +301,12 @@ class Taker:
     async def emptied(self, timeout_s: float) -> None: ...
 
 
-def cleared(run: Run, peer: Taker, **how: bool) -> list[str]:
+def cleared(run: Run, peer: Taker, **how: bool) -> set[str] | None:
+    """Who was sent for a snapshot; None where all was sent."""
     fleet = Fleet(compute, AsyncMock())
     fleet.peers["pi"] = peer  # type: ignore[assignment]
-    return asyncio.run(Backlog(run, fleet).clear(["pi", "away"], **how))
+    backlog = Backlog(run, fleet)
+    return None if asyncio.run(backlog.clear(["pi", "away"], **how)) else backlog.awaited
 
 
 def test_who_took_no_part_gets_what_it_missed_in_order_a_few_at_a_time(
@@ -316,11 +318,11 @@ def test_who_took_no_part_gets_what_it_missed_in_order_a_few_at_a_time(
     for number in range(7):
         add(run, update_of(run, run.round + 1), loss=number / 2)
     peer = Taker(sent_round=2)
-    assert cleared(run, peer) == []
+    assert cleared(run, peer) is None
     assert [message.round for message in peer.told if isinstance(message, Update)] == [3, 4, 5, 6, 7]
     assert peer.losses == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert peer.sent_round == 7
-    assert cleared(run, peer) == []
+    assert cleared(run, peer) is None
     assert len(peer.told) == 5, "it is up to date"
 
 
@@ -331,15 +333,15 @@ def test_who_missed_more_than_a_snapshot_takes_is_to_come_back_for_one_but_for_a
     run.load()
     break_even = int(MARGIN * run.state_bytes / run.update_shape.size_bytes)
     advance(run, break_even + 1)
-    assert cleared(run, Taker(0)) == [], "to connect again costs bytes, too"
+    assert cleared(run, Taker(0)) is None, "to connect again costs bytes, too"
     monkeypatch.setattr(backlog, "RECONNECT_BYTES", 0)
 
-    assert cleared(run, Taker(1)) == []
-    assert cleared(run, Taker(0, eval_examples=5)) == []
+    assert cleared(run, Taker(1)) is None
+    assert cleared(run, Taker(0, eval_examples=5)) is None
     leaving = Taker(0)
-    assert cleared(run, leaving, may_leave=False) == []
+    assert cleared(run, leaving, may_leave=False) is None
     assert (leaving.told, leaving.is_ready) == ([], True)
-    assert cleared(run, leaving) == ["pi"]
+    assert cleared(run, leaving) == {"pi"}
     (refusal,) = leaving.told
     assert isinstance(refusal, Refusal)
     assert (refusal.code, refusal.retry, leaving.is_ready) == ("run", True, False)

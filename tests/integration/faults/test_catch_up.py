@@ -221,8 +221,7 @@ def test_devices_that_take_turns_get_the_gradients_that_they_missed_or_a_snapsho
             site.start(name)
         run = site.service.coordinator.run
         await site.until(lambda: run.round >= 1)
-        sent = {name: peer.sent_round for name, peer in site.service.coordinator.fleet.peers.items()}
-        assert sum(round_ == run.round for round_ in sent.values()) == 1, "the others' can wait"
+        assert min(peer.sent_round for peer in site.service.coordinator.fleet.peers.values()) < run.round, "it can wait"
         summaries = await asyncio.wait_for(asyncio.gather(*site.agents.values()), DEADLINE_S)
         assert {summary.weights_digest for summary in summaries} == {run.mirror.digest()}
         # Five rounds of 32 bits are more than a snapshot of the weights and AdamW's moments; of one bit, 145.
