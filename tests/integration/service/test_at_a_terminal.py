@@ -127,14 +127,15 @@ def test_quiet_leaves_the_result_of_a_simulation(
 
 
 def test_an_export_shows_what_is_under_way_until_it_is_interrupted(tiny_model: Path, tmp_path: Path) -> None:
-    words = ("--model", tiny_model, "--split", 2, "--train", "none", "--max-length", 16, "--out", tmp_path / "bundle")
+    words = ("--model", tiny_model, "--split", 2, "--train", "lora", "--max-length", 16, "--out", tmp_path / "bundle")
     with command(tmp_path, "hosl_export", *words, NO_COLOR="1") as terminal:
-        terminal.wait_for(lambda text: re.search(r"\n. tracing the client half \d+ s$", text))
+        terminal.wait_for(lambda text: re.search(r"\n. tracing the gradients \d+ s$", text))
         terminal.press("\x03")
         assert terminal.end(120.0) == ExitCode.INTERRUPTED
     steps = ["loading torch", "reading the configuration", "loading the weights", "computing reference outputs"]
+    steps.append("tracing the client half")
     lines = [re.sub(r"\d+\.\d s$", "N s", line) for line in terminal.lines]
-    ends = ["tracing the client half: stopped after N s", "interrupted"]
+    ends = ["tracing the gradients: stopped after N s", "interrupted"]
     assert lines == [f"hosl-export: {line}" for line in [*(f"{step}: N s" for step in steps), *ends]] + [""]
     assert not COLOUR.search(terminal.raw)
     assert not (tmp_path / "bundle").exists()
