@@ -396,10 +396,11 @@ class Coordinator:
             devices = await self._selection.for_evaluation()
             if not devices or self._is_stopping:
                 return None
+            # Before the await: one that leaves meanwhile is no longer among the fleet's.
+            peers = [self.fleet.peers[name] for name in devices]
             await self._backlog.clear(devices)
 
             self.run.tell(Evaluates(self.run.id, self.run.round))
-            peers = [self.fleet.peers[name] for name in devices]
             examples = await self._selection.held_out_examples(peers)
             digests = {peer.name: peer.eval_digest for peer in peers}
             context = self._context(self.run.round, devices)
