@@ -35,7 +35,10 @@ alone() { unshare --mount nice -n 19 "$@"; }
 # Runs a command in the root, with nothing of this machine's environment.
 inside() {
     # shellcheck disable=SC2016
-    alone bash -c 'mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/tmp" && exec chroot "$0" "$@"' "$ROOT" \
+    alone bash -c '
+        mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/tmp" &&
+        mkdir -p "$0/dev/pts" && mount -t devpts -o newinstance,ptmxmode=0666 devpts "$0/dev/pts" &&
+        touch "$0/dev/ptmx" && mount --bind "$0/dev/pts/ptmx" "$0/dev/ptmx" && exec chroot "$0" "$@"' "$ROOT" \
         /usr/bin/env -i -C /srv/hosl PATH=/srv/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
         HOSL_TEST_BUNDLES=/srv/bundles "$@"
 }

@@ -43,8 +43,8 @@ class Trained:
         """
         import torch
 
-        if self.task.kind == "lm":
-            raise SettingsError("task.kind", "lm", "it has no classes: use model.generate")
+        if self.task.scores_tokens:
+            raise SettingsError("task.kind", self.task.kind, "it has no classes: use model.generate")
         with torch.no_grad():
             logits = self.model(**self._inputs(example)).logits[0]
         if self.answers:

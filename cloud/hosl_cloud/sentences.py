@@ -95,7 +95,9 @@ def device_command(address: str, token_path: Path, task: Task | None = None, nam
     if task is not None:
         if not set(task.fields) <= set(preset_fields(task.name) or ()):
             words += ["--fields", ",".join(task.fields)]
-        if task.kind == "lm":
+        if task.scores_answers:
+            words += ["--share-fields", ",".join(task.shared_fields)]
+        elif task.scores_tokens:
             words.append("--share-text")
     return shlex.join(words)
 

@@ -36,6 +36,7 @@ from hosl_edge.model.memory import plan_memory, release_unused
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
+from hosl_protocol.run.chat import load_form
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, Manifest
 from hosl_protocol.run.settings import RunSettings, check_run
 from hosl_protocol.weights.client_weights import ClientWeights
@@ -126,7 +127,8 @@ class Device:
             check_run(welcome.settings, self.manifest)
         except SettingsError as error:
             raise UnservedError(error) from error
-        check_consent(welcome.settings.task, self.settings.fields, share_text=self.settings.share_text)
+        own = self.settings
+        check_consent(welcome.settings.task, own.fields, share_text=own.share_text, share_fields=own.share_fields)
 
         header = JournalHeader(
             run=welcome.run,
@@ -199,8 +201,9 @@ class Device:
         path, files = self._folder / SHARD_TOKENIZER, dict(zip(("train", "eval"), self._data_paths, strict=True))
         with _usable_tokenizer(path):
             tokenizer = Tokenizer.from_file(str(path))
+            text_form = load_form(self._folder) if settings.task.scores_answers else None
             return {
-                split: load_texts(file, settings.task, tokenizer, settings.max_length, self.manifest)
+                split: load_texts(file, settings.task, tokenizer, settings.max_length, self.manifest, text_form)
                 for split, file in files.items()
                 if file is not None
             }

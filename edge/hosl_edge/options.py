@@ -25,7 +25,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             group.add_argument(option_of(name), action="store_true", default=argparse.SUPPRESS, help=shown.help)
             continue
         kind = TYPES[name]
-        read = split_fields if name == "fields" else int if kind is int else float if kind in _NUMBERS else str
+        read = (
+            split_fields
+            if kind == tuple[str, ...] | None
+            else int
+            if kind is int
+            else float
+            if kind in _NUMBERS
+            else str
+        )
         group.add_argument(
             option_of(name), metavar=shown.metavar, type=read, default=argparse.SUPPRESS, help=shown.help
         )

@@ -145,7 +145,9 @@ def check_data(settings: EdgeSettings, offer: Offer, manifest: Manifest | None) 
 
         try:
             if offer.task is not None:
-                check_consent(offer.task, settings.fields, share_text=settings.share_text)
+                check_consent(
+                    offer.task, settings.fields, share_text=settings.share_text, share_fields=settings.share_fields
+                )
             detail = "none"
             if path is not None:
                 detail = check_data_file(Path(path), offer.task, manifest, skip_broken=settings.skip_broken)

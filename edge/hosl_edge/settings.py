@@ -148,9 +148,21 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         bool,
         Shown(
             "allow tasks whose labels are the text itself",
-            "Allow tasks whose labels are the text itself, such as `lm`. The device then sends the text.",
+            "Allow tasks whose labels are the text itself: `lm`, `completion` and `chat`. The device then sends the "
+            "text that the model is to write.",
         ),
     ] = False
+    share_fields: Annotated[
+        tuple[str, ...] | None,
+        Shown(
+            "fields whose text itself may be sent as labels",
+            "Fields whose text may be sent as labels, with commas between them. Without it `share_text` allows every "
+            "field that the run may use.",
+            metavar="A,B",
+            default="with `share_text` all that the run may use, else none",
+            example=["completion"],
+        ),
+    ] = None
     skip_broken: Annotated[
         bool,
         Shown(
@@ -250,6 +262,8 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(EdgeSettings)}
 TYPES = typing.get_type_hints(EdgeSettings)
+LISTS = (tuple[str, ...] | None,)
+"""Of `TYPES`, what is written with commas."""
 SHOWN: dict[str, Shown] = {
     name: hint.__metadata__[0] for name, hint in typing.get_type_hints(EdgeSettings, include_extras=True).items()
 }
@@ -353,7 +367,7 @@ def _check_names(given: Iterable[str], known: Iterable[str], where: str) -> None
 
 
 def _parse(field: str, variable: str, text: str) -> Any:
-    if field == "fields":
+    if TYPES[field] in LISTS:
         return split_fields(text)
     try:
         return msgspec.convert(text, TYPES[field], strict=False)

@@ -16,6 +16,7 @@ from hosl_export.exceptions import ModelError
 from hosl_export.model.families import find_family
 from hosl_export.model.halves import ClientHalf, split_prefix
 from hosl_export.model.rope import check_rope, rope_limit
+from hosl_export.sources.chat import text_form
 from hosl_export.sources.images import read_image_entry, write_preprocessor
 from hosl_export.sources.loading import Source, load_preprocessor, load_tokenizer
 from hosl_protocol.exceptions import SettingsError
@@ -91,8 +92,11 @@ class TextInput:
         return make_text_cases(self.tokenizer, _choose_padding(self.tokenizer, config), self.max_length, prompt_tokens)
 
     def write_files(self, bundle: Path, model: Any) -> None:
-        """Write the device's tokenizer, and tokenizer and config beside the tail."""
-        writing.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config))
+        """Write the device's tokenizer and how conversations look, and tokenizer and config beside the tail."""
+        form, problem = text_form(self.tokenizer)
+        if problem:
+            logger.warning("the bundle serves no task of the kind chat: %s", problem)
+        writing.write_texts(bundle, model, self.tokenizer, _choose_padding(self.tokenizer, self.config), form)
 
     def manifest_fields(self, client: ClientHalf) -> dict[str, Any]:
         """Width, longest length and padding, all of which the config and the tokenizer say."""

@@ -10,7 +10,7 @@ import msgspec
 from hosl_cloud.commands.own_data import OwnData
 from hosl_cloud.settings import convert_config
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.run.tasks import TaskKind, load_preset, preset_names
+from hosl_protocol.run.tasks import TOKEN_KINDS, TaskKind, load_preset, preset_names
 
 DEFAULT_KIND = "sequence-classification"
 """What most people want of their own texts: a class for each."""
@@ -51,6 +51,8 @@ _RATES: dict[TaskKind, str] = {
     "prompt-classification": "2e-5",
     "sequence-classification": "1e-4",
     "lm": "2e-5",
+    "completion": "2e-5",
+    "chat": "2e-5",
     "image-classification": "1e-3",
 }
 """What suits a tail that trains whole: more where its head is new."""
@@ -59,7 +61,7 @@ _RATES: dict[TaskKind, str] = {
 def example_config(task: str = "", own: OwnData | None = None) -> str:
     """Write a run.toml for a task's kind, a preset, or the user's own data. Raises SettingsError for another name."""
     name = task or DEFAULT_KIND
-    if name in get_args(TaskKind) and name != "lm":
+    if name in get_args(TaskKind) and name not in TOKEN_KINDS:
         lines = _own_task(name, own)
     elif own is not None:
         raise SettingsError("--data", name, "a preset has its fields and labels: leave --data out, or name a kind")
@@ -103,8 +105,13 @@ def _own_task(kind: str, own: OwnData | None) -> list[str]:
 def _preset(name: str) -> list[str]:
     task = convert_config({"task": {"preset": name}}, name).task
     lines = ["[task]", f"preset = {_toml(name)}", f"# The data's fields: {', '.join(task.fields)}."]
-    if task.kind == "lm":
-        return [*lines, "# The text itself is the label, so a device must agree: hosl-edge --share-text"]
+    if task.scores_tokens:
+        shown = "--share-text" if task.kind == "lm" else f"--share-fields {','.join(task.shared_fields)}"
+        lines.append(f"# Text itself is the label, so a device must agree: hosl-edge {shown}")
+        if task.kind == "lm":
+            return lines
+        own = {name: value for name, value in load_preset(task.name).items() if name not in ("name", "kind")}
+        return lines + [f"# {field} = {_toml(value)}" for field, value in own.items()]
     spelled = f", or {', '.join(task.label_names)}" if task.label_names else ""
     lines.append(f"# Labels: {', '.join(task.labels)}{spelled}. Any field below overrides the preset's:")
     return lines + [f"# {field} = {_toml(value)}" for field, value in load_preset(name).items() if field != "name"]
@@ -126,7 +133,7 @@ def describe_presets() -> list[dict[str, Any]]:
             "fields": list(task.fields),
             "labels": list(task.labels),
             "label_names": list(task.label_names),
-            "metric": "accuracy" if task.kind != "lm" else "accuracy of the next token",
+            "metric": "accuracy" if not task.scores_tokens else "accuracy of the next token",
         }
         for task in tasks
     ]

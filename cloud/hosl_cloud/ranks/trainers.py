@@ -201,7 +201,7 @@ class ShardedTrainer(RankTrainer):
         Its gradient takes the way of the others', so that the ranks reduce in the same order.
         """
         tokens = self.config.max_length if self.config.task.is_image else self.tail.prompt_tokens + 2
-        labels = torch.zeros(tokens if self.kind == "lm" else 1, dtype=torch.int64, device=self.device)
+        labels = torch.zeros(tokens if self.config.task.scores_tokens else 1, dtype=torch.int64, device=self.device)
         h_TD = torch.zeros(tokens, self.width, device=self.device, requires_grad=wants_cut_gradient)
         return MicroBatch(h_TD, torch.tensor([tokens]), labels, share=1.0)
 

@@ -10,6 +10,7 @@ from typing import Literal
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.class_counts import ClassCounts
 from hosl_cloud.storage.stored_settings import StoredSettings
+from hosl_protocol.run.tasks import TOKEN_KINDS
 
 UNENDED = ("pending", "running", "paused")
 """States of runs that go on, now or later."""
@@ -158,7 +159,7 @@ def perplexity(loss: float, kind: str) -> float | None:
 
     Also for a loss whose perplexity is no number that JSON has.
     """
-    return math.exp(loss) if kind == "lm" and loss < _LARGEST_EXPONENT else None
+    return math.exp(loss) if kind in TOKEN_KINDS and loss < _LARGEST_EXPONENT else None
 
 
 _LARGEST_EXPONENT = 709.0

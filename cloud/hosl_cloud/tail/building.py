@@ -23,6 +23,7 @@ from hosl_export.model.halves import Tail, base_prefix
 from hosl_export.model.heads import has_class_head, keeps_head, linear_of, own_labels
 from hosl_export.model.lora import inject_lora, plain_name
 from hosl_protocol.exceptions import SettingsError
+from hosl_protocol.run.chat import load_form
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, LoraEntry, Manifest
 from hosl_protocol.run.tasks import Task, sample_text
 
@@ -44,6 +45,8 @@ def build_tail(bundle: Path, manifest: Manifest, config: RunConfig) -> tuple[Tai
         _settle_head(tail, bundle, manifest, config.task)
     else:
         _check_language_head(tail, manifest, config.task)
+    if config.task.scores_answers:
+        _check_form(bundle, config.task)
     if config.task.kind == "prompt-classification":
         rows = verbalizer_rows(config.task, bundle / SHARD_TOKENIZER)
         _check_rows(tail, config.task, rows)
@@ -78,6 +81,13 @@ def _settle_head(tail: Tail, bundle: Path, manifest: Manifest, task: Task) -> No
         assert tail.classifier is not None
         for parameter in linear_of(tail.classifier)[1].parameters():
             parameter.data = parameter.data[torch.tensor(order)]
+
+
+def _check_form(bundle: Path, task: Task) -> None:
+    """Raise SettingsError where the bundle does not say how the task's texts look, and BundleError for an old one."""
+    if load_form(bundle).chat is None and task.kind == "chat":
+        remedy = "the bundle's model has no chat template that a device can follow: use the kind 'completion'"
+        raise SettingsError("task.kind", task.kind, remedy)
 
 
 def _check_language_head(tail: Tail, manifest: Manifest, task: Task) -> None:

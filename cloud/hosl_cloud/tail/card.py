@@ -30,6 +30,8 @@ _PIPELINES = {
     "prompt-classification": "text-classification",
     "sequence-classification": "text-classification",
     "lm": "text-generation",
+    "completion": "text-generation",
+    "chat": "text-generation",
     "image-classification": "image-classification",
 }
 _AUTO = {
@@ -40,6 +42,8 @@ _NAMES = {
     "prompt-classification": "the token of a word for each label, compared at the end of a prompt",
     "sequence-classification": "a classification head",
     "lm": "the next token",
+    "completion": "the tokens that follow a prompt",
+    "chat": "the tokens of the assistant's messages",
     "image-classification": "a classification head",
 }
 
@@ -185,7 +189,7 @@ def _score(facts: Facts) -> str:
     if metrics is None or not metrics.scored:
         return "not evaluated at this round"
     share = score_text(metrics.correct, metrics.scored, metrics.examples, metrics.of_examples)
-    what = "next tokens right" if facts.task.kind == "lm" else "accuracy"
+    what = "next tokens right" if facts.task.scores_tokens else "accuracy"
     more = figures_text(metrics.macro_f1, perplexity(metrics.loss, facts.task.kind))
     return f"{what} {share}, loss {metrics.loss:.4f}{more}"
 
@@ -207,7 +211,9 @@ def _code_for(facts: Facts, *, is_adapter: bool) -> str:
     imports, load = _loading(facts, is_adapter=is_adapter)
     if facts.task.is_image:
         body = _IMAGE if not is_adapter else _IMAGE_ADAPTER
-    elif facts.task.kind == "lm":
+    elif facts.task.kind == "chat":
+        body = _CHAT
+    elif facts.task.scores_tokens:
         body = _LM
     elif facts.task.kind == "prompt-classification":
         answers = dict(zip(facts.task.labels, facts.info.head_rows, strict=True))
@@ -306,6 +312,15 @@ def go_on(example, tokens=40):
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         return tokenizer.decode(model.generate(**inputs, max_new_tokens=tokens)[0], skip_special_tokens=True)
+"""
+
+_CHAT = """
+
+def answer(messages, tokens=200):
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=tokens)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 """
 
 _FIELD = re.compile(r"\{([^{}]*)\}")

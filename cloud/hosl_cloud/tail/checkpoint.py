@@ -36,7 +36,7 @@ from hosl_export import tensor_files
 from hosl_protocol.exceptions import MalformedSettings
 from hosl_protocol.run.manifest import Manifest, sha256_of_file
 from hosl_protocol.run.settings import convert
-from hosl_protocol.run.tasks import TaskKind
+from hosl_protocol.run.tasks import TOKEN_KINDS, TaskKind
 from hosl_protocol.weights.state import ClientState
 from hosl_protocol.wire.messages import Snapshot
 
@@ -364,8 +364,8 @@ def comparable_scores(evaluations: Sequence[tuple[T, CheckpointScore]]) -> list[
 
 
 def score_key(metrics: CheckpointScore, kind: TaskKind) -> tuple[float, float]:
-    """Make what scores are compared by, larger is better: accuracy, then lower loss; for `lm` the loss alone."""
-    return (0.0 if kind == "lm" else metrics.correct / max(metrics.scored, 1), -metrics.loss)
+    """Make what scores are compared by, larger is better: accuracy, then lower loss; of tokens the loss alone."""
+    return (0.0 if kind in TOKEN_KINDS else metrics.correct / max(metrics.scored, 1), -metrics.loss)
 
 
 def prune_checkpoints(folder: Path, keep_last: int = 2) -> list[Path]:

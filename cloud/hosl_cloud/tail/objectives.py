@@ -15,9 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hosl_cloud.exceptions import BatchError
 from hosl_export.model.halves import Tail
-from hosl_protocol.run.tasks import TaskKind
-
-_NO_TARGET = -100
+from hosl_protocol.run.tasks import TOKEN_KINDS, UNSCORED, TaskKind
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Score:
     """The loss of a batch, and how many of its predictions were right."""
 
     loss: Tensor
-    """Mean over its examples, or over the predicted tokens of `lm`; a float32 scalar."""
+    """Mean over its examples, or over the predicted tokens where tokens are labels; a float32 scalar."""
     correct: int
     """Right predictions."""
     scored: int
@@ -44,7 +42,7 @@ def unpack(activations_TD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
 def score(kind: TaskKind, tail: Tail, activations_TD: Tensor, lengths_B: Tensor, labels_N: Tensor) -> Score:
     """Do the forward through the tail to the task's mean loss, of what `check_batch` let pass."""
     h_BLD, mask_BL = unpack(activations_TD, lengths_B)
-    if kind == "lm":
+    if kind in TOKEN_KINDS:
         return _score_tokens(tail, h_BLD, mask_BL, labels_N)
     # A prompt is answered at its last token, by a head that was narrowed to the verbalizers. A classifier finds its
     # own place: the first token of an encoder, the last real one of a causal model, an image's first token or mean.
@@ -59,24 +57,32 @@ def _score_classes(logits_BC: Tensor, labels_B: Tensor) -> Score:
 
 
 def _score_tokens(tail: Tail, h_BLD: Tensor, mask_BL: Tensor, tokens_T: Tensor) -> Score:
-    """Score a language model: each token but an example's first is predicted, and none of a soft prompt is."""
-    padded_BL = torch.full(mask_BL.shape, _NO_TARGET, device=tokens_T.device)
-    padded_BL[mask_BL.bool()] = tokens_T
-    padded_BL[:, : tail.prompt_tokens] = _NO_TARGET
-    targets = padded_BL[:, 1:].flatten()
-    places_BS = torch.arange(mask_BL.shape[1] - 1, device=tokens_T.device).expand(len(mask_BL), -1)
-    logits = tail(h_BLD, mask_BL, places_BS).flatten(0, 1).float()
-    scored = int((targets != _NO_TARGET).sum())
+    """Score a language model, whose labels are tokens; logits are computed only where one of them is predicted."""
+    targets_BL = torch.full(mask_BL.shape, UNSCORED, device=tokens_T.device)
+    targets_BL[mask_BL.bool()] = tokens_T
+    targets_BL[:, : max(tail.prompt_tokens, 1)] = UNSCORED
+
+    # Of each example the places before its scored tokens; those with fewer than others get places that do not count.
+    is_scored_BL = targets_BL != UNSCORED
+    most = max(int(is_scored_BL.sum(dim=1).max()), 1)
+    order_BS = torch.argsort(~is_scored_BL, dim=1, stable=True)[:, :most]
+    targets = targets_BL.gather(1, order_BS).flatten()
+    logits = tail(h_BLD, mask_BL, (order_BS - 1).clamp(min=0)).flatten(0, 1).float()
+    scored = int(is_scored_BL.sum())
     # A batch of single tokens predicts nothing: loss 0 and no gradient, rather than 0 / 0.
-    loss = F.cross_entropy(logits, targets, ignore_index=_NO_TARGET, reduction="sum") / max(scored, 1)
+    loss = F.cross_entropy(logits, targets, ignore_index=UNSCORED, reduction="sum") / max(scored, 1)
     return Score(loss, int((logits.detach().argmax(dim=1) == targets).sum()), scored)
 
 
-def targets(kind: TaskKind, tail: Tail, lengths_B: Tensor) -> int:
+def targets(kind: TaskKind, tail: Tail, lengths_B: Tensor, labels_N: Tensor) -> int:
     """Count the predictions over which the loss of these examples is a mean."""
-    if kind != "lm":
+    if kind not in TOKEN_KINDS:
         return len(lengths_B)
-    return int(lengths_B.sum()) - len(lengths_B) * max(tail.prompt_tokens, 1)
+    is_scored_N = labels_N != UNSCORED
+    # The first tokens of an example are predicted from nothing.
+    unseen = max(tail.prompt_tokens, 1)
+    starts = (lengths_B.cumsum(0) - lengths_B).tolist()
+    return int(is_scored_N.sum()) - sum(int(is_scored_N[start : start + unseen].sum()) for start in starts)
 
 
 def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor, labels_N: Tensor) -> None:
@@ -87,11 +93,12 @@ def check_batch(kind: TaskKind, tail: Tail, token_count: int, lengths_B: Tensor,
 
     if int(lengths_B.sum()) != token_count:
         raise BatchError("tokens of a batch", f"{int(lengths_B.sum())} by its lengths", token_count)
-    expected = token_count if kind == "lm" else len(lengths_B)
+    expected = token_count if kind in TOKEN_KINDS else len(lengths_B)
     if len(labels_N) != expected:
         raise BatchError("labels of a batch", expected, len(labels_N))
 
     classes = int(tail.class_count or tail.model.get_output_embeddings().out_features)  # rows of the head
-    if int(labels_N.min()) < 0 or int(labels_N.max()) >= classes:
-        out_of_range = [label for label in labels_N.tolist() if not 0 <= label < classes]
-        raise BatchError("labels of a batch", f"0 to {classes - 1}", out_of_range[0])
+    least = UNSCORED if kind in ("completion", "chat") else 0
+    if int(labels_N.min()) < least or int(labels_N.max()) >= classes:
+        out_of_range = [label for label in labels_N.tolist() if not least <= label < classes]
+        raise BatchError("labels of a batch", f"{least} to {classes - 1}", out_of_range[0])

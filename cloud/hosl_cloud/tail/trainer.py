@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -241,13 +241,17 @@ class TailTrainer:
             self._prefetcher.take(labels_N, torch.int64),
         )
         lengths, ends = torch.from_numpy(lengths_B.astype(np.int64)), np.concatenate([[0], np.cumsum(lengths_B)])
-        whole, parts = objectives.targets(self.kind, self.tail, lengths), []
+        parts, counts = [], []
         for row in rows:
             tokens = slice(int(ends[row.start]), int(ends[row.stop]))
-            # By predictions, not by examples: the parts' mean losses then add up to the batch's.
-            share = objectives.targets(self.kind, self.tail, lengths[row]) / max(whole, 1) if len(rows) > 1 else 1.0
-            labels_N_ = labels[tokens if self.kind == "lm" else row]
-            parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels_N_, share))
+            own = tokens if self.config.task.scores_tokens else row
+            counts.append(objectives.targets(self.kind, self.tail, lengths[row], torch.from_numpy(labels_N[own])))
+            parts.append(MicroBatch(h_TD[tokens].detach(), lengths[row], labels[own], share=1.0))
+
+        # By predictions, not by examples: the parts' mean losses then add up to the batch's.
+        whole = max(sum(counts), 1)
+        if len(rows) > 1:
+            parts = [replace(part, share=count / whole) for part, count in zip(parts, counts, strict=True)]
         return parts
 
     def _score(self, part: MicroBatch, *, is_exact: bool = False) -> objectives.Score:

@@ -62,7 +62,7 @@ def check_fit(settings: EdgeSettings, task: Task, manifest: Manifest | None) -> 
 
     Raises ConsentError and DataError.
     """
-    check_consent(task, settings.fields, share_text=settings.share_text)
+    check_consent(task, settings.fields, share_text=settings.share_text, share_fields=settings.share_fields)
     for path in (settings.data, settings.eval):
         if path is not None:
             check_data_file(Path(path), task, manifest, skip_broken=settings.skip_broken)

@@ -6,11 +6,19 @@ from hosl_edge.exceptions import ConsentError
 from hosl_protocol.run.tasks import Task, preset_fields
 
 
-def check_consent(task: Task, fields: tuple[str, ...] | None, *, share_text: bool) -> None:
-    """Raise ConsentError where the task reads more than the device allows."""
-    if task.kind == "lm" and not share_text:
+def check_consent(
+    task: Task, fields: tuple[str, ...] | None, *, share_text: bool, share_fields: tuple[str, ...] | None = None
+) -> None:
+    """Raise ConsentError where the task reads, or sends, more than the device allows.
+
+    `share_fields` are those whose text it may send; with `share_text` alone it may send what it may read.
+    """
+    shares_all = share_text and share_fields is None
+    sent = [] if shares_all else [field for field in task.shared_fields if field not in (share_fields or ())]
+    if sent:
         raise ConsentError(
-            f"task {task.name!r} sends the text itself as labels: start hosl-edge with --share-text to allow it"
+            f"task {task.name!r} sends the text of {', '.join(sent)} itself as labels: "
+            f"start hosl-edge with --share-text or --share-fields {','.join(task.shared_fields)} to allow it"
         )
 
     allowed = fields if fields is not None else preset_fields(task.name)

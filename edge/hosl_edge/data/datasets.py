@@ -7,6 +7,7 @@ Shapes: B examples, T tokens of a batch without padding, L longest example, N la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hosl_protocol.run.settings import RunSettings
+from hosl_protocol.run.tasks import UNSCORED
 
 
 class Batch(Protocol):
@@ -75,7 +77,7 @@ class TextBatch:
     ids_BL: npt.NDArray[np.int64]
     lengths_B: npt.NDArray[np.int32]
     labels_N: npt.NDArray[np.int32]
-    """Class per example; for `lm` the T token ids themselves."""
+    """Class per example; where tokens are labels the T token ids themselves, `UNSCORED` for those that are none."""
 
     @property
     def tokens(self) -> int:
@@ -100,8 +102,10 @@ class TextDataset:
     offsets: npt.NDArray[np.int64]
     """Where each example starts, and the end: [examples + 1]."""
     labels: npt.NDArray[np.int32] | None
-    """[examples]; None for `lm`."""
+    """[examples]; None where tokens are the labels."""
     pad_token_id: int
+    is_answer: npt.NDArray[np.bool_] | None = None
+    """Which of `ids` are labels; None for all."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -111,12 +115,20 @@ class TextDataset:
         lengths = np.diff(self.offsets)[indices]
         order = np.argsort(lengths, kind="stable")  # stable: the same batch on every machine
         indices, lengths = indices[order], lengths[order]
-        rows = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        places = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
+        rows = [self.ids[place] for place in places]
         ids_BL = np.full((len(rows), int(lengths.max())), self.pad_token_id, np.int64)
         for target, row in zip(ids_BL, rows, strict=True):
             target[: row.size] = row
-        labels = np.concatenate(rows) if self.labels is None else self.labels[indices]
+        labels = self._token_labels(places) if self.labels is None else self.labels[indices]
         return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32))
+
+    def _token_labels(self, places: Sequence[slice]) -> npt.NDArray[np.int32]:
+        """The token ids there, of which only answers are labels."""
+        ids = np.concatenate([self.ids[place] for place in places])
+        if self.is_answer is None:
+            return ids
+        return np.where(np.concatenate([self.is_answer[place] for place in places]), ids, np.int32(UNSCORED))
 
     def training_batch(
         self, indices: npt.NDArray[np.int64], settings: RunSettings, round_: int, device: str
@@ -130,7 +142,9 @@ class TextDataset:
 
     def subset(self, places: npt.NDArray[np.int64]) -> TextDataset:
         """The examples at `places` [n], copied."""
-        rows = [self.ids[self.offsets[place] : self.offsets[place + 1]] for place in places]
+        slices = [slice(self.offsets[place], self.offsets[place + 1]) for place in places]
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[places])]).astype(np.int64)
         labels = None if self.labels is None else self.labels[places]
-        return TextDataset(np.concatenate(rows), offsets, labels, self.pad_token_id)
+        is_answer = None if self.is_answer is None else np.concatenate([self.is_answer[each] for each in slices])
+        ids = np.concatenate([self.ids[each] for each in slices])
+        return TextDataset(ids, offsets, labels, self.pad_token_id, is_answer)

@@ -5,6 +5,7 @@ Errors name the file and the line, never the text.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,21 +16,25 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from hosl_edge.data.answers import AnsweredText, AnswerTokenizer
 from hosl_edge.data.datasets import TextDataset
 from hosl_edge.data.long_texts import LongTexts
 from hosl_edge.data.records import read_examples, warn_of_absent, warn_once
 from hosl_edge.exceptions import DataError, UnservedError
 from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.run.manifest import Manifest
-from hosl_protocol.run.tasks import Task, is_blank, label_of, render
+from hosl_protocol.run.chat import TextForm
+from hosl_protocol.run.manifest import SHORTEST_TEXT, Manifest
+from hosl_protocol.run.tasks import Task, is_blank, label_of, look_up, render
 
 PORTION_TEXTS = 256
 PORTION_CHARACTERS = 200_000
 """Of texts that are tokenized together; their encodings take a hundred times the bytes."""
 
 
-def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest) -> TextDataset:
-    """Read and tokenize a file; `max_length` counts the soft prompt.
+def load_texts(
+    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest, text_form: TextForm | None = None
+) -> TextDataset:
+    """Read and tokenize a file; `max_length` counts the soft prompt, and `text_form` says how answers end.
 
     Raises DataError with file and line, and UnservedError where `max_length` has no room for a text.
     """
@@ -38,13 +43,16 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
     if max_length < (fewest := prompt_tokens + tokenizer.num_special_tokens_to_add(is_pair=False)):
         remedy = f"the tokenizer's special tokens and the soft prompt take {fewest} places: use more"
         raise UnservedError(SettingsError("max_length", max_length, remedy))
+    if task.scores_answers:
+        assert text_form is not None
+        return _load_answers(path, task, tokenizer, max_length, manifest, text_form)
     lines, labels, blank = [], [], []
 
     # A generator: the texts of a large file are never in memory together, their ids are.
     def texts() -> Iterator[str]:
         for line, example in read_examples(path):
             text = _text_of(task, example, path, line)
-            if task.kind != "lm":
+            if not task.scores_tokens:
                 labels.append(_label_of(task, example, path, line))
             lines.append(line)
             if is_blank(task, text):
@@ -58,7 +66,7 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
     if _ends_before_padding(task, manifest):
         rows = [without_end_padding(row, pad_token_id) for row in rows]
     for line, row in zip(lines, rows, strict=True):
-        if row.size < (2 if task.kind == "lm" else 1):
+        if row.size < (2 if task.scores_tokens else 1):
             raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
     _check_tokens(path, lines, rows, tokenizer, manifest)
 
@@ -66,12 +74,64 @@ def load_texts(path: Path, task: Task, tokenizer: Tokenizer, max_length: int, ma
         warn_once(f"{path}: examples without text: {len(blank)}, the first in line {blank[0]}")
     warn_of_absent(path, task, labels)
 
+    label_array = None if task.scores_tokens else np.array(labels, np.int32)
+    return _dataset(rows, manifest, label_array)
+
+
+def _load_answers(
+    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest, text_form: TextForm
+) -> TextDataset:
+    """Read and tokenize a file of prompts with completions, or of conversations; as `load_texts`."""
+    if task.kind == "chat" and text_form.chat is None:
+        remedy = "the model has no chat template that a device can follow: use the kind 'completion', or another model"
+        raise UnservedError(SettingsError("task.kind", task.kind, remedy))
+    end_id = None if text_form.end is None else tokenizer.token_to_id(text_form.end)
+    answers = AnswerTokenizer(task, tokenizer, max_length - manifest.prompt_tokens, end_id, text_form.chat)
+
+    lines, texts = [], []
+    for line, example in read_examples(path):
+        with _named_errors(example, path, line):
+            texts.append(answers.tokenize(example))
+        lines.append(line)
+        if texts[-1].ids.size < SHORTEST_TEXT:
+            problem = f"the text comes to {texts[-1].ids.size} tokens, which is too few to learn from"
+            raise DataError(path, line, problem)
+    if not texts:
+        raise DataError(path, None, "holds no examples")
+
+    rows = [text.ids for text in texts]
+    _check_tokens(path, lines, rows, tokenizer, manifest)
+    _warn_of_cuts(path, lines, texts, max_length)
+    return _dataset(rows, manifest, is_answer=[text.is_answer for text in texts])
+
+
+def _warn_of_cuts(path: Path, lines: list[int], texts: list[AnsweredText], max_length: int) -> None:
+    cut = [line for line, text in zip(lines, texts, strict=True) if text.is_cut]
+    if cut:
+        warn_once(
+            f"{path}: examples of more than {max_length} tokens, which are cut: {len(cut)}, the first in line {cut[0]}"
+        )
+    silent = [line for line, text in zip(lines, texts, strict=True) if not text.is_answer[1:].any()]
+    if silent:
+        warn_once(f"{path}: examples with nothing to learn: {len(silent)}, the first in line {silent[0]}")
+
+
+def _dataset(
+    rows: list[npt.NDArray[np.int32]],
+    manifest: Manifest,
+    labels: npt.NDArray[np.int32] | None = None,
+    is_answer: list[npt.NDArray[np.bool_]] | None = None,
+) -> TextDataset:
+    """Put the texts together, each behind the places of a soft prompt."""
     # The graph puts its prompt in the place of these.
-    places = np.full(prompt_tokens, pad_token_id, np.int32)
-    rows = [np.concatenate([places, row]) for row in rows] if prompt_tokens else rows
+    places = np.full(manifest.prompt_tokens, manifest.pad_token_id, np.int32)
+    if places.size:
+        rows = [np.concatenate([places, row]) for row in rows]
     offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
-    label_array = None if task.kind == "lm" else np.array(labels, np.int32)
-    return TextDataset(np.concatenate(rows), offsets, label_array, pad_token_id)
+    flags = None
+    if is_answer is not None:
+        flags = np.concatenate([np.concatenate([np.zeros(places.size, bool), row]) for row in is_answer])
+    return TextDataset(np.concatenate(rows), offsets, labels, manifest.pad_token_id, flags)
 
 
 def tokenize(
@@ -136,23 +196,34 @@ def check_first_example(path: Path, task: Task | None) -> int:
     if example is None:
         raise DataError(path, None, "holds no examples")
     if task is not None:
+        if task.kind == "chat":
+            with _named_errors(example, path, line):
+                look_up(example, task.messages_field)
+            return len(example)
         _text_of(task, example, path, line)
-        if task.kind != "lm":
+        if not task.scores_tokens:
             _label_of(task, example, path, line)
     return len(example)
 
 
 def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
-    try:
+    with _named_errors(example, path, line):
         text = render(task, example)
         text.encode()
+    return text
+
+
+@contextlib.contextmanager
+def _named_errors(example: Mapping[str, Any], path: Path, line: int) -> Iterator[None]:
+    """Say of what reading an example raises in which file and line it is."""
+    try:
+        yield
     except KeyError as error:
         raise _missing(error, example, path, line) from None
     except UnicodeEncodeError:
         raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DataError(path, line, str(error)) from None
-    return text
 
 
 def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:

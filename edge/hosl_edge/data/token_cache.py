@@ -65,7 +65,11 @@ def _load(path: Path, key: str, pad_token_id: int) -> Splits | None:
 
     return {
         split: TextDataset(
-            arrays[f"{split}/ids"], arrays[f"{split}/offsets"], arrays.get(f"{split}/labels"), pad_token_id
+            arrays[f"{split}/ids"],
+            arrays[f"{split}/offsets"],
+            arrays.get(f"{split}/labels"),
+            pad_token_id,
+            arrays.get(f"{split}/is_answer"),
         )
         for split in ("train", "eval")
         if f"{split}/ids" in arrays
@@ -78,6 +82,8 @@ def _save(path: Path, key: str, splits: Splits) -> None:
         arrays[f"{split}/ids"], arrays[f"{split}/offsets"] = dataset.ids, dataset.offsets
         if dataset.labels is not None:
             arrays[f"{split}/labels"] = dataset.labels
+        if dataset.is_answer is not None:
+            arrays[f"{split}/is_answer"] = dataset.is_answer
     content = save({**arrays, "digest": np.frombuffer(_digest(arrays), np.uint8)}, {"key": key})
     new = path.with_suffix(".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # as private as the data

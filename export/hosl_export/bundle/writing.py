@@ -20,8 +20,10 @@ from hosl_export.exceptions import SpaceError
 from hosl_export.model.halves import ClientHalf, Tail, base_prefix, split_prefix
 from hosl_export.model.trainable import plain_tensors
 from hosl_export.tensor_files import write_tensors
+from hosl_protocol.run.chat import TextForm, encode_form
 from hosl_protocol.run.manifest import (
     MANIFEST,
+    SHARD_CHAT,
     SHARD_GRAPH,
     SHARD_PREFIX,
     SHARD_TOKENIZER,
@@ -86,13 +88,14 @@ def write_weights(bundle: Path, client: ClientHalf, tail: Tail) -> None:
     write_tensors(bundle / TAIL_WEIGHTS, state)
 
 
-def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int) -> None:
-    """Write the device's tokenizer, and the uncut model's config, generation config and tokenizer beside the tail."""
+def write_texts(bundle: Path, model: Any, tokenizer: Any, pad_token_id: int, form: TextForm) -> None:
+    """Write the device's tokenizer and `form`, and the uncut model's config and tokenizer beside the tail."""
     # Padding and truncation stored in the file would change every text's tokens; hosl pads and cuts by itself.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
     plain.save(str(bundle / SHARD_TOKENIZER))
+    (bundle / SHARD_CHAT).write_bytes(encode_form(form))
 
     padding = tokenizer.added_tokens_decoder.get(pad_token_id)
     if tokenizer.pad_token_id != pad_token_id and padding is not None and padding.special:

@@ -21,6 +21,7 @@ SHARD_GRAPH = "shard/shard.onnx"
 SHARD_PREFIX = "shard/prefix.onnx"
 SHARD_WEIGHTS = "shard/shard.safetensors"
 SHARD_TOKENIZER = "shard/tokenizer.json"
+SHARD_CHAT = "shard/chat.json"
 TAIL_CONFIG = "tail/config.json"
 TAIL_WEIGHTS = "tail/tail.safetensors"
 

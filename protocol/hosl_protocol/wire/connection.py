@@ -55,7 +55,7 @@ def bounds_for(settings: RunSettings, width: int, update: UpdateShape) -> Bounds
     return Bounds(
         {
             "B": settings.batch_size,
-            "N": max(settings.batch_size, settings.max_tokens if settings.task.kind == "lm" else 0),
+            "N": max(settings.batch_size, settings.max_tokens if settings.task.scores_tokens else 0),
             "T": settings.max_tokens,
             "D": width,
             "P": update.coefficients,

@@ -18,7 +18,15 @@ import msgspec
 
 from hosl_protocol.exceptions import SettingsError
 
-TaskKind = Literal["prompt-classification", "sequence-classification", "lm", "image-classification"]
+TaskKind = Literal[
+    "prompt-classification", "sequence-classification", "lm", "completion", "chat", "image-classification"
+]
+
+TOKEN_KINDS: tuple[TaskKind, ...] = ("lm", "completion", "chat")
+"""Whose labels are tokens of the texts themselves, instead of classes."""
+
+UNSCORED = -1
+"""In the place of a token's label: it is part of the text, and not of what the model is to write."""
 
 IMAGE_FIELDS = ("images", "labels")
 """What image tasks read of a device's data."""
@@ -35,11 +43,16 @@ class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     kind: TaskKind
     """`prompt-classification`: the tail scores one verbalizer token per class after the prompt;
     `sequence-classification`: a trained head scores the classes; `lm`: next token, the text is its own label;
+    `completion`: next token, of what is to follow a prompt; `chat`: next token, of the assistant's messages;
     `image-classification`: a trained head scores the classes of an image."""
     template: str = ""
-    """Text of an example, with field names in braces; empty for images."""
+    """Text of an example, with field names in braces, of `completion` the prompt; empty for images and `chat`."""
+    completion: str = ""
+    """Text that follows the prompt, with field names in braces; only `completion`."""
+    messages_field: str = "messages"
+    """Field that holds the messages of a conversation; only `chat`."""
     label_field: str = "label"
-    """Field that holds the label; unused by `lm` and for images."""
+    """Field that holds the class; only classifications of text."""
     labels: tuple[str, ...] = ()
     """Label values as text, in class order; for images the names of the classes."""
     verbalizers: tuple[str, ...] = ()
@@ -58,25 +71,50 @@ class Task(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         return self.kind in ("sequence-classification", "image-classification")
 
     @property
+    def scores_tokens(self) -> bool:
+        """Whether the labels are tokens of the text itself, instead of classes."""
+        return self.kind in TOKEN_KINDS
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether only some of the tokens are labels: a completion's, or an assistant's."""
+        return self.kind in ("completion", "chat")
+
+    @property
+    def shared_fields(self) -> tuple[str, ...]:
+        """The fields whose text goes to the cloud as labels."""
+        if self.kind == "chat":
+            return (self.messages_field,)
+        return _named(self.completion if self.kind == "completion" else self.template) if self.scores_tokens else ()
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Every field of an example that the task reads, in order, without repetition."""
         if self.is_image:
             return IMAGE_FIELDS
-        label = () if self.kind == "lm" else (self.label_field,)
-        named = (name for names in _FIELD.findall(self.template) for name in names.split("|"))
-        return tuple(dict.fromkeys((*named, *label)))
+        last = self.shared_fields if self.scores_tokens else (self.label_field,)
+        return tuple(dict.fromkeys((*_named(self.template), *last)))
+
+
+def _named(template: str) -> tuple[str, ...]:
+    """The fields that a template names."""
+    return tuple(dict.fromkeys(name for names in _FIELD.findall(template) for name in names.split("|")))
 
 
 def check_task(task: Task) -> None:
     """Raise SettingsError where the task contradicts itself."""
-    if task.is_image:
-        if task.template:
-            raise SettingsError("task.template", task.template, "images have no template: leave it out")
-    elif not _FIELD.search(task.template):
-        raise SettingsError("task.template", task.template, "name at least one field in braces, such as {text}")
-    if re.search(r"[{}]", _FIELD.sub("", task.template)):
-        raise SettingsError("task.template", task.template, "braces may only enclose a field name")
-    if task.kind == "lm":
+    needed = {"template": not (task.is_image or task.kind == "chat"), "completion": task.kind == "completion"}
+    for name, is_needed in needed.items():
+        template = getattr(task, name)
+        if is_needed and not _FIELD.search(template):
+            raise SettingsError(f"task.{name}", template, "name at least one field in braces, such as {text}")
+        if template and not is_needed:
+            raise SettingsError(f"task.{name}", template, f"the kind {task.kind} has none: leave it out")
+        if re.search(r"[{}]", _FIELD.sub("", template)):
+            raise SettingsError(f"task.{name}", template, "braces may only enclose a field name")
+    if task.kind == "chat" and not re.fullmatch(FIELD_NAME, task.messages_field):
+        raise SettingsError("task.messages_field", task.messages_field, "give the name of a field")
+    if task.scores_tokens:
         return
 
     if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
@@ -90,8 +128,16 @@ def check_task(task: Task) -> None:
 
 
 def render(task: Task, example: Mapping[str, Any]) -> str:
-    """Make the example's text. Raises KeyError with the name of a missing field, TypeError for one that is no text."""
-    return _FIELD.sub(lambda match: _text_of(example, match.group(1)), task.template)
+    """Make the example's text, or its prompt. Raises as `fill` does."""
+    return fill(task.template, example)
+
+
+def fill(template: str, example: Mapping[str, Any]) -> str:
+    """Put an example's fields into a template.
+
+    Raises KeyError with the name of a missing field, TypeError for one that is no text.
+    """
+    return _FIELD.sub(lambda match: _text_of(example, match.group(1)), template)
 
 
 def sample_text(task: Task) -> str:
@@ -171,15 +217,18 @@ def label_of(task: Task, example: Mapping[str, Any]) -> int:
 
 
 def look_up(example: Mapping[str, Any], field: str) -> Any:
-    """Look a field up by name, or by dots through nested objects; never attributes. Raises KeyError(field)."""
+    """Look a field up by name, or by dots through objects and lists; never attributes. Raises KeyError(field)."""
     # A flat table may have a dot in a column's name.
     if field in example:
         return example[field]
     value: Any = example
     for part in field.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+        if isinstance(value, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
+        else:
             raise KeyError(field)
-        value = value[part]
     return value
 
 
