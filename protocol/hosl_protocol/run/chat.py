@@ -143,7 +143,7 @@ def _read_message(place: int, entry: Any) -> Message:
     if found is None:
         raise ValueError(f"has no role and content in message {place}")
     role, content = entry[found[0]], entry[found[1]]
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"has a message {place} of none of the roles system, user and assistant")
     if not isinstance(content, str):
         raise ValueError(f"has a message {place} whose content is no text")
