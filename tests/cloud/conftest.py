@@ -30,8 +30,10 @@ from transformers import (
 from hosl_cloud.settings import RunConfig, parse_config
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_export import client_half, find_family, inject_lora, plain_state, tail_half
+from hosl_protocol.run.chat import TextForm, encode_form
 from hosl_protocol.run.manifest import (
     MANIFEST,
+    SHARD_CHAT,
     TAIL_CONFIG,
     TAIL_WEIGHTS,
     LoraEntry,
@@ -39,6 +41,7 @@ from hosl_protocol.run.manifest import (
     TensorEntry,
     encode_manifest,
 )
+from hosl_protocol.run.tasks import TOKEN_KINDS, UNSCORED
 
 VOCABULARY = 48
 BLOCKS, SPLIT = 3, 1
@@ -116,7 +119,8 @@ CLASSES: dict[str, Any] = {
     "labels": ["no", "maybe", "yes"],
 }
 TEXT: dict[str, Any] = {"name": "text", "kind": "lm", "template": "{text}"}
-TASKS = {task["kind"]: task for task in (PROMPTS, CLASSES, TEXT)}
+ANSWERS: dict[str, Any] = {"name": "answers", "kind": "completion", "template": "{text}", "completion": "{answer}"}
+TASKS = {task["kind"]: task for task in (PROMPTS, CLASSES, TEXT, ANSWERS)}
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,11 @@ class Bundle:
         generator = torch.Generator().manual_seed(seed)
         ids = [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in lengths]
         classes = len(TASKS[kind].get("labels", ())) or 1
-        labels = torch.cat(ids) if kind == "lm" else torch.arange(len(ids)) % classes
+        labels = torch.arange(len(ids)) % classes
+        if kind == "lm":
+            labels = torch.cat(ids)
+        elif kind == "completion":  # what comes after the first third
+            labels = torch.cat([torch.where(torch.arange(len(each)) * 3 < len(each), UNSCORED, each) for each in ids])
         return Batch(ids, self.activate(ids), np.array(lengths, np.int32), labels.numpy().astype(np.int32))
 
     def client_weights(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -230,15 +238,18 @@ def _below_base(family: str) -> str:
 
 
 def _examples(kind: str, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    labels = batch.ids if kind == "lm" else list(torch.from_numpy(batch.labels_N.astype(np.int64)))
+    labels = list(torch.from_numpy(batch.labels_N.astype(np.int64)))
+    if kind in TOKEN_KINDS:
+        labels = list(torch.from_numpy(batch.labels_N.astype(np.int64)).split(batch.lengths_B.tolist()))
     return list(zip(batch.ids, labels, strict=True))
 
 
 def _example_loss(model: Any, kind: str, rows: tuple[int, ...], ids: Tensor, label: Tensor) -> Tensor:
     """Losses of one example: one, or one a predicted token."""
     logits = model(input_ids=ids[None]).logits[0]
-    if kind == "lm":
-        return F.cross_entropy(logits[:-1], label[1:], reduction="none")
+    if kind in TOKEN_KINDS:
+        is_scored = label[1:] != UNSCORED
+        return F.cross_entropy(logits[:-1][is_scored], label[1:][is_scored], reduction="none")
     scores = logits if kind == "sequence-classification" else logits[-1, list(rows)]
     return F.cross_entropy(scores[None], label[None], reduction="none")
 
@@ -296,6 +307,7 @@ def _cut(path: Path, name: str, train: str) -> Bundle:
         files=(),
     )
     (path / MANIFEST).write_bytes(encode_manifest(manifest))
+    (path / SHARD_CHAT).write_bytes(encode_form(TextForm()))
     return Bundle(path, manifest, uncut, client)
 
 

@@ -104,7 +104,9 @@ def _byte_level() -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([" the answer is what the user asked for, and the question that was asked"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        [" the answer is what the user asked for, and the question that was asked"] * 4, trainer
+    )
     return tokenizer.to_str()
 
 

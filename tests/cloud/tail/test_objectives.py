@@ -20,12 +20,13 @@ from hosl_cloud.tail.objectives import unpack
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER
 
-PROMPTS, CLASSES, TEXT = "prompt-classification", "sequence-classification", "lm"
+PROMPTS, CLASSES, TEXT, ANSWERS = "prompt-classification", "sequence-classification", "lm", "completion"
 
 CASES = [
     *((family, PROMPTS) for family in ("llama", "gpt2", "opt", "gemma3_text")),
     *((family, CLASSES) for family in ("llama", "gpt2", "gemma3_text", "bert")),
     *((family, TEXT) for family in ("llama", "gpt2", "gemma3_text")),
+    *((family, ANSWERS) for family in ("llama", "gpt2", "gemma3_text")),
 ]
 
 
@@ -53,7 +54,11 @@ def test_softcapping_of_the_config_changes_the_loss(make_bundle: Callable[..., A
 
 
 @pytest.mark.parametrize(
-    ("kind", "shares"), [(PROMPTS, (1 / 2, 1 / 2)), (CLASSES, (1 / 2, 1 / 2)), (TEXT, (2 / 21, 19 / 21))]
+    ("kind", "shares"),
+    [
+        *((kind, (1 / 2, 1 / 2)) for kind in (PROMPTS, CLASSES)),
+        *((TEXT, (2 / 21, 19 / 21)), (ANSWERS, (2 / 15, 13 / 15))),
+    ],
 )
 def test_longer_neighbours_do_not_change_an_example(bundle: Any, kind: str, shares: tuple[float, float]) -> None:
     trainer, batch = bundle.trainer(kind), bundle.batch(kind, (3, 20))
@@ -65,7 +70,7 @@ def test_longer_neighbours_do_not_change_an_example(bundle: Any, kind: str, shar
 
 
 def test_classes_are_scored_by_examples_and_text_by_predicted_tokens(bundle: Any) -> None:
-    for kind, scored in ((PROMPTS, 4), (CLASSES, 4), (TEXT, 12)):
+    for kind, scored in ((PROMPTS, 4), (CLASSES, 4), (TEXT, 12), (ANSWERS, 9)):
         score = bundle.trainer(kind).evaluate(*bundle.batch(kind, (3, 7, 1, 5)).sent)
         assert score.scored == scored
         assert 0 <= score.correct <= scored
@@ -79,6 +84,38 @@ def test_correct_counts_hits_of_the_largest_class(bundle: Any) -> None:
     flipped = trainer.evaluate(batch.activations_TD, batch.lengths_B, 1 - batch.labels_N)
     assert trainer.evaluate(*batch.sent).correct == right
     assert flipped.correct == 12 - right
+
+
+@pytest.mark.parametrize(("kind", "places"), [(TEXT, 6), (ANSWERS, 4)])
+def test_logits_are_computed_only_where_tokens_are_scored(bundle: Any, kind: str, places: int) -> None:
+    trainer = bundle.trainer(kind)
+    shapes: list[tuple[int, ...]] = []
+    head = trainer.tail.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _inputs, logits: shapes.append(tuple(logits.shape)))
+    trainer.evaluate(*bundle.batch(kind, (3, 7, 1, 5)).sent)
+    assert shapes == [(4, places, 48)]
+
+
+@pytest.mark.parametrize(("kind", "label", "limits"), [(TEXT, -1, "0 to 47"), (ANSWERS, -2, "-1 to 47")])
+def test_only_of_answers_a_token_may_be_no_label(bundle: Any, kind: str, label: int, limits: str) -> None:
+    activations, lengths, labels = bundle.batch(kind).sent
+    with pytest.raises(BatchError, match=f"expected {limits}.* {label}"):
+        bundle.trainer(kind).forward_backward(activations, lengths, np.full_like(labels, label))
+
+
+def test_answers_of_which_none_is_scored_pull_nowhere(bundle: Any) -> None:
+    activations, lengths, labels = bundle.batch(ANSWERS).sent
+    result = bundle.trainer(ANSWERS).forward_backward(activations, lengths, np.full_like(labels, -1))
+    assert (result.loss, result.scored) == (0.0, 0)
+    assert not result.cut_gradient_TD.any()
+
+
+@pytest.mark.parametrize("kind", [TEXT, ANSWERS])
+def test_parts_of_a_batch_add_up_by_their_scored_tokens(bundle: Any, kind: str) -> None:
+    batch = bundle.batch(kind, (3, 7, 1, 5))
+    whole, parts = (bundle.trainer(kind, micro_batch_tokens=size).forward_backward(*batch.sent) for size in (0, 7))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    np.testing.assert_allclose(parts.cut_gradient_TD, whole.cut_gradient_TD, atol=1e-6)
 
 
 def test_single_tokens_predict_nothing_and_pull_nowhere(bundle: Any) -> None:

@@ -6,15 +6,31 @@ import random
 from typing import Any
 
 import pytest
-from chat_templates import TEMPLATES, chat_tokenizer
 
+from chat_templates import TEMPLATES, chat_tokenizer
 from hosl_edge.data.answers import AnswerTokenizer
 from hosl_export.sources.chat import ChatTemplateError, chat_form, text_form
 from hosl_protocol.run.chat import TextForm, decode_form, encode_form
 from hosl_protocol.run.tasks import Task
 
 TASK = Task(name="chat", kind="chat")
-WORDS = ("the", "answer", "is", "Ünïcode", "日本語", "🙂", "a  b", "\n", "\n\n", " ", "{x}", "{{ y }}", "</s>", "<s>", "42")
+WORDS = (
+    "the",
+    "answer",
+    "is",
+    "Ünïcode",
+    "日本語",
+    "🙂",
+    "a  b",
+    "\n",
+    "\n\n",
+    " ",
+    "{x}",
+    "{{ y }}",
+    "</s>",
+    "<s>",
+    "42",
+)
 
 
 def conversation(draw: random.Random, has_system: bool) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,18 @@ def configure(task: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def device_settings(service: Service, name: str, **more: Any) -> EdgeSettings:
+def device_settings(service: Service, name: str, change: Callable[[Path], None], **more: Any) -> EdgeSettings:
     number = int(name[-1])
     folder = service.folder.parent
+    data = write_reviews(folder / f"{name}-train.jsonl", 40, 40 * number)
+    held_out = write_reviews(folder / f"{name}-eval.jsonl", 10, 400 + 10 * number)
+    for path in (data, held_out):
+        change(path)
     return EdgeSettings(
         server=service.address,
         token_file=str(service.token_file),
-        data=str(write_reviews(folder / f"{name}-train.jsonl", 40, 40 * number)),
-        eval=str(write_reviews(folder / f"{name}-eval.jsonl", 10, 400 + 10 * number)),
+        data=str(data),
+        eval=str(held_out),
         name=name,
         threads=1,
         state_dir=str(folder / "state"),
@@ -58,13 +63,17 @@ def device_settings(service: Service, name: str, **more: Any) -> EdgeSettings:
 
 
 def train(
-    bundle: Path, folder: Path, settings: dict[str, Any], **device: Any
+    bundle: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    change: Callable[[Path], None] = lambda path: None,
+    **device: Any,
 ) -> tuple[list[Summary], list[Evaluation]]:
-    """A run of two devices to its end; what they say of it, and the evaluations."""
+    """A run of two devices to its end, whose files of reviews were changed; what they say, and the evaluations."""
 
     async def run() -> tuple[list[Summary], list[Evaluation]]:
         async with serving(bundle, folder / "cloud", settings) as service:
-            agents = [run_agent(device_settings(service, name, **device)) for name in NAMES]
+            agents = [run_agent(device_settings(service, name, change, **device)) for name in NAMES]
             summaries = await asyncio.wait_for(asyncio.gather(*agents), 60.0)
             assert await service.serving == "completed"
             return summaries, await asyncio.to_thread(service.coordinator.store.evaluations, "run-1")
@@ -115,6 +124,75 @@ def test_a_language_model_learns_the_devices_texts_and_merges(
             scored.append((model(input_ids=ids).logits[0, :-1], ids[0, 1:]))
     assert evaluations[-1] == score(scored, ROUNDS)
     assert run_card(merged)["go_on"]({"text": "the film was"}, tokens=3).startswith("the film was ")
+
+
+def test_a_completion_is_learned_behind_its_prompt(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(tiny_model, "lora", 2)
+    task = {"name": "mine", "kind": "completion", "template": "the film {label}", "completion": " {text}"}
+    consent = {"fields": ("label", "text"), "share_fields": ("text",)}
+    summaries, evaluations = train(bundle, tmp_path, configure(task), **consent)
+    assert summaries[0].weights_digest == summaries[1].weights_digest != ""
+    assert evaluations[-1].loss < evaluations[0].loss - 0.5
+
+    merged = merge(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
+    scored = []
+    for example in held_out(tmp_path):
+        prompt = tokenizer(f"the film {example['label']}").input_ids
+        answer = [*tokenizer(" " + example["text"]).input_ids, tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        scored.append((logits[len(prompt) - 1 : -1], torch.tensor(answer)))
+    assert evaluations[-1] == score(scored, ROUNDS)
+    assert run_card(merged)["go_on"]({"label": 1}, tokens=3).startswith("the film ")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s> ' if m.role == 'user' else ' the ' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' </s> ' }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %} the {% endif %}"
+)
+
+
+def test_of_conversations_the_assistants_answers_are_learned(
+    export_bundle: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    speaking = tmp_path / "speaking"
+    shutil.copytree(tiny_model, speaking)
+    tokenizer = AutoTokenizer.from_pretrained(speaking)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(speaking)
+    bundle = export_bundle(speaking, "lora", 2)
+
+    def converse(path: Path) -> None:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        talks = [
+            [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["text"].split()[-1]}]
+            for row in rows
+        ]
+        path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks), encoding="utf-8")
+
+    summaries, evaluations = train(bundle, tmp_path, configure({"preset": "chat"}), converse, share_text=True)
+    assert summaries[0].weights_digest == summaries[1].weights_digest != ""
+    assert evaluations[-1].loss < evaluations[0].loss - 0.5
+
+    merged = merge(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
+    scored = []
+    for example in held_out(tmp_path):
+        found = tokenizer.apply_chat_template(
+            example["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = model(input_ids=found["input_ids"]).logits[0, :-1]
+        is_answer = torch.as_tensor(found["assistant_masks"]).reshape(-1)[1:].bool()
+        scored.append((logits[is_answer], found["input_ids"][0, 1:][is_answer]))
+    assert evaluations[-1] == score(scored, ROUNDS)
+    messages = [{"role": "user", "content": "the film was very good"}]
+    assert isinstance(run_card(merged)["answer"](messages, tokens=3), str)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call

@@ -14,8 +14,10 @@ from hosl_protocol.run.settings import convert
 from hosl_protocol.run.tasks import (
     Task,
     check_task,
+    fill,
     label_of,
     load_preset,
+    look_up,
     preset_fields,
     preset_names,
     render,
@@ -29,6 +31,11 @@ EXAMPLES = {
         {"premise": "It rained.", "hypothesis": "it was wet"},
         'Suppose It rained. Can we infer that "it was wet"? Yes, No, or Maybe?\n',
     ),
+    "completion": ({"prompt": "Once", "completion": " upon"}, "Once"),
+    "instruct": (
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n",
+    ),
     "lm": ({"text": "Once."}, "Once."),
     "reviews": ({"text": "A fine film."}, "A fine film. It was"),
     "rte": (
@@ -36,6 +43,10 @@ EXAMPLES = {
         'It rained.\nDoes this mean that "It was wet." is true? Yes or No?\n',
     ),
     "sequence-classification": ({"text": "A fine film."}, "A fine film."),
+    "squad": (
+        {"context": "Ice floats.", "question": "What floats?", "answers": [{"text": "Ice", "answer_start": 0}]},
+        "Ice floats.\nQuestion: What floats?\nAnswer:",
+    ),
     "sst2": ({"sentence": "a fine film"}, "a fine film It was"),
     "wic": (
         {"word": "bank", "sentence1": "A river bank.", "sentence2": "The bank lends."},
@@ -58,7 +69,7 @@ IMAGES = {"cifar10": "airplane", "mnist": "0"}
 
 
 def test_every_preset_has_an_example_here():
-    assert preset_names() == sorted([*EXAMPLES, *IMAGES])
+    assert preset_names() == sorted([*EXAMPLES, *IMAGES, "chat"])
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -72,7 +83,7 @@ def test_presets_of_images_check_out(name):
 
 
 def test_images_have_no_template():
-    with pytest.raises(SettingsError, match="images have no template"):
+    with pytest.raises(SettingsError, match="the kind image-classification has none: leave it out"):
         check_task(make_task(kind="image-classification"))
     with pytest.raises(SettingsError, match="name at least one field"):
         check_task(make_task(template=""))
@@ -85,14 +96,59 @@ def test_presets_check_out_and_read_as_expected(name):
     example, text = EXAMPLES[name]
     assert render(task, example) == text
     assert preset_fields(name) == task.fields
-    if task.kind != "lm":
+    if not task.scores_tokens:
         assert [label_of(task, {**example, "label": place}) for place in range(len(task.labels))] == [
             *range(len(task.labels))
         ]
 
 
+@pytest.mark.parametrize(
+    "answers", [[{"text": "Ice"}, {"text": "It"}], {"text": ["Ice", "It"], "answer_start": [0, 3]}, "Ice"]
+)
+def test_answers_of_squad_are_read_in_each_of_their_public_forms(answers):
+    task = convert(load_preset("squad"), Task, "task")
+    name = "answer" if isinstance(answers, str) else "answers"
+    assert fill(task.completion, {name: answers}) == " Ice"
+    assert task.shared_fields == ("answers.0.text", "answers.text.0", "answer")
+
+
+def test_conversations_have_a_field_of_messages():
+    task = convert(load_preset("chat"), Task, "task")
+    check_task(task)
+    assert task.fields == task.shared_fields == preset_fields("chat") == ("messages",)
+    with pytest.raises(SettingsError, match=r"task\.messages_field is 'a b': give the name of a field"):
+        check_task(convert({"name": "t", "kind": "chat", "messages_field": "a b"}, Task, "task"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"kind": "completion"}, r"task\.completion is '': name at least one field"),
+        ({"kind": "completion", "completion": "{a} {"}, r"task\.completion .*braces may only enclose"),
+        ({"kind": "lm", "completion": "{a}"}, r"task\.completion is '{a}': the kind lm has none"),
+        ({"kind": "chat"}, r"task\.template is '{text}': the kind chat has none"),
+    ],
+)
+def test_each_kind_has_its_templates(changes, match):
+    with pytest.raises(SettingsError, match=match):
+        check_task(make_task(**changes))
+
+
+def test_what_is_shared_is_what_the_model_is_to_write():
+    task = make_task(kind="completion", template="{a}", completion="{b}")
+    assert (task.fields, task.shared_fields) == (("a", "b"), ("b",))
+    assert make_task(kind="lm", template="{a} {b}").shared_fields == ("a", "b")
+    assert make_task().shared_fields == ()
+
+
+@pytest.mark.parametrize("field", ["a.2", "a.-1", "a.x", "a.0.1", "a.00000000000000000000"])
+def test_a_place_that_a_list_has_not_is_named(field):
+    with pytest.raises(KeyError, match=field):
+        look_up({"a": ["x", "y"]}, field)
+
+
 def test_unknown_preset_names_those_there_are():
-    with pytest.raises(SettingsError, match=r"task\.preset is 'sst3': use one of boolq, cb, cifar10, lm"):
+    with pytest.raises(SettingsError, match=r"task\.preset is 'sst3': use one of boolq, cb, chat, cifar10, completion"):
         load_preset("sst3")
     assert preset_fields("../sst2") is None
 
