@@ -203,9 +203,7 @@ def test_a_model_without_a_chat_template_serves_no_conversations(tmp_path: Path,
 
 def test_the_device_says_which_fields_it_sends_as_labels() -> None:
     fields = ("question", "answer")
-    with pytest.raises(
-        ConsentError, match="sends the text of answer itself as labels"
-    ):
+    with pytest.raises(ConsentError, match="sends the text of answer itself as labels"):
         check_consent(COMPLETION, fields, share_text=False)
     check_consent(COMPLETION, fields, share_text=True)
     check_consent(COMPLETION, fields, share_text=False, share_fields=("answer",))
