@@ -5,6 +5,7 @@ Shared by tests/protocol/wire/test_fuzz.py (seconds) and tests/fuzz.py (`make fu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -15,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from hosl_protocol.exceptions import ProtocolError
-from hosl_protocol.run.settings import RunSettings, convert
+from hosl_protocol.run.settings import RunSettings, WireDtype, convert
 from hosl_protocol.run.tasks import load_preset
 from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire.codec import MAX_HEADER_BYTES, PIECE_BYTES, Frame, encode
@@ -56,6 +58,8 @@ STANDING: dict[str, Any] = {"run": "r1", "epoch": 0, "applied_round": 6, "weight
 SETTINGS: RunSettings = convert(
     {"task": load_preset("sst2"), "batch_size": ROWS, "max_length": 16, "directions": DIRECTIONS}, RunSettings, "run"
 )
+WIRE_DTYPES: tuple[WireDtype, ...] = ("float32", "float16", "int8", "int4")
+"""Of the connections' runs: numbers, and two kinds of packed rows."""
 
 _LOSS = np.float32(0.75)
 _BATCH = {
@@ -132,16 +136,16 @@ def other(role: Role) -> Role:
     return Role.CLOUD if role is Role.EDGE else Role.EDGE
 
 
-def pieces_of(message: Message, tensors: Mapping[str, Any]) -> list[bytes]:
+def pieces_of(message: Message, tensors: Mapping[str, Any], wire_dtype: WireDtype = "float32") -> list[bytes]:
     """A valid frame: the header piece, then data pieces."""
-    return [bytes(piece) for piece in encode(message, tensors)]
+    return [bytes(piece) for piece in encode(message, tensors, wire_dtype)]
 
 
-def connection_in(role: Role, phase: Phase) -> Connection:
+def connection_in(role: Role, phase: Phase, wire_dtype: WireDtype = "float32") -> Connection:
     """A connection that has come as far as `phase`, its run agreed once it has left Hello."""
     connection = Connection(role)
     if phase is not Phase.HELLO:
-        connection.agree(SETTINGS, WIDTH, UPDATE)
+        connection.agree(replace(SETTINGS, wire_dtype=wire_dtype), WIDTH, UPDATE)
     connection.phase = phase
     return connection
 
@@ -313,7 +317,7 @@ def _change_tensor(random_: random.Random, entry: dict[str, Any]) -> None:
         return  # damaged before
     size = random_.choice((0, 1, 3, 4, 5, 64, 65, 2**31, 2**40, 2**62, 2**64, -1))
     if random_.random() < 0.3:
-        entry["dtype"] = random_.choice(("F64", "F32", "F16", "BF16", "I32", "I8", ""))
+        entry["dtype"] = random_.choice(("F64", "F32", "F16", "BF16", "I32", "I8", "U8", ""))
     if entry["shape"] and random_.random() < 0.7:
         entry["shape"][random_.randrange(len(entry["shape"]))] = size
     first = entry["data_offsets"][0]
@@ -397,27 +401,29 @@ def _is_taken(connection: Connection, pieces: list[bytes]) -> bool:
 
 
 CASES = [(role, phase) for role in Role for phase in Phase]
-_DUE: list[tuple[Role, Phase, list[list[bytes]]]] = []
-VALID = {role: [pieces_of(*frame) for frame in MESSAGES[role]] for role in Role}
+_DUE: dict[WireDtype, list[tuple[Role, Phase, list[list[bytes]]]]] = {each: [] for each in WIRE_DTYPES}
+_FRAMES = {each: {role: [pieces_of(*frame, each) for frame in MESSAGES[role]] for role in Role} for each in WIRE_DTYPES}
+VALID = _FRAMES["float32"]
 
 
-for _role, _phase in CASES:
+for _wire_dtype, (_role, _phase) in itertools.product(WIRE_DTYPES, CASES):
     _frames = [
-        pieces_of(*frame)
-        for frame in MESSAGES[other(_role)]
-        if _is_taken(connection_in(_role, _phase), pieces_of(*frame))
+        pieces
+        for pieces in _FRAMES[_wire_dtype][other(_role)]
+        if _is_taken(connection_in(_role, _phase, _wire_dtype), pieces)
     ]
-    _DUE += [(_role, _phase, _frames)] * bool(_frames)
+    _DUE[_wire_dtype] += [(_role, _phase, _frames)] * bool(_frames)
 
 
 def fuzz_frame(random_: random.Random, tally: Tally) -> None:
     """Damage one frame and give it to a connection in a role and phase of its own. AssertionError is a finding."""
+    wire_dtype = random_.choice(WIRE_DTYPES)
     role, phase = random_.choice(CASES)
-    frames = VALID[other(role)]
+    frames = _FRAMES[wire_dtype][other(role)]
     if random_.random() < 0.8:  # what is not due is refused before it is looked at
-        role, phase, frames = random_.choice(_DUE)
+        role, phase, frames = random_.choice(_DUE[wire_dtype])
     faults = damage if random_.random() > 0.01 else lambda r, pieces, _: _sizes(r, pieces, _)
-    give(connection_in(role, phase), faults(random_, random_.choice(frames), frames), tally)
+    give(connection_in(role, phase, wire_dtype), faults(random_, random_.choice(frames), frames), tally)
 
 
 def give(connection: Connection, pieces: list[bytes], tally: Tally) -> None:

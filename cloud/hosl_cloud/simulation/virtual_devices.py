@@ -36,6 +36,7 @@ from hosl_edge.model.memory import preferred_rows, useful_sets
 from hosl_edge.model.shard import Shard
 from hosl_export.bundle.reading import load_client
 from hosl_export.tensor_files import read_tensors
+from hosl_protocol.arithmetic.rotation import rotation_of
 from hosl_protocol.exceptions import HoslError, SettingsError
 from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHARD_WEIGHTS, Manifest
 from hosl_protocol.run.ordering import batch_indices
@@ -56,6 +57,7 @@ from hosl_protocol.wire.messages import (
     Update,
     name_of,
 )
+from hosl_protocol.wire.packing import Dither
 from hosl_protocol.wire.updates import read_update
 
 Say: TypeAlias = Callable[[str], None]
@@ -280,7 +282,8 @@ class VirtualDevice:
         """Carry a message through the codec, as over a socket."""
         count = metrics.wire_bytes.labels(direction, name_of(message))
         frame = None
-        for piece in encode(message, tensors, self._shared.settings.wire_dtype):
+        settings = self._shared.settings
+        for piece in encode(message, tensors, settings.wire_dtype, Dither(settings.seed, rotation_of(self.name))):
             count.inc(len(piece))
             self._shared.tally.wire_bytes += len(piece)
             frame = reader.feed(piece)

@@ -49,6 +49,7 @@ class Stream(enum.IntEnum):
     INITIALIZATION = 4
     NORMALS = 5
     AUGMENTATION = 6
+    WIRE = 7
 
 
 def philox(seed: int, round_: int, direction: int, stream: Stream, index: int = 0, block: int = 0) -> np.random.Philox:

@@ -21,7 +21,7 @@ from hosl_protocol.run.tasks import Task, check_task
 
 Algorithm = Literal["ho-sfl", "hosl", "first-order", "frozen"]
 AnchorPoint = Literal["clean", "midpoint"]
-WireDtype = Literal["float32", "float16", "bfloat16"]
+WireDtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)

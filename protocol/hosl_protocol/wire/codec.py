@@ -10,7 +10,7 @@ import math
 import struct
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from hosl_protocol.exceptions import FrameError, LimitError
 from hosl_protocol.run.settings import WireDtype
 from hosl_protocol.wire.messages import FLOATS, FromCloud, FromEdge, Message, TensorSpec, name_of
+from hosl_protocol.wire.packing import Dither, pack, row_bytes, unpack
 
 PIECE_BYTES = 256 * 1024
 MAX_HEADER_BYTES = 64 * 1024
@@ -30,9 +31,17 @@ MESSAGE_KEY = "hosl"
 Array = npt.NDArray[Any]
 Piece = bytes | memoryview
 
-_SAFETENSORS_NAME: dict[WireDtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS_NAME: dict[WireDtype, str] = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "int4": "U8",
+}
 # bfloat16 has no numpy type: its bits travel as uint16.
-_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
+_STORAGE = {"F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1"}
+_PACKED_BITS = {"I8": 8, "U8": 4}
+"""Bits of a number in packed rows, whose bytes the shape counts."""
 
 
 class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,21 +90,26 @@ class Bounds:
             raise FrameError(f"dimension {dimension} of {tensor} is {size}, expected {bound}")
 
 
-def encode(message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32") -> Iterator[Piece]:
+def encode(
+    message: Message, tensors: Mapping[str, Array], wire_dtype: WireDtype = "float32", dither: Dither | None = None
+) -> Iterator[Piece]:
     """Yield the frame's pieces in order; converts to the wire dtype piece by piece, so that no second copy exists.
 
     What is small goes as one piece with its neighbours: a message on a websocket costs more than a few bytes do.
+    `dither` is for λ in 8 or 4 bits; its round is the message's.
 
     Raises KeyError where `tensors` lacks one that the message must carry, LimitError where the header is too long.
     """
     plan = [
-        (name, tensors[name], wire_name(spec, wire_dtype))
+        (name, tensors[name], spec, wire_name(spec, wire_dtype))
         for name, spec in type(message).tensors.items()
         if spec.required or (name in tensors and tensors[name].shape[-1])
     ]
+    dither = replace(dither or Dither(), round=getattr(message, "round", 0))
 
-    yield encode_header(message, [(name, array.shape, dtype) for name, array, dtype in plan])
-    yield from _joined(piece for _, array, dtype in plan for piece in _pieces(array, dtype))
+    shapes = [(name, _wire_shape(array.shape, packed_bits(spec, dtype)), dtype) for name, array, spec, dtype in plan]
+    yield encode_header(message, shapes)
+    yield from _joined(piece for _, array, spec, dtype in plan for piece in _pieces(array, spec, dtype, dither))
 
 
 def encode_header(message: Message, tensors: list[tuple[str, tuple[int, ...], str]]) -> bytes:
@@ -119,12 +133,33 @@ def wire_name(spec: TensorSpec, wire_dtype: WireDtype) -> str:
     return _SAFETENSORS_NAME[wire_dtype] if spec.dtypes == FLOATS else spec.dtypes[0]
 
 
-def _pieces(array: Array, dtype: str) -> Iterator[memoryview]:
+def packed_bits(spec: TensorSpec, dtype: str) -> int:
+    """Bits of a number where the tensor goes in packed rows; else 0."""
+    return _PACKED_BITS.get(dtype, 0) if spec.dtypes == FLOATS else 0
+
+
+def _wire_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+    return (*shape[:-1], row_bytes(shape[-1], bits)) if bits else shape
+
+
+def _pieces(array: Array, spec: TensorSpec, dtype: str, dither: Dither) -> Iterator[memoryview]:
+    if bits := packed_bits(spec, dtype):
+        yield from _packed_pieces(array, bits, dither if spec.dithered else None)
+        return
     flat = np.ascontiguousarray(array).reshape(-1)
     elements = PIECE_BYTES // np.dtype(_STORAGE[dtype]).itemsize
     # Converted as they are sent: a half-precision copy of a whole set would come on top of the set.
     for start in range(0, flat.size, elements):
         yield _to_wire(flat[start : start + elements], dtype).data.cast("B")
+
+
+def _packed_pieces(values_TD: Array, bits: int, dither: Dither | None) -> Iterator[memoryview]:
+    size = row_bytes(values_TD.shape[1], bits)
+    rows = max(1, PIECE_BYTES // max(size, 1))
+    for start in range(0, len(values_TD), rows):
+        packed = pack(values_TD[start : start + rows], bits, dither, start).data.cast("B")
+        for place in range(0, len(packed), PIECE_BYTES):  # one, but for rows that are longer
+            yield packed[place : place + PIECE_BYTES]
 
 
 def _joined(pieces: Iterable[memoryview]) -> Iterator[Piece]:
@@ -169,11 +204,36 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return np.asarray((bits.astype("<u4") << np.uint32(16)).view("<f4"))
 
 
+Bytes = npt.NDArray[np.uint8]
+
 _TWO_BYTES: dict[str, Callable[[npt.NDArray[np.uint16]], Array]] = {
     "F16": lambda bits: bits.view("<f2"),
     "BF16": from_bfloat16_bits,
 }
 """What makes numbers of a two-byte type's bits."""
+
+
+class _Widened:
+    """A tensor of small numbers as far as it is there: to convert a whole one takes long, a piece does not."""
+
+    def __init__(self, info: _TensorInfo, bits: int, width: int) -> None:
+        """`bits` and `width` are those of packed rows; 0 bits are numbers of two bytes."""
+        self._start, self._end = info.data_offsets
+        self._dtype, self._bits = info.dtype, bits
+        self._unit_bytes = max(info.shape[-1], 1) if bits else 2  # of what is converted at once: a row, or a number
+        self.values = np.empty((info.shape[0], width) if bits else info.shape, np.float32)
+
+    def take(self, buffer: Bytes, former: int, filled: int) -> None:
+        """Convert what ends in the bytes of the frame from `former` to `filled`; a piece may cut a row in two."""
+        first, last = (max(min(place, self._end) - self._start, 0) // self._unit_bytes for place in (former, filled))
+        if first == last:
+            return
+        stored = buffer[self._start + first * self._unit_bytes : self._start + last * self._unit_bytes]
+        if self._bits:
+            unpack(stored.reshape(last - first, -1), self._bits, self.values[first:last])
+        else:
+            self.values.reshape(-1)[first:last] = _TWO_BYTES[self._dtype](np.frombuffer(stored.data, "<u2"))
+
 
 # Made once, for that takes milliseconds, and on import: threads that first use a type at the same time crash msgspec.
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
@@ -198,8 +258,7 @@ class FrameReader:
         self._layout: dict[str, _TensorInfo] = {}
         self._buffer: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         self._filled = 0
-        self._widened: dict[str, npt.NDArray[np.float32]] = {}
-        """Tensors of two-byte floats as far as they are there: to convert a whole one takes long, a piece does not."""
+        self._widened: dict[str, _Widened] = {}
 
     @property
     def is_between_frames(self) -> bool:
@@ -223,9 +282,9 @@ class FrameReader:
         try:
             self._buffer, self._filled = np.empty(total, np.uint8), 0
             self._widened = {
-                name: np.empty(math.prod(info.shape), np.float32)
+                name: _Widened(info, bits, self.bounds.largest.get("D", 0))
                 for name, info in layout.items()
-                if info.dtype in _TWO_BYTES
+                if (bits := packed_bits(type(message).tensors[name], info.dtype)) or info.dtype in _TWO_BYTES
             }
         except MemoryError as error:
             raise FrameError(f"{name_of(message)} of {total} bytes does not fit into memory") from error
@@ -238,23 +297,14 @@ class FrameReader:
                 f"data piece of {len(piece)} bytes, expected 1 to {min(PIECE_BYTES, self._buffer.size - self._filled)}"
             )
         self._buffer[self._filled : end] = np.frombuffer(piece, np.uint8)
-        self._widen(self._filled, end)
+        for widened in self._widened.values():
+            widened.take(self._buffer, self._filled, end)
         self._filled = end
-
-    def _widen(self, former: int, filled: int) -> None:
-        """Convert the elements that end in the bytes from `former` to `filled`; a piece may cut one in two."""
-        for name, values in self._widened.items():
-            # The elements of this tensor that are whole only now, by their bytes.
-            start, end = self._layout[name].data_offsets
-            first, last = (max(min(place, end) - start, 0) // 2 for place in (former, filled))
-            if first < last:
-                stored = self._buffer[start + 2 * first : start + 2 * last]
-                values[first:last] = _TWO_BYTES[self._layout[name].dtype](np.frombuffer(stored.data, "<u2"))
 
     def _finish(self) -> Frame:
         assert self._message is not None
         tensors = {
-            name: self._widened[name].reshape(info.shape) if name in self._widened else _view(self._buffer, info)
+            name: self._widened[name].values if name in self._widened else _view(self._buffer, info)
             for name, info in self._layout.items()
         }
         frame = Frame(self._message, tensors)
@@ -344,13 +394,23 @@ def _check_shape(what: str, info: _TensorInfo, spec: TensorSpec, sizes: dict[str
         raise FrameError(f"{what} has type {info.dtype!r:.20}, expected {' or '.join(dtypes)}")
     if len(info.shape) != len(spec.shape):
         raise FrameError(f"{what} has {len(info.shape)} dimensions, expected {len(spec.shape)}")
+    bits = packed_bits(spec, info.dtype)
     for dimension, size in zip(spec.shape, info.shape, strict=True):
         if size < 0:
             raise FrameError(f"{what} has a negative dimension {size}")
+        if bits and dimension == "D":
+            _check_row(what, size, bounds.largest.get("D", 0), bits)
+            continue
         bounds.check(what, dimension, size)
         # One letter, one size: lengths, labels and activations of a frame must belong together.
         if sizes.setdefault(dimension, size) != size:
             raise FrameError(f"{what} has {dimension} = {size}, another tensor of the frame has {sizes[dimension]}")
+
+
+def _check_row(what: str, size: int, width: int, bits: int) -> None:
+    expected = row_bytes(width, bits)
+    if size != expected:
+        raise FrameError(f"{what} has rows of {size} bytes, expected {expected} for a width of {width}")
 
 
 def _view(buffer: npt.NDArray[np.uint8], info: _TensorInfo) -> Array:

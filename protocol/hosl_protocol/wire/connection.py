@@ -12,12 +12,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 
+from hosl_protocol.arithmetic.rotation import rotation_of
 from hosl_protocol.exceptions import ProtocolError, SettingsError, UnexpectedMessage
 from hosl_protocol.run.settings import RunSettings, check_run_settings
 from hosl_protocol.run.updates import UpdateShape
 from hosl_protocol.wire import messages as m
 from hosl_protocol.wire.codec import Array, Bounds, Frame, FrameReader, Piece, encode, wire_name
 from hosl_protocol.wire.messages import Message, name_of
+from hosl_protocol.wire.packing import Dither
 
 
 class Phase(enum.Enum):
@@ -76,6 +78,8 @@ class Connection:
         self._refused: ProtocolError | None = None
         """Why nothing more is taken from the peer."""
         self._was_greeted = False
+        self._number = 0
+        """The rotation of the device that said Hello."""
         self._peer = Role.CLOUD if role is Role.EDGE else Role.EDGE
         self._reader = FrameReader(
             m.FromCloud if role is Role.EDGE else m.FromEdge, check_due=lambda message: self._check(self._peer, message)
@@ -131,8 +135,9 @@ class Connection:
         # At once, not as the pieces are taken: what comes meanwhile is judged by what has been said.
         self._check(self.role, message)
         self._advance(message)
-        wire_dtype = self.settings.wire_dtype if self.settings is not None else "float32"
-        return encode(message, tensors or {}, wire_dtype)
+        if self.settings is None:
+            return encode(message, tensors or {})
+        return encode(message, tensors or {}, self.settings.wire_dtype, Dither(self.settings.seed, self._number))
 
     def _check(self, sender: Role, message: Message) -> None:
         allowed = _ALLOWED.get((sender, self.phase), ())
@@ -144,7 +149,8 @@ class Connection:
             raise UnexpectedMessage(f"{expected} from the {sender.value} while {self.phase.value}", name_of(message))
 
     def _advance(self, message: Message) -> None:
-        self._was_greeted |= isinstance(message, m.Hello)
+        if isinstance(message, m.Hello):
+            self._was_greeted, self._number = True, rotation_of(message.device)
         if isinstance(message, (m.Complete, m.Refusal, m.Goodbye)):
             self.phase = Phase.CLOSED
         elif isinstance(message, m.Welcome):

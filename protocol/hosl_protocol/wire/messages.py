@@ -20,8 +20,8 @@ from hosl_protocol.run.updates import UpdateShape
 
 PROTOCOL_VERSION = 1
 
-FLOATS = ("F32", "F16", "BF16")
-"""Safetensors names of the wire dtypes."""
+FLOATS = ("F32", "F16", "BF16", "I8", "U8")
+"""Safetensors names of the wire dtypes; I8 and U8 are the bytes of rows of 8 or 4 bits a number (packing.py)."""
 
 CATCH_UP_ROUNDS = 4096
 """Most rounds in one CatchUp."""
@@ -55,9 +55,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: tuple[str, ...]
     required: bool = True
     """Whether it is there in every run; one that is not is there just where its last dimension is above 0."""
+    dithered: bool = False
+    """Whether what is packed is rounded at random, so that its mean is right."""
 
 
 _ACTIVATIONS = TensorSpec(FLOATS, ("T", "D"))
+_CUT_GRADIENT = TensorSpec(FLOATS, ("T", "D"), dithered=True)
 _LENGTHS = TensorSpec(("I32",), ("B",))
 _LABELS = TensorSpec(("I32",), ("N",))
 _LOSS = TensorSpec(("F32",), ())
@@ -208,7 +211,7 @@ class Anchor(_RoundMessage, kw_only=True, frozen=True, tag="anchor"):
 class CutGradient(_RoundMessage, kw_only=True, frozen=True, tag="cut-gradient"):
     """cloud -> edge, HO-SFL: λ, the gradient of this device's own mean loss with respect to its activations."""
 
-    tensors: ClassVar[dict[str, TensorSpec]] = {"lambda": _ACTIVATIONS, "loss": _LOSS}
+    tensors: ClassVar[dict[str, TensorSpec]] = {"lambda": _CUT_GRADIENT, "loss": _LOSS}
     exponent: Exponent = 0
     """λ is the tensor times 2^exponent: float16 alone would lose a mean loss's small gradients."""
 

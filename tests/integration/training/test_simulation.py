@@ -102,13 +102,25 @@ def scores(store: Store) -> list[Evaluation]:
         ("lora", {"client": {"learning_rate": 0.01, "optimizer": "adamw"}, "anchor": "midpoint"}),
         ("lora", {"wire_dtype": "bfloat16"}),
         ("lora", {"wire_dtype": "float16"}),
+        ("lora", {"wire_dtype": "int8"}),
         ("lora", {"algorithm": "hosl"}),
         ("lora", {"algorithm": "frozen"}),
         ("prompt", {}),
         ("lora", {"algorithm": "first-order"}),
         ("norm", {"algorithm": "first-order", "client": {"optimizer": "sgd"}, "wire_dtype": "float16"}),
     ],
-    ids=["ho-sfl", "adamw", "bfloat16", "float16", "hosl", "frozen", "prompt", "first-order", "first-order sgd"],
+    ids=[
+        "ho-sfl",
+        "adamw",
+        "bfloat16",
+        "float16",
+        "int8",
+        "hosl",
+        "frozen",
+        "prompt",
+        "first-order",
+        "first-order sgd",
+    ],
 )
 def test_a_simulated_run_gives_the_bits_of_a_real_one(
     make_bundle: MakeBundle, tmp_path: Path, train: str, more: dict[str, Any]

@@ -69,6 +69,7 @@ def test_defaults_check_out():
         ({"client": {"weight_decay": 2.0}}, "client.weight_decay", 2.0, "from 0 up to, not including, 1"),
         ({"algorithm": "frozen", "anchor": "midpoint"}, "anchor", "midpoint", "makes no probes"),
         ({"algorithm": "hosl", "wire_dtype": "float16"}, "wire_dtype", "float16", "needs float32"),
+        ({"algorithm": "hosl", "wire_dtype": "int8"}, "wire_dtype", "int8", "needs float32"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_its_remedy(changes, field, value, remedy):
@@ -109,7 +110,7 @@ def test_a_value_of_the_wrong_kind_is_named_by_its_path(changes, path, sentence)
     assert sentence in caught.value.problem
 
 
-@pytest.mark.parametrize("wire_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("wire_dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 def test_ho_sfl_may_send_any_type(wire_dtype):
     check_run_settings(make_settings(wire_dtype=wire_dtype))
 

@@ -54,10 +54,13 @@ from hosl_protocol.wire.messages import (
     Update,
     Welcome,
 )
+from hosl_protocol.wire.packing import Dither, pack, unpack
 
 PLACE = {"run": "r1", "epoch": 0, "round": 7, "id": 0}
 DIGEST = "0123456789abcdef" * 4
 BOUNDS = {"B": 4, "T": 64, "D": 3, "N": 64, "P": 2, "R": 8}
+DITHER = Dither(42, 56009)
+"""Of `pi-1`."""
 
 # Message, tensors, wire dtype, JSON header, payload. The same headers and payloads stand in protocol/README.md.
 GOLDEN_FRAMES = {
@@ -107,6 +110,29 @@ GOLDEN_FRAMES = {
         r'"lambda":{"dtype":"BF16","shape":[1,3],"data_offsets":[0,6]},'
         r'"loss":{"dtype":"F32","shape":[],"data_offsets":[6,10]}}',
         "803f cdbd 8947 0000403f",
+    ),
+    "anchor in int8": (
+        Anchor(run="r1", epoch=0, round=7),
+        {
+            "activations": np.array([[1.0, -0.1, 70000.0], [2.0**-24, 0.0, 3.14159]], np.float32),
+            "lengths": np.array([2], np.int32),
+            "labels": np.array([1], np.int32),
+        },
+        "int8",
+        r'{"__metadata__":{"hosl":"{\"type\":\"anchor\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":0}"},'
+        r'"activations":{"dtype":"I8","shape":[2,5],"data_offsets":[0,10]},'
+        r'"lengths":{"dtype":"I32","shape":[1],"data_offsets":[10,14]},'
+        r'"labels":{"dtype":"I32","shape":[1],"data_offsets":[14,18]}}',
+        "0a44 00007f cb3c 00007f 02000000 01000000",
+    ),
+    "cut-gradient in int4": (
+        CutGradient(run="r1", epoch=0, round=7),
+        {"lambda": np.array([[1.0, -0.1, 0.55], [0.0, 0.0, 0.0]], np.float32), "loss": np.float32(0.75)},
+        "int4",
+        r'{"__metadata__":{"hosl":"{\"type\":\"cut-gradient\",\"run\":\"r1\",\"epoch\":0,\"round\":7,\"attempt\":0,\"id\":0,\"exponent\":0}"},'
+        r'"lambda":{"dtype":"U8","shape":[2,4],"data_offsets":[0,8]},'
+        r'"loss":{"dtype":"F32","shape":[],"data_offsets":[8,12]}}',
+        "133e 0704 0000 0000 0000403f",
     ),
     "catch-up": (
         CatchUp(run="r1", epoch=0, first_round=8, last=True),
@@ -159,7 +185,7 @@ def read_all(reader, pieces):
 def test_frames_have_their_golden_bytes(name):
     message, tensors, wire_dtype, _, _ = GOLDEN_FRAMES[name]
     header, payload = golden_bytes(name)
-    first, *rest = encode(message, tensors, wire_dtype)
+    first, *rest = encode(message, tensors, wire_dtype, DITHER)
     assert (bytes(first), b"".join(rest)) == (header, payload)
     assert len(first) % 8 == 0
 
@@ -171,7 +197,9 @@ def test_golden_bytes_are_read_back_as_their_message(name):
     bounds = {"update": {"P": 0}, "gradient": {"C": 3}}.get(name, {})
     frame = read_all(make_reader(**bounds), [header, *([payload] if payload else [])])
     assert frame.message == message
-    assert frame.tensors.keys() == tensors.keys()
+    assert {key: array.shape for key, array in frame.tensors.items()} == {
+        key: array.shape for key, array in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["goodbye", "projections", "anchor"])
@@ -256,7 +284,7 @@ FIELDS = {
 TYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "U8": np.uint8}
 ELEMENTS = {"I32": st.integers(-(2**31), 2**31 - 1), "U8": st.integers(0, 255)}
 CODES = 3
-READ_AS = {"float32": np.float32, "float16": np.float16}
+WIRE_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
 def test_every_message_has_a_round_trip_here():
@@ -277,25 +305,30 @@ def frames(draw, kind):
     return draw(st.builds(kind, **FIELDS[kind])), tensors
 
 
-def as_read(array, spec, wire_dtype):
+def as_read(array, spec, wire_dtype, dither=None):
     if len(spec.dtypes) == 1 or wire_dtype == "float32":
         return array
     if wire_dtype == "bfloat16":
         return from_bfloat16_bits(to_bfloat16_bits(array))
+    if wire_dtype in ("int8", "int4"):
+        bits, back = int(wire_dtype.removeprefix("int")), np.empty_like(array)
+        unpack(pack(array, bits, dither if spec.dithered else None), bits, back)
+        return back
     return np.clip(array, -65504, 65504).astype(np.float16).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.__name__)
 @settings(max_examples=20)
-@given(data=st.data(), wire_dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
+@given(data=st.data(), wire_dtype=st.sampled_from(WIRE_DTYPES))
 def test_what_is_encoded_is_read_back(kind, data, wire_dtype):
     message, tensors = data.draw(frames(kind))
     reader = make_reader(C=CODES)
-    frame = read_all(reader, encode(message, tensors, wire_dtype))
+    frame = read_all(reader, encode(message, tensors, wire_dtype, DITHER))
+    dither = Dither(DITHER.seed, DITHER.number, getattr(message, "round", 0))
     assert frame.message == message
     assert list(frame.tensors) == list(tensors)
     for name, spec in kind.tensors.items():
-        expected = as_read(tensors[name], spec, wire_dtype)
+        expected = as_read(tensors[name], spec, wire_dtype, dither)
         assert frame.tensors[name].dtype == TYPES[spec.dtypes[0]]
         assert frame.tensors[name].shape == tensors[name].shape
         np.testing.assert_array_equal(frame.tensors[name], expected)
@@ -340,7 +373,7 @@ def test_a_header_piece_cut_short_is_refused(cut):
     assert reader.is_between_frames
 
 
-@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16", "int8", "int4"])
 def test_the_last_piece_of_a_big_frame_is_no_more_work_than_the_others(wire_dtype):
     tokens, width = 4096, 512
     values = np.random.default_rng(0).standard_normal((tokens, width)).astype(np.float32)
@@ -574,7 +607,8 @@ def test_extra_tensor():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("activations", "F64"), ("lengths", "I64"), ("labels", "F32"), ("labels", "?")]
+    ("name", "dtype"),
+    [("activations", "F64"), ("lengths", "I64"), ("labels", "F32"), ("labels", "U8"), ("labels", "?")],
 )
 def test_tensor_of_the_wrong_type(name, dtype):
     refuse(header_of(anchor_layout(**{name: {"dtype": dtype}})), f"anchor.{name} has type")
@@ -584,6 +618,21 @@ def test_wire_dtype_other_than_the_agreed_one():
     layout = anchor_layout(activations={"dtype": "F16"})
     reader = FrameReader(FromEdge, Bounds(BOUNDS, wire_dtypes=("F32",)))
     refuse(header_of(layout), "has type 'F16', expected F32", reader=reader)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("I8", 5), ("U8", 4)])
+def test_packed_rows_have_the_bytes_of_the_width(dtype, size):
+    def layout(row):
+        end = 5 * row
+        return anchor_layout(
+            activations={"dtype": dtype, "shape": [5, row], "data_offsets": [0, end]},
+            lengths={"data_offsets": [end, end + 8]},
+            labels={"data_offsets": [end + 8, end + 16]},
+        )
+
+    assert make_reader().feed(header_of(layout(size))) is None
+    for row in (size - 1, size + 1, 3, 2**40):
+        refuse(header_of(layout(row)), f"has rows of {row} bytes, expected {size} for a width of 3")
 
 
 @pytest.mark.parametrize(

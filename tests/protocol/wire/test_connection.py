@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
+from hosl_protocol.arithmetic.rotation import rotation_of
 from hosl_protocol.exceptions import FrameError, LimitError, ProtocolError, UnexpectedMessage
 from hosl_protocol.run.settings import RunSettings, convert
 from hosl_protocol.run.tasks import load_preset
@@ -36,6 +37,7 @@ from hosl_protocol.wire.messages import (
     Welcome,
     name_of,
 )
+from hosl_protocol.wire.packing import Dither, pack, unpack
 
 WIDTH = 3
 DIGEST = "0" * 64
@@ -252,6 +254,29 @@ def test_both_sides_use_the_wire_dtype_of_the_welcome():
     assert carry(edge, cloud, Anchor(**ROUND), tensors).tensors["activations"].max() == 1.0
     gradient = {"lambda": tensors["activations"], "loss": LOSS}
     assert carry(cloud, edge, CutGradient(**ROUND), gradient).tensors["lambda"].max() == 1.0
+
+
+@pytest.mark.parametrize(("wire_dtype", "bits"), [("int8", 8), ("int4", 4)])
+def test_λ_in_few_bits_is_rounded_with_the_words_of_the_run_the_round_and_the_device(wire_dtype, bits):
+    edge, cloud = make_pair(Phase.ACTIVE, make_settings(wire_dtype=wire_dtype, seed=9))
+    lambda_TD = np.random.default_rng(0).standard_normal((5, WIDTH)).astype(np.float32)
+    got = carry(cloud, edge, CutGradient(**ROUND), {"lambda": lambda_TD, "loss": LOSS}).tensors["lambda"]
+    expected = np.empty_like(got)
+    dither = Dither(9, rotation_of(HELLO.device), ROUND["round"])
+    unpack(pack(lambda_TD, bits, dither), bits, expected)
+    np.testing.assert_array_equal(got, expected)
+    sent = {**BATCH, "activations": lambda_TD}
+    unpack(pack(lambda_TD, bits), bits, expected)
+    np.testing.assert_array_equal(carry(edge, cloud, Anchor(**ROUND), sent).tensors["activations"], expected)
+
+
+def test_a_client_without_a_wire_dtype_names_it():
+    edge, cloud = Connection(Role.EDGE), Connection(Role.CLOUD)
+    carry(edge, cloud, HELLO)
+    unknown = make_settings()
+    structs.force_setattr(unknown, "wire_dtype", "int3")
+    with pytest.raises(ProtocolError, match=r"welcome: field settings\.wire_dtype: invalid enum value 'int3'"):
+        carry(cloud, edge, welcome(unknown))
 
 
 def test_a_welcome_whose_settings_cannot_be_used_ends_the_connection():
