@@ -30,6 +30,8 @@ class Workshop:
     data: Path
     work: Path
     jobs: int
+    threads: int
+    """Of each run."""
 
     @property
     def runs(self) -> Path:
@@ -57,16 +59,15 @@ def run_cell(shop: Workshop, cell: Cell) -> None:
     train, validation = prepare_data(shop.study.tasks[cell.task], cell, shop.data, shop.work)
     folder, table = shop.runs / f"{cell.name}.work", shop.runs / f"{cell.name}.csv"
     shutil.rmtree(folder, ignore_errors=True)
-    threads = max(1, (os.cpu_count() or 1) // shop.jobs)
     settings = [f"--set={key}={as_toml(value)}" for key, value in flattened(with_seed(cell))]
     command = [
         *(sys.executable, "-m", "hosl_cloud", "simulate", "--bundle", bundle, "--data", train, "--eval", validation),
         *("--devices", shop.study.devices, "--per-round", shop.study.per_round, "--partition", cell.partition),
-        *("--threads", threads, "--set", f"tail.threads={threads}", *settings),
+        *("--threads", shop.threads, "--set", f"tail.threads={shop.threads}", *settings),
         *("--data-dir", folder, "--csv", table, "--json"),
     ]
     began = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(shop.threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([str(word) for word in command], text=True, capture_output=True, env=environment, check=False)
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode == 130:

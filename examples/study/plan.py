@@ -28,6 +28,8 @@ class TaskEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Examples taken of the validation data; 0 takes all."""
     form: str = ""
     """How a row becomes a text, where fields in a template do not do; see sources.FORMS."""
+    least_words: int = 0
+    """Rows with a text of fewer words are left out; a text of one token has no next one to predict."""
     run: dict[str, Any] = {}
     """Settings of the run."""
 

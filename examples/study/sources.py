@@ -96,7 +96,7 @@ def prepare_data(task: TaskEntry, cell: Cell, data: Path, work: Path) -> tuple[P
     A cell of tuning scores on the last of the training data, and trains on the rest: it never sees validation data.
     """
     rows = [task.train_rows, task.validation_rows, cell.holdout]
-    facts = json.dumps([task.train, task.validation, task.form, task.shift, *rows])
+    facts = json.dumps([task.train, task.validation, task.form, task.shift, task.least_words, *rows])
     suffix = Path(task.train).suffix or ".jsonl"
     folder = work / "data" / f"{cell.task}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     train, validation = folder / f"train{suffix}", folder / f"validation{suffix}"
@@ -115,11 +115,17 @@ def _load(task: TaskEntry, data: Path, work: Path) -> tuple[Any, Any]:
         rows, held_out = _reviews(work)
     else:
         rows, held_out = _read(data / task.train), _read(data / task.validation)
+    if task.least_words:
+        rows, held_out = (_without_short(part, task.least_words) for part in (rows, held_out))
     first, last = task.train_rows or (0, None)
     rows, held_out = _cut(rows, first, last), _cut(held_out, 0, task.validation_rows or None)
     if task.form:
         rows, held_out = [FORMS[task.form](row) for row in rows], [FORMS[task.form](row) for row in held_out]
     return (_shifted(rows, task.shift), _shifted(held_out, task.shift)) if task.shift else (rows, held_out)
+
+
+def _without_short(rows: list[dict[str, Any]], least: int) -> list[dict[str, Any]]:
+    return [row for row in rows if all(len(text.split()) >= least for text in row.values() if isinstance(text, str))]
 
 
 def _reviews(work: Path) -> tuple[Any, Any]:

@@ -32,17 +32,19 @@ def main() -> None:
         "--results", type=Path, default=HERE / "results", help="tables and curves (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    parser.add_argument("--threads", type=int, help="of each run (default: the cores, divided among --jobs)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="only runs whose name holds one of these"
     )
     parser.add_argument("--time", action="store_true", help="also time a few rounds of each method, one run at a time")
     parser.add_argument("--report", action="store_true", help="only write the report of what has run")
     options = parser.parse_args()
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     for path in options.settings:
         study = read_study(path)
         name = path.stem if options.model is None else f"{path.stem}-{Path(options.model).stem.lower()}"
         study = structs.replace(study, model=options.model or study.model, splits=options.splits or study.splits)
-        shop = Workshop(study, name, options.data, options.work, options.jobs)
+        shop = Workshop(study, name, options.data, options.work, options.jobs, threads)
         for line in untried_rates(shop.study):
             print(f"{name}: {line}")
         tuned = tuning_cells(shop.study)
@@ -53,7 +55,9 @@ def main() -> None:
         if not options.report:
             run_cells(shop, wanted(cells, options.only))
         if options.time:
-            run_cells(replace(shop, jobs=1), wanted(timing, options.only))
+            run_cells(
+                replace(shop, jobs=1, threads=options.threads or os.cpu_count() or 1), wanted(timing, options.only)
+            )
         write_results(shop, tuned, cells, timing, options.results)
 
 
