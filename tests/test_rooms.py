@@ -25,7 +25,7 @@ ROOMS = {
     "hosl_protocol": ["exceptions", "program", "arithmetic", "run", "weights", "wire"],
     "hosl_edge": [
         *("exceptions", "settings", "options", "data", "model", "host", "connection", "history"),
-        *("rounds", "driver", "device", "session", "agent", "preflight", "__main__"),
+        *("rounds", "driver", "device", "session", "agent", "preflight", "data_view", "__main__"),
     ],
     "hosl_export": [
         *("exceptions", "tensor_files", "model", "sources", "bundle"),

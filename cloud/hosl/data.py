@@ -22,8 +22,8 @@ from hosl_protocol.run.manifest import ImageEntry, Manifest
 from hosl_protocol.run.tasks import Task, label_of
 
 Data: TypeAlias = Any
-"""A path (.jsonl, .csv; of images .npz or a folder with one folder a class), a list of dicts, a dict of columns, a
-pandas frame, a `datasets.Dataset`; of images also a dict of the arrays `images` and `labels`."""
+"""A path (of a file or folder that `hosl-edge --data` reads), a list of dicts, a dict of columns, a pandas frame, a
+`datasets.Dataset`; of images also a dict of the arrays `images` and `labels`."""
 
 _IMAGES, _LABELS = ("images", "image", "img"), ("labels", "label")
 """What columns of pictures and classes are called."""

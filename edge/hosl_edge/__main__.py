@@ -9,18 +9,22 @@ import sys
 
 try:
     import argparse
+    import contextlib
     import dataclasses
     import json
     from collections.abc import Callable, Sequence
     from functools import partial
     from pathlib import Path
 
+    import msgspec
+
+    from hosl_edge.data.piped import STANDARD_INPUT, spooled
     from hosl_edge.host.notify import WatchedPool
     from hosl_edge.host.status import SERVICE_FOLDER, read_status, readable, status_folder
     from hosl_edge.options import add_settings, example_file, option_of
     from hosl_edge.preflight import FAILED, examine
     from hosl_edge.settings import TYPES, Resolved, masked, resolve
-    from hosl_protocol.exceptions import ExitCode
+    from hosl_protocol.exceptions import ExitCode, SettingsError
     from hosl_protocol.program.arguments import Parser
     from hosl_protocol.program.completion import add_completion
     from hosl_protocol.program.plain import plain
@@ -37,7 +41,7 @@ except KeyboardInterrupt:  # while all of this loads there is nothing to tell
 
 SWITCHES = {
     *(option_of(name) for name, kind in TYPES.items() if kind is bool),
-    *("--json", "--example", "--debug", "--quiet", "-q"),
+    *("--json", "--example", "--ids", "--debug", "--quiet", "-q"),
 }
 """Options that take no value."""
 EXAMPLES = {
@@ -46,6 +50,7 @@ EXAMPLES = {
         "          --data train.jsonl --eval validation.jsonl"
     ),
     "hosl-edge preflight": "hosl-edge preflight --server wss://cloud.example.org:8765 --token-file token",
+    "hosl-edge data": "hosl-edge data train.jsonl --shard bundle --task sst2",
     "hosl-edge status": "hosl-edge status --name kitchen",
     "hosl-edge config": "hosl-edge config --example",
     "hosl-edge unit": "hosl-edge unit | sudo tee /etc/systemd/system/hosl-edge.service",
@@ -88,6 +93,8 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
         add_settings(parser)
         parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file (default: /etc/hosl/edge.toml)")
         parser.add_argument("--json", action="store_true", help="print JSON on stdout" + " at the end" * is_run)
+    if name == "data":
+        _add_data_options(parser)
     if name == "config":
         parser.add_argument("--example", action="store_true", help="print a file with every setting, explained")
     add_common_options(parser)
@@ -98,9 +105,21 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help="what to read (default: the setting data); - reads a pipe"
+    )
+    parser.add_argument("--shard", metavar="DIR", type=Path, help="read as for this bundle, and ask no service")
+    parser.add_argument("--task", metavar="NAME", help="with --shard: the shipped task, such as sst2 or chat")
+    parser.add_argument("--max-length", metavar="N", type=int, help="with --shard: tokens to which texts are cut")
+    parser.add_argument("--examples", metavar="N", type=int, default=3, help="how many to show (default: 3)")
+    parser.add_argument("--ids", action="store_true", help="show their token ids, too")
+
+
 def _resolve(options: argparse.Namespace) -> Resolved:
     # What is left are settings, for an option that was not given is not there (options.py).
     own = {"config", "json", "example", "debug", "log_level", "log_format", "quiet"}
+    own |= {"file", "shard", "task", "max_length", "examples", "ids"}
     return resolve({name: value for name, value in vars(options).items() if name not in own}, options.config)
 
 
@@ -109,10 +128,43 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here: the other commands do without ONNX Runtime, which may be what is wrong.
     from hosl_edge.agent import run_agent
 
-    with terminable():
+    with terminable(), _readable_data(settings.data, Path(settings.state_dir)) as path:
+        settings = msgspec.structs.replace(settings, data=str(path))
         summary = run_until_interrupted(run_agent(settings, WatchedPool()))
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
+    return int(ExitCode.OK)
+
+
+def _readable_data(data: str, folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """The data's path; of a pipe that of a file with all of it."""
+    return spooled(folder) if data == STANDARD_INPUT else contextlib.nullcontext(Path(data))
+
+
+def _data(options: argparse.Namespace) -> int:
+    from hosl_edge.data_view import lines, reading_of_run, reading_of_shard, view_data
+
+    resolved = _resolve(options)
+    if options.file is not None:
+        resolved = dataclasses.replace(resolved, values={**resolved.values, "data": options.file})
+    if options.shard is None:
+        settings = resolved.settings()
+        reading = reading_of_run(settings)
+    else:
+        if options.task is None:
+            raise SettingsError("task", None, "with --shard, give --task and the name of a shipped task")
+        reading = reading_of_shard(options.shard, options.task, options.max_length)
+
+    data = resolved.values.get("data")
+    if data is None:
+        raise SettingsError("data", None, "name a file: hosl-edge data FILE")
+    skip_broken = bool(resolved.value("skip_broken"))
+    with terminable(), _readable_data(data, Path(resolved.value("state_dir"))) as path:
+        view = view_data(path, reading, options.examples, with_ids=options.ids, skip_broken=skip_broken)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(view)))
+    else:
+        print("\n".join(lines(view, "standard input" if data == STANDARD_INPUT else data)))
     return int(ExitCode.OK)
 
 
@@ -171,6 +223,7 @@ def _unit(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "run": (_run, "fine-tune the first layers of a model on the data of this device"),
     "preflight": (_preflight, "check this machine and the way to the cloud, with a remedy for what is wrong"),
+    "data": (_data, "show what a run would read of a file: counts, labels, lengths, and some examples"),
     "status": (_status, "what the running agent is doing"),
     "config": (_config, "the settings, and where each comes from"),
     "unit": (_unit, "print the systemd unit"),

@@ -8,25 +8,23 @@ out for as long as the device is open; without it two would write one journal.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import msgspec
 import numpy as np
-from tokenizers import Tokenizer
 
 from hosl_edge.connection.catch_up_speed import CatchUpSpeed, load_link, measure_replay_s, save_link
 from hosl_edge.data.consent import check_consent
 from hosl_edge.data.datasets import Batch, Dataset, TextBatch
 from hosl_edge.data.images import blank_images, load_images
 from hosl_edge.data.records import digest_of_data
-from hosl_edge.data.texts import load_texts
+from hosl_edge.data.texts import load_texts, opened_tokenizer
 from hosl_edge.data.token_cache import Splits, load_or_tokenize, tokens_key
 from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, UnservedError
 from hosl_edge.history.history import FetchSnapshot, History
@@ -36,8 +34,7 @@ from hosl_edge.model.memory import plan_memory, release_unused
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
-from hosl_protocol.run.chat import load_form
-from hosl_protocol.run.manifest import SHARD_TOKENIZER, BundleError, Manifest
+from hosl_protocol.run.manifest import Manifest
 from hosl_protocol.run.settings import RunSettings, check_run
 from hosl_protocol.weights.client_weights import ClientWeights
 from hosl_protocol.weights.estimates import UpdateRecord
@@ -198,10 +195,8 @@ class Device:
         release_unused()
 
     def _tokenize(self, settings: RunSettings) -> Splits:
-        path, files = self._folder / SHARD_TOKENIZER, dict(zip(("train", "eval"), self._data_paths, strict=True))
-        with _usable_tokenizer(path):
-            tokenizer = Tokenizer.from_file(str(path))
-            text_form = load_form(self._folder) if settings.task.scores_answers else None
+        files = dict(zip(("train", "eval"), self._data_paths, strict=True))
+        with opened_tokenizer(self._folder, settings.task) as (tokenizer, text_form):
             return {
                 split: load_texts(file, settings.task, tokenizer, settings.max_length, self.manifest, text_form)
                 for split, file in files.items()
@@ -244,17 +239,6 @@ class Device:
         """Leave everything durable."""
         self._history.close()
         self._lock.close()
-
-
-@contextlib.contextmanager
-def _usable_tokenizer(path: Path) -> Iterator[None]:
-    """Turn what the tokenizer's library raises into a BundleError: its own root, or a panic, which is no Exception."""
-    try:
-        yield
-    except (HoslError, MemoryError, KeyboardInterrupt, SystemExit, OSError):
-        raise
-    except BaseException as error:
-        raise BundleError(f"{path} cannot be used ({error}): delete it and start again to fetch it") from error
 
 
 def _lock(folder: Path) -> TextIO:

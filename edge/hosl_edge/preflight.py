@@ -29,6 +29,7 @@ from hosl_edge.connection.offer import Offer, check_data_file, fetch_offer
 from hosl_edge.connection.token import Token, device_name, read_token
 from hosl_edge.connection.trust import Cloud, connect_securely, http_address, opener, tls_remedy, unverified
 from hosl_edge.data.consent import check_consent
+from hosl_edge.data.piped import STANDARD_INPUT
 from hosl_edge.data.records import digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
 from hosl_edge.host.health import ROOT, read_available
@@ -142,6 +143,9 @@ def check_data(settings: EdgeSettings, offer: Offer, manifest: Manifest | None) 
     bound = {"data": offer.data_digest, "eval": offer.eval_digest}
     for name, path in (("data", settings.data), ("eval", settings.eval)):
         remedy = f"mend it, or name another file in {name}"
+        if path == STANDARD_INPUT:
+            yield Check(name, WARNING, "comes from a pipe, which is read when the agent starts")
+            continue
 
         try:
             if offer.task is not None:

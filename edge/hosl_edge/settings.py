@@ -88,9 +88,10 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     data: Annotated[
         str,
         Shown(
-            "training data, .jsonl or .csv; of images .npz or a folder",
-            "Training data: a `.jsonl` file, or a `.csv` file with a header. For images a `.npz` file, or a folder "
-            "that has a folder for each class. The systemd unit can read `/var/lib/hosl`, but not `/home`.",
+            "training data: .jsonl, .csv, .parquet, - for a pipe; of images .npz or a folder",
+            "Training data: a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, or a folder of such files. `-` "
+            "reads a pipe. For images a `.npz` file, or a folder that has a folder for each class. The systemd unit "
+            "can read `/var/lib/hosl`, but not `/home`.",
             metavar="FILE",
             example="/var/lib/hosl/train.jsonl",
             is_given=True,

@@ -185,12 +185,13 @@ def test_data_that_the_run_refuses_is_refused_with_its_sentence(
     place: dict[str, Any] = {"task": load_preset("reviews")}
     with answering() as answers:
         server = serve_run(answers)
-        for name in ("folder", "pictures.npz"):
+        sentences = {"folder": "holds no file of examples", "pictures.npz": "the name should end in .jsonl"}
+        for name, sentence in sentences.items():
             answers.by_path["/v1/device/pi"] = 200, {}, json.dumps(place).encode()
             data = ["--data", str(tmp_path / name)]
             code, found = preflight(capsys, "--server", server, *options, "--name", "pi", *data)
             assert (code, found["data"].outcome) == (ExitCode.DATA, FAILED)
-            assert "the name should end in .jsonl or .csv" in found["data"].detail
+            assert sentence in found["data"].detail
         for digest, outcome in (("0" * 64, FAILED), (digest_of_data(tmp_path / "d.jsonl"), OK)):
             answers.by_path["/v1/device/pi"] = 200, {}, json.dumps({**place, "data_digest": digest}).encode()
             code, found = preflight(capsys, "--server", server, *options, "--name", "pi")
@@ -340,7 +341,7 @@ def test_a_disk_that_is_too_small_for_what_is_missing_fails(tmp_path: Path) -> N
         ("d.jsonl", "{\n", "d.jsonl:1: is not JSON"),
         ("d.jsonl", '{"words": "good", "label": 1}\n', "d.jsonl:1: has no field 'text'; it has 'words', 'label'"),
         ("d.jsonl", '{"text": "good"}\n', "d.jsonl:1: has no field 'label'"),
-        ("d.txt", "good\n", "d.txt: the name should end in .jsonl or .csv"),
+        ("d.txt", "good\n", "d.txt: the name should end in .jsonl,"),
     ],
 )
 def test_data_that_the_start_would_refuse_is_found_before_it(

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosl_edge.data.records import read_examples
+from hosl_edge.data.formats import read_examples
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.tasks import FIELD_NAME, text_of_value
 
@@ -32,7 +32,7 @@ class OwnData:
 
 
 def look_at(path: Path) -> OwnData:
-    """Find the text and the label in a `.csv` or `.jsonl` file. Raises DataError, and SettingsError for a doubt."""
+    """Find the text and the label in a file of examples. Raises DataError, and SettingsError for a doubt."""
     values: dict[str, Counter[str]] = {}
     rows = 0
     for _, example in itertools.islice(read_examples(path), MOST_ROWS):

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -97,8 +98,10 @@ class DeviceRoutes:
             return Response(msgspec.json.encode({"task": None}), media_type=JSON)
 
         known = await asyncio.to_thread(coordinator.store.device, coordinator.run.id, request.path_params["name"])
-        facts = {"task": coordinator.config.task, "data_digest": known.data_digest if known is not None else ""}
-        if known is not None and known.data_digest and coordinator.config.strict:
+        config = coordinator.config
+        facts: dict[str, Any] = {"task": config.task, "max_length": config.max_length}
+        facts["data_digest"] = known.data_digest if known is not None else ""
+        if known is not None and known.data_digest and config.strict:
             facts["eval_digest"] = known.eval_digest
         return Response(msgspec.json.encode(facts), media_type=JSON)
 

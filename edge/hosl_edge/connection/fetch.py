@@ -17,7 +17,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,13 @@ def fetch_bundle(
     on_manifest: Callable[[Manifest], None] = lambda manifest: None,
     on_file: Callable[[str], None] = lambda name: None,
     waits: bool = False,
+    files: Container[str] | None = None,
 ) -> tuple[Path, Manifest]:
     """Find the folder and manifest of the cloud's shard, downloaded where the cache lacks it or holds it damaged.
 
     `on_manifest` is told before anything large is fetched, and may raise. With `waits` the shard is that of a run under
-    way alone: the last one is over for this device. Raises NoRun, ConnectionLost
-    (try again), RefusedError (token), WrongDigestError, BundleError, NoSpaceError.
+    way alone: the last one is over for this device. `files` names those of the shard to fetch; None fetches all.
+    Raises NoRun, ConnectionLost (try again), RefusedError (token), WrongDigestError, BundleError, NoSpaceError.
     """
     base = cloud.url("bundle/")
     data = read_url(cloud, base + MANIFEST + ("?waits=1" if waits else ""))
@@ -73,6 +74,8 @@ def fetch_bundle(
     folder = cache / "shards" / manifest.shard_digest
     with _locked(folder):
         for entry in manifest.shard_files:
+            if files is not None and entry.path not in files:
+                continue
             target = folder / entry.path
             # By links in the cache, too: the manifest's own check knows only the path's words.
             if not target.resolve().is_relative_to(folder.resolve()):

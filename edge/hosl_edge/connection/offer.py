@@ -28,6 +28,8 @@ class Offer(msgspec.Struct, frozen=True):
     """Of the training data that it has been in that run with; empty before."""
     eval_digest: str = ""
     """Of the held-out data that it must keep to; empty where it may change."""
+    max_length: int = 0
+    """Tokens to which texts are cut; 0 where an older service does not tell."""
 
 
 # Made here, on import: threads that use a type for the first time at once crash msgspec.

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from hosl_edge.data.answers import AnsweredText, AnswerTokenizer
+from hosl_edge.data.answers import AnswerTokenizer
 from hosl_edge.data.datasets import TextDataset
+from hosl_edge.data.formats import CSV_ENDINGS, Place, Places, read_examples
 from hosl_edge.data.long_texts import LongTexts
-from hosl_edge.data.records import read_examples, warn_of_absent, warn_once
+from hosl_edge.data.records import warn_of_absent, warn_once
 from hosl_edge.exceptions import DataError, UnservedError
-from hosl_protocol.exceptions import SettingsError
-from hosl_protocol.run.chat import TextForm
-from hosl_protocol.run.manifest import SHORTEST_TEXT, Manifest
+from hosl_protocol.exceptions import HoslError, SettingsError
+from hosl_protocol.run.chat import TextForm, load_form
+from hosl_protocol.run.manifest import SHARD_TOKENIZER, SHORTEST_TEXT, BundleError, Manifest
 from hosl_protocol.run.tasks import Task, is_blank, label_of, look_up, render
 
 PORTION_TEXTS = 256
@@ -31,9 +33,46 @@ PORTION_CHARACTERS = 200_000
 """Of texts that are tokenized together; their encodings take a hundred times the bytes."""
 
 
+@contextlib.contextmanager
+def opened_tokenizer(shard: Path, task: Task) -> Iterator[tuple[Tokenizer, TextForm | None]]:
+    """Load a shard's tokenizer, and the form of answers where `task` scores them. Raises BundleError.
+
+    What the tokenizer's library raises within is a BundleError too: its own root, or a panic, which is no Exception.
+    """
+    path = shard / SHARD_TOKENIZER
+    try:
+        yield Tokenizer.from_file(str(path)), load_form(shard) if task.scores_answers else None
+    except (HoslError, MemoryError, KeyboardInterrupt, SystemExit, OSError):
+        raise
+    except BaseException as error:
+        raise BundleError(f"{path} cannot be used ({error}): delete it and start again to fetch it") from error
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A file's examples as a run reads them, and where they come from."""
+
+    dataset: TextDataset
+    places: Places
+    cut: list[int]
+    """Indices of the examples that were longer."""
+
+
 def load_texts(
     path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest, text_form: TextForm | None = None
 ) -> TextDataset:
+    """Read and tokenize a file, as `read_texts` does, and say which examples are cut."""
+    texts = read_texts(path, task, tokenizer, max_length, manifest, text_form)
+    if texts.cut:
+        first = texts.places[texts.cut[0]].within(path)
+        cut = f"examples of more than {max_length} tokens, which are cut: {len(texts.cut)}"
+        warn_once(f"{path}: {cut}, the first in {first}")
+    return texts.dataset
+
+
+def read_texts(
+    path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest, text_form: TextForm | None = None
+) -> Texts:
     """Read and tokenize a file; `max_length` counts the soft prompt, and `text_form` says how answers end.
 
     Raises DataError with file and line, and UnservedError where `max_length` has no room for a text.
@@ -45,75 +84,69 @@ def load_texts(
         raise UnservedError(SettingsError("max_length", max_length, remedy))
     if task.scores_answers:
         assert text_form is not None
-        return _load_answers(path, task, tokenizer, max_length, manifest, text_form)
-    lines, labels, blank = [], [], []
+        return _read_answers(path, task, tokenizer, max_length, manifest, text_form)
+    places, labels, blank = Places(), [], []
 
     # A generator: the texts of a large file are never in memory together, their ids are.
     def texts() -> Iterator[str]:
-        for line, example in read_examples(path):
-            text = _text_of(task, example, path, line)
+        for place, example in read_examples(path):
+            text = _text_of(task, example, place)
             if not task.scores_tokens:
-                labels.append(_label_of(task, example, path, line))
-            lines.append(line)
+                labels.append(_label_of(task, example, place))
+            places.append(place)
             if is_blank(task, text):
-                blank.append(line)
+                blank.append(place)
             yield text
 
-    rows = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=task.kind == "prompt-classification")
+    keep_end = task.kind == "prompt-classification"
+    rows, cut = tokenize(tokenizer, texts(), max_length - prompt_tokens, keep_end=keep_end)
     if not rows:
         raise DataError(path, None, "holds no examples")
 
     if _ends_before_padding(task, manifest):
         rows = [without_end_padding(row, pad_token_id) for row in rows]
-    for line, row in zip(lines, rows, strict=True):
+    for index, row in enumerate(rows):
         if row.size < (2 if task.scores_tokens else 1):
-            raise DataError(path, line, f"the text comes to {row.size} tokens, which is too few to learn from")
-    _check_tokens(path, lines, rows, tokenizer, manifest)
+            raise places[index].error(f"the text comes to {row.size} tokens, which is too few to learn from")
+    _check_tokens(places, rows, tokenizer, manifest)
 
     if blank:
-        warn_once(f"{path}: examples without text: {len(blank)}, the first in line {blank[0]}")
+        warn_once(f"{path}: examples without text: {len(blank)}, the first in {blank[0].within(path)}")
     warn_of_absent(path, task, labels)
 
     label_array = None if task.scores_tokens else np.array(labels, np.int32)
-    return _dataset(rows, manifest, label_array)
+    return Texts(_dataset(rows, manifest, label_array), places, cut)
 
 
-def _load_answers(
+def _read_answers(
     path: Path, task: Task, tokenizer: Tokenizer, max_length: int, manifest: Manifest, text_form: TextForm
-) -> TextDataset:
-    """Read and tokenize a file of prompts with completions, or of conversations; as `load_texts`."""
+) -> Texts:
+    """Read and tokenize a file of prompts with completions, or of conversations; as `read_texts`."""
     if task.kind == "chat" and text_form.chat is None:
         remedy = "the model has no chat template that a device can follow: use the kind 'completion', or another model"
         raise UnservedError(SettingsError("task.kind", task.kind, remedy))
     end_id = None if text_form.end is None else tokenizer.token_to_id(text_form.end)
     answers = AnswerTokenizer(task, tokenizer, max_length - manifest.prompt_tokens, end_id, text_form.chat)
 
-    lines, texts = [], []
-    for line, example in read_examples(path):
-        with _named_errors(example, path, line):
+    places, texts = Places(), []
+    for place, example in read_examples(path):
+        with _named_errors(example, place):
             texts.append(answers.tokenize(example))
-        lines.append(line)
+        places.append(place)
         if texts[-1].ids.size < SHORTEST_TEXT:
             problem = f"the text comes to {texts[-1].ids.size} tokens, which is too few to learn from"
-            raise DataError(path, line, problem)
+            raise place.error(problem)
     if not texts:
         raise DataError(path, None, "holds no examples")
 
     rows = [text.ids for text in texts]
-    _check_tokens(path, lines, rows, tokenizer, manifest)
-    _warn_of_cuts(path, lines, texts, max_length)
-    return _dataset(rows, manifest, is_answer=[text.is_answer for text in texts])
-
-
-def _warn_of_cuts(path: Path, lines: list[int], texts: list[AnsweredText], max_length: int) -> None:
-    cut = [line for line, text in zip(lines, texts, strict=True) if text.is_cut]
-    if cut:
-        warn_once(
-            f"{path}: examples of more than {max_length} tokens, which are cut: {len(cut)}, the first in line {cut[0]}"
-        )
-    silent = [line for line, text in zip(lines, texts, strict=True) if not text.is_answer[1:].any()]
+    _check_tokens(places, rows, tokenizer, manifest)
+    silent = [index for index, text in enumerate(texts) if not text.is_answer[1:].any()]
     if silent:
-        warn_once(f"{path}: examples with nothing to learn: {len(silent)}, the first in line {silent[0]}")
+        first = places[silent[0]].within(path)
+        warn_once(f"{path}: examples with nothing to learn: {len(silent)}, the first in {first}")
+    dataset = _dataset(rows, manifest, is_answer=[text.is_answer for text in texts])
+    return Texts(dataset, places, [index for index, text in enumerate(texts) if text.is_cut])
 
 
 def _dataset(
@@ -136,20 +169,24 @@ def _dataset(
 
 def tokenize(
     tokenizer: Tokenizer, texts: Iterable[str], max_length: int, *, keep_end: bool
-) -> list[npt.NDArray[np.int32]]:
-    """Make token ids of each text, special tokens included, cut to `max_length`.
+) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """Make token ids of each text, special tokens included, cut to `max_length`; and tell which texts were longer.
 
     `keep_end` drops from the left, for a prompt whose question stands at the end. Memory is that of a portion of
     texts, or of one text that must be tokenized whole.
     """
     long_texts = LongTexts(tokenizer, max_length, keep_end=keep_end)
     rows: list[npt.NDArray[np.int32]] = []
+    cut: list[int] = []
 
     def flush(portion: list[str]) -> None:
         # Each time anew, for LongTexts switches truncation off on the same tokenizer.
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, direction="left" if keep_end else "right")
-        rows.extend(np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(portion))
+        for encoding in tokenizer.encode_batch_fast(portion):
+            if encoding.overflowing:
+                cut.append(len(rows))
+            rows.append(np.array(encoding.ids, np.int32))
         portion.clear()
 
     portion: list[str] = []
@@ -158,21 +195,19 @@ def tokenize(
         if sum(map(len, portion)) >= PORTION_CHARACTERS or len(portion) == PORTION_TEXTS:
             flush(portion)
     flush(portion)
-    return rows
+    return rows, cut
 
 
-def _check_tokens(
-    path: Path, lines: list[int], rows: list[npt.NDArray[np.int32]], tokenizer: Tokenizer, manifest: Manifest
-) -> None:
+def _check_tokens(places: Places, rows: list[npt.NDArray[np.int32]], tokenizer: Tokenizer, manifest: Manifest) -> None:
     """Raise DataError for a text with a token that the model has no embedding for: a special one, written out."""
     # One look at all ids; the row is only searched for where there is one.
     tokens = manifest.tokens
     if tokens is None or int(np.concatenate(rows).max()) < tokens:
         return
-    line, worst = next((line, int(row.max())) for line, row in zip(lines, rows, strict=True) if row.max() >= tokens)
+    index, worst = next((index, int(row.max())) for index, row in enumerate(rows) if row.max() >= tokens)
     token = tokenizer.id_to_token(worst)
     problem = f"the text has the special token {token!r}, and the model has no embedding for it: leave it out"
-    raise DataError(path, line, problem)
+    raise places[index].error(problem)
 
 
 def _ends_before_padding(task: Task, manifest: Manifest) -> bool:
@@ -192,58 +227,58 @@ def without_end_padding(row: npt.NDArray[np.int32], pad_token_id: int) -> npt.ND
 
 def check_first_example(path: Path, task: Task | None) -> int:
     """Count the fields of the first example. Raises DataError where there is none, or `task` has no use for it."""
-    line, example = next(read_examples(path), (0, None))
+    place, example = next(read_examples(path), (Place(path, 0), None))
     if example is None:
         raise DataError(path, None, "holds no examples")
     if task is not None:
         if task.kind == "chat":
-            with _named_errors(example, path, line):
+            with _named_errors(example, place):
                 look_up(example, task.messages_field)
             return len(example)
-        _text_of(task, example, path, line)
+        _text_of(task, example, place)
         if not task.scores_tokens:
-            _label_of(task, example, path, line)
+            _label_of(task, example, place)
     return len(example)
 
 
-def _text_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> str:
-    with _named_errors(example, path, line):
+def _text_of(task: Task, example: Mapping[str, Any], place: Place) -> str:
+    with _named_errors(example, place):
         text = render(task, example)
         text.encode()
     return text
 
 
 @contextlib.contextmanager
-def _named_errors(example: Mapping[str, Any], path: Path, line: int) -> Iterator[None]:
+def _named_errors(example: Mapping[str, Any], place: Place) -> Iterator[None]:
     """Say of what reading an example raises in which file and line it is."""
     try:
         yield
     except KeyError as error:
-        raise _missing(error, example, path, line) from None
+        raise _missing(error, example, place) from None
     except UnicodeEncodeError:
-        raise DataError(path, line, "holds half of a surrogate pair, which is no character") from None
+        raise place.error("holds half of a surrogate pair, which is no character") from None
     except (TypeError, ValueError) as error:
-        raise DataError(path, line, str(error)) from None
+        raise place.error(str(error)) from None
 
 
-def _label_of(task: Task, example: Mapping[str, Any], path: Path, line: int) -> int:
+def _label_of(task: Task, example: Mapping[str, Any], place: Place) -> int:
     try:
         return label_of(task, example)
     except KeyError as error:
-        raise _missing(error, example, path, line) from None
+        raise _missing(error, example, place) from None
     except ValueError as error:
-        raise DataError(path, line, f"the label in {task.label_field!r} {error}") from None
+        raise place.error(f"the label in {task.label_field!r} {error}") from None
 
 
-def _missing(error: KeyError, example: Mapping[str, Any], path: Path, line: int) -> DataError:
+def _missing(error: KeyError, example: Mapping[str, Any], place: Place) -> DataError:
     """Make the error for a missing field; names that may be data, as a table without a header has, are not told."""
     field, count = str(error.args[0]), len(example)
     by_folded = {name.strip().casefold(): name for name in example}
     near = difflib.get_close_matches(field.casefold(), by_folded, 1)
-    if path.suffix.lower() == ".csv":
+    if place.path.name.lower().endswith(CSV_ENDINGS):
         there = f"the first line should name the columns, and names {count} others"
         there += f", of them {by_folded[near[0]]!r}" if near else ""
     else:
         names = [repr(name) for name in example if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", name)]
         there = f"it has {', '.join(names) or 'none'}" + (" and others" if len(names) < count else "")
-    return DataError(path, line, f"has no field {field!r}; {there}")
+    return place.error(f"has no field {field!r}; {there}")

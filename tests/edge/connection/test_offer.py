@@ -64,7 +64,7 @@ def attend(settings: EdgeSettings, answers: Answers, **changed: Any) -> object:
         ({"task": OWN_TASK}, None, ConsentError, "name the fields it may read with --fields"),
         ({"task": load_preset("lm")}, None, ConsentError, "--share-text"),
         ({"task": load_preset("sst2")}, None, DataError, "has no field 'sentence'"),
-        ({"task": load_preset("reviews")}, "folder", DataError, "should end in .jsonl or .csv"),
+        ({"task": load_preset("reviews")}, "folder", DataError, "holds no file of examples"),
         (None, None, RefusedError, "the token is not one of device pi"),
     ],
 )

@@ -136,7 +136,9 @@ def test_of_a_long_text_a_small_part_is_tokenized(kind: str, keep_end: bool) -> 
     text = "start " + " ".join(f"film number {place} was good and bad" for place in range(3_000)) + " end"
     tokenizer = KINDS[kind]()
     assert len(LongTexts(tokenizer, 32, keep_end=keep_end).shorten(text)) < 10_000
-    (ids,) = tokenize(tokenizer, [text], 32, keep_end=keep_end)
+    (short, ids), cut = tokenize(tokenizer, ["a film", text], 32, keep_end=keep_end)
+    assert cut == [1]
+    assert short.size < 32
     tokenizer.enable_truncation(32, direction="left" if keep_end else "right")
     assert ids.tolist() == tokenizer.encode(text).ids
 

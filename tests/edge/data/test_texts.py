@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hosl_edge.data.consent import check_consent
 from hosl_edge.data.datasets import TextDataset
-from hosl_edge.data.records import digest_of_data, read_examples
+from hosl_edge.data.formats import read_examples
+from hosl_edge.data.records import digest_of_data
 from hosl_edge.data.texts import load_texts
 from hosl_edge.exceptions import ConsentError, DataError, UnservedError
 from hosl_protocol.run.manifest import Manifest, TensorEntry
@@ -248,7 +249,7 @@ def test_a_class_without_examples_is_told(
     [
         ("data.csv", "text,label\ngood\n", "should have 2 columns"),
         ("data.csv", 'text,label\n"good,1\n', "is not CSV"),
-        ("data.txt", "good", "should end in .jsonl or .csv"),
+        ("data.txt", "good", "should end in .jsonl"),
     ],
 )
 def test_a_broken_table_is_named(tmp_path: Path, name: str, text: str, what: str) -> None:

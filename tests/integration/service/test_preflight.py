@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,7 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
     data = write_reviews(tmp_path / "train.jsonl", 4)
     capsys.readouterr()  # what the export said
 
-    async def main() -> None:
+    async def ask() -> None:
         async with serving(bundle, tmp_path / "cloud", config) as service:
             token = tmp_path / "kitchen.token"
             token.write_text(await asyncio.to_thread(service.authenticator.access.add, "kitchen"), encoding="ascii")
@@ -41,6 +43,11 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
             code, found = await asyncio.to_thread(preflight, capsys, *arguments)
             assert (code, found["device"].detail) == (ExitCode.OK, "the token is that of kitchen")
             assert found["data"].detail.endswith("which task reviews can use")
+            # And what the run would read, at the run's own length.
+            command = [sys.executable, "-m", "hosl_edge", "data", *arguments, "--json"]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=True)
+            view = json.loads(done.stdout)
+            assert (view["examples"], view["task"], view["max_length"]) == (4, "reviews", 16)
             code, found = await asyncio.to_thread(preflight, capsys, *arguments, "--name", "hall")
             assert (code, found["settings"].outcome) == (ExitCode.SETTINGS, FAILED)
             assert "is that of 'kitchen': leave the name out" in found["settings"].detail
@@ -49,4 +56,4 @@ def test_the_name_is_held_against_the_token_and_the_data_against_the_run_by_a_re
             assert (code, found["device"].outcome) == (ExitCode.REFUSED, FAILED)
             assert found["device"].detail == "the token is not one of device kitchen"
 
-    asyncio.run(main())
+    asyncio.run(ask())

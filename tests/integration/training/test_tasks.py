@@ -256,7 +256,7 @@ def test_a_device_that_was_not_told_to_share_its_text_does_not(
         bundle = export_bundle(tiny_model, "lora", 2)
         async with serving(bundle, tmp_path / "cloud", configure({"preset": "lm"})) as service:
             with pytest.raises(ConsentError, match="start hosl-edge with --share-text"):
-                await asyncio.wait_for(run_agent(device_settings(service, "pi-1")), 20.0)
+                await asyncio.wait_for(run_agent(device_settings(service, "pi-1", lambda path: None)), 20.0)
             assert not list((tmp_path / "cache").rglob("*.safetensors")), "it asks before it fetches anything"
 
     asyncio.run(run())
