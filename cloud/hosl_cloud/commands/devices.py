@@ -78,8 +78,8 @@ def _init(options: argparse.Namespace) -> int:
     print(f"the certificate is for {', '.join(authority.names())}; it ends in {authority.days_left():.0f} days")
     if not options.renew:
         serve = hint("serve --bundle DIR --task PRESET --host 0.0.0.0", options.data_dir)
-        print(f"next: {serve}")
-        print(f"and beside it, for each device: {hint('device add NAME', options.data_dir)}")
+        print(f"next: {serve} (for a task of your own: --config run.toml in place of --task)")
+        print(f"then, in a second terminal, for each device: {hint('device add NAME', options.data_dir)}")
     return int(ExitCode.OK)
 
 

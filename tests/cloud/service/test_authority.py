@@ -144,6 +144,8 @@ def test_the_command_makes_it_once_and_serve_takes_it(tmp_path: Path, capsys: py
     assert main(options) == 0
     out = capsys.readouterr().out
     assert "next: hosl-cloud serve --bundle DIR --task PRESET --host 0.0.0.0" in out
+    assert " (for a task of your own: --config run.toml in place of --task)\n" in out
+    assert "in a second terminal, for each device: hosl-cloud device add NAME" in out
     assert "the certificate is for cloud.example.org, 192.168.1.5, localhost" in out
     assert "ends in 825 days" in out
     assert read_secret(data / ADMIN_TOKEN_FILE) not in out

