@@ -28,7 +28,7 @@ ROOMS = {
         *("rounds", "driver", "device", "session", "agent", "preflight", "data_view", "__main__"),
     ],
     "hosl_export": [
-        *("exceptions", "tensor_files", "model", "sources", "bundle"),
+        *("exceptions", "tensor_files", "model", "sources", "bundle", "formats"),
         *("summary", "settings", "inputs", "exporter", "steps", "__main__"),
     ],
     "hosl_cloud": [

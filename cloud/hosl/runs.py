@@ -129,12 +129,17 @@ class Run:
         out: str | os.PathLike[str] | None = None,
         *,
         adapter: str | os.PathLike[str] | None = None,
+        gguf: str | os.PathLike[str] | None = None,
+        gguf_type: Literal["f16", "q8_0"] = "f16",
+        onnx: str | os.PathLike[str] | None = None,
         checkpoint: Literal["best", "last"] = "best",
     ) -> Path:
         """Join the halves of the best checkpoint, by evaluation, or the last into a folder that transformers loads.
 
         Without `out` the folder is gone with the run. `adapter` names a folder for a PEFT adapter besides, where both
-        halves trained LoRA. Raises SettingsError where a folder exists, CheckpointError and AdapterError.
+        halves trained LoRA, `gguf` a file for llama.cpp with matrices of `gguf_type`, and `onnx` a folder for ONNX
+        Runtime. Raises SettingsError where one exists or a format has no place for the model, CheckpointError,
+        AdapterError and ExportError.
         """
         if not self._is_followed:
             self.wait()
@@ -144,9 +149,18 @@ class Run:
         with needs("Run.merge", "cloud"):
             from hosl_cloud.storage.data_folder import DATABASE, run_folder
             from hosl_cloud.storage.store import Store
+            from hosl_cloud.tail.merge import Targets
             from hosl_cloud.tail.stored_merge import merge_stored
 
         folder = self._folder / f"merged-{next(self._numbers)}" if out is None else Path(out)
+
+        targets = Targets(
+            out=folder,
+            adapter=None if adapter is None else Path(adapter),
+            gguf=None if gguf is None else Path(gguf),
+            gguf_type=gguf_type,
+            onnx=None if onnx is None else Path(onnx),
+        )
 
         def merge() -> None:
             with contextlib.closing(Store(self.data_dir / DATABASE, reads_only=True)) as store:
@@ -154,8 +168,7 @@ class Run:
                     store,
                     self.id,
                     run_folder(self.data_dir, self.id),
-                    folder,
-                    adapter=None if adapter is None else Path(adapter),
+                    targets,
                     which=checkpoint,
                     bundle=self.bundle.path,
                 )

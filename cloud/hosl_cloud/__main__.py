@@ -22,7 +22,8 @@ try:
     from hosl_cloud.commands.config import add_config
     from hosl_cloud.commands.devices import add_device, add_init
     from hosl_cloud.commands.help import EXAMPLES, RARE
-    from hosl_cloud.commands.merge import add_merge
+    from hosl_cloud.commands.results.merge import add_merge
+    from hosl_cloud.commands.results.try_run import add_try
     from hosl_cloud.commands.runs import add_drain, add_log, add_run
     from hosl_cloud.commands.serve import add_serve
     from hosl_cloud.commands.simulate import add_simulate
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add_log(commands.add_parser("log", help="show what was said about a run"))
     add_checkpoint(commands.add_parser("checkpoint", help="show and copy a run's checkpoints"))
     add_drain(commands.add_parser("drain", help="let a service pause its runs and leave"))
-    add_merge(commands.add_parser("merge", help="join a run's halves into a Hugging Face model"))
+    add_merge(commands.add_parser("merge", help="join a run's halves into a model: a folder, GGUF or ONNX"))
+    add_try(commands.add_parser("try", help="let a run's trained model answer texts, or name their classes"))
     add_simulate(commands.add_parser("simulate", help="run a whole fleet of virtual devices in this process"))
     unit = commands.add_parser("unit", help="print the systemd unit")
     add_common_options(unit)

@@ -32,7 +32,8 @@ EXAMPLES = {
     "hosl-cloud bundle list": "hosl-cloud bundle list",
     "hosl-cloud bundle rm": "hosl-cloud bundle rm reviews",
     "hosl-cloud drain": "hosl-cloud drain",
-    "hosl-cloud merge": "hosl-cloud merge latest --out trained/",
+    "hosl-cloud merge": "hosl-cloud merge latest --out trained/\nhosl-cloud merge latest --gguf trained.gguf",
+    "hosl-cloud try": 'hosl-cloud try latest "the screen stays black"\nhosl-cloud try latest - < questions.txt',
     "hosl-cloud simulate": (
         "hosl-cloud simulate --bundle bundle/ --task sst2 --devices 100 \\\n"
         "                    --data train.jsonl --eval validation.jsonl"

@@ -72,6 +72,11 @@ class Facts:
         return self.info.config.task
 
     @property
+    def title(self) -> str:
+        """What the card is headed."""
+        return f"{self.manifest.model}, fine-tuned for {self.task.name}"
+
+    @property
     def text_tokens(self) -> int:
         """Tokens of the longest text, without a soft prompt."""
         return self.info.config.max_length - self.manifest.prompt_tokens
@@ -98,11 +103,10 @@ def _cut_side(task: Task) -> str:
 
 
 def _card(facts: Facts, *, is_adapter: bool) -> str:
-    model = facts.manifest.model
     code = _code_for(facts, is_adapter=is_adapter)
     parts = [
         _front_matter(facts, is_adapter=is_adapter),
-        f"# {model}, fine-tuned for {facts.task.name}\n",
+        f"# {facts.title}\n",
         _opening(facts, is_adapter=is_adapter),
         "## How to use it\n",
         f"{_remark(facts)}\n",

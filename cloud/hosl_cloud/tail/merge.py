@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -27,7 +27,8 @@ from hosl_cloud.tail.building import class_count, tail_lora
 from hosl_cloud.tail.card import Facts, write_card
 from hosl_cloud.tail.checkpoint import CheckpointInfo, read_weights
 from hosl_export.bundle.reading import full_config, load_model_config, load_tail
-from hosl_export.bundle.staging import staging
+from hosl_export.bundle.staging import staging, staging_file
+from hosl_export.formats.gguf_file import GgufFacts, GgufType, check_gguf, write_gguf
 from hosl_export.model.families import find_family
 from hosl_export.model.heads import keeps_head, own_labels
 from hosl_export.model.joining import join_state
@@ -35,8 +36,12 @@ from hosl_export.model.lora import fold_lora, plain_state
 from hosl_export.model.peft_files import peft_adapter, peft_prompt
 from hosl_export.model.prompt import is_prompt
 from hosl_export.sources.origin import ORIGIN_FILE, read_origin
+from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import TAIL_CONFIG, TAIL_WEIGHTS, BundleError, Manifest
 from hosl_protocol.run.tasks import Task
+
+if TYPE_CHECKING:
+    from hosl_export.formats.onnx_model import OnnxFacts
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -44,6 +49,22 @@ PROMPT_FOLDER = "prompt"
 """In the merged folder, where the device trained a soft prompt."""
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What is made of a run. At least the folder."""
+
+    out: Path
+    """The Hugging Face folder."""
+    adapter: Path | None = None
+    """The PEFT folder."""
+    gguf: Path | None = None
+    """The file for llama.cpp."""
+    gguf_type: GgufType = "f16"
+    """Of its matrices."""
+    onnx: Path | None = None
+    """The folder for ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class Merged:
     """Of the checkpoint."""
     untied_bytes: int
     """Of a head that was tied to the embedding and is a tensor of its own now; 0 where there is none."""
+    gguf: GgufFacts | None = None
+    onnx: OnnxFacts | None = None
 
 
 def merge_run(
@@ -61,36 +84,64 @@ def merge_run(
     manifest: Manifest,
     client_weights: Mapping[str, npt.NDArray[np.float32]],
     checkpoint: Path,
-    out: Path,
-    adapter: Path | None = None,
+    targets: Targets | Path,
     run: str = "",
     classes: Sequence[ClassFigures] = (),
 ) -> Merged:
-    """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for.
+    """Write the Hugging Face folder, and what else of `targets` is asked for; a path stands for the folder alone.
 
-    `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. `out` computes
-    what the two halves compute: adapters are folded in, and a head that was tied to the embedding is a tensor of its
-    own unless both are still the same. After a soft prompt it does so with the PEFT adapter `out`/prompt. Each folder
-    has a card, which names the `run` and how each of `classes` fared, and the task.
-    Both folders appear whole or not at all. Raises SettingsError where one exists, AdapterError, BundleError, and
-    CheckpointMissing or CheckpointDamaged.
+    `client_weights` holds every tensor of the shard under its plain name, at the checkpoint's round. The folder
+    computes what the two halves compute: adapters are folded in, and a head that was tied to the embedding is a tensor
+    of its own unless both are still the same. After a soft prompt it does so with the PEFT adapter in its folder
+    prompt. Each folder has a card, which names the `run` and how each of `classes` fared, and the task.
+    All appear whole or none does. Raises SettingsError where one exists, or a format has no place for the model,
+    AdapterError, BundleError, ExportError, and CheckpointMissing or CheckpointDamaged.
     """
+    if isinstance(targets, Path):
+        targets = Targets(out=targets)
     info, trained = read_weights(checkpoint)
-    if adapter is not None:
+    if targets.adapter is not None:
         check_adapter(manifest, info)
         if read_origin(bundle, manifest).is_adapter:
             raise AdapterError("the exported model was an adapter on its base itself, and PEFT loads none on another")
+
+    _check_formats(bundle, manifest, info, targets)
 
     client = {name: torch.from_numpy(np.array(value)) for name, value in client_weights.items()}
     tail = tail_state(bundle, manifest, info, trained)
     facts = _facts(bundle, manifest, info, run, classes)
 
-    # Both are staged before either takes its name, so that an error in the second leaves neither.
+    # All are staged before any takes its name, so that an error in one leaves none.
     with contextlib.ExitStack() as stack:
-        if adapter is not None:
-            _write_adapter(stack.enter_context(staging(adapter, "--adapter")), facts, client, tail)
-        untied_bytes = _write_model(stack.enter_context(staging(out, "--out")), bundle, facts, client, tail)
-    return Merged(info, untied_bytes)
+        out = stack.enter_context(staging(targets.out, "--out"))
+        if targets.adapter is not None:
+            _write_adapter(stack.enter_context(staging(targets.adapter, "--adapter")), facts, client, tail)
+        gguf = None if targets.gguf is None else stack.enter_context(staging_file(targets.gguf, "--gguf"))
+        onnx = None if targets.onnx is None else stack.enter_context(staging(targets.onnx, "--onnx"))
+        untied_bytes = _write_model(out, bundle, facts, client, tail)
+        del client, tail
+        gguf_facts = None if gguf is None else write_gguf(out, gguf, targets.gguf_type, facts.title)
+        onnx_facts = None if onnx is None else _write_onnx(out, onnx, info)
+    return Merged(info, untied_bytes, gguf_facts, onnx_facts)
+
+
+def _write_onnx(out: Path, folder: Path, info: CheckpointInfo) -> OnnxFacts:
+    from hosl_export.formats.onnx_model import write_onnx
+
+    return write_onnx(out, folder, _class_of(info))
+
+
+def _check_formats(bundle: Path, manifest: Manifest, info: CheckpointInfo, targets: Targets) -> None:
+    """Raise SettingsError where a format has no place for the model, before anything is written."""
+    for option, path in (("--gguf", targets.gguf), ("--onnx", targets.onnx)):
+        if path is not None and manifest.prompt_tokens:
+            remedy = (
+                "the run trained a soft prompt, for which the format has no place: use the folder of --out, with PEFT"
+            )
+            raise SettingsError(option, str(path), remedy)
+    if targets.gguf is not None:
+        config = full_config(bundle, manifest, num_labels=class_count(info.config.task))
+        check_gguf(config, (bundle / TAIL_CONFIG).parent)
 
 
 def check_adapter(manifest: Manifest, info: CheckpointInfo) -> None:
@@ -175,10 +226,14 @@ _CLASSES: dict[str, Any] = {
 """What loads the merged folder, by the kind of task; a language model for the others."""
 
 
+def _class_of(info: CheckpointInfo) -> Any:
+    return _CLASSES.get(info.config.task.kind, AutoModelForCausalLM)
+
+
 def _checked(state: State, config: Any, info: CheckpointInfo) -> State:
     """Cast the state to the types of the config's class. Raises BundleError where it is not just what that holds."""
     with torch.device("meta"):
-        skeleton = _CLASSES.get(info.config.task.kind, AutoModelForCausalLM).from_config(config)
+        skeleton = _class_of(info).from_config(config)
     types = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
 
     try:

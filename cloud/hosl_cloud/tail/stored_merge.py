@@ -16,7 +16,7 @@ from hosl_cloud.storage.mirror import replay_client
 from hosl_cloud.storage.records import Evaluation
 from hosl_cloud.storage.store import Store
 from hosl_cloud.tail.checkpoint import CheckpointInfo, find_checkpoint, read_client
-from hosl_cloud.tail.merge import PROMPT_FOLDER, Merged, merge_run
+from hosl_cloud.tail.merge import PROMPT_FOLDER, Merged, Targets, merge_run
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import BundleError, check_files, load_manifest
 
@@ -30,7 +30,6 @@ class MergedRun:
     """What a run was merged to."""
 
     run: str
-    out: Path
     merged: Merged
     prompt: Path | None
     """The folder of its soft prompt, where it has one."""
@@ -39,9 +38,9 @@ class MergedRun:
 
 
 def merge_stored(
-    store: Store, id_: str, folder: Path, out: Path, *, adapter: Path | None, which: Which, bundle: Path | None
+    store: Store, id_: str, folder: Path, targets: Targets, *, which: Which, bundle: Path | None = None
 ) -> MergedRun:
-    """Write the Hugging Face folder `out`, and the PEFT folder `adapter` where one is asked for, of a stored run.
+    """Write the Hugging Face folder of a stored run, and what else of `targets` is asked for.
 
     `folder` is the run's, with its checkpoints; `bundle` stands for one that has moved since. Raises RunNotFound,
     ForeignSettings, BundleError, and what `merge_run` raises.
@@ -65,8 +64,9 @@ def merge_stored(
     before = next((each for each in store.evaluations(run.id) if each.round == 0), None)
 
     classes = _classes_of(store, run.id, checkpoint.info)
-    merged = merge_run(bundle, manifest, client, checkpoint.path, out, adapter, run.id, classes)
-    return MergedRun(run.id, out, merged, out / PROMPT_FOLDER if manifest.prompt_tokens else None, before)
+    merged = merge_run(bundle, manifest, client, checkpoint.path, targets, run.id, classes)
+    prompt = targets.out / PROMPT_FOLDER if manifest.prompt_tokens else None
+    return MergedRun(run.id, merged, prompt, before)
 
 
 def _classes_of(store: Store, run: str, info: CheckpointInfo) -> list[ClassFigures]:

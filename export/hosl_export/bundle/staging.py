@@ -1,4 +1,7 @@
-"""Output folders that appear whole or not at all. The export makes a bundle so, and a merge on the cloud its model."""
+"""Output folders and files that appear whole or not at all.
+
+The export makes a bundle so, and a merge on the cloud its model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from hosl_protocol.exceptions import SettingsError
 def check_output(out: Path, option: str = "out") -> None:
     """Raise SettingsError, naming `option`, where something is in the way of the folder."""
     if out.exists() or out.is_symlink():
-        raise SettingsError(option, str(out), "it exists already; choose another folder or remove it")
+        raise SettingsError(option, str(out), "it exists already; choose another name or remove it")
     parent = nearest_folder(out)
     if not parent.is_dir():
         raise SettingsError(option, str(out), f"{parent} is no folder")
@@ -44,4 +47,20 @@ def staging(out: Path, option: str = "out") -> Iterator[Path]:
         folder.rename(out)
     except BaseException:  # also signals, which come as KeyboardInterrupt or SystemExit
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def staging_file(out: Path, option: str) -> Iterator[Path]:
+    """A path beside `out` for a file that becomes `out` if the block ends well, and disappears if it does not."""
+    out = out.absolute()
+    check_output(out, option)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield path
+        check_output(out, option)
+        path.rename(out)
+    except BaseException:  # as above
+        path.unlink(missing_ok=True)
         raise

@@ -17,7 +17,7 @@ from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.storage.evaluations import ClassFigures
 from hosl_cloud.tail.card import f_string
 from hosl_cloud.tail.checkpoint import CheckpointScore, record_score, save_checkpoint
-from hosl_cloud.tail.merge import merge_run
+from hosl_cloud.tail.merge import Targets, merge_run
 from hosl_export.sources.origin import Origin, write_origin
 from hosl_protocol.run.tasks import Task, load_preset, preset_names, render
 from support import run_card
@@ -40,9 +40,8 @@ def merged(bundle: Any, kind: str, tail_train: str, folder: Path, *, has_adapter
     checkpoint = save_checkpoint(folder / "checkpoints", 3, 1, trainer, trainer.config)
     record_score(checkpoint, CheckpointScore(loss=0.25, correct=7, scored=8, macro_f1=0.75))
     adapter = folder / "adapter" if has_adapter else None
-    merge_run(
-        bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, folder / "out", adapter, "run-7", CLASSES
-    )
+    targets = Targets(out=folder / "out", adapter=adapter)
+    merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, targets, "run-7", CLASSES)
     return trainer
 
 

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hosl_cloud.exceptions import BatchError
 from hosl_cloud.settings import parse_config
 from hosl_cloud.tail.checkpoint import save_checkpoint
-from hosl_cloud.tail.merge import merge_run
+from hosl_cloud.tail.merge import Targets, merge_run
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.datasets import Batch
 from hosl_edge.data.images import ImageDataset
@@ -187,7 +187,13 @@ def test_a_vits_adapter_loads_in_peft(make_image_bundle: Callable[..., Path], tm
         halves.trainer.forward_backward(*halves.sent)
         halves.trainer.step(round_, 1.0)
     checkpoint = save_checkpoint(tmp_path / "checkpoints", 2, 1, halves.trainer, halves.trainer.config)
-    merge_run(bundle, halves.manifest, halves.shard.weights, checkpoint, tmp_path / "out", tmp_path / "adapter")
+    merge_run(
+        bundle,
+        halves.manifest,
+        halves.shard.weights,
+        checkpoint,
+        Targets(out=tmp_path / "out", adapter=tmp_path / "adapter"),
+    )
     make_image_model("vit").save_pretrained(tmp_path / "base")
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base").eval()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hosl_cloud.exceptions import AdapterError
 from hosl_cloud.tail.checkpoint import save_checkpoint
-from hosl_cloud.tail.merge import merge_run
+from hosl_cloud.tail.merge import Targets, merge_run
 from hosl_cloud.tail.trainer import TailTrainer
 from hosl_edge.data.texts import without_end_padding
 from hosl_export import plain_state
@@ -157,7 +157,7 @@ def test_the_adapter_loads_in_peft_and_computes_the_same(
     bundle = cut(family, client_train)
     _, checkpoint = trained(bundle, kind, "lora", tmp_path)
     out, adapter = tmp_path / "out", tmp_path / "adapter"
-    merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, out, adapter)
+    merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, Targets(out=out, adapter=adapter))
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "hosl_task.json"]
     assert sorted(path.name for path in adapter.iterdir()) == names
     os.umask(umask := os.umask(0))
@@ -183,10 +183,9 @@ def test_what_is_more_than_an_adapter_says_why(
 ) -> None:
     bundle = cut("llama", client_train)
     _, checkpoint = trained(bundle, PROMPTS, tail_train, tmp_path)
+    targets = Targets(out=tmp_path / "out", adapter=tmp_path / "adapter")
     with pytest.raises(AdapterError, match=said):
-        merge_run(
-            bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, tmp_path / "out", tmp_path / "adapter"
-        )
+        merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, targets)
     assert not (tmp_path / "out").exists()
 
 
@@ -197,7 +196,9 @@ def test_what_exists_is_left_alone(cut: Callable[..., Any], tmp_path: Path) -> N
     for taken, option in ((out, "--out"), (adapter, "--adapter")):
         taken.mkdir()
         with pytest.raises(SettingsError, match=f"{option} is .* exists already"):
-            merge_run(bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, out, adapter)
+            merge_run(
+                bundle.path, bundle.manifest, bundle.client_weights(), checkpoint, Targets(out=out, adapter=adapter)
+            )
         assert list(taken.iterdir()) == []
         taken.rmdir()
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -88,9 +90,15 @@ def test_a_run_is_that_of_the_command(
 
 
 def test_the_merged_model_answers_as_the_run_did_and_transformers_loads_it(
-    make_bundle: MakeBundle, tmp_path: Path, reviews: Examples, held_out: Examples
+    make_bundle: MakeBundle,
+    tmp_path: Path,
+    reviews: Examples,
+    held_out: Examples,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = hosl.simulate(make_bundle("norm", 2), reviews, eval=held_out, rounds=4, **SETTINGS)
+    data_dir = tmp_path / "data"
+    run = hosl.simulate(make_bundle("norm", 2), reviews, eval=held_out, rounds=4, data_dir=data_dir, **SETTINGS)
     trained = run.model()  # nobody went through it: it trains to the end first
     assert run.state == "completed"
     best = max(run.evaluations, key=lambda each: (each.accuracy, -each.loss))
@@ -104,6 +112,16 @@ def test_the_merged_model_answers_as_the_run_did_and_transformers_loads_it(
     assert (type(model).__name__, tokenizer.truncation_side) == ("LlamaForCausalLM", "left")
     with pytest.raises(hosl.SettingsError, match=r"example is .*: it lacks the field 'text'; it has 'txt'"):
         trained.classify({"txt": "a"})
+
+    # The command asks the same model, from arguments and from lines of standard input.
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{each['text']}\n\n" for each in held_out)))
+    assert cloud_main(["try", "latest", "-", "--json", "--data-dir", str(data_dir)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == [each["text"] for each in held_out]
+    assert [line["likelihoods"] for line in lines] == [trained.likelihoods(each) for each in held_out]
+    assert cloud_main(["try", "latest", json.dumps(held_out[0]), "--data-dir", str(data_dir)]) == 0
+    assert re.fullmatch(r"\w+ \d+\.\d %, \w+ \d+\.\d %\n", capsys.readouterr().out)
 
 
 def test_a_callback_hears_of_every_round_and_scores_come_with_theirs(
