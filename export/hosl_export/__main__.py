@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="hosl-export", description="Cut a model in two: a shard and a tail.")
+    parser = Parser(prog="hosl-export", description="Cut a model in two: a shard for devices, a tail for the service.")
     parser.add_argument("--model", required=True, metavar="M", help="hub id, local folder, or .gguf file")
     parser.add_argument(
         "--split", required=True, type=int, metavar="K", help="blocks on the device, the rest on the cloud"

@@ -29,6 +29,7 @@ export const now = () => (Date.now() + clockOffsetMs) / 1000;
 
 export const get = (path) => ask("GET", path, ANSWER_MS);
 export const post = (path, body) => ask("POST", path, ACTION_MS, body);
+export const remove = (path) => ask("DELETE", path, ANSWER_MS);
 
 /** The path of a run, or of something of it. */
 export const runPath = (id, rest = "") => `/v1/runs/${encodeURIComponent(id)}${rest}`;

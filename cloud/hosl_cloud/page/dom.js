@@ -13,6 +13,18 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** Ask before something is done that people may not have meant. */
+export function confirmThen({ question, meaning, yes }, act) {
+  setText($("confirm-question"), question);
+  setText($("confirm-meaning"), meaning);
+  setText($("confirm-yes"), yes);
+  $("confirm-yes").onclick = () => {
+    $("confirm").close();
+    act();
+  };
+  $("confirm").showModal();
+}
+
 /** Bring a list of elements in line with items: each has a key, and keeps its element, so the focus stays. */
 export function keep(parent, items, keyOf, make, update) {
   const former = new Map([...parent.children].map((child) => [child.dataset.key, child]));

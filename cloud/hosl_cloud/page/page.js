@@ -3,11 +3,12 @@
 import { Refused, Unreachable, get, getLog, now, post, runPath, token } from "./api.js";
 import { askClasses, showClasses } from "./classes.js";
 import { askCurve, blankCurve, drawCurve, makeCharts } from "./curve.js";
-import { $, element, nameParts, setText } from "./dom.js";
+import { $, confirmThen, element, nameParts, setText } from "./dom.js";
 import { startForms } from "./forms.js";
 import { askModel, isMerging, showModel, startModel } from "./model.js";
 import { showSettings } from "./settings.js";
 import { NEWEST_ROUNDS, followLog, showCheckpoints, showRounds, showRun, showRuns } from "./show.js";
+import { startTokens } from "./tokens.js";
 import { TERMS } from "./words.js";
 
 const POLL_MS = 1500;
@@ -190,14 +191,7 @@ const ACTIONS = {
 function confirm(action) {
   const id = chosen.id;
   const { question, meaning, yes } = ACTIONS[action];
-  setText($("confirm-question"), question(id));
-  setText($("confirm-meaning"), meaning);
-  setText($("confirm-yes"), yes);
-  $("confirm-yes").onclick = () => {
-    $("confirm").close();
-    act(action, id);
-  };
-  $("confirm").showModal();
+  confirmThen({ question: question(id), meaning, yes }, () => act(action, id));
 }
 
 async function act(action, id) {
@@ -241,6 +235,7 @@ function start() {
   followLog();
   startForms(poll);
   startModel(poll);
+  startTokens();
   $("confirm-no").addEventListener("click", () => $("confirm").close());
   addEventListener("hashchange", poll);
   document.addEventListener("visibilitychange", () => !document.hidden && poll());

@@ -13,7 +13,10 @@ PAGE = "index.html"
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 VENDOR = ("vendor/uPlot.iife.min.js", "vendor/uPlot.min.css")
 """What the build takes from a registry; without it the page has no charts."""
-SCRIPTS = ("api", "charts", "classes", "curve", "dom", "forms", "model", "page", "settings", "show", "text", "words")
+SCRIPTS = (
+    *("api", "charts", "classes", "curve", "dom", "forms", "model", "page"),
+    *("settings", "show", "text", "tokens", "words"),
+)
 FILES = ("page.css", "icon.svg", *(f"{name}.js" for name in SCRIPTS), *VENDOR)
 """All that is served below /page/."""
 POLICY = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from services import Service, serving
-from statuspage.browsing import Watch, browser, settings, sign_in
+from statuspage.browsing import Watch, browser, settings, sign_in, take_screenshots
 from statuspage.histories import write_checkpoints, write_rounds
 from support import count_right, write_reviews
 
@@ -42,6 +42,7 @@ def test_the_page_starts_a_run_adds_a_device_and_takes_the_model(bundle: Path, t
             await sign_in(page, service)
             await a_run_is_started(page, bundle)
             await a_device_is_added(page, service)
+            await a_token_is_revoked(page, service)
             await page.locator("#runs a", has_text="run-1").click()
             await the_model_is_taken(page, service, tmp_path)
             assert [problem for problem in watch.problems if "422" not in problem and "409" not in problem] == []
@@ -53,7 +54,7 @@ def test_the_page_starts_a_run_adds_a_device_and_takes_the_model(bundle: Path, t
 async def nothing_is_done_without_the_token(page: Any, service: Service) -> None:
     await page.goto(service.address.replace("ws", "http", 1) + "/")
     await page.get_by_text("Without it this page shows and changes nothing.").wait_for()
-    for name in ("Start a run…", "Add a device…", "Merge"):
+    for name in ("Start a run…", "Add a device…", "Tokens…", "Merge"):
         assert await page.get_by_role("button", name=name).count() == 0
 
 
@@ -112,6 +113,30 @@ async def a_device_is_added(page: Any, service: Service) -> None:
     await page.keyboard.press("Enter")
     await dialog.get_by_text("device attic has a token").wait_for()
     await dialog.get_by_role("button", name="Cancel").click()
+
+
+async def a_token_is_revoked(page: Any, service: Service) -> None:
+    access = service.authenticator.access
+    await asyncio.to_thread(access.add, "cellar", "smollm")
+    await page.get_by_role("button", name="Tokens…", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Tokens of devices")
+    attic, cellar = (dialog.get_by_role("row", name=name) for name in ("attic", "cellar"))
+    await attic.get_by_text("all bundles").wait_for()
+    await cellar.get_by_text("smollm").wait_for()
+    await take_screenshots(page, "tokens", whole=False)
+
+    revoke = attic.get_by_role("button", name="Revoke the token of attic…")
+    await revoke.click()
+    question = page.get_by_role("dialog", name="Revoke the token of attic?")
+    await question.get_by_role("button", name="Cancel").click()
+    assert [row.revoked_at for row in access.list()] == [None, None]
+    await revoke.click()
+    await question.get_by_role("button", name="Revoke the token").click()
+    await attic.get_by_text(re.compile("^revoked ")).wait_for()
+    assert await revoke.count() == 0
+    assert [(row.name, row.revoked_at is None) for row in access.list()] == [("attic", False), ("cellar", True)]
+    await dialog.get_by_role("button", name="Close").click()
+    await dialog.wait_for(state="hidden")
 
 
 async def the_model_is_taken(page: Any, service: Service, folder: Path) -> None:
