@@ -32,6 +32,7 @@ from hosl_edge.host.health import HealthMonitor, read_available, read_health
 from hosl_edge.host.notify import WatchedPool, notified
 from hosl_edge.host.status import Document, serve_status, status_folder
 from hosl_edge.model.memory import keep_heap_small, read_memory
+from hosl_edge.model.prefix_cache import FILE as CACHE_FILE
 from hosl_edge.session import Session
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError
@@ -75,6 +76,8 @@ class Summary:
     """Processor time of this process since its start, all threads together."""
     sent_bytes: int
     received_bytes: int
+    cache_written_bytes: int
+    """Written to the disk for what frozen blocks compute (`cache_budget`)."""
 
 
 async def run_agent(settings: EdgeSettings, pool: WatchedPool | None = None) -> Summary:
@@ -330,6 +333,7 @@ class Agent:
             "throttled": list(health.throttled),
             "sent_bytes": progress.sent_bytes,
             "received_bytes": progress.received_bytes,
+            "cache_written_bytes": self._device.cache_written_bytes if self._device is not None else 0,
             "last_error": self._last_error if progress.state in (CONNECTING, WAITING) else None,
             "next_try_s": None if self._next_try_at is None else max(0.0, self._next_try_at - time.time()),
         }
@@ -337,10 +341,12 @@ class Agent:
     async def _summarize(self, complete: Complete) -> Summary:
         assert self._device is not None
         memory, progress = read_memory(), self.progress
+        written = self._device.cache_written_bytes
         self.display.say(
             f"run {complete.run} {complete.reason} at round {complete.round}; "
             f"{f'{progress.score()}; ' if progress.score() else ''}peak memory {memory.peak / 1e6:.0f} MB, "
-            f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB",
+            f"sent {progress.sent_bytes / 1e6:.1f} MB, received {progress.received_bytes / 1e6:.1f} MB"
+            f"{f', wrote {written / 1e6:.1f} MB to {CACHE_FILE}' if written else ''}",
             matters=True,
         )
         return Summary(
@@ -358,4 +364,5 @@ class Agent:
             cpu_seconds=time.process_time(),
             sent_bytes=progress.sent_bytes,
             received_bytes=progress.received_bytes,
+            cache_written_bytes=written,
         )

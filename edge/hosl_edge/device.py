@@ -30,7 +30,9 @@ from hosl_edge.exceptions import ConnectionLost, RefusedError, SnapshotError, Un
 from hosl_edge.history.history import FetchSnapshot, History
 from hosl_edge.history.journal import JournalHeader
 from hosl_edge.history.snapshot import check_size, snapshot_path
+from hosl_edge.model.graph import describe_computer
 from hosl_edge.model.memory import plan_memory, release_unused
+from hosl_edge.model.prefix_cache import NO_FROZEN_BLOCKS, open_cache, remove_cache
 from hosl_edge.model.shard import Shard
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import HoslError, ProtocolError, SettingsError
@@ -58,6 +60,11 @@ class Device:
         self.eval: Dataset | None = None
         self.held_sets = 0
         """Activation sets beyond the necessary one that the memory budget lets a round hold."""
+
+        self.cache_sentence = ""
+        """For people: what is kept of the frozen blocks, or why nothing is; empty where nobody asked for it."""
+        self._cache_written = 0
+        """Bytes that former caches wrote."""
 
         self._folder = folder
         self._state = Path(settings.state_dir) / settings.name
@@ -141,6 +148,7 @@ class Device:
         if not is_loaded:
             self._loaded_for = None  # until all is ready, for data and micro-batches change one after the other
             self._load_data(welcome.settings)  # first: data that cannot be used must not cost the journal
+            self._open_cache(welcome.settings)
 
         if welcome.plan == "snapshot":
             self._go_on_from(header, welcome.snapshot, fetch)
@@ -203,6 +211,38 @@ class Device:
                 if file is not None
             }
 
+    def _open_cache(self, settings: RunSettings) -> None:
+        """Let the shard keep what its frozen blocks compute, if the device's owner wants it and the shard has such."""
+        self._close_cache()
+        budget_bytes = self.settings.cache_budget_bytes
+        if not budget_bytes:
+            if budget_bytes == 0:
+                remove_cache(self._state)
+            return
+        if self.manifest.prefix is None:
+            self.cache_sentence = f"cache_budget keeps nothing: {NO_FROZEN_BLOCKS}"
+            return
+
+        assert self.train is not None
+        digests = self.data_digest, self.eval_digest
+        computer = describe_computer(self.settings.compute_threads)
+        opened = open_cache(
+            self._state, budget_bytes, self.manifest, settings, digests, computer, self.train, self.eval
+        )
+        self.shard.cache, self.train, self.eval = opened.cache, opened.train, opened.held_out
+        self.cache_sentence = opened.sentence
+
+    def _close_cache(self) -> None:
+        if self.shard.cache is not None:
+            self._cache_written += self.shard.cache.written_bytes
+            self.shard.cache.close()
+        self.shard.cache, self.cache_sentence = None, ""
+
+    @property
+    def cache_written_bytes(self) -> int:
+        """Bytes written to the cache of frozen blocks since this device was opened."""
+        return self._cache_written + (self.shard.cache.written_bytes if self.shard.cache is not None else 0)
+
     def _open_shard(self, settings: RunSettings) -> None:
         self.shard.open(with_gradients=settings.traits.sends_gradient)
         self.shard.max_length = settings.max_length
@@ -237,6 +277,7 @@ class Device:
 
     def close(self) -> None:
         """Leave everything durable."""
+        self._close_cache()
         self._history.close()
         self._lock.close()
 

@@ -33,6 +33,8 @@ from hosl_edge.data.piped import STANDARD_INPUT
 from hosl_edge.data.records import digest_of_data
 from hosl_edge.exceptions import ConnectionLost, ConsentError, DataError, NoRun, RefusedError, TrustError
 from hosl_edge.host.health import ROOT, read_available
+from hosl_edge.model.prefix_cache import FILE as CACHE_FILE
+from hosl_edge.model.prefix_cache import NO_FROZEN_BLOCKS
 from hosl_edge.settings import EdgeSettings, Resolved
 from hosl_protocol.exceptions import ExitCode, HoslError, SettingsError
 from hosl_protocol.program.plain import plain
@@ -94,6 +96,8 @@ def examine(resolve: Callable[[], Resolved]) -> Iterator[Check]:
     yield from check_data(settings, offer, manifest)
     yield check_memory(settings, manifest, read_available())
     yield check_disk(Path(settings.cache_dir), manifest)
+    if settings.cache_budget_bytes:
+        yield check_cache(settings, manifest, settings.cache_budget_bytes)
 
 
 def check_system(machine: str, bits: int) -> Check:
@@ -354,3 +358,17 @@ def check_disk(cache: Path, manifest: Manifest | None) -> Check:
     if free < needed:
         return Check("disk", FAILED, detail, "make room, or set cache_dir to a larger disk", ExitCode.RESOURCES)
     return Check("disk", OK, detail)
+
+
+def check_cache(settings: EdgeSettings, manifest: Manifest | None, budget: int) -> Check:
+    """Compare the budget for what frozen blocks compute with the disk, and look whether the shard has such blocks."""
+    name, state = "cache", Path(settings.state_dir)
+    folder = next(path for path in (state, *state.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_blocks * 512 for path in state.glob(f"*/{CACHE_FILE}"))
+    detail = f"cache_budget is {budget / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free for it"
+    if manifest is not None and manifest.prefix is None:
+        remedy = "export it with --train-blocks -N, by this version, or leave cache_budget out"
+        return Check(name, WARNING, NO_FROZEN_BLOCKS, remedy)
+    if free < budget:
+        return Check(name, WARNING, detail, "what has no room is computed each time; make room, or lower it")
+    return Check(name, OK, detail)

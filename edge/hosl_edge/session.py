@@ -205,6 +205,8 @@ class Session:
                 raise
             # The run ended during the download, which was given up for that: what ended it lies in the queue.
             return await self._last_word()
+        if self.device.cache_sentence:
+            self.display.say(self.device.cache_sentence)
         return None
 
     def _fetch(self, left: threading.Event, snapshot: Snapshot, path: Path) -> None:

@@ -117,6 +117,17 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
             example="400M",
         ),
     ] = None
+    cache_budget: Annotated[
+        int | str | None,
+        Shown(
+            "most disk to take for what the frozen blocks compute, such as 2G",
+            "Most room on the disk for what frozen blocks before the trained ones compute of each example, so that "
+            "they compute it once. 0 removes the file.",
+            metavar="SIZE",
+            default="off",
+            example="2G",
+        ),
+    ] = None
     threads: Annotated[
         int,
         Shown(
@@ -248,6 +259,13 @@ class EdgeSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
     def memory_budget_bytes(self) -> int | None:
         """The budget in bytes."""
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def cache_budget_bytes(self) -> int | None:
+        """The budget of the cache of frozen blocks in bytes; 0 removes it, None leaves it alone."""
+        if self.cache_budget is None:
+            return None
+        return 0 if str(self.cache_budget) == "0" else parse_bytes(self.cache_budget, "cache_budget")
 
     @property
     def min_available_bytes(self) -> int:
@@ -403,6 +421,7 @@ def _check(settings: EdgeSettings) -> None:
     if settings.memory_budget is not None:
         parse_bytes(settings.memory_budget)
     assert settings.min_available_bytes >= 0, "reading it checks it"
+    assert (settings.cache_budget_bytes or 0) >= 0, "likewise"
     if settings.max_temperature_c is not None and not 0.0 < settings.max_temperature_c < 200.0:
         raise SettingsError("max_temperature_c", settings.max_temperature_c, "use degrees Celsius, such as 75")
     if not 1.0 <= settings.stall_timeout_s < 1e9:

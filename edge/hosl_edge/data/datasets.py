@@ -8,7 +8,7 @@ Shapes: B examples, T tokens of a batch without padding, L longest example, N la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,11 @@ class Batch(Protocol):
     @property
     def tokens(self) -> int:
         """T: the lengths' sum."""
+        ...
+
+    @property
+    def places_B(self) -> npt.NDArray[np.int64] | None:
+        """The number of each example in the device's cache; None where nothing is kept of them."""
         ...
 
     def inputs(self, rows: slice) -> dict[str, npt.NDArray[Any]]:
@@ -69,6 +74,15 @@ class Dataset(Protocol):
         """Class per example; None where the text is its own label."""
         ...
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens, or positions at the cut layer, of each example [examples]."""
+        ...
+
+    def numbered(self, first_place: int) -> Dataset:
+        """The same examples, whose batches number them in the device's cache, from `first_place` on."""
+        ...
+
 
 @dataclass(frozen=True)
 class TextBatch:
@@ -78,6 +92,7 @@ class TextBatch:
     lengths_B: npt.NDArray[np.int32]
     labels_N: npt.NDArray[np.int32]
     """Class per example; where tokens are labels the T token ids themselves, `UNSCORED` for those that are none."""
+    places_B: npt.NDArray[np.int64] | None = None
 
     @property
     def tokens(self) -> int:
@@ -106,22 +121,25 @@ class TextDataset:
     pad_token_id: int
     is_answer: npt.NDArray[np.bool_] | None = None
     """Which of `ids` are labels; None for all."""
+    first_place: int | None = None
+    """The first example's number in the device's cache; None where nothing is kept."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def batch(self, indices: npt.NDArray[np.int64]) -> TextBatch:
         """The examples at `indices` [B], sorted by length so that micro-batches carry little padding."""
-        lengths = np.diff(self.offsets)[indices]
+        lengths = self.lengths[indices]
         order = np.argsort(lengths, kind="stable")  # stable: the same batch on every machine
         indices, lengths = indices[order], lengths[order]
-        places = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
-        rows = [self.ids[place] for place in places]
+        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
+        rows = [self.ids[span] for span in spans]
         ids_BL = np.full((len(rows), int(lengths.max())), self.pad_token_id, np.int64)
         for target, row in zip(ids_BL, rows, strict=True):
             target[: row.size] = row
-        labels = self._token_labels(places) if self.labels is None else self.labels[indices]
-        return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32))
+        labels = self._token_labels(spans) if self.labels is None else self.labels[indices]
+        places = None if self.first_place is None else self.first_place + indices
+        return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32), places)
 
     def _token_labels(self, places: Sequence[slice]) -> npt.NDArray[np.int32]:
         """The token ids there, of which only answers are labels."""
@@ -138,12 +156,21 @@ class TextDataset:
 
     def evaluation_order(self) -> npt.NDArray[np.int64]:
         """By length: neighbours make batches with little padding, and the order does not matter."""
-        return np.argsort(np.diff(self.offsets), kind="stable")
+        return np.argsort(self.lengths, kind="stable")
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example [examples]."""
+        return np.diff(self.offsets)
+
+    def numbered(self, first_place: int) -> TextDataset:
+        """The same examples, with numbers in the device's cache."""
+        return replace(self, first_place=first_place)
 
     def subset(self, places: npt.NDArray[np.int64]) -> TextDataset:
         """The examples at `places` [n], copied."""
         slices = [slice(self.offsets[place], self.offsets[place + 1]) for place in places]
-        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[places])]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[places])]).astype(np.int64)
         labels = None if self.labels is None else self.labels[places]
         is_answer = None if self.is_answer is None else np.concatenate([self.is_answer[each] for each in slices])
         ids = np.concatenate([self.ids[each] for each in slices])

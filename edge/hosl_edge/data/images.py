@@ -54,6 +54,7 @@ class ImageBatch:
     labels_N: npt.NDArray[np.int32]
     """Class per image."""
     image: ImageEntry
+    places_B: npt.NDArray[np.int64] | None = None
 
     @property
     def tokens(self) -> int:
@@ -115,6 +116,8 @@ class ImageDataset:
     """Where they come from, for errors."""
     skip_broken: bool = False
     """Let the next picture take the place of one that turns out to be broken."""
+    first_place: int | None = None
+    """The first image's number in the device's cache; None where nothing is kept."""
     _told: set[str] = field(default_factory=set)
     """What has been said of broken ones."""
 
@@ -127,7 +130,8 @@ class ImageDataset:
         pixels = np.empty((len(indices), entry.height, entry.width, entry.channels), np.uint8)
         places = [self._read(place, target) for target, place in zip(pixels, indices.tolist(), strict=True)]
         lengths = np.full(len(indices), self.positions, np.int32)
-        return ImageBatch(pixels, lengths, self.labels[places], entry)
+        numbers = None if self.first_place is None else self.first_place + np.array(places, np.int64)
+        return ImageBatch(pixels, lengths, self.labels[places], entry, numbers)
 
     def _read(self, wanted: int, target: Pixels) -> int:
         """Write the picture at place `wanted` to `target`, or the next that can be decoded; the place that it has."""
@@ -156,7 +160,8 @@ class ImageDataset:
         if not augmentation.is_on:
             return batch
         variations = draw_variations(settings.seed, round_, device, indices, augmentation)
-        return replace(batch, pixels_BHWC=vary(batch.pixels_BHWC, variations, augmentation.crop_padding))
+        pixels_BHWC = vary(batch.pixels_BHWC, variations, augmentation.crop_padding)
+        return replace(batch, pixels_BHWC=pixels_BHWC, places_B=None)
 
     def evaluation_order(self) -> npt.NDArray[np.int64]:
         """Places in the order in which held-out data is sent."""
@@ -164,7 +169,16 @@ class ImageDataset:
 
     def subset(self, places: npt.NDArray[np.int64]) -> ImageDataset:
         """The images at `places` [n], still where they are."""
-        return replace(self, pictures=_Subset(self.pictures, places), labels=self.labels[places])
+        return replace(self, pictures=_Subset(self.pictures, places), labels=self.labels[places], first_place=None)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Positions of each image at the cut layer [N]."""
+        return np.full(len(self), self.positions, np.int64)
+
+    def numbered(self, first_place: int) -> ImageDataset:
+        """The same images, with numbers in the device's cache."""
+        return replace(self, first_place=first_place)
 
 
 def blank_images(rows: int, image: ImageEntry, positions: int) -> ImageBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,11 @@ from hosl_edge.model.weights import usable
 
 Inputs: TypeAlias = dict[str, npt.NDArray[Any]]
 Outputs: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
+
+
+def describe_computer(threads: int) -> str:
+    """Name what the bits of a graph's outputs depend on besides its inputs, as far as it can be named."""
+    return f"onnxruntime {ort.__version__} {platform.machine()} {threads}"
 
 
 def new_shared_arena() -> None:

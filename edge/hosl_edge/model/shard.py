@@ -18,8 +18,17 @@ import numpy as np
 from hosl_edge.data.datasets import Batch
 from hosl_edge.model.gradients import Backward, Floats, Kept, input_name
 from hosl_edge.model.graph import Graph, Inputs, new_shared_arena
+from hosl_edge.model.prefix_cache import PrefixCache
 from hosl_edge.model.weights import MappedWeights, TokenTable, check_tokens
-from hosl_protocol.run.manifest import BOUNDARY, SHARD_GRAPH, SHARD_PREFIX, SHARD_WEIGHTS, BlockGradient, Manifest
+from hosl_protocol.run.manifest import (
+    BOUNDARY,
+    SHARD_GRAPH,
+    SHARD_PREFIX,
+    SHARD_WEIGHTS,
+    BlockGradient,
+    Manifest,
+    PrefixEntry,
+)
 
 MASK = "attention_mask"
 
@@ -39,6 +48,8 @@ class Shard:
         self.rows = 1
         """Rows of a micro-batch at full length."""
         self.max_length = manifest.max_length
+        self.cache: PrefixCache | None = None
+        """What the prefix has computed of examples, on the disk; examples are then computed one by one."""
         self._folder = folder
         self._threads = threads
 
@@ -213,18 +224,40 @@ class Shard:
             return held[number]
 
         # Not computed yet, or outside of `holding`.
-        given = self._look_up(batch.inputs(rows))
-        if self._prefix is None or self.manifest.prefix is None:
-            return given
+        if self.manifest.prefix is None:
+            return self._look_up(batch.inputs(rows))
 
         assert self._graph is not None
-        prefix, length = self.manifest.prefix, int(batch.lengths_B[rows].max())
-        boundary = np.empty((rows.stop - rows.start, prefix.positions or length, prefix.width), np.float32)
-        self._prefix.compute(given, {self.manifest.output: boundary})
+        given: Inputs = {BOUNDARY: self._boundary(batch, rows, self.manifest.prefix)}
         # What only the prefix takes, the pixels above all, need not be held till the round's end.
-        given = {name: array for name, array in {**given, BOUNDARY: boundary}.items() if name in self._graph.inputs}
+        if MASK in self._graph.inputs:
+            given[MASK] = batch.inputs(rows)[MASK]
         held.append(given)
         return given
+
+    def _boundary(self, batch: Batch, rows: slice, prefix: PrefixEntry) -> Floats:
+        """What the prefix computes of a micro-batch: float32 [b, L, width], of images [b, positions, width]."""
+        length = prefix.positions or int(batch.lengths_B[rows].max())
+        shape = rows.stop - rows.start, length, prefix.width
+        if self.cache is None or batch.places_B is None:
+            boundary = np.empty(shape, np.float32)
+            self._run_prefix(batch, rows, boundary)
+            return boundary
+
+        # One by one, whether it is kept or not: no example's bits may depend on its neighbours in a batch. No real
+        # token sees what stands in the padding, and its cotangent is zero.
+        boundary = np.zeros(shape, np.float32)
+        for row, place in enumerate(range(rows.start, rows.stop)):
+            values = boundary[row, : prefix.positions or int(batch.lengths_B[place])]
+            number = int(batch.places_B[place])
+            if not self.cache.read(number, values):
+                self._run_prefix(batch, slice(place, place + 1), values[None])
+                self.cache.write(number, values)
+        return boundary
+
+    def _run_prefix(self, batch: Batch, rows: slice, out: Floats) -> None:
+        assert self._prefix is not None, "the shard is open"
+        self._prefix.compute(self._look_up(batch.inputs(rows)), {self.manifest.output: out})
 
     def _look_up(self, given: Inputs) -> Inputs:
         """Add the rows of a frozen token table that the inputs name, and number their tokens anew.
