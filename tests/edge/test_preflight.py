@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from answers import Answers, answering
@@ -29,6 +30,7 @@ from hosl_edge.preflight import (
     FAILED,
     OK,
     WARNING,
+    check_cache,
     check_clock,
     check_disk,
     check_memory,
@@ -39,7 +41,7 @@ from hosl_edge.preflight import (
 )
 from hosl_edge.settings import EdgeSettings
 from hosl_protocol.exceptions import ExitCode
-from hosl_protocol.run.manifest import FileEntry, Manifest, TensorEntry, encode_manifest
+from hosl_protocol.run.manifest import FileEntry, Manifest, PrefixEntry, TensorEntry, encode_manifest
 from hosl_protocol.run.tasks import load_preset
 
 MANIFEST = "/v1/bundle/manifest.json"
@@ -331,6 +333,30 @@ def test_a_disk_that_is_too_small_for_what_is_missing_fails(tmp_path: Path) -> N
     cached.parent.mkdir(parents=True)
     cached.touch()
     assert check_disk(tmp_path, large).outcome == OK
+
+
+@pytest.mark.parametrize(
+    ("budget", "has_prefix", "outcome", "words"),
+    [
+        ("1M", True, OK, "cache_budget is 1 MB"),
+        ("1M", False, WARNING, "no frozen blocks of their own"),
+        ("1000000G", True, WARNING, "cache_budget is 1000000000 MB"),
+    ],
+)
+def test_a_cache_is_held_against_the_disk_and_the_bundle(
+    tmp_path: Path, budget: str, has_prefix: bool, outcome: str, words: str
+) -> None:
+    settings = EdgeSettings(
+        server="ws://localhost:1",
+        token_file="t",
+        data="d",
+        cache_budget=budget,
+        state_dir=str(tmp_path / "not" / "yet"),
+    )
+    facts = msgspec.structs.replace(manifest(), prefix=PrefixEntry(blocks=1, width=8) if has_prefix else None)
+    found = check_cache(settings, facts, settings.cache_budget_bytes or 0)
+    assert (found.outcome, found.code) == (outcome, ExitCode.OK)
+    assert words in found.detail
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,15 @@ def test_nothing_varies_unless_the_run_says_so(stored: Path) -> None:
     np.testing.assert_array_equal(batch.pixels_BHWC, dataset.batch(np.arange(9)).pixels_BHWC)
 
 
+def test_images_have_a_place_in_the_cache_only_where_they_are_the_same_in_each_round(stored: Path) -> None:
+    dataset, places = load(stored).numbered(100), np.array([5, 0, 8])
+    same = dataset.training_batch(places, settings_of(), 3, "pi-1").places_B
+    assert same is not None
+    assert same.tolist() == [105, 100, 108]
+    assert dataset.training_batch(places, settings_of(flip=True), 3, "pi-1").places_B is None
+    assert dataset.subset(places).batch(np.arange(3)).places_B is None
+
+
 IMAGES, LABELS = make_pictures(4)
 
 
