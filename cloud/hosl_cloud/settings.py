@@ -130,6 +130,15 @@ class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Longest wait for devices where fewer than the quorum are left, before the run fails."""
 
 
+class TrackingSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[tracking]`: who else gets the run's settings and figures; runs/curves/trackers.py."""
+
+    mlflow: str = ""
+    """URI of an MLflow server, or of its folder or database; empty for none."""
+    wandb: str = ""
+    """Project of Weights & Biases; empty for none."""
+
+
 class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """`run.toml`."""
 
@@ -160,6 +169,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     checkpoints: CheckpointSettings = CheckpointSettings()
     devices: DeviceSettings = DeviceSettings()
     augmentation: Augmentation = Augmentation()
+    tracking: TrackingSettings = TrackingSettings()
 
     @property
     def subtracts_losses(self) -> bool:

@@ -18,13 +18,15 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
+import psutil
 
 from hosl_cloud import metrics
 from hosl_cloud.exceptions import RoundsFailedError
@@ -35,12 +37,13 @@ from hosl_cloud.rounds.exchange import CloudRound, Exchange, Fault, StatefulTrai
 from hosl_cloud.runs.admission import Admission, refuse_after_strikes
 from hosl_cloud.runs.backlog import Backlog
 from hosl_cloud.runs.checkpointer import Checkpointer
+from hosl_cloud.runs.curves.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
+from hosl_cloud.runs.curves.trackers import Trackers, flat
 from hosl_cloud.runs.fleet import Fleet
 from hosl_cloud.runs.progress import Evaluated, Evaluates, Over, RoundBegins, RoundDone
 from hosl_cloud.runs.run import Ending, Paused, Run
 from hosl_cloud.runs.selection import DeviceSelection
 from hosl_cloud.runs.snapshots import Snapshots
-from hosl_cloud.runs.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 from hosl_cloud.sentences import counted, figures_text, score_text
 from hosl_cloud.settings import RunConfig
 from hosl_cloud.storage.records import Evaluation, perplexity
@@ -114,8 +117,22 @@ class Coordinator:
         await self._compute(lambda: run.load(state))
 
         self._tensorboard = TensorBoardWriter(run.folder / TENSORBOARD_FOLDER, run.round + 1)
+        facts = flat(msgspec.to_builtins(run.config)) | {"bundle": run.bundle.name, "model": run.manifest.model}
+        self._trackers = Trackers(run.config.tracking, run.id, facts, run.folder)
+        # Whatever ends the run, an error too; nothing where its end has closed them.
+        self._leaving.callback(lambda: self._close_curves(has_failed=True))
         for evaluation in await asyncio.to_thread(self.store.evaluations, run.id):
             self.checkpointer.note(evaluation)
+
+    def _close_curves(self, *, has_failed: bool = False) -> None:
+        """Write what is left of the curves. Slow, off the event loop."""
+        self._tensorboard.close()
+        self._trackers.close(has_failed)
+
+    def _draw(self, round_: int, figures: Mapping[str, float]) -> None:
+        """Add figures to the curves. Slow, off the event loop."""
+        self._trackers.add(round_, figures)
+        self._tensorboard.add(round_, figures)
 
     def _load_tail(self) -> StatefulTrainer:
         run = self.run
@@ -193,7 +210,7 @@ class Coordinator:
 
     async def pause(self) -> None:
         """Tell every device to come back, and the store."""
-        await asyncio.to_thread(self._tensorboard.close)
+        await asyncio.to_thread(self._close_curves)
         for peer in list(self.fleet.peers.values()):
             peer.end(Refusal(code="run", reason="the service stops; the run goes on when it is back", retry=True))
         await self._set_state("paused")
@@ -310,8 +327,9 @@ class Coordinator:
             "round/seconds": seconds,
             "round/wire_bytes": wire_bytes,
             "round/devices": devices,
+            "service/memory_mib": psutil.Process().memory_info().rss / 2**20,
         }
-        await self._compute(lambda: self._tensorboard.add(result.update.round, figures))
+        await self._compute(lambda: self._draw(result.update.round, figures))
 
     def _context(self, round_: int, devices: list[str]) -> CloudRound:
         """Number another attempt: answers to a former one are told apart by it, and are late."""
@@ -376,7 +394,7 @@ class Coordinator:
             "eval/perplexity": perplexity_,
         }
         known = {name: value for name, value in figures.items() if value is not None}
-        await self._compute(lambda: self._tensorboard.add(self.run.round, known))
+        await self._compute(lambda: self._draw(self.run.round, known))
 
         score = score_text(evaluation.correct, evaluation.scored, evaluation.examples, evaluation.of_examples)
         more = figures_text(evaluation.macro_f1, perplexity_)
@@ -424,7 +442,7 @@ class Coordinator:
         """Tell every device, and then the store: a service that is cut off before goes on with the run, and ends it."""
         # First, so that a device that joins from here on is told the end by admission.
         self.run.ending = ending
-        await asyncio.to_thread(self._tensorboard.close)
+        await asyncio.to_thread(lambda: self._close_curves(has_failed=ending == "failed"))
         await self._await_reports()
         # Those that are about to join first catch up: admission tells them.
         for name in self.fleet.ready_names():

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from hosl_cloud.runs.tensorboard import TensorBoardWriter
+from hosl_cloud.runs.curves.tensorboard import TensorBoardWriter
 
 
 def events(folder: Path) -> Iterator[Event]:
@@ -72,7 +72,7 @@ def test_nothing_is_written_before_there_is_a_figure(tmp_path: Path) -> None:
 def test_a_folder_that_takes_nothing_costs_the_curves_a_part_and_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hosl_cloud.runs.tensorboard.RETRY_S", 0.0)
+    monkeypatch.setattr("hosl_cloud.runs.curves.tensorboard.RETRY_S", 0.0)
     (tmp_path / "curves").write_text("a file in the folder's place")
     curves = TensorBoardWriter(tmp_path / "curves", 1)
     with caplog.at_level(logging.WARNING):
