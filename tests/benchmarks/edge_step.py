@@ -1,7 +1,7 @@
 """One training step on the device: hosl's rounds against plain forwards and against clients in torch.
 
     python tests/benchmarks/edge_step.py [--models ...] [--splits ...] [--trains ...] [--train-blocks N] [--shapes ...]
-        [--all] [--json]
+        [--prefix-cached] [--all] [--json]
 
 Client halves with random weights. Each method has a process of its own, which tells its peak resident memory at its
 end; the processes are asked in turn for one repetition each, and times are medians. A hosl step is the device's own
@@ -64,7 +64,9 @@ ROUNDS = {
     "ho-sfl": {"algorithm": "ho-sfl", "directions": 2},
     "first-order": {"algorithm": "first-order"},
 }
-HOLDS_SETS = {"hosl": 1, "hosl-midpoint": 1, "ho-sfl": 2, "first-order": 2}
+CACHED_ROUNDS = {**ROUNDS, "ho-sfl-8": {"algorithm": "ho-sfl", "directions": 8}}
+"""Of cases with a cache of frozen blocks."""
+HOLDS_SETS = {"hosl": 1, "hosl-midpoint": 1, "ho-sfl": 2, "ho-sfl-8": 2, "first-order": 2}
 """Sets of activations that a step must hold at once: HOSL the one it sends, HO-SFL the clean one and λ, first-order λ
 and what one block was given."""
 TORCH = ("torch-fo", "torch-mezo")
@@ -83,6 +85,13 @@ class Case:
     length: int
     train_blocks: int | None = None
     """As of hosl-export."""
+    prefix_cached: bool = False
+    """Whether the device has kept what its frozen blocks compute: rounds are those from the second epoch on."""
+
+    @property
+    def rounds(self) -> dict[str, dict[str, Any]]:
+        """The methods of hosl that are measured, and what they set."""
+        return CACHED_ROUNDS if self.prefix_cached else ROUNDS
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
@@ -98,7 +107,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
         ]
     defaults = {"OPT-125M": [(8, 64), (16, 128), (64, 128)], "OPT-1.3B": [(16, 128)], "SmolLM2-135M": [(16, 128)]}
     return [
-        Case(model, split, train, *shape, train_blocks=options.train_blocks)
+        Case(model, split, train, *shape, train_blocks=options.train_blocks, prefix_cached=options.prefix_cached)
         for model in options.models or ("OPT-125M", "OPT-1.3B")
         for split in options.splits or (6, 3)
         for train in options.trains or ("blocks", "lora")
@@ -146,7 +155,7 @@ def measure_case(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
     make_data(folder, case)
     workers: dict[str, Worker] = {}
     try:
-        for method in (*ROUNDS, *TORCH):
+        for method in (*case.rounds, *TORCH):
             workers[method] = Worker(method, folder)
         activations = {name: np.load(worker.ask("activations")) for name, worker in workers.items()}
         for name, values in activations.items():
@@ -185,6 +194,11 @@ def make_row(
         "ho_sfl_step_over_forwards": seconds["ho-sfl"] / forwards,
         "first_order_step_s": seconds["first-order"],
         "first_order_over_forwards": seconds["first-order"] / seconds["forward"],
+        **(
+            {"ho_sfl_8_step_s": seconds["ho-sfl-8"], "ho_sfl_8_over_forwards": seconds["ho-sfl-8"] / seconds["forward"]}
+            if case.prefix_cached
+            else {}
+        ),
         "torch_forward_s": seconds["torch-forward"],
         "torch_fo_step_s": seconds["torch-fo"],
         "torch_mezo_step_s": seconds["torch-mezo"],
@@ -249,7 +263,7 @@ def work(method: str, folder: Path) -> None:
     # torch's threads spin while they wait, which beside other work costs it many times the computation.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     client: EdgeClient | TorchClient
-    client = EdgeClient(method, case, folder) if method in ROUNDS else TorchClient(method, case, folder)
+    client = EdgeClient(method, case, folder) if method in CACHED_ROUNDS else TorchClient(method, case, folder)
     print("null", file=answers)
     for line in sys.stdin:
         print(json.dumps(answer(client, line.strip(), folder / f"{method}.npy")), file=answers)
@@ -307,7 +321,13 @@ class EdgeClient:
         manifest = load_manifest(folder)
         state = folder / f"state-{case.batch}x{case.length}"
         own = EdgeSettings(
-            server="", token_file="", data=str(folder / "data.jsonl"), name=method, state_dir=str(state), cache_dir=""
+            server="",
+            token_file="",
+            data=str(folder / "data.jsonl"),
+            name=method,
+            state_dir=str(state),
+            cache_dir="",
+            cache_budget="8G" if case.prefix_cached else None,
         )
         self._device = Device(own, folder, manifest)
         shape = update_shape(self._settings, manifest)
@@ -334,11 +354,14 @@ class EdgeClient:
         assert "torch" not in sys.modules
 
     def forward(self, watch: Stopwatch) -> None:
-        """Three forwards; nothing is kept of them."""
+        """Three forwards of the whole half; nothing is kept of them."""
+        shard = self._device.shard
+        cache, shard.cache = shard.cache, None
         with watch:
             for _ in range(FORWARDS):
-                for _ in self._device.shard.forward(self._batch):
+                for _ in shard.forward(self._batch):
                     pass
+        shard.cache = cache
 
     def activations(self) -> npt.NDArray[np.float32]:
         """Of the whole batch."""
@@ -419,7 +442,7 @@ def run_settings(method: str, case: Case) -> RunSettings:
     from hosl_protocol.run.settings import RunSettings, convert
 
     data = {"task": {**as_task(), "name": "reviews"}, "batch_size": case.batch, "max_length": case.length}
-    settings: RunSettings = convert({**data, **ROUNDS[method]}, RunSettings, method)
+    settings: RunSettings = convert({**data, **CACHED_ROUNDS[method]}, RunSettings, method)
     return settings
 
 
@@ -608,6 +631,9 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", type=int)
     parser.add_argument("--trains", nargs="+", choices=("lora", "norm", "blocks", "all"))
     parser.add_argument("--train-blocks", type=int, metavar="N", help="as of hosl-export")
+    parser.add_argument(
+        "--prefix-cached", action="store_true", help="with hosl-edge --cache-budget, from the second epoch on"
+    )
     parser.add_argument("--shapes", nargs="+", type=as_shape, metavar="BATCHxLENGTH")
     parser.add_argument("--all", action="store_true", help="every model, split, --train and shape (an hour and more)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
