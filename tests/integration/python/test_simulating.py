@@ -23,6 +23,8 @@ import pytest
 
 import hosl
 from hosl_cloud.__main__ import main as cloud_main
+from hosl_cloud.runs.coordinator import Coordinator
+from hosl_cloud.runs.curves.tensorboard import TensorBoardWriter
 from support import TASK, count_right, write_reviews
 
 MakeBundle = Callable[..., Path]
@@ -122,6 +124,28 @@ def test_the_merged_model_answers_as_the_run_did_and_transformers_loads_it(
     assert [line["likelihoods"] for line in lines] == [trained.likelihoods(each) for each in held_out]
     assert cloud_main(["try", "latest", json.dumps(held_out[0]), "--data-dir", str(data_dir)]) == 0
     assert re.fullmatch(r"\w+ \d+\.\d %, \w+ \d+\.\d %\n", capsys.readouterr().out)
+
+
+def test_a_run_that_fails_closes_its_curves(
+    make_bundle: MakeBundle, reviews: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+    close = TensorBoardWriter.close
+    monkeypatch.setattr(TensorBoardWriter, "close", lambda writer: (close(writer), closed.append(1))[0])
+    train = Coordinator._train_round
+
+    async def fail_later(coordinator: Coordinator) -> bool:
+        return bool(coordinator.run.round and 1 / 0) or await train(coordinator)
+
+    monkeypatch.setattr(Coordinator, "_train_round", fail_later)
+    run = hosl.simulate(make_bundle("norm", 2), reviews, rounds=9, **SETTINGS)
+    with pytest.raises(ZeroDivisionError):
+        run.wait()
+    assert run.state == "failed"
+    deadline = time.monotonic() + 20
+    while not closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert closed, "the file of TensorBoard is still open"
 
 
 def test_a_callback_hears_of_every_round_and_scores_come_with_theirs(
