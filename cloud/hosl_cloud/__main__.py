@@ -18,7 +18,7 @@ try:
     from pathlib import Path
 
     from hosl_cloud.commands.bundles import add_bundle
-    from hosl_cloud.commands.checkpoints import add_checkpoint
+    from hosl_cloud.commands.checkpoints import add_cache, add_checkpoint
     from hosl_cloud.commands.config import add_config
     from hosl_cloud.commands.devices import add_device, add_init
     from hosl_cloud.commands.help import EXAMPLES, RARE
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add_run(commands.add_parser("run", help="start, show, stop, resume and delete runs"))
     add_log(commands.add_parser("log", help="show what was said about a run"))
     add_checkpoint(commands.add_parser("checkpoint", help="show and copy a run's checkpoints"))
+    add_cache(commands.add_parser("cache", help="show and delete kept activations of frozen runs"))
     add_drain(commands.add_parser("drain", help="let a service pause its runs and leave"))
     add_merge(commands.add_parser("merge", help="join a run's halves into a model: a folder, GGUF or ONNX"))
     add_try(commands.add_parser("try", help="let a run's trained model answer texts, or name their classes"))

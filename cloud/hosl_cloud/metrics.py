@@ -42,6 +42,7 @@ catchup_rounds = Histogram(
 checkpoint_time = Gauge(
     "hosl_checkpoint_last_success_timestamp_seconds", "When the newest checkpoint was written.", ["bundle"]
 )
+kept_batches = Counter("hosl_kept_batches", "Batches that were read from the cache, and not sent.", ["bundle"])
 edge_peak_rss = Gauge("hosl_edge_peak_rss_bytes", "Largest peak of resident memory that a device reported.", ["bundle"])
 wire_bytes = Counter("hosl_wire_bytes", "Bytes of frames on the websockets, and of downloads.", ["direction", "kind"])
 late_answers = Counter("hosl_late_answers", "Answers that came after their stage had ended.", ["kind"])

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hosl_edge.settings import parse_bytes
 from hosl_protocol.arithmetic.directions import Distribution
 from hosl_protocol.arithmetic.rotation import GradientBits
 from hosl_protocol.exceptions import MalformedSettings, SettingsError
@@ -104,6 +105,18 @@ class CheckpointSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unkno
     """Newest checkpoints that stay, beside the best."""
 
 
+class CacheSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """`[cache]`: activations of frozen runs that the service keeps on its disk."""
+
+    bytes: int | str = 0
+    """Most bytes of all that is kept, for example `2G`; 0 keeps nothing, and uses nothing that is kept."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """The number of bytes. Raises SettingsError."""
+        return 0 if str(self.bytes) == "0" else parse_bytes(self.bytes, "cache.bytes")
+
+
 class DeviceSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """`[devices]`: who takes part, and how long they are waited for."""
 
@@ -170,6 +183,7 @@ class RunConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     devices: DeviceSettings = DeviceSettings()
     augmentation: Augmentation = Augmentation()
     tracking: TrackingSettings = TrackingSettings()
+    cache: CacheSettings = CacheSettings()
 
     @property
     def subtracts_losses(self) -> bool:
@@ -385,6 +399,7 @@ def _check(config: RunConfig, manifest: Manifest) -> None:
 
     if config.checkpoints.keep < 1:
         raise SettingsError("checkpoints.keep", config.checkpoints.keep, "use 1 or more")
+    _ = config.cache.budget_bytes  # raises for what is no size
     _check_devices(config.devices)
 
 

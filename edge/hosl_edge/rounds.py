@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,12 +28,14 @@ from hosl_protocol.run.updates import gradient_layout
 from hosl_protocol.weights.client_weights import ClientWeights, ProbePoint
 from hosl_protocol.wire.codec import Frame
 from hosl_protocol.wire.messages import (
+    MAX_PLACES,
     Anchor,
     CutGradient,
     EvalBatch,
     EvalResult,
     Gradient,
     Message,
+    Places,
     Probe,
     ProbeLoss,
     Projections,
@@ -253,7 +256,15 @@ def first_order_part(context: DeviceRound, batch: Batch) -> Step:
 def frozen_part(context: DeviceRound, batch: Batch) -> Step:
     """The control that both papers lack: only the tail trains, one upload a round."""
     clean_TD = context.shard.activations(batch, context.empty_set(batch))
-    yield Send(Anchor(**context.name(0)), _upload(clean_TD, batch))
+    yield Send(Anchor(**context.name(0), places=_places(context, batch)), _upload(clean_TD, batch))
+
+
+def _places(context: DeviceRound, batch: Batch) -> Places | msgspec.UnsetType:
+    """Where the examples stand, for the cloud may keep what is the same in each pass; unset where images vary."""
+    count = len(batch.indices_B)
+    if context.settings.augmentation.is_on or not 0 < count <= MAX_PLACES:
+        return msgspec.UNSET
+    return tuple(batch.indices_B.tolist())
 
 
 PARTS: dict[str, Callable[[DeviceRound, Batch], Step]] = {

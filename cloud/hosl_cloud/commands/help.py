@@ -24,6 +24,9 @@ EXAMPLES = {
     "hosl-cloud checkpoint": "hosl-cloud checkpoint list latest",
     "hosl-cloud checkpoint list": "hosl-cloud checkpoint list latest",
     "hosl-cloud checkpoint export": "hosl-cloud checkpoint export latest --out tail.safetensors",
+    "hosl-cloud cache": "hosl-cloud cache list",
+    "hosl-cloud cache list": "hosl-cloud cache list",
+    "hosl-cloud cache rm": "hosl-cloud cache rm kitchen",
     "hosl-cloud config": (
         "hosl-cloud config --example --data tickets.csv > run.toml\nhosl-cloud config --check run.toml --bundle bundle/"
     ),

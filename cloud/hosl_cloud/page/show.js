@@ -140,7 +140,7 @@ function showDevices({ members, waits_for: waiting }) {
       awaited.has(device.name) ? awaitedText : "–",
       ago(now() - device.last_seen),
       count(device.applied_round),
-      `${count(device.train_examples)} training, ${count(device.eval_examples)} held-out`,
+      `${count(device.train_examples)} training, ${count(device.eval_examples)} held-out${keptOf(device)}`,
       bytes(device.peak_rss_bytes),
       device.temperature_c === null ? "–" : `${device.temperature_c.toFixed(0)} °C`,
       duration(device.step_seconds),
@@ -155,6 +155,11 @@ function showDevices({ members, waits_for: waiting }) {
     showsAllDevices = !showsAllDevices;
     showDevices({ members, waits_for: waiting });
   };
+}
+
+function keptOf(device) {
+  const kept = device.kept_examples + device.kept_eval_examples;
+  return kept ? `, ${count(kept)} in the cache` : "";
 }
 
 function stateOf(device) {

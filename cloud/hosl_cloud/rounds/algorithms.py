@@ -191,8 +191,9 @@ def _hosl_estimates(probed: _Probed, context: CloudRound) -> Doubles:
 
 def frozen_round(context: CloudRound) -> Exchange[RoundResult | None]:
     """The control: only the tail trains; nothing but the round's end goes back."""
-    yield from context.start()
-    contributors = yield from take_anchors(context, wants_cut_gradient=False)
+    kept = {device for device in context.devices if context.kept and context.kept.has_batch(device, context.round)}
+    yield from context.start([device for device in context.devices if device not in kept])
+    contributors = yield from take_anchors(context, wants_cut_gradient=False, kept=kept)
     return (
         contributors.outcome(context, np.zeros(0))
         if contributors is not None and step_tail(context, contributors)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -166,10 +167,11 @@ def take_anchors(
     wants_cut_gradient: bool,
     devices: Sequence[str] | None = None,
     midpoints: Mapping[str, BatchArrays] | None = None,
+    kept: set[str] | None = None,
 ) -> Exchange[Contributors | None]:
     """Add up Σ w_m grad_m over the devices' Anchors; None, and no gradient, where fewer came than the quorum.
 
-    `midpoints` stand for the devices' Anchors where they send none.
+    `midpoints` stand for the devices' Anchors where they send none. The batches of the devices in `kept` are here.
     """
     contributors = Contributors({}, {})
     asks = [Ask(device, Anchor, context.round) for device in (context.devices if devices is None else devices)]
@@ -179,10 +181,7 @@ def take_anchors(
             uploads = [_Upload(ask.device, midpoints[ask.device]) for ask in asks[: context.trainer.at_once]]
             del asks[: context.trainer.at_once]
         else:
-            answers = yield from _next_answers(context, asks)
-            uploads = [
-                _Upload(ask.device, batch_of(frame), frame.message) for ask, frame in answers if frame is not None
-            ]
+            uploads = yield from _next_uploads(context, asks, set() if kept is None else kept)
         yield from _backpropagate(context, uploads, contributors, wants_cut_gradient)
 
     if not contributors.weights or len(contributors.weights) < context.quorum:
@@ -195,24 +194,62 @@ def take_anchors(
     return contributors
 
 
-def _next_answers(context: CloudRound, asks: list[Ask]) -> Exchange[list[tuple[Ask, Frame | None]]]:
-    """Take as many answers as the trainer takes at once; a strict run takes them in order, however they arrive."""
-    if not context.config.strict:
-        return (yield from first_few(asks, context.trainer.at_once))
-    answers = []
-    for ask in asks[: context.trainer.at_once]:
-        answers.append((yield from first([ask])))
-        asks.remove(ask)
-    return answers
+def _next_uploads(context: CloudRound, asks: list[Ask], kept: set[str]) -> Exchange[list[_Upload]]:
+    """Take as many batches as the trainer takes at once; a strict run takes them in order, however they arrive."""
+    uploads: list[_Upload | None] = []
+    if context.config.strict:
+        for ask in asks[: context.trainer.at_once]:
+            upload = yield from _take_kept(context, ask.device, kept)
+            uploads.append(upload or _received(context, *(yield from first([ask]))))
+            asks.remove(ask)
+        return [upload for upload in uploads if upload is not None]
+
+    for ask in [ask for ask in asks if ask.device in kept][: context.trainer.at_once]:
+        upload = yield from _take_kept(context, ask.device, kept)
+        if upload is not None:
+            asks.remove(ask)
+            uploads.append(upload)
+    if not uploads:
+        answers = yield from first_few(asks, context.trainer.at_once)
+        uploads += [_received(context, ask, frame) for ask, frame in answers]
+    return [upload for upload in uploads if upload is not None]
+
+
+def _take_kept(context: CloudRound, device: str, kept: set[str]) -> Exchange[_Upload | None]:
+    """Read the batch of a device in `kept`; one that turns out to be damaged is asked for after all."""
+    if context.kept is None or device not in kept:
+        return None
+    batch = context.kept.batch(device, context.round)
+    if batch is None:
+        kept.remove(device)
+        yield from context.start([device])
+        return None
+    return _Upload(device, batch, is_kept=True)
+
+
+def _received(context: CloudRound, ask: Ask, frame: Frame | None) -> _Upload | None:
+    """Make an upload of what came; of an example that is kept the kept numbers count."""
+    if frame is None:
+        return None
+    batch, message = batch_of(frame), frame.message
+    assert isinstance(message, Anchor)
+    places = None if message.places is msgspec.UNSET else message.places
+    if context.kept is not None:
+        batch = context.kept.settle(ask.device, context.round, batch, places)
+    return _Upload(ask.device, batch, message, places)
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """A device's batch, and the Anchor that brought it; None where its probes' mean stands for one."""
+    """A device's batch, and the Anchor that brought it; None where its probes' mean stands for one, or it is kept."""
 
     device: str
     batch: BatchArrays
     anchor: Message | None = None
+    places: Sequence[int] | None = None
+    """Where its examples stand in the device's data, where it says so."""
+    is_kept: bool = False
+    """Whether it was read from the cache."""
 
     def leave_out(self, reason: str) -> Generator[Action, None, None]:
         """Tell the device that no λ will come."""
@@ -239,11 +276,14 @@ def _backpropagate(
             log.warning("round %d: %s is left out: %s", context.round, device, result, extra=extra)
             yield from upload.leave_out((yield from blame(device, upload.batch, result)))
         elif isinstance(result, BatchError):
-            yield refuse(device, result)
+            if not upload.is_kept:
+                yield refuse(device, result)
         elif spoilt:
             yield from upload.leave_out("the gradients that it was added to are not finite")
         else:
             contributors.weights[device], contributors.losses[device] = weight, result.loss
+            if context.kept is not None and not upload.is_kept:
+                context.kept.keep(device, context.round, upload.batch, upload.places)
             # λ goes at once, before the next batch is computed: the device probes meanwhile.
             if wants_cut_gradient:
                 yield _tell_cut_gradient(context, device, result)

@@ -21,6 +21,7 @@ from hosl_cloud.exceptions import BatchError, NotFiniteError
 from hosl_cloud.rounds.exchange import (
     Action,
     Ask,
+    BatchArrays,
     CloudRound,
     Exchange,
     Fault,
@@ -48,6 +49,7 @@ class _Progress:
     promised: int
     """Examples, by its Ready: neither more nor fewer count."""
     sent: int = 0
+    scored_examples: int = 0
     losses: list[float] = field(default_factory=list)
     """Sums over what was scored."""
     scores: list[tuple[int, int]] = field(default_factory=list)
@@ -78,11 +80,16 @@ def evaluate(
     these. One that leaves half way counts for nothing: a part is no fair sample. One at fault is left out as if it were
     not there, so that its word weighs nothing.
     """
+    progress_of = {device: _Progress(examples[device]) for device in context.devices}
+    kept = set() if context.kept is None else context.kept.evaluation_names() & set(context.devices)
     for device in context.devices:
+        if device in kept and _score_kept(context, device, progress_of[device]):
+            continue
+        kept.discard(device)
+        progress_of[device] = _Progress(examples[device])
         yield Tell(device, EvalStart(**context.name(0)))
     # `asks` has one entry for each device that is still to send; a device is asked again once its batch is scored.
-    progress_of = {device: _Progress(examples[device]) for device in context.devices}
-    asks = [Ask(device, EvalBatch, context.round) for device in context.devices]
+    asks = [Ask(device, EvalBatch, context.round) for device in context.devices if device not in kept]
 
     while asks:
         answers = yield from first_few(asks, context.trainer.at_once)
@@ -97,6 +104,21 @@ def evaluate(
 
     unfinished = frozenset(name for name, progress in progress_of.items() if not progress.is_complete)
     return EvaluationResult(_pool(context, progress_of, examples, digests), unfinished)
+
+
+def _score_kept(context: CloudRound, device: str, progress: _Progress) -> bool:
+    """Score a device's held-out data that is kept here; False where a part of it is damaged."""
+    assert context.kept is not None
+    for batch in context.kept.held_out(device):
+        if batch is None:
+            return False
+        (result,) = context.trainer.evaluate_many([batch])
+        if isinstance(result, (BatchError, NotFiniteError)) or not math.isfinite(result.loss):
+            log.warning("round %d: a kept batch of %s: %s", context.round, device, result, extra={"device": device})
+            return True  # the tail has diverged: the device counts for nothing, as if it had sent the batch
+        _add(context, batch, result, progress)
+    progress.is_complete = True
+    return True
 
 
 def _count(
@@ -134,15 +156,24 @@ def _note(
         yield leave_out(ask.device, frame.message, result.why)
         return False
 
-    progress.losses.append(result.loss * result.scored)
-    progress.scores.append((result.correct, result.scored))
-    if result.predicted_B is not None and len(context.config.task.labels) <= MOST_CLASSES:
-        # Small, for many devices may evaluate at once.
-        progress.classes.append((batch_of(frame)[2].astype(np.int16), result.predicted_B.astype(np.int16)))
+    batch = batch_of(frame)
+    if context.kept is not None:
+        context.kept.keep_held_out(ask.device, progress.scored_examples, batch)
+    _add(context, batch, result, progress)
     progress.is_complete = frame.message.last
     reply = EvalResult(**context.name(frame.message.id), correct=result.correct, scored=result.scored)
     yield Tell(ask.device, reply, {"loss": np.float32(result.loss).reshape(())})
     return not progress.is_complete
+
+
+def _add(context: CloudRound, batch: BatchArrays, result: Any, progress: _Progress) -> None:
+    """Add a batch's score to its device's."""
+    progress.scored_examples += len(batch[1])
+    progress.losses.append(result.loss * result.scored)
+    progress.scores.append((result.correct, result.scored))
+    if result.predicted_B is not None and len(context.config.task.labels) <= MOST_CLASSES:
+        # Small, for many devices may evaluate at once.
+        progress.classes.append((batch[2].astype(np.int16), result.predicted_B.astype(np.int16)))
 
 
 def _pool(

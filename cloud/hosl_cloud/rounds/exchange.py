@@ -10,7 +10,7 @@ Shapes: T tokens of a batch without padding, D width of the cut layer, B example
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -122,6 +122,24 @@ class Trainer(Protocol):
     def discard(self) -> None: ...
 
 
+class Kept(Protocol):
+    """What a round needs of the activations that are kept: rounds/kept.py. Devices are given by their names."""
+
+    def has_batch(self, device: str, round_: int) -> bool: ...
+
+    def batch(self, device: str, round_: int) -> BatchArrays | None: ...
+
+    def settle(self, device: str, round_: int, batch: BatchArrays, places: Sequence[int] | None) -> BatchArrays: ...
+
+    def keep(self, device: str, round_: int, batch: BatchArrays, places: Sequence[int] | None) -> None: ...
+
+    def evaluation_names(self) -> set[str]: ...
+
+    def held_out(self, device: str) -> Iterator[BatchArrays | None]: ...
+
+    def keep_held_out(self, device: str, first: int, batch: BatchArrays) -> None: ...
+
+
 class StatefulTrainer(Trainer, Protocol):
     """What the course of a run and its checkpoints need of the tail, beyond what a round needs."""
 
@@ -155,6 +173,8 @@ class CloudRound:
     """Grows with every start, so that what is under way of a former one is told from this one's."""
     layout: GradientLayout | None = None
     """Of the gradients that devices send, in first-order training."""
+    kept: Kept | None = None
+    """Activations that need not be sent again, in a frozen run."""
 
     def name(self, id_: int) -> dict[str, Any]:
         """Give the fields that name a message of this round (specification: A round's messages)."""
@@ -172,11 +192,11 @@ class CloudRound:
         """Devices whose batches a step of the tail needs."""
         return len(self.devices) if self.config.strict else self.config.devices.quorum
 
-    def start(self) -> Generator[Tell, None, None]:
-        """Open the round for every participant."""
+    def start(self, devices: Collection[str] | None = None) -> Generator[Tell, None, None]:
+        """Open the round for every participant, or for these."""
         # 0 tells the device that nobody leaves it behind, however long it takes.
         limit_s = 0.0 if self.config.strict else self.config.devices.round_deadline_s
-        for device in self.devices:
+        for device in self.devices if devices is None else devices:
             yield Tell(device, RoundStart(**self.name(0), deadline_s=limit_s))
 
     def combine(self, values: Mapping[str, Doubles], weights: Mapping[str, float]) -> Doubles:

@@ -266,6 +266,7 @@ class Admission:
         """Let a device take part from here on, and bind it to its data."""
         # No await before it is ready: an update that is settled meanwhile would miss it.
         peer.is_ready, peer.sent_round = True, ready.applied_round
+        peer.train_examples, peer.data_digest = ready.train_examples, hello.data_digest
         peer.eval_examples, peer.eval_digest = ready.eval_examples, hello.eval_digest
         counts = ready.train_examples, ready.eval_examples
         self.say(f"device {peer.name} is ready: {counts[0]} examples, {counts[1]} held out")

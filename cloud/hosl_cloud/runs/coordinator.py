@@ -42,7 +42,7 @@ from hosl_cloud.runs.curves.trackers import Trackers, flat
 from hosl_cloud.runs.fleet import Fleet
 from hosl_cloud.runs.progress import Evaluated, Evaluates, Over, RoundBegins, RoundDone
 from hosl_cloud.runs.run import Ending, Paused, Run
-from hosl_cloud.runs.selection import DeviceSelection
+from hosl_cloud.runs.selection import DeviceSelection, keep_for
 from hosl_cloud.runs.snapshots import Snapshots
 from hosl_cloud.sentences import counted, figures_text, score_text
 from hosl_cloud.settings import RunConfig
@@ -91,7 +91,9 @@ class Coordinator:
         self.snapshots = Snapshots(run, self._compute)
         self.admission = Admission(run, self.fleet, self._compute, self.snapshots, say)
         self.checkpointer = Checkpointer(run, self.fleet, self._compute, say)
-        self._selection = DeviceSelection(run, self.fleet, lambda: self._is_stopping, say)
+        self.kept = keep_for(run, say)
+        """None where nothing is kept."""
+        self._selection = DeviceSelection(run, self.fleet, lambda: self._is_stopping, say, self.kept)
         self._backlog = Backlog(run, self.fleet)
 
         self._executor = ThreadPoolExecutor(1, "trainer")
@@ -148,6 +150,8 @@ class Coordinator:
     def close(self) -> None:
         """Stop the compute thread after what it does now, and let the tail go."""
         # On its own thread, behind all work: a step that was cut off may still be under way there.
+        if self.kept is not None:
+            self._leaving.callback(self.kept.close)
         self._executor.submit(self._leaving.close)
         self._executor.shutdown(wait=False)
 
@@ -160,6 +164,7 @@ class Coordinator:
         """Train all rounds, with their evaluations. Raises NoDevicesError, RoundsFailedError, LatticeError."""
         run, rounds = self.run, self.config.rounds
         self._selection.roster = await asyncio.to_thread(self.store.roster, run.id)
+        await self._selection.find_kept(self._compute)
         if run.round == 0:
             await self._begin()
         await self._set_state("running")
@@ -197,7 +202,7 @@ class Coordinator:
 
         # Stored before the first round: a service that goes on with a strict run must wait for the same devices.
         if not selection.roster and not self._is_stopping:
-            selection.roster = self.fleet.ready_names()
+            selection.roster = selection.present()
             await self.checkpointer.durably(lambda: self.store.set_roster(self.run.id, selection.roster))
         if not self._is_stopping:
             await (self._evaluate() if self.config.evaluation.start else self.checkpointer.save(self.trainer))
@@ -243,7 +248,7 @@ class Coordinator:
     def _count_void(self, context: CloudRound) -> None:
         """Count a void round. Raises RoundsFailedError where round after round was void though nobody left."""
         self.say(f"round {context.round} came to nothing; it starts again")
-        if set(context.devices) <= set(self.fleet.ready_names()):
+        if set(context.devices) <= set(self._selection.present()):
             self._void_rounds += 1
         if self._void_rounds >= MAX_VOID_ROUNDS:
             raise RoundsFailedError(self.run.id, context.round, self._void_rounds)
@@ -335,7 +340,8 @@ class Coordinator:
         """Number another attempt: answers to a former one are told apart by it, and are late."""
         attempt = next(self._attempts)
         run = self.run
-        return CloudRound(run.id, run.epoch, round_, self.config, self.trainer, devices, attempt, run.layout)
+        self._selection.note_data()
+        return CloudRound(run.id, run.epoch, round_, self.config, self.trainer, devices, attempt, run.layout, self.kept)
 
     async def _drive(self, exchange: Exchange[T], deadline_s: float = math.inf) -> T:
         """Run a round or an evaluation with the run's deadlines."""
@@ -351,6 +357,8 @@ class Coordinator:
         strikes = await self.checkpointer.durably(lambda: self.store.add_strike(self.run.id, fault.device))
         refusal = refuse_after_strikes(strikes, self.config.devices.strikes)
         peer = self.fleet.peers.get(fault.device)
+        if refusal is not None and self.kept is not None:
+            self.kept.set_aside(fault.device)
         if refusal is not None and peer is not None:
             self.say(f"device {fault.device} is put aside after {strikes} faults, the last: {fault.reason}")
             peer.is_ready = False
@@ -415,18 +423,23 @@ class Coordinator:
             if not devices or self._is_stopping:
                 return None
             # Before the await: one that leaves meanwhile is no longer among the fleet's.
-            peers = [self.fleet.peers[name] for name in devices]
+            peers = [self.fleet.peers[name] for name in devices if name in self.fleet.peers]
             await self._backlog.clear(devices)
 
             self.run.tell(Evaluates(self.run.id, self.run.round))
             examples = await self._selection.held_out_examples(peers)
             digests = {peer.name: peer.eval_digest for peer in peers}
+            for name, holding in self._selection.away(devices).items():
+                examples[name], digests[name] = holding.eval_examples, holding.eval_digest
             context = self._context(self.run.round, devices)
             scored = await self._drive(evaluate(context, examples, digests), self.config.evaluation.deadline_s)
             self._selection.note_unfinished(devices, scored.unfinished)
 
-            # One that has come back since it left has not answered everything.
-            if not self.config.strict or not any(peer.gone.is_set() for peer in peers):
+            # One that has come back since it left has not answered everything, nor has one whose kept data are damaged.
+            lacking = scored.unfinished - {peer.name for peer in peers}
+            if self.kept is not None:
+                lacking -= self.kept.evaluation_names()
+            if not self.config.strict or not (lacking or any(peer.gone.is_set() for peer in peers)):
                 return scored.evaluation
 
     async def _finish(self, ending: Ending) -> Ending:

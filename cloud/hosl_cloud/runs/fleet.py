@@ -38,6 +38,9 @@ class Participant(Protocol):
 
     name: str
     is_ready: bool
+    data_digest: str
+    """Of its training data; empty where nothing of it may be kept."""
+    train_examples: int
     eval_examples: int
     eval_digest: str
     """Of its held-out data; empty without."""

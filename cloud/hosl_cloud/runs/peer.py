@@ -85,8 +85,8 @@ class Peer:
         self.is_ready = False
         """Joined, at the cloud's round, and proven so by its digest."""
         self.sent_round = 0
-        self.eval_examples = 0
-        self.eval_digest = ""
+        self.train_examples = self.eval_examples = 0
+        self.data_digest = self.eval_digest = ""
         self.heard_at = time.time()
         """Unix time of its last message."""
         self.farewell = ""

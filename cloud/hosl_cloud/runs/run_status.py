@@ -104,6 +104,10 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     temperature_c: float | None
     sent_bytes: int | None
     received_bytes: int | None
+    kept_examples: int = 0
+    """Of its training data, in the service's cache."""
+    kept_eval_examples: int = 0
+    """Of its held-out data."""
 
 
 class RunStatus(RunSummary, frozen=True, kw_only=True):
@@ -127,6 +131,8 @@ class LiveState:
     heard_at: Mapping[str, float] = field(default_factory=dict)
     """Unix time of the last message of each device that is connected."""
     waits_for: WaitsFor | None = None
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Examples in the cache by device: of its training data, and held out."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +214,15 @@ def run_status(
 
 
 def _members(store: Store, run: str, live: LiveState) -> list[DeviceStatus]:
-    fields = set(DeviceStatus.__struct_fields__) - {"is_connected", "is_ready", "last_seen"}
+    live_fields = {"is_connected", "is_ready", "last_seen", "kept_examples", "kept_eval_examples"}
+    fields = set(DeviceStatus.__struct_fields__) - live_fields
     return [
         DeviceStatus(
             is_connected=row["name"] in live.heard_at,
             is_ready=row["name"] in live.ready,
             last_seen=live.heard_at.get(row["name"], row["last_seen"]),
+            kept_examples=live.kept.get(row["name"], (0, 0))[0],
+            kept_eval_examples=live.kept.get(row["name"], (0, 0))[1],
             **{name: row[name] for name in fields},
         )
         for row in store.devices(run)

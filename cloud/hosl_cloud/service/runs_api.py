@@ -263,7 +263,9 @@ class RunsApi:
             devices = tuple(name for name in waiting.devices if not (is_named and name in ready))
             count = sum(name in ready for name in waiting.devices) if is_named and waiting.devices else len(ready)
             waits_for = WaitsFor(waiting.what, devices, waiting.since, count if is_named else 0, waiting.needed)
-        return LiveState(frozenset(ready), {peer.name: peer.heard_at for peer in fleet.peers.values()}, waits_for)
+        heard_at = {peer.name: peer.heard_at for peer in fleet.peers.values()}
+        kept = current.coordinator.kept
+        return LiveState(frozenset(ready), heard_at, waits_for, {} if kept is None else kept.by_device())
 
     async def _status(self, run: str) -> RunStatus:
         returning = ReturningDevices(self._runs.retries.count(), self._runs.retries.within_s())

@@ -214,7 +214,8 @@ class VirtualDevice:
         self.name, self._train = name, shared.train.subset(examples)
         self.is_ready, self.sent_round = True, 0
         self.eval_examples = len(shared.held_out) if is_evaluator and shared.held_out is not None else 0
-        self.eval_digest = ""
+        self.data_digest = self.eval_digest = ""  # nothing is kept: to send costs nothing here
+        self.train_examples = len(self._train)
         self.heard_at = time.time()
         self.gone = asyncio.Event()
         self._shared = shared

@@ -22,6 +22,7 @@ from hosl_protocol.program.terminal import default_folder
 DATABASE = "hosl.sqlite"
 BUNDLES = "bundles"
 RUNS = "runs"
+CACHE = "cache"
 SERVICE_FILE = "service.json"
 """Says where the service is, while it runs."""
 
@@ -71,6 +72,11 @@ def hint(command: str, data_dir: Path) -> str:
 def run_folder(data_dir: Path, run: str) -> Path:
     """Name the folder of a run's checkpoints, snapshots and figures."""
     return data_dir / RUNS / run
+
+
+def cache_folder(run_folder: Path) -> Path:
+    """Name the folder of kept activations, beside that of all runs."""
+    return run_folder.parent.parent / CACHE
 
 
 def new_run_id(name: str, store: Store) -> str:

@@ -368,6 +368,20 @@ class Store(Database):
             row = database.execute("SELECT connections FROM devices WHERE run = ? AND name = ?", (run, name)).fetchone()
         return int(row["connections"])
 
+    def add_kept_device(self, run: str, name: str, train: int, held_out: int, digest: str, eval_digest: str) -> None:
+        """Note a device that takes part without being there; nothing changes where it is known."""
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO devices (run, name, data_digest, joined_at, last_seen, connections) "
+                "VALUES (:run, :name, :digest, :now, :now, 0) ON CONFLICT (run, name) DO NOTHING",
+                {"run": run, "name": name, "digest": digest, "now": time.time()},
+            )
+            database.execute(
+                "UPDATE devices SET train_examples = ?, eval_examples = ?, eval_digest = ? "
+                "WHERE run = ? AND name = ? AND connections = 0",
+                (train, held_out, eval_digest, run, name),
+            )
+
     def device(self, run: str, name: str) -> DeviceRow | None:
         """Find a device that has joined the run; None for a new one."""
         sql = "SELECT data_digest, eval_digest, strikes FROM devices WHERE run = ? AND name = ?"

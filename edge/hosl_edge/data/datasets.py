@@ -8,7 +8,7 @@ Shapes: B examples, T tokens of a batch without padding, L longest example, N la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,11 @@ class Batch(Protocol):
     @property
     def labels_N(self) -> npt.NDArray[np.int32]:
         """What the cloud scores them against."""
+        ...
+
+    @property
+    def indices_B(self) -> npt.NDArray[np.int64]:
+        """Where each example stands in the data; empty where these are of none."""
         ...
 
     @property
@@ -93,6 +98,8 @@ class TextBatch:
     labels_N: npt.NDArray[np.int32]
     """Class per example; where tokens are labels the T token ids themselves, `UNSCORED` for those that are none."""
     places_B: npt.NDArray[np.int64] | None = None
+    indices_B: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where each example stands in the data; empty where these are of none."""
 
     @property
     def tokens(self) -> int:
@@ -139,7 +146,7 @@ class TextDataset:
             target[: row.size] = row
         labels = self._token_labels(spans) if self.labels is None else self.labels[indices]
         places = None if self.first_place is None else self.first_place + indices
-        return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32), places)
+        return TextBatch(ids_BL, lengths.astype(np.int32), labels.astype(np.int32), places, indices)
 
     def _token_labels(self, places: Sequence[slice]) -> npt.NDArray[np.int32]:
         """The token ids there, of which only answers are labels."""

@@ -55,6 +55,8 @@ class ImageBatch:
     """Class per image."""
     image: ImageEntry
     places_B: npt.NDArray[np.int64] | None = None
+    indices_B: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where each was asked for in the data; empty where these are of none."""
 
     @property
     def tokens(self) -> int:
@@ -131,7 +133,7 @@ class ImageDataset:
         places = [self._read(place, target) for target, place in zip(pixels, indices.tolist(), strict=True)]
         lengths = np.full(len(indices), self.positions, np.int32)
         numbers = None if self.first_place is None else self.first_place + np.array(places, np.int64)
-        return ImageBatch(pixels, lengths, self.labels[places], entry, numbers)
+        return ImageBatch(pixels, lengths, self.labels[places], entry, numbers, indices)
 
     def _read(self, wanted: int, target: Pixels) -> int:
         """Write the picture at place `wanted` to `target`, or the next that can be decoded; the place that it has."""

@@ -26,8 +26,13 @@ FLOATS = ("F32", "F16", "BF16", "I8", "U8")
 CATCH_UP_ROUNDS = 4096
 """Most rounds in one CatchUp."""
 
+MAX_PLACES = 4096
+"""Most places in one message: with more its header would outgrow its limit."""
+
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 """A whole number that every JSON reader keeps exactly."""
+Places: TypeAlias = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=MAX_PLACES)]
+"""Where a batch's examples stand in the device's data, in the order of the batch."""
 RoundNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUND)]
 DirectionNumber: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIRECTION - 1)]
 Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]
@@ -206,6 +211,8 @@ class Anchor(_RoundMessage, kw_only=True, frozen=True, tag="anchor"):
     """edge -> cloud: activations of the clean θ, on which the tail trains."""
 
     tensors: ClassVar[dict[str, TensorSpec]] = {"activations": _ACTIVATIONS, "lengths": _LENGTHS, "labels": _LABELS}
+    places: Places | msgspec.UnsetType = msgspec.UNSET
+    """In the training data; with them the cloud may keep the activations of a frozen run."""
 
 
 class CutGradient(_RoundMessage, kw_only=True, frozen=True, tag="cut-gradient"):

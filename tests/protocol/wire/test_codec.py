@@ -232,6 +232,7 @@ sentences = st.text(max_size=40)
 numbers = st.floats(0.0, 1e300)
 booleans = st.booleans()
 signs = st.sampled_from([-1, 1])
+places = st.just(msgspec.UNSET) | st.lists(counts, min_size=1, max_size=3).map(tuple)
 round_fields = {"run": names, "epoch": counts, "round": rounds, "attempt": counts, "id": counts}
 standing = {"run": names, "epoch": counts, "applied_round": rounds, "weights_digest": digests}
 FIELDS = {
@@ -252,7 +253,7 @@ FIELDS = {
     RoundStart: {**round_fields, "deadline_s": numbers},
     Probe: {**round_fields, "direction": directions, "sign": signs},
     ProbeLoss: {**round_fields, "direction": directions, "sign": signs},
-    Anchor: round_fields,
+    Anchor: {**round_fields, "places": places},
     CutGradient: {**round_fields, "exponent": st.integers(-200, 200)},
     Projections: round_fields,
     Gradient: round_fields | {"rotation": st.integers(1, 65534)},
