@@ -423,13 +423,14 @@ class Coordinator:
             if not devices or self._is_stopping:
                 return None
             # Before the await: one that leaves meanwhile is no longer among the fleet's.
-            peers = [self.fleet.peers[name] for name in devices if name in self.fleet.peers]
+            ready = set(self.fleet.ready_names())
+            peers = [self.fleet.peers[name] for name in devices if name in ready]
             await self._backlog.clear(devices)
 
             self.run.tell(Evaluates(self.run.id, self.run.round))
             examples = await self._selection.held_out_examples(peers)
             digests = {peer.name: peer.eval_digest for peer in peers}
-            for name, holding in self._selection.away(devices).items():
+            for name, holding in self._selection.away(set(devices) - digests.keys()).items():
                 examples[name], digests[name] = holding.eval_examples, holding.eval_digest
             context = self._context(self.run.round, devices)
             scored = await self._drive(evaluate(context, examples, digests), self.config.evaluation.deadline_s)

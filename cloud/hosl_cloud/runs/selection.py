@@ -78,8 +78,8 @@ class DeviceSelection:
                 self._kept.note(peer.name, said)
 
     def away(self, devices: Collection[str]) -> dict[str, Holding]:
-        """Look up the data of those devices that are not connected, and whose activations are kept."""
-        held = {name: self._kept.holding(name) for name in devices if self._kept and name not in self._fleet.peers}
+        """Look up the data of devices that are not ready, and whose activations are kept."""
+        held = {name: self._kept.holding(name) for name in devices if self._kept is not None}
         return {name: holding for name, holding in held.items() if holding is not None}
 
     def present(self) -> list[str]:

@@ -164,22 +164,3 @@ def test_a_paused_run_is_told_to_the_devices_and_goes_on(make_site: Callable[...
     assert len({summary["weights_digest"] for summary in summaries}) == 1
     text = cloud.communicate(timeout=60.0)[0]
     assert "rounds after it are made again" not in text, "a pause loses nothing"
-
-
-def test_a_frozen_run_with_a_cache_that_is_killed_ends_with_the_bits_of_one_without(
-    make_site: Callable[..., Site],
-) -> None:
-    whole = make_site("whole", more='algorithm = "frozen"')
-    whole.start_cloud()
-    finish([whole.start_device(name) for name in ("pi-1", "pi-2")])
-    whole.processes[0].communicate(timeout=60.0)
-    broken = make_site("broken", more='algorithm = "frozen"\ncache = { bytes = "50M" }')
-    cloud = broken.start_cloud()
-    devices = [broken.start_device(name) for name in ("pi-1", "pi-2")]
-    broken.wait_for_round(2)
-    cloud.kill()
-    cloud.communicate()
-    cloud = broken.start_cloud()
-    finish(devices)
-    assert "resumes after round" in cloud.communicate(timeout=60.0)[0]
-    assert broken.result() == whole.result()
