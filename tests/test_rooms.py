@@ -29,7 +29,7 @@ ROOMS = {
     ],
     "hosl_export": [
         *("exceptions", "tensor_files", "model", "sources", "bundle", "formats"),
-        *("summary", "settings", "inputs", "exporter", "steps", "__main__"),
+        *("summary", "settings", "inputs", "exporter", "inspection", "steps", "__main__"),
     ],
     "hosl_cloud": [
         *("exceptions", "settings", "metrics", "sentences", "storage", "rounds", "tail", "ranks", "runs"),

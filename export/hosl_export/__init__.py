@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from hosl_export.bundle.reading import full_config, load_tail
     from hosl_export.exceptions import ExportError, ModelError, ParityError, SpaceError, UnknownFamily
     from hosl_export.exporter import export_bundle
-    from hosl_export.model.families import FAMILIES, Family, find_family
+    from hosl_export.model.families import FAMILIES, find_family
+    from hosl_export.model.family import Family
     from hosl_export.model.halves import ClientHalf, Tail, client_half, tail_half
     from hosl_export.model.joining import join_state
     from hosl_export.model.lora import fold_lora, inject_lora, load_plain_state, plain_state
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "exceptions": ("ExportError", "ModelError", "ParityError", "SpaceError", "UnknownFamily"),
     "exporter": ("export_bundle",),
-    "model.families": ("FAMILIES", "Family", "find_family"),
+    "model.families": ("FAMILIES", "find_family"),
+    "model.family": ("Family",),
     "bundle.reading": ("full_config", "load_tail"),
     "model.halves": ("ClientHalf", "Tail", "client_half", "tail_half"),
     "model.joining": ("join_state",),

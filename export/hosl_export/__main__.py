@@ -13,7 +13,7 @@ try:
 
     import msgspec
 
-    from hosl_protocol.exceptions import ExitCode
+    from hosl_protocol.exceptions import ExitCode, SettingsError
     from hosl_protocol.program.arguments import Parser
     from hosl_protocol.program.completion import add_completion
     from hosl_protocol.program.terminal import add_common_options, add_version, run_command, terminable
@@ -42,10 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hosl-export", description="Cut a model in two: a shard for devices, a tail for the service.")
     parser.add_argument("--model", required=True, metavar="M", help="hub id, local folder, or .gguf file")
+    parser.add_argument("--split", type=int, metavar="K", help="blocks on the device, the rest on the cloud")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle's folder; must not exist")
     parser.add_argument(
-        "--split", required=True, type=int, metavar="K", help="blocks on the device, the rest on the cloud"
+        "--inspect", action="store_true", help="write nothing: show where to cut, and what each cut costs the device"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; must not exist")
     parser.add_argument(
         "--train",
         default="norm",
@@ -93,12 +94,28 @@ def _export(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hosl_export.steps import Steps  # needs rich, which the device does without
 
+    if options.inspect:
+        return _inspect(options)
+    for name in ("split", "out"):
+        if getattr(options, name) is None:
+            raise SettingsError(name, None, "give --split K and --out DIR, or --inspect to see what each cut costs")
     steps = Steps("hosl-export")
     with steps.shown():
         summary = _export_in(steps, options)
     from hosl_export.summary import describe
 
     print(msgspec.json.encode(summary).decode() if options.json else describe(summary))
+    return ExitCode.OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from hosl_export.inspection import describe_cuts, inspect_model
+    from hosl_export.steps import Steps
+
+    steps = Steps("hosl-export", keeps_lines=False)
+    with steps.shown(), steps("looking at the model"):
+        inspection = inspect_model(options.model, options.revision, options.image_size, options.max_length)
+    print(msgspec.json.encode(inspection).decode() if options.json else describe_cuts(inspection))
     return ExitCode.OK
 
 

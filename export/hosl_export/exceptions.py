@@ -28,11 +28,12 @@ class ModelError(ExportError, SettingsError):
 
 
 class UnknownFamily(ModelError):
-    """The exporter has no entry for this `model_type`."""
+    """The exporter cannot cut models of this `model_type`. Stores why not."""
 
-    def __init__(self, model_type: str, known: list[str]) -> None:
-        self.known = known
-        super().__init__("architecture", model_type, f"hosl-export can cut {', '.join(known)}")
+    def __init__(self, model_type: str, reason: str) -> None:
+        self.reason = reason
+        remedy = "use a causal language model, an encoder of text, or an image classifier of vit or resnet"
+        super().__init__("architecture", model_type, f"{reason}; {remedy}")
 
 
 class TraceError(ExportError):
@@ -42,10 +43,9 @@ class TraceError(ExportError):
 
     def __init__(self, model_type: str, step: str, problem: str) -> None:
         self.model_type, self.step, self.problem = model_type, step, problem
-        super().__init__(
-            f"{step} of this {model_type} failed: {problem}; try the tested versions of torch, transformers and onnx "
-            "(constraints.txt), or another model; --debug shows the whole error"
-        )
+        remedy = "--no-gradients, which leaves out first-order training, " if "gradients" in step else ""
+        remedy += "the tested versions of torch, transformers and onnx (constraints.txt), or another model"
+        super().__init__(f"{step} of this {model_type} failed: {problem}; try {remedy}; --debug shows the whole error")
 
 
 @contextlib.contextmanager

@@ -60,6 +60,10 @@ class ModelInput(Protocol):
         ...
 
 
+UNBOUNDED = 1 << 17
+"""Tokens that a model may be exported for whose positions have no end (ALiBi, convolutions)."""
+
+
 def choose_input(source: Source, config: Any, max_length: int | None, image_size: int | None) -> ModelInput:
     """Choose the input by the model's config. Raises SettingsError where a length or a size cannot be, and ModelError.
 
@@ -148,13 +152,20 @@ class ImageInput:
 
 
 def _choose_max_length(asked: int | None, config: Any) -> int:
-    positions, limit = int(config.max_position_embeddings), rope_limit(config)
+    positions, limit = count_positions(config), rope_limit(config)
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, positions, positions if limit is None else limit[1])
     if not 2 <= asked <= positions:
         raise SettingsError("max-length", asked, f"use 2 to {positions}, the model's positions")
     check_rope(config, asked)
     return asked
+
+
+def count_positions(config: Any) -> int:
+    """How many tokens the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+    padding = (getattr(config, "pad_token_id", None) or 0) + 1 if find_family(config.model_type).skips_padding else 0
+    return int(positions) - padding
 
 
 def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
@@ -188,7 +199,7 @@ def _check_tokens(tokenizer: Any, config: Any, name: str) -> None:
 def _choose_padding(tokenizer: Any, config: Any) -> int:
     """The id that fills batches; models without one of their own get the end of text, which no real token sees."""
     eos = tokenizer.eos_token_id
-    for candidate in (tokenizer.pad_token_id, config.pad_token_id, eos, 0):
+    for candidate in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), eos, 0):
         if candidate is not None and 0 <= candidate < config.vocab_size:
             return int(candidate)
     raise ModelError("vocab_size", config.vocab_size, "the model has no tokens")

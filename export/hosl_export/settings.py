@@ -65,8 +65,8 @@ def check_split(settings: ExportSettings, config: Any) -> None:
     if not 1 <= settings.split < blocks:
         raise SettingsError("split", settings.split, f"the model has {blocks} blocks, use 1 to {blocks - 1}")
 
-    if uses_lora(settings.train) and not family.lora_targets:
-        remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
+    if uses_lora(settings.train) and not family.lora_targets and not settings.lora_targets:
+        remedy = f"PEFT has no choice of modules for {config.model_type}: use --lora-targets, or --train norm"
         raise SettingsError("train", settings.train, remedy)
 
     if not uses_lora(settings.train):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hosl_cloud.exceptions import VerbalizerError
 from hosl_cloud.settings import RunConfig
 from hosl_export.bundle.reading import load_model_config, load_tail
-from hosl_export.model.families import Family
+from hosl_export.model.family import Family
 from hosl_export.model.halves import Tail, base_prefix
 from hosl_export.model.heads import has_class_head, keeps_head, linear_of, own_labels
 from hosl_export.model.lora import inject_lora, plain_name

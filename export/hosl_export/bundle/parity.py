@@ -126,7 +126,7 @@ class TextCase:
         """Run the tail on activations [B, T, D]. Returns outputs of the same names and shapes."""
         if not tail.family.is_encoder:
             return {"logits": tail(h_BTD, self.mask, self.positions.expand(self.shape[0], -1))}
-        outputs = _name_outputs(tail.model.base_model(inputs_embeds=h_BTD, attention_mask=self.mask))
+        outputs = _name_outputs(tail.base_outputs(h_BTD, self.mask))
         return outputs if tail.classifier is None else {**outputs, "classes": tail(h_BTD, self.mask)}
 
     def select_real(self, name: str, difference: Tensor) -> Tensor:

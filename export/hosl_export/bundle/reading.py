@@ -7,15 +7,16 @@ then filled, so that the other half's weights never take any.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hosl_export.model.families import find_family
-from hosl_export.model.halves import ClientHalf, Tail, base_prefix, client_half, drop_device_part, replace_module
+from hosl_export.model.halves import ClientHalf, Tail, base_prefix, client_half, drop_device_part
 from hosl_export.model.heads import auto_class, draw_head, has_class_head, is_head, keeps_head
 from hosl_export.model.lora import inject_lora, plain_name
 from hosl_export.model.prompt import add_prompt
@@ -57,7 +58,10 @@ def load_tail(bundle: Path, manifest: Manifest, *, num_labels: int | None = None
 
     state = _read_tail(bundle)
     if not keeps:
-        state = {name: tensor for name, tensor in state.items() if not is_head(name)} | draw_head(model, seed)
+        # Some classifiers have no use for the encoder's pooler.
+        has_pooler = any("pooler" in name.split(".") for name, _ in model.named_parameters())
+        kept = {name: value for name, value in state.items() if has_pooler or not name.startswith("pooler.")}
+        state = {name: tensor for name, tensor in kept.items() if not is_head(name)} | draw_head(model, seed)
     # The file has the uncut model's names; those of an encoder with a task head have a prefix.
     prefix = base_prefix(model, family)
     fill(model, {name if is_head(name) else prefix + name: tensor for name, tensor in state.items()})
@@ -114,24 +118,23 @@ def fill(model: Any, state: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         raise BundleError(f"the bundle's weights do not fit its config: {error}") from error
 
-    # A list, for rotary modules are replaced on the way.
-    for path, module in list(model.named_modules()):
-        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if missing:
-            _compute_buffers(model, path, module, missing)
+    _compute_buffers(model)
 
 
-def _compute_buffers(model: Any, path: str, module: Any, names: list[str]) -> None:
-    """Give a module the buffers that a checkpoint does not hold, because they follow from the config."""
-    if isinstance(module, nn.Embedding):
-        # Gemma's embedding multiplies what it looks up.
-        module.embed_scale = torch.tensor(module.scalar_embed_scale)
+def _compute_buffers(model: Any) -> None:
+    """Give the model the buffers that a checkpoint does not hold, because they follow from the config."""
+    missing = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_meta
+    ]
+    if not missing:
         return
-    fresh = type(module)(config=model.config)
-    if next(module.parameters(), None) is None:
-        # A module of rotary frequencies alone.
-        replace_module(model, path, fresh)
-        return
-    for name in names:
-        # Position numbers of a BERT's embeddings, whose weights are filled already.
-        setattr(module, name, getattr(fresh, name))
+
+    # transformers computes them as it loads a model. What has its values is marked as it marks it.
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor._is_hf_initialized = not tensor.is_meta
+    for module, name, buffer in missing:
+        setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()

@@ -13,15 +13,17 @@ asked for, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosl_export.model.families import Family, find_family
+from hosl_export.model.families import find_family
+from hosl_export.model.family import Family
 from hosl_export.model.heads import class_head, linear_of
 from hosl_protocol.run.manifest import ImageEntry
 
@@ -83,9 +85,12 @@ class ClientHalf(nn.Module):
             return _pack(h) if h.ndim == 4 and self.packs else h
 
         # With padding on the right, a causal model's real tokens never see padding: no mask, faster attention.
-        mask = {"attention_mask": attention_mask} if self.family.is_encoder else {}
+        mask = {"attention_mask": attention_mask} if self.family.is_encoder else {"use_cache": False}
         given = {"input_ids": input_ids} if boundary is None else {"inputs_embeds": boundary}
-        h_BTD: Tensor = self.model.base_model(**given, use_cache=False, **mask).last_hidden_state
+        blocks = list(self.model.get_submodule(self.family.blocks).children())
+        with _entering(blocks, boundary), _leaving(blocks) as left:
+            outputs = self.model.base_model(**given, **mask)
+        h_BTD: Tensor = left[0] if left else outputs.last_hidden_state
         return h_BTD
 
     def features(self, pixel_values: Tensor | None) -> Tensor:
@@ -130,16 +135,34 @@ class Tail(nn.Module):
         """
         if self.family.takes_images:
             return self._classify_image(inputs_embeds)
+        blocks = self.blocks
         if self.family.is_encoder:
-            outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+            with _entering(blocks, inputs_embeds):
+                outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
             return outputs[0] if self.classifier is None else outputs.logits  # type: ignore[no-any-return]
 
-        # Not the whole model, whose head would make logits of every position: for a large vocabulary, gigabytes.
-        h_BTD = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        if self.classifier is not None and positions is None:
+        if self.classifier is None:
+            # The whole model: some scale or bound their logits.
+            head = self.model.get_output_embeddings()
+            with _entering(blocks, inputs_embeds), _selecting(head, positions):
+                return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits  # type: ignore[no-any-return]
+
+        h_BTD = self.base_outputs(inputs_embeds).last_hidden_state
+        if positions is None:
             positions = _last_tokens(h_BTD, attention_mask)
-        h = h_BTD if positions is None else _select(h_BTD, positions)
-        return self._head(h)
+        return self.classifier(_select(h_BTD, positions))  # type: ignore[no-any-return]
+
+    def base_outputs(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Run activations [B, T, D] through all but a head. Returns what the base model does."""
+        mask = {"attention_mask": attention_mask} if self.family.is_encoder else {"use_cache": False}
+        with _entering(self.blocks, inputs_embeds):
+            return self.model.base_model(inputs_embeds=inputs_embeds, **mask)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that it has left."""
+        path = base_prefix(self.model, self.family) + self.family.blocks
+        return list(self.model.get_submodule(path).children())
 
     def _classify_image(self, h_BTD: Tensor) -> Tensor:
         """Logits [B, L] from the positions of each image."""
@@ -148,14 +171,6 @@ class Tail(nn.Module):
             h = self.model.get_submodule(self.family.final_norm)(h)
         pooled = h[:, 0] if self.family.pool is None else self.model.get_submodule(self.family.pool)(h)
         return self.model.classifier(pooled)  # type: ignore[no-any-return]
-
-    def _head(self, h: Tensor) -> Tensor:
-        """Logits from hidden states [B, D] or [B, S, D], as the model's own `forward` ends."""
-        if self.classifier is not None:
-            return self.classifier(h)  # type: ignore[no-any-return]
-        logits: Tensor = self.model.get_output_embeddings()(h)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _run(parts: Iterable[nn.Module], h: Any) -> Tensor:
@@ -196,20 +211,62 @@ def _select(h_BTD: Tensor, positions: Tensor) -> Tensor:
     return h_BTD[rows.view(-1, *[1] * (positions.ndim - 1)), positions]
 
 
-class _ZeroPositions(nn.Module):
-    """Stands for a position embedding on the tail: the activations already hold the positions."""
+class _Elsewhere(nn.Module):
+    """Stands for a module of the other half, which the model still calls. What comes of it, nobody reads."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
-        """Return a scalar 0, which the model adds to its activations."""
-        return torch.zeros(())
+        """Return a tensor that the model can go on with: the activations that came in, or a scalar 0 for positions."""
+        given = (each for each in (*arguments, *keywords.values()) if isinstance(each, Tensor) and each.ndim > 2)
+        return next(given, torch.zeros(()))
 
 
-class _PassBy(nn.Module):
-    """Stands for an embedding block on the tail: the activations already went through it."""
+@contextlib.contextmanager
+def _entering(blocks: Sequence[nn.Module], h: Tensor | None) -> Iterator[None]:
+    """Let the first of `blocks` be given `h`, whatever the model makes before it: that was made elsewhere already."""
+    if h is None or not blocks:
+        yield
+        return
 
-    def forward(self, inputs_embeds: Tensor, **keywords: Any) -> Tensor:
-        """Return `inputs_embeds` as they are."""
-        return inputs_embeds
+    def replace(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if arguments:
+            return (h, *arguments[1:]), keywords
+        return arguments, {**keywords, "hidden_states": h}
+
+    # A hook for this one run, in which the activations are known.
+    hook = blocks[0].register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _leaving(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Give what the last of `blocks` computes, before the model goes on with it; nothing where there is none."""
+    left: list[Tensor] = []
+    if not blocks:
+        yield left
+        return
+
+    hook = blocks[-1].register_forward_hook(lambda _, __, h: left.append(h[0] if isinstance(h, tuple) else h))
+    try:
+        yield left
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _selecting(head: nn.Module, positions: Tensor | None) -> Iterator[None]:
+    """Let a language-model head see `positions` [B] or [B, S] alone: logits of all would be gigabytes."""
+    if positions is None:
+        yield
+        return
+
+    hook = head.register_forward_pre_hook(lambda _, arguments: (_select(arguments[0], positions), *arguments[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _copy_around_tensors(model: Any) -> Any:
@@ -229,9 +286,7 @@ def client_half(model: Any, split: int, image: ImageEntry | None = None) -> Clie
     half = _copy_around_tensors(model.base_model if base_prefix(model, family) else model)
     _keep_blocks(half, family, slice(None, split))
     for path in family.final:
-        replace_module(half, path, None)
-    if family.final_norm is not None:
-        replace_module(half, family.final_norm, nn.Identity())
+        replace_module(half, path, _Elsewhere())
     return ClientHalf(half, family, image).eval()
 
 
@@ -279,13 +334,7 @@ def drop_device_part(model: Any, family: Family, split: int) -> None:
     prefix = base_prefix(model, family)
     _keep_blocks(model, family, slice(split, None))
     for path in family.embeddings:
-        replace_module(model, prefix + path, None)
-
-    # What `forward` still passes through on the way to the blocks must leave the activations as they are.
-    if family.positions is not None:
-        replace_module(model, prefix + family.positions, _ZeroPositions())
-    if family.bypass is not None:
-        replace_module(model, prefix + family.bypass, _PassBy())
+        replace_module(model, prefix + path, _Elsewhere())
 
 
 def base_prefix(model: Any, family: Family) -> str:
@@ -301,15 +350,17 @@ def _keep_blocks(model: Any, family: Family, kept: slice) -> None:
 
     config = model.config
     if family.counted_by == "num_hidden_layers":
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[kept]
+        count = config.num_hidden_layers
+        for name, value in vars(config).items():
+            if "layer" in name and isinstance(value, list | tuple) and len(value) == count:
+                setattr(config, name, value[kept])
         config.num_hidden_layers = len(blocks)
 
     # The embedding and the head are on different machines from here on, and PEFT looks for what they share.
     config.tie_word_embeddings = False
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path`, where the model has a module there."""
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)

@@ -16,11 +16,14 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from hosl_export.model.families import Family, find_family
+from hosl_export.model.families import find_family
+from hosl_export.model.family import Family
 from hosl_protocol.run.manifest import Manifest
 
 HEADS = ("lm_head", "score", "classifier")
 """Names of heads in Hugging Face models, of which a classifier has another."""
+_HEAD_PARTS = (*HEADS, "pre_classifier", "head")
+"""With what stands before the last layer of a classifier's head (DistilBERT, ModernBERT)."""
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -52,13 +55,24 @@ def keeps_head(manifest: Manifest, config: Any, num_labels: int) -> bool:
 def draw_head(model: Any, seed: int) -> dict[str, Tensor]:
     """Draw a classification head for `model`, as Hugging Face initialises it, from a generator of its own.
 
-    Returns its weight [L, D] and, where it has one, its bias [L], under their names in the model.
+    Returns its weight [L, D] and, where it has one, its bias [L], under their names in the model; and the same of the
+    layers that some architectures put before it.
     """
     generator = torch.Generator().manual_seed(seed)
-    name = "classifier" if hasattr(model, "classifier") else "score"
-    inner, head = linear_of(getattr(model, name))
-    name = f"{name}.{inner}".rstrip(".")
+    drawn: dict[str, Tensor] = {}
+    for name, part in model.named_modules():
+        if is_head(name) and next(part.parameters(recurse=False), None) is not None:
+            drawn |= _draw(name, part, model, generator)
+    return drawn
 
+
+def _draw(name: str, part: nn.Module, model: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    if not isinstance(part, nn.Linear):  # a norm
+        ones, zeros = torch.ones, torch.zeros
+        own = part.named_parameters(recurse=False)
+        return {f"{name}.{key}": (zeros if key == "bias" else ones)(value.shape) for key, value in own}
+
+    head = part
     weight, bias = torch.empty(head.weight.shape), torch.zeros(head.out_features)
     # OPT has its own name for it, and a ResNet, which has none, leaves it to torch's linear layer.
     spread = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", None)
@@ -79,8 +93,8 @@ def class_head(model: Any) -> nn.Module | None:
 
 
 def linear_of(head: nn.Module) -> tuple[str, nn.Linear]:
-    """The linear layer of a head, after its name within the head: a ResNet's is a sequence that ends with it."""
-    return next((name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear))
+    """The last linear layer of a head, after its name within the head."""
+    return [(name, part) for name, part in head.named_modules() if isinstance(part, nn.Linear)][-1]
 
 
 def own_labels(config: Any) -> tuple[str, ...]:
@@ -92,4 +106,4 @@ def own_labels(config: Any) -> tuple[str, ...]:
 
 def is_head(name: str) -> bool:
     """Whether this is the plain name of a head's tensor, before which an encoder's prefix never stands."""
-    return name.partition(".")[0] in HEADS
+    return name.partition(".")[0] in _HEAD_PARTS

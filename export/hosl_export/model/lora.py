@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hosl_export.model.families import Family
+from hosl_export.model.family import Family
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import LoraEntry
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_export.model.families import Family, find_family
+from hosl_export.model.families import find_family
+from hosl_export.model.family import Family
 from hosl_export.model.joining import join_state
 from hosl_export.model.lora import is_lora
 from hosl_protocol.run.manifest import Manifest

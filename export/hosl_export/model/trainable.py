@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from hosl_export.model.families import Family
+from hosl_export.model.family import Family
 from hosl_export.model.halves import ClientHalf
 from hosl_export.model.lora import is_lora, is_lora_b, plain_name, plain_state
 from hosl_export.model.prompt import is_prompt

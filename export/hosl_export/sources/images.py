@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hosl_export.exceptions import ModelError
-from hosl_export.model.families import Family
+from hosl_export.model.family import Family
 from hosl_protocol.exceptions import SettingsError
 from hosl_protocol.run.manifest import TAIL_CONFIG, ImageEntry
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from hosl_export.bundle.graph import IR_VERSION, OPSET
 from hosl_export.bundle.reading import load_model_config
 from hosl_export.bundle.writing import write_texts
+from hosl_protocol.run.chat import TextForm
 from hosl_protocol.run.manifest import (
     SHARD_GRAPH,
     SHARD_TOKENIZER,
@@ -111,7 +112,7 @@ def test_device_tokenizer_neither_pads_nor_cuts(tmp_path) -> None:
     assert source.backend_tokenizer.truncation is not None
     for folder in ("shard", "tail"):
         (tmp_path / folder).mkdir()
-    write_texts(tmp_path, make_model("llama"), source, source.pad_token_id)
+    write_texts(tmp_path, make_model("llama"), source, source.pad_token_id, TextForm(end=None, chat=None))
     tokenizer = Tokenizer.from_file(str(tmp_path / SHARD_TOKENIZER))
     assert tokenizer.padding is None
     assert tokenizer.truncation is None
