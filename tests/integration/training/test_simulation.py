@@ -138,12 +138,9 @@ def test_a_simulated_run_gives_the_bits_of_a_real_one(
     assert [row.loss for row in simulated.rounds("run-1")] == [row.loss for row in real.rounds("run-1")]
     assert scores(simulated) == scores(real)
     assert [evaluation.round for evaluation in real.evaluations("run-1")] == [0, 3, 6]
-    # Whoever answered late, or joined, is in the real count alone.
-    assert (
-        0.9
-        < sum(row.wire_bytes for row in simulated.rounds("run-1")) / sum(row.wire_bytes for row in real.rounds("run-1"))
-        <= 1.0
-    )
+    # Whoever answered late, or joined, is in the real count alone, and counts for more beside activations of few bits.
+    counts = [sum(row.wire_bytes for row in store.rounds("run-1")) for store in (simulated, real)]
+    assert 0.85 * counts[1] < counts[0] <= counts[1]
     simulated.close()
     real.close()
 
