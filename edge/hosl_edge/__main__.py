@@ -57,6 +57,7 @@ EXAMPLES = {
 }
 RARE = {
     *("--debug", "--log-level", "--log-format", "--insecure", "--skip-broken", "--state-dir", "--cache-dir"),
+    *("--cache-budget", "--share-fields"),
     *("--completion", "--sync-interval-s", "--max-temperature-c", "--min-available-memory", "--stall-timeout-s"),
 }
 """Options that few people need, and `--help-all` has."""

@@ -67,6 +67,8 @@ def check_split(settings: ExportSettings, config: Any) -> None:
 
     if uses_lora(settings.train) and not family.lora_targets and not settings.lora_targets:
         remedy = f"PEFT has no choice of modules for {config.model_type}: use --lora-targets, or --train norm"
+        if family.takes_images:
+            remedy = f"{config.model_type} has no modules for adapters: use --train norm, blocks, all or none"
         raise SettingsError("train", settings.train, remedy)
 
     if not uses_lora(settings.train):
