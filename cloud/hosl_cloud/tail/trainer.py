@@ -104,10 +104,11 @@ class TailTrainer:
             torch.set_num_threads(config.tail.threads)
 
         tail, self.head_rows = build_tail(bundle, manifest, config)
-        for block in block_list(tail):
+        for place, block in enumerate(block_list(tail)):
             if config.tail.activation_checkpointing:
                 recompute(block)
-            if config.tail.compile:
+            # Not the first, which a hook gives its activations at each run: torch compiles hooks once.
+            if config.tail.compile and place:
                 block.compile(dynamic=True)
 
         # The optimizer last: where ranks share a tensor, placing it makes its parameters anew.

@@ -7,7 +7,6 @@ torch's exporter to ONNX has functions for. Weights are arguments, so that equal
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -151,9 +150,9 @@ def _convolution_backward(
     groups: int,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a convolution of x [B, C, ...] by x, weight and bias, as convolutions again."""
-    if transposed:
-        raise NotImplementedError("the gradient of a transposed convolution")
+    """Gradients of a convolution of x [B, C, H, W] by x, weight and bias, as convolutions again."""
+    if transposed or groups != 1:
+        raise NotImplementedError("the gradient of a transposed or grouped convolution")
     kernel, by_x, by_weight, by_bias = weight.shape[2:], None, None, None
     if mask[0]:
         # What the strides passed over at the end of x gets no gradient, but has its place.
@@ -163,10 +162,8 @@ def _convolution_backward(
                 x.shape[2:], g.shape[2:], stride, padding, dilation, kernel, strict=True
             )
         ]
-        by_x = aten.convolution.default(g, weight, None, stride, padding, dilation, True, rest, groups)
-    if mask[1] and groups > 1:
-        by_weight = _gradient_by_channels(g, x, weight, stride, padding, dilation, groups)
-    elif mask[1]:
+        by_x = aten.convolution.default(g, weight, None, stride, padding, dilation, True, rest, 1)
+    if mask[1]:
         # Summed over the batch as over channels, each tap of the kernel is where g meets x, in steps of its dilation.
         taps = aten.convolution.default(
             x.transpose(0, 1), g.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(kernel), 1
@@ -175,30 +172,6 @@ def _convolution_backward(
     if mask[2]:
         by_bias = g.sum((0, *range(2, g.ndim)))
     return by_x, by_weight, by_bias
-
-
-def _gradient_by_channels(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Gradient by the weight [C, 1, ...] of a convolution that keeps its channels C apart: tap by tap."""
-    if weight.shape[:2] != (groups, 1) or any(step != 1 for step in stride):
-        raise NotImplementedError("the gradient of a convolution in groups of several channels, or with strides")
-    kernel = weight.shape[2:]
-    padded = torch.nn.functional.pad(x, [pad for pad in reversed(padding) for _ in range(2)])
-
-    taps = []
-    for tap in itertools.product(*map(range, kernel)):
-        seen = padded
-        for dim, (at, gap, size) in enumerate(zip(tap, dilation, g.shape[2:], strict=True), 2):
-            seen = seen.narrow(dim, at * gap, size)
-        taps.append((g * seen).sum((0, *range(2, g.ndim))))
-    return torch.stack(taps, -1).reshape(weight.shape)
 
 
 def _max_pool_backward(
